@@ -1,0 +1,54 @@
+"""What every stage's command line shares: the partition's arguments, and how a failure is told."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from etl.datasets import DATASETS, DatasetDefinition, dataset
+from etl.errors import StageError
+from etl.partitions import parse_dt
+from etl.store import TableStore
+
+EXIT_STAGE_ERROR = 2
+
+
+def partition_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with --dataset, --warehouse, --dt and --attempt."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help=f"data set definition: {', '.join(sorted(DATASETS))}")
+    parser.add_argument("--warehouse", required=True, help="root of the tables: a path, or a URI that Arrow reads")
+    parser.add_argument("--dt", required=True, help="partition: a UTC day, YYYY-MM-DD")
+    parser.add_argument("--attempt", required=True, help="name of this attempt: the same over retries, new on reprocess")
+    return parser
+
+
+def definition_of(args: argparse.Namespace) -> DatasetDefinition:
+    """Return the definition that --dataset names."""
+    return dataset(args.dataset)
+
+
+def store_of(args: argparse.Namespace) -> TableStore:
+    """Return the store that --warehouse and --dataset name, --dt checked."""
+    parse_dt(args.dt)
+    dataset(args.dataset)
+    return TableStore(args.warehouse, args.dataset)
+
+
+def log(message: str) -> None:
+    """Print one line of progress with the time, flushed, so that Airflow's log follows live."""
+    print(time.strftime("%H:%M:%S"), message, flush=True)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage; a StageError becomes one clear message and exit code 2 (a trace only with LONGVIEW_TRACE=1)."""
+    try:
+        main()
+    except StageError as error:
+        if os.environ.get("LONGVIEW_TRACE") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STAGE_ERROR)
