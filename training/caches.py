@@ -1,0 +1,83 @@
+"""Build the promoted model's cache of every user of a partition and publish them as `user_caches`, stamped with its version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from etl.cli import log, partition_parser, run_stage, store_of
+from etl.errors import StageError
+from etl.partitions import MS_PER_DAY, day_number
+from etl.schemas import USER_CACHES, schema_fingerprint
+from etl.store import Manifest, TableStore, code_version
+from training.checkpoint import load_package
+from training.data import Sequences, make_batch
+
+USERS_PER_CHUNK = 64
+
+
+def main() -> None:
+    parser = partition_parser(__doc__)
+    parser.add_argument("--runs", required=True, help="folder of runs; this one reads <runs>/<attempt>/")
+    args = parser.parse_args()
+    store = store_of(args)
+    run_dir = Path(args.runs).absolute() / args.attempt
+    registration_file = run_dir / "registration.json"
+    if not registration_file.exists():
+        raise StageError(f"{registration_file} is missing", "run evaluation.register and evaluation.promote for this attempt first")
+    registration = json.loads(registration_file.read_text())
+    if "champion" not in registration["aliases"]:
+        log(f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches stay as they are")
+        return
+    training = json.loads((run_dir / "training.json").read_text())
+    manifest = build_user_caches(store, args.dt, args.attempt, Path(training["models"][training["primary"]]["package"]),
+                                 f"{registration['model_name']}/{registration['version']}")
+    log(f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version {registration['version']}")
+
+
+@torch.no_grad()
+def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, model_version: str) -> Manifest:
+    """Build caches over all history of the partition, with the end of its day as reference time, and publish them."""
+    sequences_manifest, items_manifest = store.require("sequences", dt), store.require("items", dt)
+    model, vocabulary = load_package(package)
+    if model.quantizer is None:
+        raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
+    features = vocabulary.item_features(store.read(items_manifest))
+    reference_time_ms = (day_number(dt) + 1) * MS_PER_DAY
+    store.clear_staging(attempt, "user_caches", dt)
+    files = []
+    for bucket in sorted({file.bucket for file in sequences_manifest.files}):
+        sequences = Sequences.from_arrow(store.read(sequences_manifest, bucket=bucket))
+        ids, counts, means = [], [], []
+        for start in range(0, sequences.users, USERS_PER_CHUNK):
+            users = np.arange(start, min(start + USERS_PER_CHUNK, sequences.users))
+            batch = make_batch(_whole_history(sequences), features, vocabulary.user_rows(sequences.user_fields), users, [np.array([user]) for user in users])
+            for user, cache in zip(users, model.user_caches(batch.to("cpu"), reference_time_ms), strict=True):
+                ids.append(int(sequences.user_id[user]))
+                counts.append(cache.log_count_HMC.flatten().numpy())
+                means.append(cache.mean_HMCd.flatten().numpy().astype(np.float16))
+        rows = pa.table({"user_id": pa.array(ids, pa.int64()), "reference_time_ms": pa.array([reference_time_ms] * len(ids), pa.int64()),
+                         "log_counts": pa.array(counts, pa.list_(pa.float32())), "value_means": pa.array(means, pa.list_(pa.float16()))}, schema=USER_CACHES)
+        files.append(store.write_file(attempt, "user_caches", dt, bucket, rows))
+    inputs = {store.input_name(m): m.data_digest for m in (sequences_manifest, items_manifest)}
+    store.write_staged_manifest(Manifest(store.dataset, "user_caches", dt, attempt, schema_fingerprint(USER_CACHES), code_version(), tuple(files),
+                                         counts={"users": sum(f.rows for f in files)}, inputs=inputs, settings={"model_version": model_version}))
+    return store.publish(attempt, "user_caches", dt)
+
+
+def _whole_history(sequences: Sequences) -> Sequences:
+    """One pseudo target a user that may see all of his history, so that a batch carries whole histories."""
+    from dataclasses import replace
+
+    lengths = np.diff(sequences.history_start)
+    users = sequences.users
+    zeros = np.zeros(users, np.int64)
+    return replace(sequences, target_start=np.arange(users + 1), target_item=zeros, target_time_ms=zeros, target_label=zeros, target_tab=zeros, target_end=lengths)
+
+
+if __name__ == "__main__":
+    run_stage(main)

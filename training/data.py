@@ -1,0 +1,205 @@
+"""User rows as jagged arrays: every history once, all targets of a user beside it, no padding to the longest.
+
+Legend: U users, E events (flat over users), T targets (flat), N distinct items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from etl.partitions import MS_PER_DAY, day_number
+from etl.schemas import WATCH_BUCKETS
+from training.vocabulary import ItemFeatures, Vocabulary
+
+FEEDBACK_BITS = 8
+INTERACTIONS = (1 << FEEDBACK_BITS) * WATCH_BUCKETS  # every (feedback, watch bucket) pair
+TAB_ROWS = 17  # tab -1..15
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows of the `sequences` table as flat arrays.
+
+    Attributes:
+        user_id: int64 [U]; user_fields: one list of strings a user.
+        history_start, target_start: int64 [U + 1], offsets into the flat arrays.
+        history_item: int32 [E], index into the partition's items; history_time_ms: int64 [E].
+        history_interaction: int32 [E], feedback * WATCH_BUCKETS + watch bucket.
+        target_item: int32 [T]; target_time_ms: int64 [T]; target_label: int8 [T]; target_tab: int16 [T].
+        target_end: int32 [T], events of the user's history that the target may see.
+    """
+
+    user_id: np.ndarray
+    user_fields: list[list[str]]
+    history_start: np.ndarray
+    history_item: np.ndarray
+    history_time_ms: np.ndarray
+    history_interaction: np.ndarray
+    target_start: np.ndarray
+    target_item: np.ndarray
+    target_time_ms: np.ndarray
+    target_label: np.ndarray
+    target_tab: np.ndarray
+    target_end: np.ndarray
+
+    @staticmethod
+    def from_arrow(rows: pa.Table) -> Sequences:
+        """Read a table with the SEQUENCES schema without copying a list per user."""
+
+        def flat(name: str) -> np.ndarray:
+            return rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+        def offsets(name: str) -> np.ndarray:
+            lists = rows[name].combine_chunks()
+            raw = lists.offsets.to_numpy().astype(np.int64) if len(lists) else np.zeros(1, np.int64)
+            return raw - raw[0]
+
+        watch = flat("history_watch_bucket").astype(np.int32)
+        return Sequences(
+            user_id=rows["user_id"].to_numpy(),
+            user_fields=rows["user_fields"].to_pylist(),
+            history_start=offsets("history_item_index"),
+            history_item=flat("history_item_index"),
+            history_time_ms=flat("history_time_ms"),
+            history_interaction=flat("history_feedback").astype(np.int32) * WATCH_BUCKETS + watch,
+            target_start=offsets("target_item_index"),
+            target_item=flat("target_item_index"),
+            target_time_ms=flat("target_time_ms"),
+            target_label=flat("target_label"),
+            target_tab=flat("target_tab"),
+            target_end=flat("target_history_end"),
+        )
+
+    @property
+    def users(self) -> int:
+        return len(self.user_id)
+
+    def targets_of(self, user: int) -> slice:
+        return slice(int(self.target_start[user]), int(self.target_start[user + 1]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads; numpy here, tensors after `Batch.to`.
+
+    Attributes:
+        items: features of the N distinct items of the batch.
+        event_item: int64 [E] and target_item: int64 [T], positions among the N distinct items.
+        event_interaction: int64 [E]; event_time_ms: int64 [E].
+        event_start, target_start: python lists [U + 1].
+        target_time_ms, target_tab, target_end: int64 [T]; target_label: float32 [T].
+        user_rows: int64 [T, F].
+    """
+
+    items: ItemFeatures
+    event_item: np.ndarray
+    event_interaction: np.ndarray
+    event_time_ms: np.ndarray
+    event_start: list[int]
+    target_item: np.ndarray
+    target_time_ms: np.ndarray
+    target_tab: np.ndarray
+    target_end: np.ndarray
+    target_label: np.ndarray
+    user_rows: np.ndarray
+    target_start: list[int]
+
+    def to(self, device: str) -> Batch:
+        """Return the same batch as tensors on `device`."""
+        import torch
+
+        def move(value):
+            return torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
+
+        items = ItemFeatures(*(move(getattr(self.items, name)) for name in self.items.__dataclass_fields__))
+        rest = {name: move(getattr(self, name)) for name in self.__dataclass_fields__ if name != "items"}
+        return Batch(items=items, **rest)
+
+
+def make_batch(sequences: Sequences, features: ItemFeatures, user_rows: np.ndarray, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
+    """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user).
+
+    A history is cut at the last event that one of the chosen targets may see.
+    """
+    ends = [int(sequences.target_end[chosen].max(initial=0)) for chosen in targets]
+    spans = [np.arange(sequences.history_start[user], sequences.history_start[user] + end) for user, end in zip(users, ends, strict=True)]
+    events = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+    chosen = np.concatenate(targets)
+    history_items = sequences.history_item[events]
+    distinct, inverse = np.unique(np.concatenate([history_items, sequences.target_item[chosen]]), return_inverse=True)
+    counts = [len(c) for c in targets]
+    return Batch(
+        items=features.take(distinct),
+        event_item=inverse[: len(events)].astype(np.int64),
+        event_interaction=sequences.history_interaction[events].astype(np.int64),
+        event_time_ms=sequences.history_time_ms[events],
+        event_start=[0, *np.cumsum(ends).tolist()],
+        target_item=inverse[len(events) :].astype(np.int64),
+        target_time_ms=sequences.target_time_ms[chosen],
+        target_tab=np.clip(sequences.target_tab[chosen].astype(np.int64) + 1, 0, TAB_ROWS - 1),
+        target_end=sequences.target_end[chosen].astype(np.int64),
+        target_label=sequences.target_label[chosen].astype(np.float32),
+        user_rows=np.repeat(user_rows[users], counts, axis=0),
+        target_start=[0, *np.cumsum(counts).tolist()],
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions of targets in the flat target arrays: `train` and `validation` lie before the partition's day."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    evaluation: np.ndarray
+
+
+def split_targets(sequences: Sequences, dt: str, validation_share: float, seed: int) -> Split:
+    """Split by time: the day `dt` is evaluation; of the days before, a random share is held out for the early stop."""
+    before = sequences.target_time_ms < day_number(dt) * MS_PER_DAY
+    draw = np.random.default_rng(seed).random(len(before))
+    held = before & (draw < validation_share)
+    return Split(np.flatnonzero(before & ~held), np.flatnonzero(held), np.flatnonzero(~before))
+
+
+class UserBatches:
+    """Batches of one worker: its share of the users, a fresh order and fresh target draws each epoch, seeded."""
+
+    def __init__(self, sequences: Sequences, vocabulary: Vocabulary, features: ItemFeatures, rank: int, world: int, users_per_step: int, seed: int) -> None:
+        self.sequences, self.features = sequences, features
+        self.user_rows = vocabulary.user_rows(sequences.user_fields)
+        self.rank, self.world, self.users_per_step, self.seed = rank, world, users_per_step, seed
+
+    def by_user(self, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Group sorted target positions by user: the users that have any, and their positions."""
+        owner = np.searchsorted(self.sequences.target_start, targets, side="right") - 1
+        users, first = np.unique(owner, return_index=True)
+        return users, np.split(targets, first[1:])
+
+    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int):
+        """Yield this worker's batches; every worker gets the same number (the last users may repeat from the start)."""
+        users, positions = self.by_user(targets)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(users))
+        share = self.world * self.users_per_step
+        order = np.resize(order, -(-len(order) // share) * share) if len(order) else order
+        for step, start in enumerate(range(0, len(order), share)):
+            mine = order[start + self.rank : start + share : self.world]
+            rng = np.random.default_rng([self.seed, epoch, step, self.rank])
+            chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
+            yield make_batch(self.sequences, self.features, self.user_rows, users[mine], chosen)
+
+    def all_of(self, targets: np.ndarray, only_rank: bool = True):
+        """Yield batches that hold every target once, in (user, target) order; this worker's share, or all."""
+        users, positions = self.by_user(targets)
+        mine = np.arange(len(users))[self.rank :: self.world] if only_rank else np.arange(len(users))
+        for start in range(0, len(mine), self.users_per_step):
+            part = mine[start : start + self.users_per_step]
+            yield make_batch(self.sequences, self.features, self.user_rows, users[part], [positions[i] for i in part])
+
+
+def _draw(positions: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    if len(positions) <= limit:
+        return positions
+    return np.sort(rng.choice(positions, limit, replace=False))

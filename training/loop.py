@@ -1,0 +1,166 @@
+"""Train one model: the loop knows torch.distributed when it is there, and neither Ray, MLflow nor Airflow."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from training.config import TrainConfig
+from training.data import Sequences, Split, UserBatches
+from training.model.ranker import FieldSizes, Ranker
+from training.vocabulary import ItemFeatures, Vocabulary
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What every model of a run is trained on."""
+
+    sequences: Sequences
+    features: ItemFeatures
+    vocabulary: Vocabulary
+    split: Split
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among the data-parallel workers."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+
+@dataclass
+class EpochResult:
+    """State after an epoch; enough to continue from (`resume`).
+
+    Attributes:
+        metrics: of the epoch, the same on every worker.
+        model_state, best_state: now, and at the best validation log loss so far.
+        finished: no further epoch follows.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    model_state: dict
+    optimizer_state: dict
+    best_state: dict
+    best_logloss: float
+    best_epoch: int
+    finished: bool
+
+
+def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Worker, on_epoch: Callable[[EpochResult], None],
+                on_step: Callable[[int, dict[str, float]], None] | None = None, resume: dict | None = None) -> tuple[Ranker, EpochResult]:
+    """Train `config.models[name]` with early stop; every worker ends with the same best weights.
+
+    Args:
+        on_epoch: called on every worker after each epoch (report, checkpoint).
+        on_step: called on every worker each 20 steps with the step and its figures.
+        resume: an `EpochResult` as a dict, from a checkpoint.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    torch.manual_seed(config.seed)
+    model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if worker.world > 1 else model
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
+    batches = UserBatches(data.sequences, data.vocabulary, data.features, worker.rank, worker.world, config.users_per_step, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
+    if resume is not None:
+        model.load_state_dict(resume["model_state"])
+        optimizer.load_state_dict(resume["optimizer_state"])
+        best_state, best_logloss, best_epoch = resume["best_state"], resume["best_logloss"], resume["best_epoch"]
+        first_epoch = resume["epoch"] + 1
+    step = 0
+    result = None
+    for epoch in range(first_epoch, config.epochs):
+        started, waited, losses, samples = time.perf_counter(), 0.0, [], 0
+        model.train()
+        mark = time.perf_counter()
+        for batch in batches.epoch(data.split.train, epoch, config.targets_per_user):
+            batch = batch.to(worker.device)
+            waited += time.perf_counter() - mark
+            logits, auxiliary = parallel(batch)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + auxiliary).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            optimizer.step()
+            step += 1
+            losses.append(loss.detach())
+            samples += len(batch.target_label)
+            _tend_codebooks(model, batch, step, config, worker, generator)
+            if on_step is not None and step % 20 == 0:
+                on_step(step, {"loss": float(loss), "auxiliary": float(auxiliary)})
+            mark = time.perf_counter()
+        train_loss = float(torch.stack(losses).mean()) if losses else float("nan")
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss of {name} is not finite in epoch {epoch}")
+        seconds = time.perf_counter() - started
+        validation = _validation_logloss(model, batches, data.split.validation, worker)
+        if validation < best_logloss - 1e-5:
+            best_state, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
+        finished = epoch + 1 == config.epochs or epoch - best_epoch >= config.patience
+        metrics = {"train_loss": train_loss, "validation_logloss": validation, "samples_per_s": samples * worker.world / seconds,
+                   "data_wait_share": waited / seconds, "epoch_seconds": seconds}
+        if model.quantizer is not None:
+            metrics["perplexity_share"] = float(model.quantizer.perplexity_share().mean())
+        result = EpochResult(epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished)
+        on_epoch(result)
+        if finished:
+            break
+    if result is None:
+        result = EpochResult(**resume)
+    model.load_state_dict(best_state)
+    return model.eval(), result
+
+
+def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
+    """Decay on embedding tables only: ids overfit, codebooks and norms must not shrink."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    known = {id(p) for p in tables}
+    return [{"params": tables, "weight_decay": config.weight_decay}, {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def _tend_codebooks(model: Ranker, batch, step: int, config: TrainConfig, worker: Worker, generator: torch.Generator) -> None:
+    """Start codebooks after warm-up, revive dead codes; rank 0 decides, all workers hold bit-identical codebooks."""
+    quantizer = model.quantizer
+    if quantizer is None:
+        return
+    starting = not bool(quantizer.started) and step >= config.warmup_steps
+    reviving = bool(quantizer.started) and step % config.revive_every_steps == 0
+    if starting or reviving:
+        if worker.world > 1:
+            dist.all_reduce(quantizer.usage_GC)
+            quantizer.usage_GC /= worker.world
+        if worker.rank == 0:
+            keys_NHd = model.keys(model.items(batch.items))
+            quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
+        if worker.world > 1:
+            for tensor in (quantizer.codebook_GCw.data, quantizer.usage_GC, quantizer.started):
+                dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def _validation_logloss(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> float:
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    for batch in batches.all_of(targets):
+        batch = batch.to(worker.device)
+        losses = F.binary_cross_entropy_with_logits(model(batch)[0].float(), batch.target_label, reduction="sum")
+        total += torch.stack([losses.double(), torch.tensor(float(len(batch.target_label)), dtype=torch.float64, device=worker.device)])
+    if worker.world > 1:
+        dist.all_reduce(total)
+    return float(total[0] / total[1].clamp(min=1))

@@ -1,0 +1,230 @@
+"""Train VQL and its baselines on one partition.
+
+With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are any);
+--workers 0 trains in this very process, for a debugger, from the same modules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from etl.cli import definition_of, log, partition_parser, run_stage, store_of
+from etl.errors import StageError
+from etl.partitions import MS_PER_DAY, day_number
+from etl.store import TableStore, code_version
+from training.checkpoint import save_package
+from training.config import TrainConfig, load_config
+from training.data import Sequences, split_targets
+from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.scoring import request_of
+from training.vocabulary import Vocabulary
+
+
+def main() -> None:
+    parser = partition_parser(__doc__)
+    parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
+    parser.add_argument("--config", default="default", help="name of a file in training/configs/")
+    parser.add_argument("--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray")
+    parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
+    parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
+    args = parser.parse_args()
+    definition_of(args)
+    store_of(args)
+    config = _narrowed(load_config(args.config), args.models, args.seed)
+    run_dir = Path(args.runs).absolute() / args.attempt
+    run_dir.mkdir(parents=True, exist_ok=True)
+    job = {"warehouse": args.warehouse, "dataset": args.dataset, "dt": args.dt, "attempt": args.attempt, "run_dir": str(run_dir),
+           "config_name": args.config, "models": args.models, "seed": args.seed, "mlflow_run_id": _start_tracking(args, config)}
+    _check_input(args)
+    if args.workers == 0:
+        summaries = train_all(job, Worker(), on_report=None, resume=None)
+    else:
+        summaries = _train_with_ray(job, args.workers)
+    summary = {"config": asdict(config), "config_digest": config.digest, "models": summaries, "primary": next(iter(config.models)),
+               "seed": config.seed, "mlflow_run_id": job["mlflow_run_id"]}
+    _write_atomically(run_dir / "training.json", json.dumps(summary, indent=1))
+    log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
+
+
+def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict[str, dict]:
+    """Train every model of the job on this worker; rank 0 writes packages and metrics.
+
+    Args:
+        on_report: called on every worker after each epoch with (metrics, state or None when no checkpoint is due).
+        resume: {"done": summaries of finished models, "name": model, "epoch": EpochResult as dict} from a checkpoint.
+
+    Returns:
+        name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
+    """
+    config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
+    data, items = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
+    if worker.rank == 0:
+        log(f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
+            f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}")
+    metrics_log = _MetricsLog(job) if worker.rank == 0 else None
+    summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
+    evaluation_day_ms = day_number(job["dt"]) * MS_PER_DAY
+    for name in config.models:
+        if name in summaries:
+            continue
+        started = time.perf_counter()
+
+        def on_epoch(result: EpochResult, name: str = name) -> None:
+            if metrics_log is not None:
+                figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+                log(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
+                metrics_log.add({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
+            if on_report is not None:
+                on_report(result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)})
+
+        mine = resume["epoch"] if resume and resume["name"] == name else None
+        if mine and mine["finished"]:
+            mine = mine | {"epoch": config.epochs}  # trained to the end before the restart: only the package is missing
+        model, result = train_model(name, data, config, worker, on_epoch, resume=mine)
+        package = Path(job["run_dir"]) / "models" / name
+        if worker.rank == 0:
+            owner = np.searchsorted(data.sequences.target_start, data.split.evaluation[:1], side="right") - 1
+            user = int(owner[0]) if len(owner) else 0
+            save_package(package, model.cpu(), data.vocabulary, request_of(items, data.sequences, user, evaluation_day_ms))
+        summaries[name] = {"package": str(package), "epochs": result.epoch + 1, "best_epoch": result.best_epoch,
+                           "validation_logloss": result.best_logloss, "train_seconds": round(time.perf_counter() - started, 1)}
+    if metrics_log is not None:
+        metrics_log.close()
+    return summaries
+
+
+def load_training_data(warehouse: str, dataset: str, dt: str, config: TrainConfig):
+    """Read a published partition; return (TrainingData, items table)."""
+    store = TableStore(warehouse, dataset)
+    items = store.read(store.require("items", dt))
+    sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
+    fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
+    vocabulary = Vocabulary.build(items, fields, config.vocabulary)
+    split = split_targets(sequences, dt, config.validation_share, config.seed)
+    return TrainingData(sequences, vocabulary.item_features(items), vocabulary, split), items
+
+
+def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    gpus = torch.cuda.is_available()
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=True)
+    else:
+        # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
+        ray.init(num_cpus=workers + 2, include_dashboard=None, log_to_driver=True, namespace=job["attempt"], object_store_memory=256 << 20)
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+        run_config=RunConfig(
+            # The name is the attempt: a retry resumes from its checkpoint, a reprocess starts clean.
+            name=job["attempt"],
+            storage_path=str(Path(job["run_dir"]) / "ray"),
+            failure_config=FailureConfig(max_failures=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        ray.shutdown()
+    done = Path(job["run_dir"]) / "models" / "summaries.json"
+    return json.loads(done.read_text())
+
+
+def _ray_worker(job: dict) -> None:
+    import tempfile
+
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = str(ray.train.torch.get_device())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
+    checkpoint = ray.train.get_checkpoint()
+    resume = None
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            resume = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+
+    def report(metrics: dict, state: dict) -> None:
+        if rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, Path(folder) / "state.pt")
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    summaries = train_all(job, Worker(rank, world, device), report, resume)
+    if rank == 0:
+        _write_atomically(Path(job["run_dir"]) / "models" / "summaries.json", json.dumps(summaries))
+
+
+class _MetricsLog:
+    """Rank 0's metrics: MLflow when it answers; a tracking failure never stops the training."""
+
+    def __init__(self, job: dict) -> None:
+        from training.tracking import MetricsBuffer
+
+        self.buffer = MetricsBuffer(job["mlflow_run_id"], Path(job["run_dir"]) / "metrics.jsonl") if job["mlflow_run_id"] else None
+
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        if self.buffer is not None:
+            self.buffer.log(metrics, step)
+
+    def close(self) -> None:
+        if self.buffer is not None:
+            self.buffer.flush()
+
+
+def _start_tracking(args, config: TrainConfig) -> str | None:
+    from training.tracking import attempt_run
+
+    store = TableStore(args.warehouse, args.dataset)
+    tags = {
+        "data.snapshot_digest": store.require("sequences", args.dt).data_digest,
+        "data.items_digest": store.require("items", args.dt).data_digest,
+        "mlflow.source.git.commit": code_version(),
+        "config_digest": config.digest,
+    }
+    with attempt_run(args.dataset, args.dt, args.attempt, tags) as run:
+        return run.info.run_id
+
+
+def _check_input(args) -> None:
+    counts = TableStore(args.warehouse, args.dataset).require("sequences", args.dt).counts
+    if not counts.get("train_targets"):
+        raise StageError(f"partition dt={args.dt} of {args.dataset} has no training target on a day before {args.dt}",
+                         "choose a later --dt, or build sequences with more --target-days")
+
+
+def _narrowed(config: TrainConfig, models: str | None, seed: int | None) -> TrainConfig:
+    from dataclasses import replace
+
+    if models is not None:
+        wanted = models.split(",")
+        unknown = [name for name in wanted if name not in config.models]
+        if unknown:
+            raise StageError(f"unknown model {unknown[0]!r} in --models", f"use some of: {', '.join(config.models)}")
+        config = replace(config, models={name: config.models[name] for name in wanted})
+    return config if seed is None else replace(config, seed=seed)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run_stage(main)

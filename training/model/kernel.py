@@ -1,0 +1,51 @@
+"""The separable temporal kernel: a mixture of exponentials inside the softmax.
+
+    K(t_q - t_i) = sum_m b_m exp(-a_m (t_q - t_i)),   b = softmax,   per head        (a single exponential would cancel)
+
+Legend: H heads, M components, T targets, L events. Times are int64 milliseconds; differences are taken in int64 and only
+then become fp32 days, because epoch milliseconds do not fit into fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from etl.partitions import MS_PER_DAY
+
+MIN_HALF_LIFE_DAYS, MAX_HALF_LIFE_DAYS = 1 / 24, 365.0
+
+
+class MixtureKernel(nn.Module):
+    """Rates and weights of the components of every head."""
+
+    def __init__(self, heads: int, half_life_days: tuple[float, ...]) -> None:
+        super().__init__()
+        log_rates = torch.log(math.log(2) / torch.tensor(half_life_days))
+        self.log_rate_HM = nn.Parameter(log_rates.repeat(heads, 1))  # per day
+        self.weight_HM = nn.Parameter(torch.zeros(heads, len(half_life_days)))
+
+    def rate_HM(self) -> Tensor:
+        """Rates per day, half-lives clamped to an hour .. a year."""
+        low, high = math.log(math.log(2) / MAX_HALF_LIFE_DAYS), math.log(math.log(2) / MIN_HALF_LIFE_DAYS)
+        return self.log_rate_HM.clamp(low, high).exp()
+
+    def log_weight_HM(self) -> Tensor:
+        return self.weight_HM.log_softmax(-1)
+
+    def log_kernel(self, target_time_ms_T: Tensor, event_time_ms_L: Tensor) -> Tensor:
+        """Return log K, fp32 [H, T, L]."""
+        age_TL = age_days(target_time_ms_T[:, None], event_time_ms_L[None, :])
+        parts = self.log_weight_HM()[:, :, None, None] - self.rate_HM()[:, :, None, None] * age_TL
+        return torch.logsumexp(parts, dim=1) if parts.shape[1] > 2 else _logaddexp(parts)
+
+
+def age_days(later_ms: Tensor, earlier_ms: Tensor) -> Tensor:
+    """Return later - earlier in fp32 days, never negative (clock skew)."""
+    return ((later_ms - earlier_ms).clamp(min=0).double() / MS_PER_DAY).float()
+
+
+def _logaddexp(parts_HMTL: Tensor) -> Tensor:
+    return parts_HMTL[:, 0] if parts_HMTL.shape[1] == 1 else torch.logaddexp(parts_HMTL[:, 0], parts_HMTL[:, 1])

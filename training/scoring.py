@@ -1,0 +1,122 @@
+"""Scores from a model package: a partition's targets for evaluation, or one request with raw ids for serving."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from training.checkpoint import load_package
+from training.data import Sequences, UserBatches, make_batch
+from training.model.ranker import Ranker
+from training.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ScoredTargets:
+    """One row a target, in (user, target) order.
+
+    Attributes:
+        user_id, item_id, time_ms: int64 [T]; label: int8 [T]; score: float32 [T], probability of the label.
+        history_length: int32 [T], events that the target could see.
+    """
+
+    user_id: np.ndarray
+    item_id: np.ndarray
+    time_ms: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    history_length: np.ndarray
+
+
+class Scorer:
+    """A loaded package."""
+
+    def __init__(self, folder: Path, model: Ranker, vocabulary: Vocabulary) -> None:
+        self.folder, self.model, self.vocabulary = folder, model, vocabulary
+
+    @torch.no_grad()
+    def score(self, items: pa.Table, sequences: pa.Table, first_target_time_ms: int) -> ScoredTargets:
+        """Score every target at or after `first_target_time_ms` (tables with the ITEMS and SEQUENCES schemas)."""
+        flat = Sequences.from_arrow(sequences)
+        targets = np.flatnonzero(flat.target_time_ms >= first_target_time_ms)
+        batches = UserBatches(flat, self.vocabulary, self.vocabulary.item_features(items), 0, 1, users_per_step=32, seed=0)
+        scores = [torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy() for batch in batches.all_of(targets)]
+        owner = np.searchsorted(flat.target_start, targets, side="right") - 1
+        return ScoredTargets(
+            user_id=flat.user_id[owner],
+            item_id=items["item_id"].to_numpy()[flat.target_item[targets]],
+            time_ms=flat.target_time_ms[targets],
+            label=flat.target_label[targets],
+            score=np.concatenate(scores) if scores else np.zeros(0, np.float32),
+            history_length=flat.target_end[targets],
+        )
+
+    @torch.no_grad()
+    def score_request(self, request: dict) -> np.ndarray:
+        """Score the candidates of one user.
+
+        Args:
+            request: lists `history_item_id`, `history_time_ms` (ascending), `history_feedback`, `history_watch_bucket`,
+                `user_fields`, `target_item_id`, `target_time_ms`, `target_tab`. Only events strictly earlier than a
+                target's time are seen by it, whatever the caller sends.
+
+        Returns:
+            float32 [targets], probabilities.
+        """
+        history_ids = np.asarray(request["history_item_id"], dtype=np.int64)
+        target_ids = np.asarray(request["target_item_id"], dtype=np.int64)
+        ids, index = np.unique(np.concatenate([history_ids, target_ids]), return_inverse=True)
+        times = np.asarray(request["history_time_ms"], dtype=np.int64)
+        target_times = np.asarray(request["target_time_ms"], dtype=np.int64)
+        one = lambda name, kind: pa.array([list(request[name])], pa.list_(kind))  # noqa: E731
+        row = pa.table({
+            "user_id": pa.array([0], pa.int64()), "user_fields": pa.array([list(request["user_fields"])], pa.list_(pa.string())),
+            "history_item_index": pa.array([index[: len(history_ids)].tolist()], pa.list_(pa.int32())),
+            "history_time_ms": one("history_time_ms", pa.int64()), "history_feedback": one("history_feedback", pa.int16()),
+            "history_watch_bucket": one("history_watch_bucket", pa.int8()),
+            "target_item_index": pa.array([index[len(history_ids) :].tolist()], pa.list_(pa.int32())),
+            "target_time_ms": one("target_time_ms", pa.int64()), "target_label": pa.array([[0] * len(target_ids)], pa.list_(pa.int8())),
+            "target_tab": one("target_tab", pa.int16()),
+            "target_history_end": pa.array([np.searchsorted(times, target_times, side="left").tolist()], pa.list_(pa.int32())),
+        })  # fmt: skip
+        flat = Sequences.from_arrow(row)
+        features = self.vocabulary.item_features(self.vocabulary.item_table_of(ids))
+        batch = make_batch(flat, features, self.vocabulary.user_rows(flat.user_fields), np.array([0]), [np.arange(len(target_ids))])
+        return torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy()
+
+    def example_request(self) -> dict:
+        """Return the request that the package carries as its input example."""
+        return json.loads((self.folder / "example_request.json").read_text())
+
+
+def load_scorer(folder: str | Path) -> Scorer:
+    """Load a package for scoring."""
+    return Scorer(Path(folder), *load_package(Path(folder)))
+
+
+def request_of(items: pa.Table, sequences: Sequences, user: int, first_target_time_ms: int, max_targets: int = 20) -> dict:
+    """Return the scoring request of one user of a partition: his history and his targets from a time on."""
+    targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
+    targets = targets[sequences.target_time_ms[targets] >= first_target_time_ms][:max_targets]
+    end = int(sequences.target_end[targets].max(initial=0))
+    events = slice(int(sequences.history_start[user]), int(sequences.history_start[user]) + end)
+    ids = items["item_id"].to_numpy()
+    from etl.schemas import WATCH_BUCKETS
+
+    return {
+        "history_item_id": ids[sequences.history_item[events]].tolist(),
+        "history_time_ms": sequences.history_time_ms[events].tolist(),
+        "history_feedback": (sequences.history_interaction[events] // WATCH_BUCKETS).tolist(),
+        "history_watch_bucket": (sequences.history_interaction[events] % WATCH_BUCKETS).tolist(),
+        "user_fields": list(sequences.user_fields[user]),
+        "target_item_id": ids[sequences.target_item[targets]].tolist(),
+        "target_time_ms": sequences.target_time_ms[targets].tolist(),
+        "target_tab": sequences.target_tab[targets].tolist(),
+    }
+
+
