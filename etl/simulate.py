@@ -1,0 +1,268 @@
+"""Simulated KuaiRand logs: the exact column layout, the real data's quirks, and a planted long-term interest.
+
+Every user has a lasting taste for each of the topics; whether he clicks depends on his taste for the item's topic. Tastes
+are drawn independently, so only his own past feedback on that topic reveals them, and topics recur rarely: a model that
+sees the recent past knows little, one that attends to all of it knows much. Because the click probability is known, so is
+the best AUC that any model can reach; it is printed and stored in SIMULATED.json beside the logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from etl.cli import log, run_stage
+from etl.datasets import KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
+from etl.errors import StageError
+from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number, parse_dt
+
+SHANGHAI_OFFSET_MS = 8 * 3_600_000
+LN_MEAN_HISTORY, LN_SD_HISTORY = 8.97, 0.96  # of KuaiRand-27K's exposures per user
+SHARE_NO_DURATION = 0.18
+SHARE_DUPLICATES = 0.003
+SHARE_REPEATS = 0.03
+PAGE_SIZES = (1, 2, 4, 6, 8)
+SIMULATOR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Parameters of one simulation; the same ones give the same bytes.
+
+    Attributes:
+        length_scale: factor on the real history lengths (log-normal, ln mean 8.97, sd 0.96).
+        taste_sd: spread of a user's taste over topics, in logits.
+    """
+
+    users: int = 1_000
+    first_dt: str = "2022-04-08"
+    days: int = 14
+    length_scale: float = 0.04
+    items: int = 4_000
+    topics: int = 40
+    taste_sd: float = 1.6
+    seed: int = 7
+    version: int = SIMULATOR_VERSION
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the raw files; it is made anew")
+    defaults = Simulation()
+    parser.add_argument("--users", type=int, default=defaults.users)
+    parser.add_argument("--first-dt", default=defaults.first_dt, help="first UTC day")
+    parser.add_argument("--days", type=int, default=defaults.days, help="UTC days")
+    parser.add_argument("--length-scale", type=float, default=defaults.length_scale, help="factor on the real history lengths")
+    parser.add_argument("--items", type=int, default=defaults.items)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    args = parser.parse_args()
+    simulation = Simulation(users=args.users, first_dt=parse_dt(args.first_dt), days=args.days, length_scale=args.length_scale, items=args.items, seed=args.seed)
+    if min(simulation.users, simulation.days, simulation.items) < 1 or simulation.length_scale <= 0:
+        raise StageError("users, days, items and length scale must be positive", "give larger numbers")
+    marker = write_simulation(simulation, Path(args.out))
+    log(f"SIMULATED KuaiRand logs in {args.out}: {marker['rows']:,} rows, {simulation.users:,} users, seed {simulation.seed}")
+    log("best reachable AUC (the score is the true probability): " + "  ".join(f"{dt} {auc:.4f}" for dt, auc in marker["best_auc_by_dt"].items()))
+
+
+def write_simulation(simulation: Simulation, out: Path) -> dict:
+    """Write the raw files into `out`, whole or not at all; return the marker. The same simulation there is reused.
+
+    Raises:
+        StageError: `out` holds something that is not a simulation.
+    """
+    marker_file = out / SIMULATED_MARKER
+    if marker_file.exists():
+        marker = json.loads(marker_file.read_text())
+        if marker["parameters"] == asdict(simulation):
+            return marker
+    elif out.exists() and any(out.iterdir()):
+        raise StageError(f"{out} is not empty and holds no simulation", "choose another --out: real logs are never overwritten")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        marker = _write_all(simulation, temporary)
+        (temporary / SIMULATED_MARKER).write_text(json.dumps(marker, indent=1))
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return marker
+
+
+def _write_all(simulation: Simulation, folder: Path) -> dict:
+    rng = np.random.default_rng(simulation.seed)
+    items = _items(simulation, rng)
+    log_columns, probability = _log(simulation, items, rng)
+    time_ms = log_columns["time_ms"]
+    best_auc, best_gauc = _best_by_day(time_ms, log_columns["user_id"], log_columns["is_click"], probability)
+    table = pa.table({name: log_columns[name] for name in KUAIRAND_LOG_COLUMNS})
+    duplicated = rng.random(len(time_ms)) < SHARE_DUPLICATES
+    order = np.concatenate([np.arange(len(time_ms)), np.flatnonzero(duplicated)])
+    order = order[np.lexsort((order, time_ms[order], log_columns["user_id"][order]))]
+    table = table.take(pa.array(order))
+    local_day = (table["time_ms"].to_numpy() + SHANGHAI_OFFSET_MS) // MS_PER_DAY
+    # Two files, as published: the names say which local days they span.
+    middle = (int(local_day.min()) + int(local_day.max())) // 2
+    for chosen in (local_day <= middle, local_day > middle):
+        if chosen.any():
+            first, last = (dt_of_day_number(int(n)) for n in (local_day[chosen].min(), local_day[chosen].max()))
+            name = f"log_standard_{_short(first)}_to_{_short(last)}_sim.csv"
+            _write_csv(table.filter(pa.array(chosen)), folder / name)
+    _write_items(items, simulation, folder, rng)
+    _write_users(simulation, folder, rng)
+    return {"simulated": True, "parameters": asdict(simulation), "rows": table.num_rows, "duplicates": int(duplicated.sum()),
+            "click_rate": float(log_columns["is_click"].mean()), "best_auc_by_dt": best_auc, "best_gauc_by_dt": best_gauc}
+
+
+def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    n = simulation.items
+    popularity = 1.0 / np.arange(1, n + 1) ** 0.8  # Zipf
+    return {
+        "popularity": popularity / popularity.sum(),
+        "topic": rng.permutation(np.resize(np.arange(simulation.topics), n)),
+        "quality": rng.normal(0, 0.3, n),
+        "duration_ms": np.where(rng.random(n) < SHARE_NO_DURATION, 0, np.exp(rng.normal(9.8, 0.9, n)).astype(np.int64).clip(1_000, 600_000)),
+        "author_id": rng.integers(0, max(2, n // 5), n),
+    }
+
+
+def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    lengths = np.exp(rng.normal(LN_MEAN_HISTORY, LN_SD_HISTORY, simulation.users)) * simulation.length_scale
+    lengths = lengths.astype(np.int64).clip(5)
+    total = int(lengths.sum())
+    user = np.repeat(np.arange(simulation.users), lengths)
+    # Pages: the exposures of one page share one time_ms.
+    page_size = rng.choice(PAGE_SIZES, total, p=(0.15, 0.15, 0.25, 0.25, 0.2))
+    page_end = np.cumsum(page_size)
+    page = np.searchsorted(page_end, np.arange(total), side="right")
+    first_of_user = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    page = page - page[first_of_user].repeat(lengths) + np.repeat(np.cumsum(np.concatenate([[0], (page[first_of_user + lengths - 1] - page[first_of_user] + 1)[:-1]])), lengths)
+    pages = int(page.max()) + 1
+    page_user = np.zeros(pages, np.int64)
+    page_user[page] = user
+    first_ms = day_number(simulation.first_dt) * MS_PER_DAY
+    hour = rng.choice(24, pages, p=_hour_profile())
+    page_time = first_ms + rng.integers(0, simulation.days, pages) * MS_PER_DAY + hour * 3_600_000 + rng.integers(0, 3_600_000, pages)
+    page_time = page_time[np.lexsort((page_time, page_user))]
+    time_ms = page_time[page]
+    item = rng.choice(simulation.items, total, p=items["popularity"])
+    repeats = np.flatnonzero(rng.random(total) < SHARE_REPEATS)
+    repeats = repeats[(repeats > 0) & (user[repeats] == user[repeats - 1])]
+    item[repeats] = item[repeats - 1]
+    taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
+    logit = -0.6 + taste[user, items["topic"][item]] + items["quality"][item]
+    probability = 1 / (1 + np.exp(-logit))
+    click = rng.random(total) < probability
+    duration = items["duration_ms"][item]
+    ratio = np.where(click, rng.gamma(4, 0.3, total), rng.gamma(1.2, 0.12, total))
+    play = (ratio * np.where(duration > 0, duration, 5_000)).astype(np.int64)
+    long_view = click & (play >= np.minimum(18_000, np.where(duration > 0, duration, 18_000)))
+    rare = lambda share: click & (rng.random(total) < share)  # noqa: E731
+    profile = rare(0.02)
+    local_ms = time_ms + SHANGHAI_OFFSET_MS
+    # The server logs late: for 18 % of the rows one hour after the event.
+    logged_ms = local_ms + np.where(rng.random(total) < 0.18, 3_600_000, 0)
+    logged_day = logged_ms // MS_PER_DAY
+    days, inverse = np.unique(logged_day, return_inverse=True)
+    columns = {
+        "user_id": user, "video_id": item, "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
+        "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100, "time_ms": time_ms,
+        "is_click": click.astype(np.int64), "is_like": rare(0.05).astype(np.int64), "is_follow": rare(0.004).astype(np.int64),
+        "is_comment": rare(0.01).astype(np.int64), "is_forward": rare(0.004).astype(np.int64),
+        "is_hate": (~click & (rng.random(total) < 0.002)).astype(np.int64), "long_view": long_view.astype(np.int64),
+        "play_time_ms": play, "duration_ms": duration, "profile_stay_time": np.where(profile, rng.integers(500, 20_000, total), 0),
+        "comment_stay_time": np.where(rare(0.03), rng.integers(500, 30_000, total), 0), "is_profile_enter": profile.astype(np.int64),
+        "is_rand": np.zeros(total, np.int64), "tab": rng.choice([1, 0, 4, 2, 6], total, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
+    }  # fmt: skip
+    return columns, probability
+
+
+def _hour_profile() -> np.ndarray:
+    shape = 1.2 + np.cos((np.arange(24) - 12) / 24 * 2 * np.pi)  # UTC noon = evening in Shanghai
+    return shape / shape.sum()
+
+
+def _best_by_day(time_ms: np.ndarray, user: np.ndarray, click: np.ndarray, probability: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+    best_auc, best_gauc = {}, {}
+    day = time_ms // MS_PER_DAY
+    for number in np.unique(day):
+        of_day = day == number
+        dt = dt_of_day_number(int(number))
+        best_auc[dt] = round(_auc(click[of_day], probability[of_day]), 5)
+        owner, labels, scores = user[of_day], click[of_day], probability[of_day]
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        parts = [(y, s) for y, s in zip(np.split(labels, cuts), np.split(scores, cuts), strict=True) if 0 < y.sum() < len(y)]
+        weight = sum(len(y) for y, _ in parts)
+        best_gauc[dt] = round(sum(len(y) * _auc(y, s) for y, s in parts) / weight, 5) if weight else float("nan")
+    return best_auc, best_gauc
+
+
+def _auc(label: np.ndarray, score: np.ndarray) -> float:
+    """Rank AUC; scores are continuous here, so ties do not matter."""
+    positives = int(label.sum())
+    if positives in (0, len(label)):
+        return float("nan")
+    rank = np.empty(len(score))
+    rank[np.argsort(score, kind="stable")] = np.arange(1, len(score) + 1)
+    return float((rank[label.astype(bool)].sum() - positives * (positives + 1) / 2) / (positives * (len(label) - positives)))
+
+
+def _write_items(items: dict[str, np.ndarray], simulation: Simulation, folder: Path, rng: np.random.Generator) -> None:
+    n = simulation.items
+    second = rng.integers(0, simulation.topics, n)
+    tags = np.char.add(items["topic"].astype(str), np.where(rng.random(n) < 0.15, np.char.add(",", second.astype(str)), ""))
+    # Unlike a taste, a tag can be missing in the item file, as in the published one.
+    known = rng.random(n) >= 0.005
+    no_null = lambda values, share: pa.array(values.astype(float), mask=rng.random(n) < share)  # noqa: E731
+    table = pa.table({
+        "video_id": np.arange(n), "author_id": items["author_id"], "video_type": np.where(rng.random(n) < 0.98, "NORMAL", "AD"),
+        "upload_dt": np.full(n, simulation.first_dt), "upload_type": rng.choice(["LongImport", "ShortImport", "Kmovie", "Web"], n),
+        "visible_status": no_null(np.zeros(n), 0.01), "video_duration": pa.array(items["duration_ms"].astype(float), mask=items["duration_ms"] == 0),
+        "server_width": no_null(np.full(n, 720), 0.01), "server_height": no_null(np.full(n, 1280), 0.01), "music_id": rng.integers(0, 9_500_000_000, n),
+        "music_type": no_null(np.full(n, 9), 0.05), "tag": pa.array(tags.astype(object), pa.string(), mask=~known),
+    })  # fmt: skip
+    _write_csv(table, folder / "video_features_basic_sim.csv")
+
+
+def _write_users(simulation: Simulation, folder: Path, rng: np.random.Generator) -> None:
+    n = simulation.users
+    ranges = np.array(["0", "(0,10]", "(10,50]", "(50,100]", "(100,150]", "(150,250]", "(250,500]", "500+"])
+    onehot_sizes = (2, 7, 50, 1471, 15, 34, 3, 118, 454, 7, 5, 5, 2, 2, 2, 2, 2, 2)
+    columns: dict[str, object] = {
+        "user_id": np.arange(n), "user_active_degree": rng.choice(["full_active", "high_active", "middle_active", "UNKNOWN"], n, p=(0.7, 0.2, 0.08, 0.02)),
+        "is_lowactive_period": np.zeros(n, np.int64), "is_live_streamer": rng.choice([1, -124], n, p=(0.23, 0.77)), "is_video_author": rng.integers(0, 2, n),
+    }  # fmt: skip
+    for name in ("follow_user_num", "fans_user_num", "friend_user_num"):
+        columns[name] = rng.integers(0, 900, n)
+        columns[f"{name}_range"] = rng.choice(ranges, n)
+    columns["register_days"] = rng.integers(8, 2_000, n)
+    columns["register_days_range"] = rng.choice(["8-14", "15-30", "31-60", "61-90", "91-180", "181-365", "366-730", "730+"], n)
+    for index, size in enumerate(onehot_sizes):
+        values = rng.integers(0, size, n)
+        columns[f"onehot_feat{index}"] = pa.array(values.astype(float), mask=rng.random(n) < 0.03) if index in (4, *range(12, 18)) else values
+    _write_csv(pa.table(columns), folder / "user_features_sim.csv")
+
+
+def _write_csv(table: pa.Table, path: Path) -> None:
+    """Write with a bare header line, as the published files have it."""
+    with path.open("wb") as stream:
+        stream.write((",".join(table.column_names) + "\n").encode())
+        pacsv.write_csv(table, stream, pacsv.WriteOptions(include_header=False, quoting_style="needed"))
+
+
+def _short(dt: str) -> str:
+    _, month, day = dt.split("-")
+    return f"{int(month)}_{day}"
+
+
+if __name__ == "__main__":
+    run_stage(main)
