@@ -1,0 +1,257 @@
+"""Numbers of a partition that the suites judge: pure functions from Arrow tables to one flat row of metrics.
+
+A metric named `*_count` counts offending rows, list elements or users and should be 0; `*_share` and `*_rate` are
+fractions of 1. Lists are handled through their offsets: nothing here loops over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl.partitions import MS_PER_DAY, day_number
+from etl.schemas import WATCH_BUCKETS
+
+MS_PER_HOUR = 3_600_000
+NAN = float("nan")
+
+Row = dict[str, float | str]
+
+HISTORY_LISTS = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
+TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_tab", "target_history_end")
+
+
+def events_row(
+    dt: str,
+    events: pa.Table,
+    counts: Mapping[str, int],
+    quarantine_rows: int,
+    trailing_rows: Sequence[int],
+    label_bit: int,
+    feedback_bits: int,
+    min_trailing_days: int,
+) -> Row:
+    """Return the metrics of one day of events.
+
+    Args:
+        events: the day, with the columns user_id, item_id, event_time_ms and feedback.
+        counts: the reconciliation figures of its manifest.
+        quarantine_rows: rows of the day's quarantine table.
+        trailing_rows: row counts of the days before it that are known.
+        label_bit: bit of `feedback` that is the label.
+        feedback_bits: bits of `feedback` that are in use.
+        min_trailing_days: below as many trailing days `rows_to_trailing_median` is not a number.
+    """
+    rows = events.num_rows
+    user, time_ms, feedback = (_numpy(events[name]) for name in ("user_id", "event_time_ms", "feedback"))
+    rows_read, duplicates = counts.get("rows_read", 0), counts.get("duplicates", 0)
+    quarantined = counts.get("quarantined", 0)
+    distinct_keys = events.group_by(["user_id", "item_id", "event_time_ms"]).aggregate([]).num_rows
+    rows_by_user = np.unique(user, return_counts=True)[1]
+    median = float(np.median(trailing_rows)) if len(trailing_rows) >= min_trailing_days else 0.0
+    return {
+        "dt": dt,
+        "rows": rows,
+        "rows_read": rows_read,
+        "unreconciled_count": abs(rows_read - rows - duplicates - quarantined),
+        "manifest_rows_difference_count": abs(counts.get("events", 0) - rows),
+        "quarantine_rows_difference_count": abs(quarantine_rows - quarantined),
+        "duplicate_share": _share(duplicates, rows_read),
+        "quarantine_share": _share(quarantined, rows_read),
+        "repeated_key_share": _share(rows - distinct_keys, rows),
+        "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows),
+        "outside_day_count": int((time_ms // MS_PER_DAY != day_number(dt)).sum()),
+        "feedback_out_of_range_count": int(((feedback < 0) | (feedback >= 1 << feedback_bits)).sum()),
+        "hours_covered": len(np.unique(time_ms // MS_PER_HOUR)),
+        "users": len(rows_by_user),
+        "largest_user_share": _share(int(rows_by_user.max(initial=0)), rows),
+        "rows_to_trailing_median": rows / median if median > 0 else NAN,
+    }
+
+
+def sequences_row(
+    dt: str,
+    parts: Iterable[pa.Table],
+    items: pa.Table,
+    counts: Mapping[str, int],
+    target_days: int,
+) -> Row:
+    """Return the metrics of one partition of sequences and its items.
+
+    Args:
+        parts: the partition's users, one table a bucket, so that one bucket is in memory at a time.
+        items: the item_index, item_id and train_occurrences columns of `items`.
+        counts: the reconciliation figures of the manifest of `sequences`.
+        target_days: length of the target window, `dt` included.
+    """
+    item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
+    lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
+    user_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
+    sums: dict[str, int] = {}
+    for part in parts:
+        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days)
+        lengths.append(history_lengths)
+        user_ids.append(_numpy(part["user_id"]))
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value
+    length, user_id = np.concatenate(lengths), np.concatenate(user_ids)
+    total = {name: sums.get(name, 0) for name in _SUMMED}
+    targets = total["train_targets"] + total["eval_targets"]
+    found = {**total, "users": len(user_id), "targets": targets}
+    return {
+        "dt": dt,
+        "users": len(user_id),
+        "items": len(item_index),
+        "targets": targets,
+        **{name: total[name] for name in _SUMMED if name not in ("train_positives", "eval_positives")},
+        "repeated_user_count": len(user_id) - len(np.unique(user_id)),
+        "item_index_not_dense_count": int((item_index != np.arange(len(item_index))).sum()),
+        "item_id_not_increasing_count": int((np.diff(item_id) <= 0).sum()),
+        "unreconciled_count": sum(
+            abs(counts.get(name, 0) - found[name])
+            for name in ("users", "targets", "train_targets", "eval_targets", "history_events")
+        ),
+        "train_label_rate": _share(total["train_positives"], total["train_targets"]),
+        "eval_label_rate": _share(total["eval_positives"], total["eval_targets"]),
+        "truncated_user_share": _share(counts.get("truncated_users", 0), len(user_id)),
+        **{f"history_length_p{q}": float(np.percentile(length, q)) if len(length) else 0.0 for q in (50, 90, 99)},
+    }
+
+
+_SUMMED = (
+    "train_targets",
+    "eval_targets",
+    "train_positives",
+    "eval_positives",
+    "history_events",
+    "unequal_length_count",
+    "history_disorder_count",
+    "target_disorder_count",
+    "history_end_out_of_range_count",
+    "leak_count",
+    "item_index_out_of_range_count",
+    "label_not_binary_count",
+    "watch_bucket_out_of_range_count",
+    "target_outside_window_count",
+)
+
+
+def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the history lengths and the summable metrics of one bucket of users."""
+    lists = {name: part[name].combine_chunks() for name in (*HISTORY_LISTS, *TARGET_LISTS)}
+    length = {name: _numpy(pc.list_value_length(column)) for name, column in lists.items()}
+    value = {name: _numpy(pc.list_flatten(column)) for name, column in lists.items()}
+    unequal = np.zeros(part.num_rows, dtype=bool)
+    for names in (HISTORY_LISTS, TARGET_LISTS):
+        for name in names[1:]:
+            unequal |= length[name] != length[names[0]]
+
+    time_ms, history_length = value["history_time_ms"], length["history_time_ms"]
+    start = np.concatenate([[0], np.cumsum(history_length)])[:-1]  # of each user's history, in `time_ms`
+    target_time_ms, end = value["target_time_ms"], value["target_history_end"]
+    day = target_time_ms // MS_PER_DAY
+    last_day = day_number(dt)
+    is_eval = day == last_day
+    metrics = {
+        "history_events": len(time_ms),
+        "train_targets": int((~is_eval).sum()),
+        "eval_targets": int(is_eval.sum()),
+        "unequal_length_count": int(unequal.sum()),
+        "history_disorder_count": _disorder(time_ms, history_length),
+        "target_disorder_count": _disorder(target_time_ms, length["target_time_ms"]),
+        "item_index_out_of_range_count": sum(
+            int(((value[name] < 0) | (value[name] >= items)).sum()) for name in ("history_item_index", "target_item_index")
+        ),
+        "label_not_binary_count": int(((value["target_label"] != 0) & (value["target_label"] != 1)).sum()),
+        "watch_bucket_out_of_range_count": int(
+            ((value["history_watch_bucket"] < 0) | (value["history_watch_bucket"] >= WATCH_BUCKETS)).sum()
+        ),
+        "target_outside_window_count": int(((day > last_day) | (day <= last_day - target_days)).sum()),
+    }
+    if unequal.any():  # the lists of a user do not line up: what joins them has no meaning
+        return history_length, {**metrics, "train_positives": 0, "eval_positives": 0}
+    user = np.repeat(np.arange(part.num_rows), length["target_time_ms"])
+    in_range = (end >= 0) & (end <= history_length[user])
+    visible = in_range & (end > 0)
+    # Every visible event counts, not the last alone: the running maximum holds even where a history is unsorted.
+    latest_ms = _running_max(time_ms, history_length)
+    leaks = latest_ms[(start[user] + end - 1)[visible]] >= target_time_ms[visible]
+    return history_length, {
+        **metrics,
+        "train_positives": int((value["target_label"][~is_eval] == 1).sum()),
+        "eval_positives": int((value["target_label"][is_eval] == 1).sum()),
+        "history_end_out_of_range_count": int((~in_range).sum()),
+        "leak_count": int(leaks.sum()),
+    }
+
+
+def window_rows(days: Sequence[str], inputs: Mapping[str, str], current: Mapping[str, str]) -> list[Row]:
+    """Return one row a day of the window: was it read, and is what was read still the current data?
+
+    Args:
+        days: the days of the window.
+        inputs: day -> data digest of the events that the sequences were made from.
+        current: day -> data digest of the events that are published now.
+    """
+    return [
+        {
+            "dt": day,
+            "missing_count": int(day not in inputs or day not in current),
+            "stale_count": int(day in inputs and day in current and inputs[day] != current[day]),
+        }
+        for day in days
+    ]
+
+
+def training_input_row(sequences_stats: Row, unseen_eval_targets: int, mixed: bool) -> Row:
+    """Return the metrics of a published partition that a training is about to read.
+
+    Args:
+        sequences_stats: the partition's `sequences_row`.
+        unseen_eval_targets: evaluation targets whose item no training day showed.
+        mixed: `items` and `sequences` come from different attempts.
+    """
+    row = {name: sequences_stats[name] for name in ("dt", "users", "items", "train_targets", "eval_targets")}
+    rates = {name: float(sequences_stats[name]) for name in ("train_label_rate", "eval_label_rate")}
+    return {
+        **row,
+        **rates,
+        "mixed_attempts_count": int(mixed),
+        "label_rate_difference": abs(rates["train_label_rate"] - rates["eval_label_rate"]),
+        "unseen_eval_item_share": _share(unseen_eval_targets, int(sequences_stats["eval_targets"])),
+    }
+
+
+def unseen_eval_targets(dt: str, part: pa.Table, train_occurrences: np.ndarray) -> int:
+    """Return how many evaluation targets of a bucket show an item that no training day showed."""
+    index = _numpy(pc.list_flatten(part["target_item_index"]))
+    is_eval = _numpy(pc.list_flatten(part["target_time_ms"])) // MS_PER_DAY == day_number(dt)
+    return int((train_occurrences[index[is_eval]] == 0).sum())
+
+
+def _numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _disorder(value: np.ndarray, lengths: np.ndarray) -> int:
+    """Count the elements that are smaller than the one before them in the same list."""
+    falls = np.diff(value) < 0
+    first = np.cumsum(lengths)[:-1]  # positions where a new list starts; empty lists repeat one or point past the end
+    falls[first[(first > 0) & (first < len(value))] - 1] = False
+    return int(falls.sum())
+
+
+def _running_max(value: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the maximum so far within each list."""
+    if len(value) == 0:
+        return value
+    # Lists are lifted above each other, so that one running maximum over all of them never looks back into another.
+    lift = np.repeat(np.arange(len(lengths)), lengths) * (int(value.max()) - int(value.min()) + 1)
+    return np.maximum.accumulate(value + lift) - lift
