@@ -68,7 +68,7 @@ class TrainConfig:
 
     Attributes:
         models: name -> model; the first is the one that is registered.
-        users_per_step: users in the batch of one worker's step.
+        users_per_step: users in the batch of one step, all workers together: more workers do not change the batch.
         targets_per_user: targets of a user drawn each time he is visited.
         epochs: passes over the users, at most.
         patience: epochs without a better validation log loss before the early stop.
@@ -86,7 +86,7 @@ class TrainConfig:
     epochs: int = 6
     patience: int = 2
     validation_share: float = 0.05
-    warmup_steps: int = 40
+    warmup_steps: int = 100
     revive_every_steps: int = 50
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2

@@ -72,9 +72,9 @@ def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Work
     """
     torch.manual_seed(config.seed)
     model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if worker.world > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
-    batches = UserBatches(data.sequences, data.vocabulary, data.features, worker.rank, worker.world, config.users_per_step, config.seed)
+    batches = UserBatches(data.sequences, data.vocabulary, data.features, worker.rank, worker.world, max(1, config.users_per_step // worker.world), config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
     if resume is not None:
@@ -109,9 +109,11 @@ def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Work
             raise FloatingPointError(f"the training loss of {name} is not finite in epoch {epoch}")
         seconds = time.perf_counter() - started
         validation = _validation_logloss(model, batches, data.split.validation, worker)
-        if validation < best_logloss - 1e-5:
+        # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
+        ready = model.quantizer is None or bool(model.quantizer.started)
+        if ready and validation < best_logloss - 1e-5:
             best_state, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
-        finished = epoch + 1 == config.epochs or epoch - best_epoch >= config.patience
+        finished = epoch + 1 == config.epochs or (best_epoch >= 0 and epoch - best_epoch >= config.patience)
         metrics = {"train_loss": train_loss, "validation_logloss": validation, "samples_per_s": samples * worker.world / seconds,
                    "data_wait_share": waited / seconds, "epoch_seconds": seconds}
         if model.quantizer is not None:
@@ -122,6 +124,8 @@ def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Work
             break
     if result is None:
         result = EpochResult(**resume)
+    if best_epoch < 0:
+        raise FloatingPointError(f"{name} has no epoch after the {config.warmup_steps} warm-up steps of its codebooks: train longer or warm up less")
     model.load_state_dict(best_state)
     return model.eval(), result
 

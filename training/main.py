@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +30,9 @@ from training.scoring import request_of
 from training.vocabulary import Vocabulary
 
 
+PROGRESS_FILE = "progress.log"
+
+
 def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
@@ -41,7 +47,7 @@ def main() -> None:
     run_dir = Path(args.runs).absolute() / args.attempt
     run_dir.mkdir(parents=True, exist_ok=True)
     job = {"warehouse": args.warehouse, "dataset": args.dataset, "dt": args.dt, "attempt": args.attempt, "run_dir": str(run_dir),
-           "config_name": args.config, "models": args.models, "seed": args.seed, "mlflow_run_id": _start_tracking(args, config)}
+           "config_name": args.config, "ray": args.workers > 0, "models": args.models, "seed": args.seed, "mlflow_run_id": _start_tracking(args, config)}
     _check_input(args)
     if args.workers == 0:
         summaries = train_all(job, Worker(), on_report=None, resume=None)
@@ -65,8 +71,9 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
     """
     config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
     data, items = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
+    say = _progress(job)
     if worker.rank == 0:
-        log(f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
+        say(f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
             f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}")
     metrics_log = _MetricsLog(job) if worker.rank == 0 else None
     summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
@@ -79,7 +86,7 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         def on_epoch(result: EpochResult, name: str = name) -> None:
             if metrics_log is not None:
                 figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-                log(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
+                say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
                 metrics_log.add({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
             if on_report is not None:
                 on_report(result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)})
@@ -100,6 +107,19 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
     return summaries
 
 
+def _progress(job: dict) -> Callable[[str], None]:
+    """Return what prints a line here, and keeps it for whoever follows the run (shared storage, any node)."""
+
+    def say(message: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {message}"
+        with (Path(job["run_dir"]) / PROGRESS_FILE).open("a") as stream:
+            stream.write(line + "\n")
+        if not job["ray"]:
+            print(line, flush=True)
+
+    return say
+
+
 def load_training_data(warehouse: str, dataset: str, dt: str, config: TrainConfig):
     """Read a published partition; return (TrainingData, items table)."""
     store = TableStore(warehouse, dataset)
@@ -118,10 +138,10 @@ def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
 
     gpus = torch.cuda.is_available()
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True)
+        ray.init(log_to_driver=False)
     else:
         # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
-        ray.init(num_cpus=workers + 2, include_dashboard=None, log_to_driver=True, namespace=job["attempt"], object_store_memory=256 << 20)
+        ray.init(num_cpus=workers + 2, include_dashboard=False, log_to_driver=False, namespace=job["attempt"], object_store_memory=256 << 20)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config=job,
@@ -134,12 +154,33 @@ def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+    # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
+    following = threading.Event()
+    follower = threading.Thread(target=_follow, args=(Path(job["run_dir"]) / PROGRESS_FILE, following), daemon=True)
+    follower.start()
     try:
         trainer.fit()
     finally:
+        following.set()
+        follower.join()
         ray.shutdown()
     done = Path(job["run_dir"]) / "models" / "summaries.json"
     return json.loads(done.read_text())
+
+
+def _follow(path: Path, finished: threading.Event) -> None:
+    """Print lines that are added to a file until `finished` is set and the file is read to its end."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        last = finished.wait(0.5)
+        if path.exists():
+            with path.open() as stream:
+                stream.seek(position)
+                sys.stdout.write(stream.read())
+                sys.stdout.flush()
+                position = stream.tell()
+        if last:
+            return
 
 
 def _ray_worker(job: dict) -> None:

@@ -83,8 +83,8 @@ class Audit:
                 self._check_files(quarantine)
             rows.append(
                 stats.events_row(
-                    day, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
-                    self.definition.label_bit, len(self.definition.feedback_fields), limits.min_trailing_days)
+                    day, day == self.dt, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
+                    self.definition.label_bit, len(self.definition.feedback_fields), limits.min_trailing_days, limits.min_hour_rows)
             )  # fmt: skip
             if day == self.dt:
                 step = -(-max(table.num_rows, 1) // limits.frame_max_rows)

@@ -26,6 +26,7 @@ TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_t
 
 def events_row(
     dt: str,
+    is_partition_day: bool,
     events: pa.Table,
     counts: Mapping[str, int],
     quarantine_rows: int,
@@ -33,42 +34,52 @@ def events_row(
     label_bit: int,
     feedback_bits: int,
     min_trailing_days: int,
+    min_hour_rows: int,
 ) -> Row:
-    """Return the metrics of one day of events.
+    """Return the metrics of one day of events; what an empty day cannot have is not a number.
 
     Args:
+        is_partition_day: the day is the partition itself, not a day of its lookback.
         events: the day, with the columns user_id, item_id, event_time_ms and feedback.
         counts: the reconciliation figures of its manifest.
         quarantine_rows: rows of the day's quarantine table.
-        trailing_rows: row counts of the days before it that are known.
+        trailing_rows: row counts of the known days before it.
         label_bit: bit of `feedback` that is the label.
         feedback_bits: bits of `feedback` that are in use.
         min_trailing_days: below as many trailing days `rows_to_trailing_median` is not a number.
+        min_hour_rows: rows that an hour needs to count for the worst hour.
     """
     rows = events.num_rows
     user, time_ms, feedback = (_numpy(events[name]) for name in ("user_id", "event_time_ms", "feedback"))
     rows_read, duplicates = counts.get("rows_read", 0), counts.get("duplicates", 0)
     quarantined = counts.get("quarantined", 0)
-    distinct_keys = events.group_by(["user_id", "item_id", "event_time_ms"]).aggregate([]).num_rows
+    keys = events.group_by(["user_id", "item_id", "event_time_ms"]).aggregate([])
+    hour_rows = np.unique(time_ms // MS_PER_HOUR, return_counts=True)[1]
+    hour_keys = np.unique(_numpy(keys["event_time_ms"]) // MS_PER_HOUR, return_counts=True)[1]  # of the same hours
+    hour_repeated = (1 - hour_keys / hour_rows)[hour_rows >= min_hour_rows]
     rows_by_user = np.unique(user, return_counts=True)[1]
-    median = float(np.median(trailing_rows)) if len(trailing_rows) >= min_trailing_days else 0.0
+    filled = [count for count in trailing_rows if count > 0]
+    median = float(np.median(filled)) if len(filled) >= min_trailing_days else NAN
     return {
         "dt": dt,
         "rows": rows,
         "rows_read": rows_read,
+        "lost_day_count": int(rows == 0 and (is_partition_day or rows_read > 0)),
+        "gap_count": int(rows == 0 and len(filled) > 0),
         "unreconciled_count": abs(rows_read - rows - duplicates - quarantined),
         "manifest_rows_difference_count": abs(counts.get("events", 0) - rows),
         "quarantine_rows_difference_count": abs(quarantine_rows - quarantined),
         "duplicate_share": _share(duplicates, rows_read),
         "quarantine_share": _share(quarantined, rows_read),
-        "repeated_key_share": _share(rows - distinct_keys, rows),
-        "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows),
+        "repeated_key_share": _share(rows - keys.num_rows, rows),
+        "worst_hour_repeated_key_share": float(hour_repeated.max(initial=0)),
+        "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows) if rows else NAN,
         "outside_day_count": int((time_ms // MS_PER_DAY != day_number(dt)).sum()),
         "feedback_out_of_range_count": int(((feedback < 0) | (feedback >= 1 << feedback_bits)).sum()),
-        "hours_covered": len(np.unique(time_ms // MS_PER_HOUR)),
-        "users": len(rows_by_user),
+        "hours_covered": len(hour_rows) if rows else NAN,
+        "users": len(rows_by_user) if rows else NAN,
         "largest_user_share": _share(int(rows_by_user.max(initial=0)), rows),
-        "rows_to_trailing_median": rows / median if median > 0 else NAN,
+        "rows_to_trailing_median": rows / median if rows else NAN,
     }
 
 

@@ -24,6 +24,7 @@ _PANDAS_TYPES = {"int64": "int64", "int16": "int16", "bool": "bool"}
 
 def events_days(limits: EventThresholds) -> list[Expectation]:
     """Expect this of the stats table of events: one row a staged day."""
+    arrived = "check that the raw logs of the day have arrived"
     raw = "look at the raw files of the day and at the reasons in table quarantine; then rebuild with a new attempt"
     return [
         *_zero_or_stop("unreconciled_count", "Raw rows read = events + duplicates + quarantined.", _REBUILD),
@@ -31,16 +32,19 @@ def events_days(limits: EventThresholds) -> list[Expectation]:
         *_zero_or_stop("quarantine_rows_difference_count", "Every quarantined row is in table quarantine.", _REBUILD),
         *_zero_or_stop("outside_day_count", "Every event is of its partition's UTC day.", _REBUILD),
         *_zero_or_stop("feedback_out_of_range_count", "No feedback bit is set that the data set does not define.", _REBUILD),
-        *_stop("rows", "A day has events.", "check that the raw logs of the day have arrived", low=1),
-        *_stop("label_rate", "The label is neither always 0 nor always 1.", raw, low=0, high=1, strict=True),
+        *_zero_or_stop("lost_day_count", "The partition's day has events, and so has every day with raw rows.", arrived),
+        _band("gap_count", WARNING, "No lookback day is empty after days with events.", arrived, low=0, high=0),
+        _band("rows", INFO, "Recorded: lookback days that the raw logs do not cover.", arrived, low=1),
+        _band("label_rate", CRITICAL, "The label is neither always 0 nor always 1.", raw, low=0, high=1, strict=True),
         _band("label_rate", WARNING, "The label rate is plausible.", raw, limits.min_label_rate, limits.max_label_rate),
         _band("quarantine_share", WARNING, "Few raw rows are refused.", raw, high=limits.max_quarantine_share_warning),
         *_stop("quarantine_share", "Most raw rows are usable.", raw, high=limits.max_quarantine_share_critical),
         _band("duplicate_share", WARNING, "Few raw rows are duplicates.", raw, high=limits.max_duplicate_share),
-        _band("repeated_key_share", WARNING, "(user, item, time) is unique.", raw,
-              high=limits.max_repeated_key_share_warning),
-        *_stop("repeated_key_share", "No part of the day is in the table twice, such as an hour delivered again.", raw,
-               high=limits.max_repeated_key_share_critical),
+        _band("repeated_key_share", WARNING, "(user, item, time) is nearly unique.", raw, high=limits.max_repeated_key_share),
+        _band("worst_hour_repeated_key_share", WARNING, "(user, item, time) is nearly unique in each hour.", raw,
+              high=limits.max_hour_repeated_key_share_warning),
+        *_stop("worst_hour_repeated_key_share", "No hour was delivered twice.", raw,
+               high=limits.max_hour_repeated_key_share_critical),
         _band("hours_covered", WARNING, "Most hours of the day have events.", raw, low=limits.min_hours_covered),
         _band("largest_user_share", WARNING, "No user dominates the day.", raw, high=limits.max_user_share),
         _band("users", WARNING, "More than one user was active.", raw, low=limits.min_users),
@@ -56,7 +60,8 @@ def events_frame(limits: EventThresholds) -> list[Expectation]:
     meta = {"remedy": _REBUILD}
     return [
         gxe.ExpectTableColumnsToMatchOrderedList(
-            column_list=EVENTS.names, severity=_severity(CRITICAL), notes="The contract's columns.", meta=meta),
+            column_list=EVENTS.names, severity=_severity(CRITICAL), meta=meta, notes="The contract's columns.",
+            description=f"{CRITICAL}: the contract's columns, in its order."),
         *[gxe.ExpectColumnValuesToBeOfType(column=field.name, type_=_PANDAS_TYPES[str(field.type)], severity=_severity(CRITICAL),
                                            notes="The contract's type.", meta=meta) for field in EVENTS],
         *[gxe.ExpectColumnValuesToNotBeNull(column=name, severity=_severity(CRITICAL), notes="No column of events has nulls.",
@@ -69,7 +74,7 @@ def events_frame(limits: EventThresholds) -> list[Expectation]:
         _band("tab", CRITICAL, "-1 is the unknown tab.", _REBUILD, low=-1),
         gxe.ExpectCompoundColumnsToBeUnique(
             column_list=["user_id", "item_id", "event_time_ms"], severity=_severity(WARNING),
-            mostly=1 - limits.max_repeated_key_share_critical, notes="(user, item, time) is an event's key.",
+            mostly=1 - 2 * limits.max_repeated_key_share, notes="(user, item, time) is nearly unique; both rows of a pair count.",
             meta={"remedy": "look for raw files that hold the same hour"}),
     ]  # fmt: skip
 
@@ -145,7 +150,11 @@ def _band(
 ) -> Expectation:
     import great_expectations.expectations as gxe
 
+    # Words, not signs: Data Docs pages would read "<" as the start of a tag.
+    signs = ("above", "below") if strict else ("at least", "at most")
+    bounds = [f"{sign} {bound:g}" for sign, bound in zip(signs, (low, high), strict=True) if bound is not None]
     return gxe.ExpectColumnValuesToBeBetween(
+        description=f"{severity}: {metric} is {' and '.join(bounds)}. {notes}",
         column=metric, min_value=low, max_value=high, strict_min=strict, strict_max=strict,
         severity=_severity(severity), notes=notes, meta={"remedy": remedy})  # fmt: skip
 
@@ -157,7 +166,8 @@ def _stop(
     import great_expectations.expectations as gxe
 
     known = gxe.ExpectColumnValuesToNotBeNull(
-        column=metric, severity=_severity(CRITICAL), notes="The metric is known.", meta={"remedy": remedy})  # fmt: skip
+        column=metric, severity=_severity(CRITICAL), notes="The metric is known.", meta={"remedy": remedy},
+        description=f"{CRITICAL}: {metric} is known.")  # fmt: skip
     return [known, _band(metric, CRITICAL, notes, remedy, low, high, strict)]
 
 

@@ -13,8 +13,11 @@ class EventThresholds:
         min_label_rate, max_label_rate: outside it a warning; exactly 0 or 1 is critical.
         max_quarantine_share_warning, max_quarantine_share_critical: of the raw rows read for the day.
         max_duplicate_share: raw rows dropped as duplicates; a warning, because the published rows are clean.
-        max_repeated_key_share_warning, max_repeated_key_share_critical: rows of the published table whose
-            (user, item, time) occurred before. A twice delivered hour is about 1/24 of a day.
+        max_repeated_key_share: rows of the published table whose (user, item, time) occurred before, with other feedback
+            or watch time: exact duplicates never get into the table. The simulator plants 3 %.
+        max_hour_repeated_key_share_warning, max_hour_repeated_key_share_critical: the same share of the worst UTC hour.
+            An hour that was delivered twice has a share of 0.5 there, whatever its share of the day.
+        min_hour_rows: an hour with fewer rows is not considered the worst.
         min_hours_covered: UTC hours of the day with at least one event.
         max_user_share: rows of the most active user.
         min_users: distinct users.
@@ -30,8 +33,10 @@ class EventThresholds:
     max_quarantine_share_warning: float = 0.01
     max_quarantine_share_critical: float = 0.2
     max_duplicate_share: float = 0.02
-    max_repeated_key_share_warning: float = 0.0
-    max_repeated_key_share_critical: float = 0.01
+    max_repeated_key_share: float = 0.06
+    max_hour_repeated_key_share_warning: float = 0.15
+    max_hour_repeated_key_share_critical: float = 0.3
+    min_hour_rows: int = 30
     min_hours_covered: int = 12
     max_user_share: float = 0.4
     min_users: int = 2

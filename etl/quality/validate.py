@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SITE = "partitions"
-MAX_OBSERVED = 10  # observed values that are kept of a failed expectation
+MAX_OBSERVED = 20  # observed values that are kept of an expectation
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,17 @@ def _outcome(check: Check, item: Any, page: str) -> Outcome:
 
 
 def _by_day(frame: pd.DataFrame, column: str, only: list[Any] | None) -> dict[str, float | None]:
-    """Return day -> value, all days or those whose value is among `only`."""
-    known = frame[column].notna()
-    values = {dt: float(value) if ok else None for dt, value, ok in zip(frame["dt"], frame[column], known, strict=True)}
+    """Return day -> value, all days or those whose value is among `only`; None is not known."""
+    values = dict(zip(frame["dt"], map(_known, frame[column]), strict=True))
     if only is not None:
-        wanted = {float(value) for value in only if value is not None}
-        values = {dt: value for dt, value in values.items() if value is None or value in wanted}
-    return dict(list(values.items())[:MAX_OBSERVED])
+        wanted = {_known(value) for value in only}
+        values = {dt: value for dt, value in values.items() if value in wanted}
+    shown = dict(list(values.items())[:MAX_OBSERVED])
+    return {**shown, "further days": len(values) - len(shown)} if len(shown) < len(values) else shown
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _exception(info: dict[str, Any]) -> str | None:
