@@ -65,7 +65,7 @@ class RawLocation:
 
         self.fs, self.root = pafs.FileSystem.from_uri(uri if "://" in uri else os.path.abspath(uri))
 
-    def list(self, globs: tuple[str, ...], definition: DatasetDefinition) -> list[RawFile]:
+    def matching(self, globs: tuple[str, ...], definition: DatasetDefinition) -> list[RawFile]:
         """Return the files that match, in name order.
 
         Raises:
@@ -87,7 +87,7 @@ class RawLocation:
         Raises:
             StageError: there is none, or real and simulated rows would be mixed.
         """
-        files = self.list(definition.log_globs, definition)
+        files = self.matching(definition.log_globs, definition)
         simulated = self.fs.get_file_info(f"{self.root}/{SIMULATED_MARKER}").type == pafs.FileType.File
         if simulated != definition.simulated:
             kind, wanted = ("simulated", f"{definition.name}_simulated") if simulated else ("not simulated", definition.name.removesuffix("_simulated"))
@@ -286,7 +286,7 @@ def read_feature_csv(location: RawLocation, glob: str, definition: DatasetDefini
     Raises:
         StageError: the file cannot be read as CSV.
     """
-    files = location.list((glob,), definition)
+    files = location.matching((glob,), definition)
     if not files:
         return None
     tables = []

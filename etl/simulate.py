@@ -136,8 +136,8 @@ def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.nda
 
 
 def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    lengths = np.exp(rng.normal(LN_MEAN_HISTORY, LN_SD_HISTORY, simulation.users)) * simulation.length_scale
-    lengths = lengths.astype(np.int64).clip(5)
+    wished = np.exp(rng.normal(LN_MEAN_HISTORY, LN_SD_HISTORY, simulation.users)) * simulation.length_scale
+    lengths = wished.astype(np.int64).clip(5)
     total = int(lengths.sum())
     user = np.repeat(np.arange(simulation.users), lengths)
     # Pages: the exposures of one page share one time_ms.

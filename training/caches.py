@@ -28,15 +28,26 @@ def main() -> None:
     run_dir = Path(args.runs).absolute() / args.attempt
     registration_file = run_dir / "registration.json"
     if not registration_file.exists():
-        raise StageError(f"{registration_file} is missing", "run evaluation.register and evaluation.promote for this attempt first")
+        raise StageError(
+            f"{registration_file} is missing", "run evaluation.register and evaluation.promote for this attempt first"
+        )
     registration = json.loads(registration_file.read_text())
     if "champion" not in registration["aliases"]:
-        log(f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches stay as they are")
+        log(
+            f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches stay as they are"
+        )
         return
     training = json.loads((run_dir / "training.json").read_text())
-    manifest = build_user_caches(store, args.dt, args.attempt, Path(training["models"][training["primary"]]["package"]),
-                                 f"{registration['model_name']}/{registration['version']}")
-    log(f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version {registration['version']}")
+    manifest = build_user_caches(
+        store,
+        args.dt,
+        args.attempt,
+        Path(training["models"][training["primary"]]["package"]),
+        f"{registration['model_name']}/{registration['version']}",
+    )
+    log(
+        f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version {registration['version']}"
+    )
 
 
 @torch.no_grad()
@@ -55,17 +66,42 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
         ids, counts, means = [], [], []
         for start in range(0, sequences.users, USERS_PER_CHUNK):
             users = np.arange(start, min(start + USERS_PER_CHUNK, sequences.users))
-            batch = make_batch(_whole_history(sequences), features, vocabulary.user_rows(sequences.user_fields), users, [np.array([user]) for user in users])
+            batch = make_batch(
+                _whole_history(sequences),
+                features,
+                vocabulary.user_rows(sequences.user_fields),
+                users,
+                [np.array([user]) for user in users],
+            )
             for user, cache in zip(users, model.user_caches(batch.to("cpu"), reference_time_ms), strict=True):
                 ids.append(int(sequences.user_id[user]))
                 counts.append(cache.log_count_HMC.flatten().numpy())
                 means.append(cache.mean_HMCd.flatten().numpy().astype(np.float16))
-        rows = pa.table({"user_id": pa.array(ids, pa.int64()), "reference_time_ms": pa.array([reference_time_ms] * len(ids), pa.int64()),
-                         "log_counts": pa.array(counts, pa.list_(pa.float32())), "value_means": pa.array(means, pa.list_(pa.float16()))}, schema=USER_CACHES)
+        rows = pa.table(
+            {
+                "user_id": pa.array(ids, pa.int64()),
+                "reference_time_ms": pa.array([reference_time_ms] * len(ids), pa.int64()),
+                "log_counts": pa.array(counts, pa.list_(pa.float32())),
+                "value_means": pa.array(means, pa.list_(pa.float16())),
+            },
+            schema=USER_CACHES,
+        )
         files.append(store.write_file(attempt, "user_caches", dt, bucket, rows))
     inputs = {store.input_name(m): m.data_digest for m in (sequences_manifest, items_manifest)}
-    store.write_staged_manifest(Manifest(store.dataset, "user_caches", dt, attempt, schema_fingerprint(USER_CACHES), code_version(), tuple(files),
-                                         counts={"users": sum(f.rows for f in files)}, inputs=inputs, settings={"model_version": model_version}))
+    store.write_staged_manifest(
+        Manifest(
+            store.dataset,
+            "user_caches",
+            dt,
+            attempt,
+            schema_fingerprint(USER_CACHES),
+            code_version(),
+            tuple(files),
+            counts={"users": sum(f.rows for f in files)},
+            inputs=inputs,
+            settings={"model_version": model_version},
+        )
+    )
     return store.publish(attempt, "user_caches", dt)
 
 
@@ -76,7 +112,15 @@ def _whole_history(sequences: Sequences) -> Sequences:
     lengths = np.diff(sequences.history_start)
     users = sequences.users
     zeros = np.zeros(users, np.int64)
-    return replace(sequences, target_start=np.arange(users + 1), target_item=zeros, target_time_ms=zeros, target_label=zeros, target_tab=zeros, target_end=lengths)
+    return replace(
+        sequences,
+        target_start=np.arange(users + 1),
+        target_item=zeros,
+        target_time_ms=zeros,
+        target_label=zeros,
+        target_tab=zeros,
+        target_end=lengths,
+    )
 
 
 if __name__ == "__main__":

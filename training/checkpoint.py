@@ -1,6 +1,6 @@
 """A model package: all that scoring needs, in one folder, without pickle.
 
-    config.json  model.safetensors  vocabulary.json  known_items.parquet  example_request.json
+config.json  model.safetensors  vocabulary.json  known_items.parquet  example_request.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,9 @@ from training.vocabulary import Vocabulary
 def save_package(folder: Path, model: Ranker, vocabulary: Vocabulary, example_request: dict) -> None:
     """Write a package; an older one in the same folder is replaced file by file."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1))
     (folder / "example_request.json").write_text(json.dumps(example_request))
     vocabulary.save(folder)
@@ -33,9 +36,13 @@ def load_package(folder: Path) -> tuple[Ranker, Vocabulary]:
         StageError: the folder holds none.
     """
     if not (folder / "model.safetensors").exists():
-        raise StageError(f"{folder} holds no model package (model.safetensors is missing)", "train the model first, or give the package's folder")
+        raise StageError(
+            f"{folder} holds no model package (model.safetensors is missing)",
+            "train the model first, or give the package's folder",
+        )
     raw = json.loads((folder / "config.json").read_text())
-    config = ModelConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    config = ModelConfig(**settings)
     vocabulary = Vocabulary.load(folder)
     model = Ranker(FieldSizes.of(vocabulary), config)
     model.load_state_dict(load_file(folder / "model.safetensors"))

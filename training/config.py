@@ -109,5 +109,7 @@ def load_config(name: str) -> TrainConfig:
     except ModuleNotFoundError as error:
         if error.name != f"training.configs.{name}":
             raise
-        raise StageError(f"unknown training configuration {name!r}", "use the name of a file in training/configs/") from None
+        raise StageError(
+            f"unknown training configuration {name!r}", "use the name of a file in training/configs/"
+        ) from None
     return module.config()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from etl.partitions import MS_PER_DAY, day_number
 from etl.schemas import WATCH_BUCKETS
-from training.vocabulary import ItemFeatures, Vocabulary
+from training.vocabulary import Array, ItemFeatures, Vocabulary
 
 FEEDBACK_BITS = 8
 INTERACTIONS = (1 << FEEDBACK_BITS) * WATCH_BUCKETS  # every (feedback, watch bucket) pair
@@ -95,16 +95,16 @@ class Batch:
     """
 
     items: ItemFeatures
-    event_item: np.ndarray
-    event_interaction: np.ndarray
-    event_time_ms: np.ndarray
+    event_item: Array
+    event_interaction: Array
+    event_time_ms: Array
     event_start: list[int]
-    target_item: np.ndarray
-    target_time_ms: np.ndarray
-    target_tab: np.ndarray
-    target_end: np.ndarray
-    target_label: np.ndarray
-    user_rows: np.ndarray
+    target_item: Array
+    target_time_ms: Array
+    target_tab: Array
+    target_end: Array
+    target_label: Array
+    user_rows: Array
     target_start: list[int]
 
     def to(self, device: str) -> Batch:
@@ -112,20 +112,29 @@ class Batch:
         import torch
 
         def move(value):
-            return torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
+            return (
+                torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True)
+                if isinstance(value, np.ndarray)
+                else value
+            )
 
         items = ItemFeatures(*(move(getattr(self.items, name)) for name in self.items.__dataclass_fields__))
         rest = {name: move(getattr(self, name)) for name in self.__dataclass_fields__ if name != "items"}
         return Batch(items=items, **rest)
 
 
-def make_batch(sequences: Sequences, features: ItemFeatures, user_rows: np.ndarray, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
+def make_batch(
+    sequences: Sequences, features: ItemFeatures, user_rows: np.ndarray, users: np.ndarray, targets: list[np.ndarray]
+) -> Batch:
     """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user).
 
     A history is cut at the last event that one of the chosen targets may see.
     """
     ends = [int(sequences.target_end[chosen].max(initial=0)) for chosen in targets]
-    spans = [np.arange(sequences.history_start[user], sequences.history_start[user] + end) for user, end in zip(users, ends, strict=True)]
+    spans = [
+        np.arange(sequences.history_start[user], sequences.history_start[user] + end)
+        for user, end in zip(users, ends, strict=True)
+    ]
     events = np.concatenate(spans) if spans else np.zeros(0, np.int64)
     chosen = np.concatenate(targets)
     history_items = sequences.history_item[events]
@@ -167,7 +176,16 @@ def split_targets(sequences: Sequences, dt: str, validation_share: float, seed: 
 class UserBatches:
     """Batches of one worker: its share of the users, a fresh order and fresh target draws each epoch, seeded."""
 
-    def __init__(self, sequences: Sequences, vocabulary: Vocabulary, features: ItemFeatures, rank: int, world: int, users_per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        sequences: Sequences,
+        vocabulary: Vocabulary,
+        features: ItemFeatures,
+        rank: int,
+        world: int,
+        users_per_step: int,
+        seed: int,
+    ) -> None:
         self.sequences, self.features = sequences, features
         self.user_rows = vocabulary.user_rows(sequences.user_fields)
         self.rank, self.world, self.users_per_step, self.seed = rank, world, users_per_step, seed

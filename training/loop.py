@@ -58,8 +58,15 @@ class EpochResult:
     finished: bool
 
 
-def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Worker, on_epoch: Callable[[EpochResult], None],
-                on_step: Callable[[int, dict[str, float]], None] | None = None, resume: dict | None = None) -> tuple[Ranker, EpochResult]:
+def train_model(
+    name: str,
+    data: TrainingData,
+    config: TrainConfig,
+    worker: Worker,
+    on_epoch: Callable[[EpochResult], None],
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    resume: dict | None = None,
+) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
 
     Args:
@@ -74,7 +81,15 @@ def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Work
     model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
     parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
-    batches = UserBatches(data.sequences, data.vocabulary, data.features, worker.rank, worker.world, max(1, config.users_per_step // worker.world), config.seed)
+    batches = UserBatches(
+        data.sequences,
+        data.vocabulary,
+        data.features,
+        worker.rank,
+        worker.world,
+        max(1, config.users_per_step // worker.world),
+        config.seed,
+    )
     generator = torch.Generator().manual_seed(config.seed)
     best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
     if resume is not None:
@@ -114,18 +129,28 @@ def train_model(name: str, data: TrainingData, config: TrainConfig, worker: Work
         if ready and validation < best_logloss - 1e-5:
             best_state, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
         finished = epoch + 1 == config.epochs or (best_epoch >= 0 and epoch - best_epoch >= config.patience)
-        metrics = {"train_loss": train_loss, "validation_logloss": validation, "samples_per_s": samples * worker.world / seconds,
-                   "data_wait_share": waited / seconds, "epoch_seconds": seconds}
+        metrics = {
+            "train_loss": train_loss,
+            "validation_logloss": validation,
+            "samples_per_s": samples * worker.world / seconds,
+            "data_wait_share": waited / seconds,
+            "epoch_seconds": seconds,
+        }
         if model.quantizer is not None:
             metrics["perplexity_share"] = float(model.quantizer.perplexity_share().mean())
-        result = EpochResult(epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished)
+        result = EpochResult(
+            epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished
+        )
         on_epoch(result)
         if finished:
             break
     if result is None:
+        assert resume is not None, "a run without epochs can only be a resumed one"
         result = EpochResult(**resume)
     if best_epoch < 0:
-        raise FloatingPointError(f"{name} has no epoch after the {config.warmup_steps} warm-up steps of its codebooks: train longer or warm up less")
+        raise FloatingPointError(
+            f"{name} has no epoch after the {config.warmup_steps} warm-up steps of its codebooks: train longer or warm up less"
+        )
     model.load_state_dict(best_state)
     return model.eval(), result
 
@@ -134,11 +159,16 @@ def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
     """Decay on embedding tables only: ids overfit, codebooks and norms must not shrink."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     known = {id(p) for p in tables}
-    return [{"params": tables, "weight_decay": config.weight_decay}, {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}]
+    return [
+        {"params": tables, "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()
-def _tend_codebooks(model: Ranker, batch, step: int, config: TrainConfig, worker: Worker, generator: torch.Generator) -> None:
+def _tend_codebooks(
+    model: Ranker, batch, step: int, config: TrainConfig, worker: Worker, generator: torch.Generator
+) -> None:
     """Start codebooks after warm-up, revive dead codes; rank 0 decides, all workers hold bit-identical codebooks."""
     quantizer = model.quantizer
     if quantizer is None:
@@ -164,7 +194,9 @@ def _validation_logloss(model: Ranker, batches: UserBatches, targets: np.ndarray
     for batch in batches.all_of(targets):
         batch = batch.to(worker.device)
         losses = F.binary_cross_entropy_with_logits(model(batch)[0].float(), batch.target_label, reduction="sum")
-        total += torch.stack([losses.double(), torch.tensor(float(len(batch.target_label)), dtype=torch.float64, device=worker.device)])
+        total += torch.stack(
+            [losses.double(), torch.tensor(float(len(batch.target_label)), dtype=torch.float64, device=worker.device)]
+        )
     if worker.world > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1].clamp(min=1))

@@ -29,7 +29,6 @@ from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.scoring import request_of
 from training.vocabulary import Vocabulary
 
-
 PROGRESS_FILE = "progress.log"
 
 
@@ -37,7 +36,9 @@ def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
     parser.add_argument("--config", default="default", help="name of a file in training/configs/")
-    parser.add_argument("--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray"
+    )
     parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
     parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
     args = parser.parse_args()
@@ -46,15 +47,31 @@ def main() -> None:
     config = _narrowed(load_config(args.config), args.models, args.seed)
     run_dir = Path(args.runs).absolute() / args.attempt
     run_dir.mkdir(parents=True, exist_ok=True)
-    job = {"warehouse": args.warehouse, "dataset": args.dataset, "dt": args.dt, "attempt": args.attempt, "run_dir": str(run_dir),
-           "config_name": args.config, "ray": args.workers > 0, "models": args.models, "seed": args.seed, "mlflow_run_id": _start_tracking(args, config)}
+    job = {
+        "warehouse": args.warehouse,
+        "dataset": args.dataset,
+        "dt": args.dt,
+        "attempt": args.attempt,
+        "run_dir": str(run_dir),
+        "config_name": args.config,
+        "ray": args.workers > 0,
+        "models": args.models,
+        "seed": args.seed,
+        "mlflow_run_id": _start_tracking(args, config),
+    }
     _check_input(args)
     if args.workers == 0:
         summaries = train_all(job, Worker(), on_report=None, resume=None)
     else:
         summaries = _train_with_ray(job, args.workers)
-    summary = {"config": asdict(config), "config_digest": config.digest, "models": summaries, "primary": next(iter(config.models)),
-               "seed": config.seed, "mlflow_run_id": job["mlflow_run_id"]}
+    summary = {
+        "config": asdict(config),
+        "config_digest": config.digest,
+        "models": summaries,
+        "primary": next(iter(config.models)),
+        "seed": config.seed,
+        "mlflow_run_id": job["mlflow_run_id"],
+    }
     _write_atomically(run_dir / "training.json", json.dumps(summary, indent=1))
     log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
 
@@ -73,8 +90,10 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
     data, items = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
     say = _progress(job)
     if worker.rank == 0:
-        say(f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
-            f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}")
+        say(
+            f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
+            f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
+        )
     metrics_log = _MetricsLog(job) if worker.rank == 0 else None
     summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
     evaluation_day_ms = day_number(job["dt"]) * MS_PER_DAY
@@ -89,7 +108,9 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
                 say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
                 metrics_log.add({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
             if on_report is not None:
-                on_report(result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)})
+                on_report(
+                    result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)}
+                )
 
         mine = resume["epoch"] if resume and resume["name"] == name else None
         if mine and mine["finished"]:
@@ -99,9 +120,16 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         if worker.rank == 0:
             owner = np.searchsorted(data.sequences.target_start, data.split.evaluation[:1], side="right") - 1
             user = int(owner[0]) if len(owner) else 0
-            save_package(package, model.cpu(), data.vocabulary, request_of(items, data.sequences, user, evaluation_day_ms))
-        summaries[name] = {"package": str(package), "epochs": result.epoch + 1, "best_epoch": result.best_epoch,
-                           "validation_logloss": result.best_logloss, "train_seconds": round(time.perf_counter() - started, 1)}
+            save_package(
+                package, model.cpu(), data.vocabulary, request_of(items, data.sequences, user, evaluation_day_ms)
+            )
+        summaries[name] = {
+            "package": str(package),
+            "epochs": result.epoch + 1,
+            "best_epoch": result.best_epoch,
+            "validation_logloss": result.best_logloss,
+            "train_seconds": round(time.perf_counter() - started, 1),
+        }
     if metrics_log is not None:
         metrics_log.close()
     return summaries
@@ -141,7 +169,13 @@ def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
         ray.init(log_to_driver=False)
     else:
         # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
-        ray.init(num_cpus=workers + 2, include_dashboard=False, log_to_driver=False, namespace=job["attempt"], object_store_memory=256 << 20)
+        ray.init(
+            num_cpus=workers + 2,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=job["attempt"],
+            object_store_memory=256 << 20,
+        )
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config=job,
@@ -217,7 +251,11 @@ class _MetricsLog:
     def __init__(self, job: dict) -> None:
         from training.tracking import MetricsBuffer
 
-        self.buffer = MetricsBuffer(job["mlflow_run_id"], Path(job["run_dir"]) / "metrics.jsonl") if job["mlflow_run_id"] else None
+        self.buffer = (
+            MetricsBuffer(job["mlflow_run_id"], Path(job["run_dir"]) / "metrics.jsonl")
+            if job["mlflow_run_id"]
+            else None
+        )
 
     def add(self, metrics: dict[str, float], step: int) -> None:
         if self.buffer is not None:
@@ -245,8 +283,10 @@ def _start_tracking(args, config: TrainConfig) -> str | None:
 def _check_input(args) -> None:
     counts = TableStore(args.warehouse, args.dataset).require("sequences", args.dt).counts
     if not counts.get("train_targets"):
-        raise StageError(f"partition dt={args.dt} of {args.dataset} has no training target on a day before {args.dt}",
-                         "choose a later --dt, or build sequences with more --target-days")
+        raise StageError(
+            f"partition dt={args.dt} of {args.dataset} has no training target on a day before {args.dt}",
+            "choose a later --dt, or build sequences with more --target-days",
+        )
 
 
 def _narrowed(config: TrainConfig, models: str | None, seed: int | None) -> TrainConfig:

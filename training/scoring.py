@@ -44,7 +44,9 @@ class Scorer:
         """Score every target at or after `first_target_time_ms` (tables with the ITEMS and SEQUENCES schemas)."""
         flat = Sequences.from_arrow(sequences)
         targets = np.flatnonzero(flat.target_time_ms >= first_target_time_ms)
-        batches = UserBatches(flat, self.vocabulary, self.vocabulary.item_features(items), 0, 1, users_per_step=32, seed=0)
+        batches = UserBatches(
+            flat, self.vocabulary, self.vocabulary.item_features(items), 0, 1, users_per_step=32, seed=0
+        )
         scores = [torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy() for batch in batches.all_of(targets)]
         owner = np.searchsorted(flat.target_start, targets, side="right") - 1
         return ScoredTargets(
@@ -86,7 +88,9 @@ class Scorer:
         })  # fmt: skip
         flat = Sequences.from_arrow(row)
         features = self.vocabulary.item_features(self.vocabulary.item_table_of(ids))
-        batch = make_batch(flat, features, self.vocabulary.user_rows(flat.user_fields), np.array([0]), [np.arange(len(target_ids))])
+        batch = make_batch(
+            flat, features, self.vocabulary.user_rows(flat.user_fields), np.array([0]), [np.arange(len(target_ids))]
+        )
         return torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy()
 
     def example_request(self) -> dict:
@@ -99,7 +103,9 @@ def load_scorer(folder: str | Path) -> Scorer:
     return Scorer(Path(folder), *load_package(Path(folder)))
 
 
-def request_of(items: pa.Table, sequences: Sequences, user: int, first_target_time_ms: int, max_targets: int = 20) -> dict:
+def request_of(
+    items: pa.Table, sequences: Sequences, user: int, first_target_time_ms: int, max_targets: int = 20
+) -> dict:
     """Return the scoring request of one user of a partition: his history and his targets from a time on."""
     targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
     targets = targets[sequences.target_time_ms[targets] >= first_target_time_ms][:max_targets]
@@ -118,5 +124,3 @@ def request_of(items: pa.Table, sequences: Sequences, user: int, first_target_ti
         "target_time_ms": sequences.target_time_ms[targets].tolist(),
         "target_tab": sequences.target_tab[targets].tolist(),
     }
-
-

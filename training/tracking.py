@@ -26,6 +26,7 @@ def set_tracking() -> str:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
@@ -51,7 +52,9 @@ def attempt_run(dataset: str, dt: str, attempt: str, tags: Mapping[str, str], re
     except Exception as error:
         if required:
             raise
-        log(f"warning: MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} does not answer, going on without it: {_first_line(error)}")
+        log(
+            f"warning: MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} does not answer, going on without it: {_first_line(error)}"
+        )
         run = None
     if run is None:
         yield SimpleNamespace(info=SimpleNamespace(run_id=None, experiment_id=None))
@@ -102,7 +105,10 @@ class MetricsBuffer:
             client = MlflowClient()
             while self._pending:
                 part = self._pending[:METRICS_PER_REQUEST]
-                client.log_batch(self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part])
+                client.log_batch(
+                    self.run_id,
+                    metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part],
+                )
                 self._pending = self._pending[len(part) :]
         except Exception as error:
             if not self._server_down:
@@ -127,7 +133,12 @@ def _find_or_create(dataset: str, dt: str, attempt: str, tags: Mapping[str, str]
     else:
         experiment_id = experiment.experiment_id
     wanted = {**_standard_tags(dataset, dt, attempt), **tags}
-    runs = client.search_runs([experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'", max_results=1, order_by=["attributes.start_time ASC"])
+    runs = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
     if not runs:
         return client.create_run(experiment_id, run_name=attempt, tags=wanted)
     for key, value in wanted.items():
@@ -137,7 +148,12 @@ def _find_or_create(dataset: str, dt: str, attempt: str, tags: Mapping[str, str]
 
 
 def _standard_tags(dataset: str, dt: str, attempt: str) -> dict[str, str]:
-    dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     tags = {
         ATTEMPT_TAG: attempt,
         "pipeline.partition": dt,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from training.config import VocabularyConfig
 
+Array = Any  # a numpy array from the reader; a torch tensor once `Batch.to` moved it
 MAX_CATEGORIES = 3
 DURATION_EDGES_MS = (1, 3_000, 7_000, 12_000, 18_000, 30_000, 60_000, 120_000, 300_000)
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -29,12 +31,12 @@ class ItemFeatures:
         category_rows: int64 [N, MAX_CATEGORIES], 0 = none.
     """
 
-    id_row: np.ndarray
-    author_row: np.ndarray
-    category_rows: np.ndarray
-    duration_bucket: np.ndarray
-    type_row: np.ndarray
-    upload_row: np.ndarray
+    id_row: Array
+    author_row: Array
+    category_rows: Array
+    duration_bucket: Array
+    type_row: Array
+    upload_row: Array
 
     def take(self, index: np.ndarray) -> ItemFeatures:
         return ItemFeatures(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
@@ -53,7 +55,9 @@ class IdField:
 
     def row_of(self, ids: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
         """Return int64 rows for int64 ids."""
-        hashed = 1 + ((ids.astype(np.uint64) * _HASH_MULTIPLIER >> np.uint64(33)) % np.uint64(self.hashed_rows)).astype(np.int64)
+        hashed = 1 + ((ids.astype(np.uint64) * _HASH_MULTIPLIER >> np.uint64(33)) % np.uint64(self.hashed_rows)).astype(
+            np.int64
+        )
         if len(self.ids):
             position = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
             hashed = np.where(self.ids[position] == ids, 1 + self.hashed_rows + position, hashed)
@@ -111,7 +115,9 @@ class Vocabulary:
         duration = items["duration_ms"].fill_null(0).to_numpy()
         return ItemFeatures(
             id_row=self.items.row_of(items["item_id"].to_numpy()),
-            author_row=self.authors.row_of(author.fill_null(0).to_numpy(), author.is_null().to_numpy(zero_copy_only=False)),
+            author_row=self.authors.row_of(
+                author.fill_null(0).to_numpy(), author.is_null().to_numpy(zero_copy_only=False)
+            ),
             category_rows=rows,
             duration_bucket=np.searchsorted(np.array(DURATION_EDGES_MS), duration, side="right").astype(np.int64),
             type_row=_rows_of(items["item_type"], self.item_types),
@@ -126,7 +132,9 @@ class Vocabulary:
         taken = self.known_items.take(pa.array(position, mask=~found))
         categories = [value if value is not None else [] for value in taken["categories"].to_pylist()]
         taken = taken.set_column(0, "item_id", pa.array(item_ids, pa.int64()))
-        return taken.set_column(taken.schema.get_field_index("categories"), "categories", pa.array(categories, pa.list_(pa.int32())))
+        return taken.set_column(
+            taken.schema.get_field_index("categories"), "categories", pa.array(categories, pa.list_(pa.int32()))
+        )
 
     def user_rows(self, user_fields: list[list[str]]) -> np.ndarray:
         """Return int64 [U, F] rows of the users' field values."""
@@ -139,7 +147,11 @@ class Vocabulary:
         import pyarrow.parquet as pq
 
         small = {name: getattr(self, name) for name in ("categories", "item_types", "upload_types", "user_fields")}
-        small |= {"items": self.items.ids.tolist(), "authors": self.authors.ids.tolist(), "hashed_rows": self.items.hashed_rows}
+        small |= {
+            "items": self.items.ids.tolist(),
+            "authors": self.authors.ids.tolist(),
+            "hashed_rows": self.items.hashed_rows,
+        }
         (folder / "vocabulary.json").write_text(json.dumps(small))
         pq.write_table(self.known_items, folder / "known_items.parquet", compression="zstd")
 

@@ -20,9 +20,16 @@ def random_partition(users: int = 6, items: int = 40, longest: int = 60, seed: i
     rng = np.random.default_rng(seed)
     start = (day_number(DT) - 10) * MS_PER_DAY
     item_rows = [
-        {"item_index": i, "item_id": 1000 + 7 * i, "train_occurrences": int(rng.integers(0, 12)), "author_id": None if i % 9 == 0 else int(rng.integers(0, 8)),
-         "categories": [int(c) for c in rng.choice(12, rng.integers(0, 3), replace=False)], "duration_ms": None if i % 7 == 0 else int(rng.integers(0, 90_000)),
-         "item_type": "NORMAL" if i % 5 else None, "upload_type": "A" if i % 2 else "B"}
+        {
+            "item_index": i,
+            "item_id": 1000 + 7 * i,
+            "train_occurrences": int(rng.integers(0, 12)),
+            "author_id": None if i % 9 == 0 else int(rng.integers(0, 8)),
+            "categories": [int(c) for c in rng.choice(12, rng.integers(0, 3), replace=False)],
+            "duration_ms": None if i % 7 == 0 else int(rng.integers(0, 90_000)),
+            "item_type": "NORMAL" if i % 5 else None,
+            "upload_type": "A" if i % 2 else "B",
+        }
         for i in range(items)
     ]
     rows = []
@@ -53,7 +60,11 @@ def loaded(partition):
     sequences = Sequences.from_arrow(rows)
     fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
     vocabulary = Vocabulary.build(items, fields, VocabularyConfig())
-    return sequences, vocabulary, UserBatches(sequences, vocabulary, vocabulary.item_features(items), 0, 1, users_per_step=16, seed=0)
+    return (
+        sequences,
+        vocabulary,
+        UserBatches(sequences, vocabulary, vocabulary.item_features(items), 0, 1, users_per_step=16, seed=0),
+    )
 
 
 @pytest.fixture

@@ -35,9 +35,18 @@ def _both_forms(length, targets, seed, kernel, dtype=torch.float32, days=60.0):
     codes = quantizer.search(keys)
     hard = quantizer.quantized(codes, keys).to(dtype)
     over_events = event_attention(queries, hard, values, times, target_times, torch.full((targets,), length), kernel)
-    codebook = quantizer.codebook_GCw.view(GROUPS, CODES, HEADS // GROUPS, WIDTH).transpose(1, 2).reshape(HEADS, CODES, WIDTH)
+    codebook = (
+        quantizer.codebook_GCw.view(GROUPS, CODES, HEADS // GROUPS, WIDTH).transpose(1, 2).reshape(HEADS, CODES, WIDTH)
+    )
     cache = build_cache(codes, values, times, NOW_MS, CODES, kernel)
-    return over_events, cache_attention(queries, codebook, cache, target_times, kernel), cache, codebook, queries, target_times
+    return (
+        over_events,
+        cache_attention(queries, codebook, cache, target_times, kernel),
+        cache,
+        codebook,
+        queries,
+        target_times,
+    )
 
 
 @pytest.mark.parametrize("half_lives", [None, (1.0,), (0.5, 30.0), (0.05, 2.0, 90.0)])
@@ -82,7 +91,9 @@ def test_many_targets_in_one_pass_equal_one_by_one(length, seed):
     kernel = MixtureKernel(HEADS, (1.0, 30.0))
     together = event_attention(queries, keys, values, times, target_times, ends, kernel)
     for j, end in enumerate(ends.tolist()):
-        one = event_attention(queries[j : j + 1], keys[:end], values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1], kernel)
+        one = event_attention(
+            queries[j : j + 1], keys[:end], values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1], kernel
+        )
         assert (together[j] - one[0]).abs().max() <= 1e-5
 
 
@@ -104,7 +115,11 @@ def test_a_single_exponential_cannot_see_the_query_time_and_a_mixture_can():
     def moved(half_lives: tuple[float, ...]) -> float:
         kernel = MixtureKernel(HEADS, half_lives)
         args = (queries, keys, values, times)
-        return float((event_attention(*args, target_times, ends, kernel) - event_attention(*args, shifted, ends, kernel)).abs().max())
+        return float(
+            (event_attention(*args, target_times, ends, kernel) - event_attention(*args, shifted, ends, kernel))
+            .abs()
+            .max()
+        )
 
     assert moved((5.0,)) <= 2e-5
     assert moved((1.0, 60.0)) > 1e-2

@@ -13,11 +13,11 @@ import torch.multiprocessing as mp
 
 from etl.partitions import MS_PER_DAY, day_number
 from etl.schemas import ITEMS, WATCH_BUCKETS
+from tests.training.conftest import DT
 from training.config import ModelConfig, TrainConfig
 from training.data import Sequences, UserBatches, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.vocabulary import Vocabulary
-from tests.training.conftest import DT
 
 
 def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
@@ -32,20 +32,41 @@ def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
     time_ms = np.sort(first_ms + rng.integers(0, 14 * MS_PER_DAY, (users, length)), axis=1).ravel()
     label = (rng.random(users * length) < 1 / (1 + np.exp(-taste[user, topic[item]]))).astype(np.int8)
     start = np.arange(users + 1) * length
-    sequences = Sequences(np.arange(users), [["a"]] * users, start, item, time_ms, label.astype(np.int32) * WATCH_BUCKETS, start, item, time_ms, label,
-                          np.ones(len(item), np.int16), np.tile(np.arange(length, dtype=np.int32), users))
+    sequences = Sequences(
+        np.arange(users),
+        [["a"]] * users,
+        start,
+        item,
+        time_ms,
+        label.astype(np.int32) * WATCH_BUCKETS,
+        start,
+        item,
+        time_ms,
+        label,
+        np.ones(len(item), np.int16),
+        np.tile(np.arange(length, dtype=np.int32), users),
+    )
     table = pa.table({"item_index": np.arange(items, dtype=np.int32), "item_id": np.arange(items), "train_occurrences": np.full(items, 9),
                       "author_id": np.arange(items), "categories": [[int(t)] for t in topic], "duration_ms": np.full(items, 9_000),
                       "item_type": ["N"] * items, "upload_type": ["A"] * items}, schema=ITEMS)  # fmt: skip
     config = TrainConfig()
     vocabulary = Vocabulary.build(table, [np.array(["a"] * users, dtype=object)], config.vocabulary)
-    return TrainingData(sequences, vocabulary.item_features(table), vocabulary, split_targets(sequences, DT, 0.05, seed))
+    return TrainingData(
+        sequences, vocabulary.item_features(table), vocabulary, split_targets(sequences, DT, 0.05, seed)
+    )
 
 
 def small_config(**changes) -> TrainConfig:
     model = ModelConfig(codes=16, dropout=0.0)
-    config = TrainConfig(models={name: dataclasses.replace(model, interest=name) for name in ("vql", "softmax_attention", "mean_pooling")},
-                         warmup_steps=10, epochs=6, users_per_step=8, targets_per_user=32)
+    config = TrainConfig(
+        models={
+            name: dataclasses.replace(model, interest=name) for name in ("vql", "softmax_attention", "mean_pooling")
+        },
+        warmup_steps=10,
+        epochs=6,
+        users_per_step=8,
+        targets_per_user=32,
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -76,9 +97,9 @@ def test_a_run_that_was_cut_continues_to_the_same_weights(tmp_path):
         torch.save(vars(result), tmp_path / f"{result.epoch}.pt")
         states.append(result)
 
-    whole, _ = train_model("vql", data, config, Worker(), keep)
+    _whole, _ = train_model("vql", data, config, Worker(), keep)
     resume = torch.load(tmp_path / "0.pt", weights_only=True)
-    continued, result = train_model("vql", data, config, Worker(), lambda result: None, resume=resume)
+    _continued, result = train_model("vql", data, config, Worker(), lambda result: None, resume=resume)
     assert result.epoch == 2
     # Revival draws restart with the process; nothing else may differ.
     assert states[-1].metrics["validation_logloss"] == pytest.approx(result.metrics["validation_logloss"], abs=0.02)
@@ -89,7 +110,13 @@ def _train_one_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     torch.set_num_threads(1)
     data = planted(users=32, length=50, topics=4, seed=3)
-    model, _ = train_model("vql", data, small_config(epochs=6, patience=6, revive_every_steps=3, warmup_steps=3, users_per_step=4), Worker(rank, world), lambda result: None)
+    model, _ = train_model(
+        "vql",
+        data,
+        small_config(epochs=6, patience=6, revive_every_steps=3, warmup_steps=3, users_per_step=4),
+        Worker(rank, world),
+        lambda result: None,
+    )
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from etl.partitions import MS_PER_DAY, day_number
+from tests.training.conftest import DT
 from training.checkpoint import load_package, save_package
 from training.data import Sequences, make_batch, split_targets
 from training.scoring import load_scorer, request_of
-from tests.training.conftest import DT
 
 ALL_MODELS = ("vql", "softmax_attention", "mean_pooling")
 
@@ -20,12 +20,14 @@ def _all_targets(sequences: Sequences) -> np.ndarray:
 
 
 def test_scores_from_caches_equal_scores_from_events(loaded, make_model):
-    sequences, vocabulary, batches = loaded
+    sequences, _vocabulary, batches = loaded
     model = make_model()
     for user in range(sequences.users):
         targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
         for target in targets:  # the cache holds what this target may see
-            batch = make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [np.array([target])]).to("cpu")
+            batch = make_batch(
+                sequences, batches.features, batches.user_rows, np.array([user]), [np.array([target])]
+            ).to("cpu")
             with torch.no_grad():
                 over_events = model(batch)[0]
             over_codes = model.score_with_caches(batch, model.user_caches(batch, int(batch.target_time_ms.min())))
@@ -38,10 +40,20 @@ def test_a_batch_of_many_users_equals_each_user_alone(interest, loaded, make_mod
     model = make_model(interest)
     with torch.no_grad():
         together = torch.cat([model(batch.to("cpu"))[0] for batch in batches.all_of(_all_targets(sequences))])
-        alone = torch.cat([
-            model(make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [np.arange(*sequences.targets_of(user).indices(10**9))]).to("cpu"))[0]
-            for user in range(sequences.users)
-        ])
+        alone = torch.cat(
+            [
+                model(
+                    make_batch(
+                        sequences,
+                        batches.features,
+                        batches.user_rows,
+                        np.array([user]),
+                        [np.arange(*sequences.targets_of(user).indices(10**9))],
+                    ).to("cpu")
+                )[0]
+                for user in range(sequences.users)
+            ]
+        )
     assert (together - alone).abs().max() <= 1e-5
 
 
@@ -52,8 +64,12 @@ def test_events_in_the_future_of_a_target_do_not_change_its_score(interest, load
     user = int(np.argmax(np.diff(sequences.history_start)))
     targets = np.arange(*sequences.targets_of(user).indices(10**9))
     with torch.no_grad():
-        first = model(make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [targets[:1]]).to("cpu"))[0]
-        among = model(make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [targets]).to("cpu"))[0]
+        first = model(
+            make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [targets[:1]]).to("cpu")
+        )[0]
+        among = model(
+            make_batch(sequences, batches.features, batches.user_rows, np.array([user]), [targets]).to("cpu")
+        )[0]
     assert abs(float(first[0] - among[0])) <= 1e-5
 
 
@@ -73,17 +89,39 @@ def test_a_request_with_raw_ids_scores_as_the_partition_does(partition, loaded, 
 
 def test_a_request_with_unknown_ids_is_scored(loaded, make_model, tmp_path):
     save_package(tmp_path, make_model(), loaded[1], {})
-    request = {"history_item_id": [5], "history_time_ms": [1], "history_feedback": [0], "history_watch_bucket": [0],
-               "user_fields": ["never seen", ""], "target_item_id": [999_999_999], "target_time_ms": [2], "target_tab": [-1]}
+    request = {
+        "history_item_id": [5],
+        "history_time_ms": [1],
+        "history_feedback": [0],
+        "history_watch_bucket": [0],
+        "user_fields": ["never seen", ""],
+        "target_item_id": [999_999_999],
+        "target_time_ms": [2],
+        "target_tab": [-1],
+    }
     assert np.isfinite(load_scorer(tmp_path).score_request(request)).all()
 
 
 def test_a_request_cannot_smuggle_the_future_into_a_history(loaded, make_model, tmp_path):
     save_package(tmp_path, make_model(), loaded[1], {})
-    request = {"history_item_id": [1007], "history_time_ms": [10], "history_feedback": [1], "history_watch_bucket": [3],
-               "user_fields": ["x", ""], "target_item_id": [1014], "target_time_ms": [20], "target_tab": [1]}
+    request = {
+        "history_item_id": [1007],
+        "history_time_ms": [10],
+        "history_feedback": [1],
+        "history_watch_bucket": [3],
+        "user_fields": ["x", ""],
+        "target_item_id": [1014],
+        "target_time_ms": [20],
+        "target_tab": [1],
+    }
     scorer = load_scorer(tmp_path)
-    leaking = {**request, "history_item_id": [1007, 1014], "history_time_ms": [10, 20], "history_feedback": [1, 255], "history_watch_bucket": [3, 9]}
+    leaking = {
+        **request,
+        "history_item_id": [1007, 1014],
+        "history_time_ms": [10, 20],
+        "history_feedback": [1, 255],
+        "history_watch_bucket": [3, 9],
+    }
     assert scorer.score_request(request) == pytest.approx(scorer.score_request(leaking), abs=1e-7)
 
 

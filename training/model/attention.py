@@ -15,8 +15,15 @@ from torch import Tensor
 from training.model.kernel import MixtureKernel, age_days
 
 
-def event_attention(query_THd: Tensor, key_LHd: Tensor, value_LHd: Tensor, event_time_ms_L: Tensor, target_time_ms_T: Tensor,
-                    target_end_T: Tensor, kernel: MixtureKernel | None) -> Tensor:
+def event_attention(
+    query_THd: Tensor,
+    key_LHd: Tensor,
+    value_LHd: Tensor,
+    event_time_ms_L: Tensor,
+    target_time_ms_T: Tensor,
+    target_end_T: Tensor,
+    kernel: MixtureKernel | None,
+) -> Tensor:
     """Softmax attention of every target over the first `target_end` events; exact for every target.
 
     Returns:
@@ -27,7 +34,11 @@ def event_attention(query_THd: Tensor, key_LHd: Tensor, value_LHd: Tensor, event
         return out_THd
     seen = target_end_T > 0
     every = bool(seen.all())
-    q, end, times = (query_THd, target_end_T, target_time_ms_T) if every else (query_THd[seen], target_end_T[seen], target_time_ms_T[seen])
+    q, end, times = (
+        (query_THd, target_end_T, target_time_ms_T)
+        if every
+        else (query_THd[seen], target_end_T[seen], target_time_ms_T[seen])
+    )
     if q.shape[0] == 0:
         return out_THd
     hidden_TL = torch.arange(key_LHd.shape[0], device=q.device)[None, :] >= end[:, None]
@@ -35,8 +46,13 @@ def event_attention(query_THd: Tensor, key_LHd: Tensor, value_LHd: Tensor, event
         bias = torch.zeros(hidden_TL.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden_TL, float("-inf"))
     else:
         bias = kernel.log_kernel(times, event_time_ms_L).masked_fill(hidden_TL, float("-inf")).to(q.dtype)
-    mixed_HTd = F.scaled_dot_product_attention(q.transpose(0, 1)[None], key_LHd.transpose(0, 1)[None], value_LHd.transpose(0, 1)[None],
-                                               attn_mask=bias[None] if bias.dim() == 3 else bias, scale=1.0)[0]
+    mixed_HTd = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        key_LHd.transpose(0, 1)[None],
+        value_LHd.transpose(0, 1)[None],
+        attn_mask=bias[None] if bias.dim() == 3 else bias,
+        scale=1.0,
+    )[0]
     mixed_THd = mixed_HTd.transpose(0, 1)
     return mixed_THd if every else out_THd.index_put((seen.nonzero()[:, 0],), mixed_THd)
 
@@ -56,7 +72,14 @@ class UserCache:
     reference_time_ms: int
 
 
-def build_cache(codes_LG: Tensor, value_LHd: Tensor, event_time_ms_L: Tensor, reference_time_ms: int, codes: int, kernel: MixtureKernel | None) -> UserCache:
+def build_cache(
+    codes_LG: Tensor,
+    value_LHd: Tensor,
+    event_time_ms_L: Tensor,
+    reference_time_ms: int,
+    codes: int,
+    kernel: MixtureKernel | None,
+) -> UserCache:
     """Sum a history into its codes, in log space with a maximum per code (linear counts underflow under a fast kernel)."""
     length, heads, width = value_LHd.shape
     code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
@@ -74,11 +97,15 @@ def build_cache(codes_LG: Tensor, value_LHd: Tensor, event_time_ms_L: Tensor, re
     log_count_HMC = safe_top + mass_HMC.log()
     share_HML = (log_weight_HML - log_count_HMC.gather(2, index_HML)).exp()
     weighted_HMLd = share_HML[..., None] * value_LHd.transpose(0, 1)[:, None]
-    mean_HMCd = value_LHd.new_zeros(heads, components, codes, width).scatter_add(2, index_HML[..., None].expand(-1, -1, -1, width), weighted_HMLd)
+    mean_HMCd = value_LHd.new_zeros(heads, components, codes, width).scatter_add(
+        2, index_HML[..., None].expand(-1, -1, -1, width), weighted_HMLd
+    )
     return UserCache(log_count_HMC, mean_HMCd, reference_time_ms)
 
 
-def cache_attention(query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, target_time_ms_T: Tensor, kernel: MixtureKernel | None) -> Tensor:
+def cache_attention(
+    query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, target_time_ms_T: Tensor, kernel: MixtureKernel | None
+) -> Tensor:
     """Attention over codes: softmax(q . e_c + log phi + log n_c) on the means; equals `event_attention` on codewords.
 
     The log count is what makes the softmax over codes the softmax over events; without it a code with a thousand events
@@ -88,8 +115,12 @@ def cache_attention(query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, t
     logit_HTC = torch.einsum("thd,hcd->htc", query_THd, codebook_HCd)
     logit_HTMC = logit_HTC[:, :, None, :] + cache.log_count_HMC[:, None]
     if kernel is not None:
-        age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, cache.reference_time_ms)).to(query_THd.dtype)
-        logit_HTMC = logit_HTMC + (kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None])[..., None]
+        age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, cache.reference_time_ms)).to(
+            query_THd.dtype
+        )
+        logit_HTMC = (
+            logit_HTMC + (kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None])[..., None]
+        )
     if bool(cache.log_count_HMC.isinf().all()):
         return torch.zeros_like(query_THd)
     weight_HTK = logit_HTMC.reshape(heads, logit_HTMC.shape[1], -1).softmax(-1)
@@ -98,5 +129,9 @@ def cache_attention(query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, t
 
 def mean_pooling(value_LHd: Tensor, target_end_T: Tensor) -> Tensor:
     """Mean of the first `target_end` values of every target, [T, H, d]; zeros for none."""
-    total_LHd = torch.cat([torch.zeros_like(value_LHd[:1]), value_LHd.cumsum(0)]) if len(value_LHd) else value_LHd.new_zeros(1, *value_LHd.shape[1:])
+    total_LHd = (
+        torch.cat([torch.zeros_like(value_LHd[:1]), value_LHd.cumsum(0)])
+        if len(value_LHd)
+        else value_LHd.new_zeros(1, *value_LHd.shape[1:])
+    )
     return total_LHd[target_end_T] / target_end_T.clamp(min=1)[:, None, None]

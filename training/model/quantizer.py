@@ -21,6 +21,9 @@ class GroupedQuantizer(nn.Module):
         started: 0 until `start_from_keys` has run; before it, keys pass unquantized.
     """
 
+    usage_GC: Tensor
+    started: Tensor
+
     def __init__(self, groups: int, codes: int, group_width: int) -> None:
         super().__init__()
         self.groups, self.codes, self.group_width = groups, codes, group_width
@@ -35,7 +38,9 @@ class GroupedQuantizer(nn.Module):
             keys_GNw = self._grouped(keys_NHd.float())
             centre_G1w = self.codebook_GCw.mean(1, keepdim=True)  # a common offset costs precision, not distance
             codes_GCw = self.codebook_GCw - centre_G1w
-            scores_GNC = torch.baddbmm(codes_GCw.square().sum(-1).unsqueeze(1), keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0)
+            scores_GNC = torch.baddbmm(
+                codes_GCw.square().sum(-1).unsqueeze(1), keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0
+            )
             return scores_GNC.argmin(-1).T.contiguous()
 
     def lookup(self, codes_NG: Tensor) -> Tensor:
@@ -84,9 +89,13 @@ class GroupedQuantizer(nn.Module):
         for _ in range(iterations):
             codes_NG = self.search(keys_NHd)
             for g in range(self.groups):
-                count_C = torch.zeros(self.codes, device=keys_NHd.device).index_add_(0, codes_NG[:, g], torch.ones(n, device=keys_NHd.device))
+                count_C = torch.zeros(self.codes, device=keys_NHd.device).index_add_(
+                    0, codes_NG[:, g], torch.ones(n, device=keys_NHd.device)
+                )
                 total_Cw = torch.zeros_like(self.codebook_GCw[g]).index_add_(0, codes_NG[:, g], keys_GNw[g])
-                self.codebook_GCw[g] = torch.where(count_C[:, None] > 0, total_Cw / count_C.clamp(min=1)[:, None], self.codebook_GCw[g])
+                self.codebook_GCw[g] = torch.where(
+                    count_C[:, None] > 0, total_Cw / count_C.clamp(min=1)[:, None], self.codebook_GCw[g]
+                )
         self.usage_GC.fill_(1.0 / self.codes)
         self.started.fill_(1)
 

@@ -9,6 +9,7 @@ projected and searched once per step, never once per event. Values add what the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -16,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etl.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, TAB_ROWS, Batch
 from training.model.attention import UserCache, build_cache, cache_attention, event_attention, mean_pooling
 from training.model.kernel import MixtureKernel, age_days
 from training.model.quantizer import GroupedQuantizer
 from training.vocabulary import DURATION_EDGES_MS, ItemFeatures, Vocabulary
-from etl.schemas import WATCH_BUCKETS
 
 MAX_LOG_SCALE = math.log(4.0)  # the theorem's bound grows with the logit scale: capped
 
@@ -68,7 +69,12 @@ class ItemEncoder(nn.Module):
         ids = self.id_dropout(torch.cat([self.item(items.id_row), self.author(items.author_row)], -1))
         present = (items.category_rows > 0).sum(1, keepdim=True).clamp(min=1)
         category = self.category(items.category_rows).sum(1) / present
-        small = [category, self.duration(items.duration_bucket), self.item_type(items.type_row), self.upload_type(items.upload_row)]
+        small = [
+            category,
+            self.duration(items.duration_bucket),
+            self.item_type(items.type_row),
+            self.upload_type(items.upload_row),
+        ]
         return torch.cat([ids, *small], -1)
 
 
@@ -112,9 +118,12 @@ class Ranker(nn.Module):
             self.quantizer = GroupedQuantizer(config.groups, config.codes, config.width // config.groups)
         self.user_fields = nn.ModuleList(_embedding(rows, config.field_width // 4) for rows in sizes.user_fields)
         self.tab = _embedding(TAB_ROWS, config.field_width // 2)
-        widths = [3 * config.width + len(sizes.user_fields) * (config.field_width // 4) + config.field_width // 2 + 2, *config.mlp]
+        widths = [
+            3 * config.width + len(sizes.user_fields) * (config.field_width // 4) + config.field_width // 2 + 2,
+            *config.mlp,
+        ]
         layers: list[nn.Module] = []
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in itertools.pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.ReLU(), nn.Dropout(config.dropout)]
         self.head = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
@@ -125,7 +134,8 @@ class Ranker(nn.Module):
         interaction_IHd = self._heads(self.interactions.table())
         value_EHd = value_NHd[batch.event_item] + interaction_IHd[batch.event_interaction]
         auxiliary = static_NS.new_zeros(())
-        key_NHd = query_THd = None
+        key_NHd: Tensor | None = None
+        query_THd: Tensor | None = None
         if self.config.interest != "mean_pooling":
             key_NHd = self.keys(static_NS)
             query_THd = self.queries(static_NS)[batch.target_item]
@@ -136,11 +146,20 @@ class Ranker(nn.Module):
             events = slice(batch.event_start[user], batch.event_start[user + 1])
             targets = slice(batch.target_start[user], batch.target_start[user + 1])
             end_T, value_LHd = batch.target_end[targets], value_EHd[events]
-            if key_NHd is None:
+            if key_NHd is None or query_THd is None:
                 interest_THd.append(mean_pooling(value_LHd, end_T))
             else:
-                interest_THd.append(event_attention(query_THd[targets], key_NHd[batch.event_item[events]], value_LHd, batch.event_time_ms[events],
-                                                    batch.target_time_ms[targets], end_T, self.kernel))
+                interest_THd.append(
+                    event_attention(
+                        query_THd[targets],
+                        key_NHd[batch.event_item[events]],
+                        value_LHd,
+                        batch.event_time_ms[events],
+                        batch.target_time_ms[targets],
+                        end_T,
+                        self.kernel,
+                    )
+                )
         return self.predict(torch.cat(interest_THd), static_NS, batch), auxiliary
 
     def keys(self, static_NS: Tensor) -> Tensor:
@@ -155,7 +174,9 @@ class Ranker(nn.Module):
         """Each head's slice of its group's codewords."""
         assert self.quantizer is not None
         config = self.config
-        words = self.quantizer.codebook_GCw.view(config.groups, config.codes, config.heads // config.groups, config.head_width)
+        words = self.quantizer.codebook_GCw.view(
+            config.groups, config.codes, config.heads // config.groups, config.head_width
+        )
         return words.transpose(1, 2).reshape(config.heads, config.codes, config.head_width)
 
     def predict(self, interest_THd: Tensor, static_NS: Tensor, batch: Batch) -> Tensor:
@@ -177,7 +198,16 @@ class Ranker(nn.Module):
         for first, last in zip(batch.event_start, batch.event_start[1:], strict=False):
             item = batch.event_item[first:last]
             value_LHd = value_NHd[item] + interaction_IHd[batch.event_interaction[first:last]]
-            caches.append(build_cache(codes_NG[item], value_LHd, batch.event_time_ms[first:last], reference_time_ms, self.config.codes, self.kernel))
+            caches.append(
+                build_cache(
+                    codes_NG[item],
+                    value_LHd,
+                    batch.event_time_ms[first:last],
+                    reference_time_ms,
+                    self.config.codes,
+                    self.kernel,
+                )
+            )
         return caches
 
     @torch.no_grad()
@@ -188,7 +218,9 @@ class Ranker(nn.Module):
         interest_THd = []
         for user, cache in enumerate(caches):
             targets = slice(batch.target_start[user], batch.target_start[user + 1])
-            interest_THd.append(cache_attention(query_THd[targets], codebook_HCd, cache, batch.target_time_ms[targets], self.kernel))
+            interest_THd.append(
+                cache_attention(query_THd[targets], codebook_HCd, cache, batch.target_time_ms[targets], self.kernel)
+            )
         return self.predict(torch.cat(interest_THd), static_NS, batch)
 
     def _quantize(self, key_NHd: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -215,7 +247,9 @@ class Ranker(nn.Module):
         counts = torch.tensor(batch.target_start, device=batch.target_end.device).diff()
         last = (starts.repeat_interleave(counts) + batch.target_end - 1).clamp(min=0)
         last_ms = batch.event_time_ms[last] if len(batch.event_time_ms) else batch.target_time_ms
-        gap = torch.where(batch.target_end > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0))
+        gap = torch.where(
+            batch.target_end > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0)
+        )
         return torch.stack([torch.log1p(batch.target_end.float()) / 8, torch.log1p(gap)], -1)
 
 
