@@ -6,6 +6,7 @@ With --workers N the models are trained by Ray Train, N data-parallel workers in
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from training.config import TrainConfig, load_config
 from training.data import Sequences, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.scoring import request_of
+from training.tracking import MetricsBuffer, attempt_run
 from training.vocabulary import Vocabulary
 
 PROGRESS_FILE = "progress.log"
@@ -57,13 +59,13 @@ def main() -> None:
         "ray": args.workers > 0,
         "models": args.models,
         "seed": args.seed,
-        "mlflow_run_id": _start_tracking(args, config),
     }
-    _check_input(args)
-    if args.workers == 0:
-        summaries = train_all(job, Worker(), on_report=None, resume=None)
-    else:
-        summaries = _train_with_ray(job, args.workers)
+    with attempt_run(args.dataset, args.dt, args.attempt, _tags(args, config)) as run:
+        job["mlflow_run_id"] = run.info.run_id
+        if args.workers == 0:
+            summaries = train_all(job, Worker(), on_report=None, resume=None)
+        else:
+            summaries = _train_with_ray(job, args.workers)
     summary = {
         "config": asdict(config),
         "config_digest": config.digest,
@@ -88,13 +90,14 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
     """
     config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
     data, items = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
+    run_dir = Path(job["run_dir"])
     say = _progress(job)
     if worker.rank == 0:
         say(
             f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
             f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
         )
-    metrics_log = _MetricsLog(job) if worker.rank == 0 else None
+    metrics_log = MetricsBuffer(job["mlflow_run_id"], run_dir / "metrics.jsonl") if worker.rank == 0 else None
     summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
     evaluation_day_ms = day_number(job["dt"]) * MS_PER_DAY
     for name in config.models:
@@ -106,7 +109,7 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
             if metrics_log is not None:
                 figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
                 say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
-                metrics_log.add({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
+                metrics_log.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
             if on_report is not None:
                 on_report(
                     result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)}
@@ -116,7 +119,7 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         if mine and mine["finished"]:
             mine = mine | {"epoch": config.epochs}  # trained to the end before the restart: only the package is missing
         model, result = train_model(name, data, config, worker, on_epoch, resume=mine)
-        package = Path(job["run_dir"]) / "models" / name
+        package = run_dir / "models" / name
         if worker.rank == 0:
             owner = np.searchsorted(data.sequences.target_start, data.split.evaluation[:1], side="right") - 1
             user = int(owner[0]) if len(owner) else 0
@@ -131,7 +134,7 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
             "train_seconds": round(time.perf_counter() - started, 1),
         }
     if metrics_log is not None:
-        metrics_log.close()
+        metrics_log.flush()
     return summaries
 
 
@@ -245,48 +248,21 @@ def _ray_worker(job: dict) -> None:
         _write_atomically(Path(job["run_dir"]) / "models" / "summaries.json", json.dumps(summaries))
 
 
-class _MetricsLog:
-    """Rank 0's metrics: MLflow when it answers; a tracking failure never stops the training."""
-
-    def __init__(self, job: dict) -> None:
-        from training.tracking import MetricsBuffer
-
-        self.buffer = (
-            MetricsBuffer(job["mlflow_run_id"], Path(job["run_dir"]) / "metrics.jsonl")
-            if job["mlflow_run_id"]
-            else None
-        )
-
-    def add(self, metrics: dict[str, float], step: int) -> None:
-        if self.buffer is not None:
-            self.buffer.log(metrics, step)
-
-    def close(self) -> None:
-        if self.buffer is not None:
-            self.buffer.flush()
-
-
-def _start_tracking(args, config: TrainConfig) -> str | None:
-    from training.tracking import attempt_run
-
+def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:
+    """Return what the run was made from; refuse a partition that holds nothing to train on."""
     store = TableStore(args.warehouse, args.dataset)
-    tags = {
-        "data.snapshot_digest": store.require("sequences", args.dt).data_digest,
-        "data.items_digest": store.require("items", args.dt).data_digest,
-        "mlflow.source.git.commit": code_version(),
-        "config_digest": config.digest,
-    }
-    with attempt_run(args.dataset, args.dt, args.attempt, tags) as run:
-        return run.info.run_id
-
-
-def _check_input(args) -> None:
-    counts = TableStore(args.warehouse, args.dataset).require("sequences", args.dt).counts
-    if not counts.get("train_targets"):
+    sequences = store.require("sequences", args.dt)
+    if not sequences.counts.get("train_targets"):
         raise StageError(
             f"partition dt={args.dt} of {args.dataset} has no training target on a day before {args.dt}",
             "choose a later --dt, or build sequences with more --target-days",
         )
+    return {
+        "data.snapshot_digest": sequences.data_digest,
+        "data.items_digest": store.require("items", args.dt).data_digest,
+        "mlflow.source.git.commit": code_version(),
+        "config_digest": config.digest,
+    }
 
 
 def _narrowed(config: TrainConfig, models: str | None, seed: int | None) -> TrainConfig:

@@ -1,0 +1,64 @@
+"""The quality gate: may a challenger replace the champion, judged on the day that neither was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the quality gate asks.
+
+    Attributes:
+        first_auc_low: without a champion, the lower bound of the AUC must lie above this.
+        auc_margin: the lower bound of the paired AUC difference to the champion must lie above minus this.
+        logloss_ratio: the log loss must be at most this times the champion's.
+    """
+
+    first_auc_low: float = 0.5
+    auc_margin: float = 0.005
+    logloss_ratio: float = 1.02
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Outcome of a gate and its reason in one sentence."""
+
+    passed: bool
+    reason: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def quality_gate(evaluation: Mapping, primary: str, thresholds: Thresholds = Thresholds()) -> Decision:
+    """Decide from `evaluation.json`.
+
+    A comparison that cannot be made never passes: a champion of a later partition has seen the challenger's evaluation
+    day, and one that could not be loaded has no scores. nan fails every comparison.
+    """
+    challenger = next(row for row in evaluation["models"] if row["name"] == primary)
+    champion = evaluation["champion"]
+    if champion is None:
+        passed = _number(challenger["auc_low"]) > thresholds.first_auc_low
+        relation = "is above" if passed else "is not above"
+        return Decision(passed, f"no champion; lower bound of AUC {_show(challenger['auc_low'])} {relation} {thresholds.first_auc_low}")
+    if champion.get("warning"):
+        return Decision(False, f"not comparable with champion version {champion['version']}: {champion['warning']}")
+    difference = evaluation["paired"][f"{primary}_minus_champion"]["auc"]
+    if not _number(difference["low"]) > -thresholds.auc_margin:
+        return Decision(False, f"AUC minus champion's {_show(difference['value'])} has lower bound {_show(difference['low'])}, "
+                               f"which is not above -{thresholds.auc_margin}")
+    if not _number(challenger["logloss"]) <= thresholds.logloss_ratio * _number(champion["logloss"]):
+        return Decision(False, f"log loss {_show(challenger['logloss'])} is more than {thresholds.logloss_ratio} x the champion's {_show(champion['logloss'])}")
+    return Decision(True, f"AUC minus champion's {_show(difference['value'])}, lower bound {_show(difference['low'])} > -{thresholds.auc_margin}; "
+                          f"log loss {_show(challenger['logloss'])} against {_show(champion['logloss'])}")
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _show(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"

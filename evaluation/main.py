@@ -1,0 +1,247 @@
+"""Score the partition's own day with every trained model and with the champion in service; write one table with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etl.cli import definition_of, log, partition_parser, run_stage, store_of
+from etl.datasets import SIMULATED_MARKER
+from etl.errors import StageError
+from etl.partitions import MS_PER_DAY, day_number
+from etl.store import Manifest, TableStore
+from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
+from evaluation.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
+from training.scoring import ScoredTargets, load_scorer
+from training.tracking import ATTEMPT_TAG, MetricsBuffer, attempt_run
+
+RESAMPLES = 200
+ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
+
+
+def main() -> None:
+    parser = partition_parser(__doc__)
+    parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
+    parser.add_argument("--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC")
+    args = parser.parse_args()
+    simulated = definition_of(args).simulated
+    store = store_of(args)
+    run_dir = Path(args.runs).absolute() / args.attempt
+    training = read_training(run_dir)
+    sequences_manifest = store.require("sequences", args.dt)
+    items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
+    first_ms = day_number(args.dt) * MS_PER_DAY
+
+    scored: dict[str, ScoredTargets] = {}
+    for name, summary in training["models"].items():
+        scored[name] = load_scorer(summary["package"]).score(items, sequences, first_ms)
+        log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
+    targets = scored[training["primary"]]
+    if not len(targets.score):
+        raise StageError(f"no target on {args.dt} in sequences of dt={args.dt}", "check the raw logs of that day, or choose another --dt")
+    scores = {name: result.score for name, result in scored.items()}
+    champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences, first_ms)
+    if champion_scores is not None:
+        scores[CHAMPION] = champion_scores
+    pq.write_table(pa.table({"user_id": targets.user_id, "item_id": targets.item_id, "time_ms": targets.time_ms, "label": targets.label,
+                             "history_length": targets.history_length, **scores}), run_dir / "scores.parquet")
+
+    evaluation = {"dt": args.dt, "dataset": args.dataset, "attempt": args.attempt, "simulated": simulated,
+                  "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
+                  **compare(targets, scores, training["primary"], champion), "rows": _ingested(store, sequences_manifest)}
+    write_json(run_dir / "evaluation.json", evaluation)
+    print(table(evaluation), flush=True)
+    _log_to_mlflow(args, run_dir, evaluation, targets, scores)
+
+
+def read_training(run_dir: Path) -> dict:
+    """Return `training.json` of an attempt.
+
+    Raises:
+        StageError: training has not finished.
+    """
+    path = run_dir / "training.json"
+    if not path.exists():
+        raise StageError(f"{path} is missing", "run training.main with the same --attempt and --runs first")
+    return json.loads(path.read_text())
+
+
+def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table, first_ms: int) -> tuple[dict | None, np.ndarray | None]:
+    """Score the day with the champion in service.
+
+    On a retry after this attempt's own promotion, the champion meant is the one before it.
+
+    Returns:
+        (None, None) without a champion; else ({"version", "partition", "attempt", "warning"}, scores or None).
+    """
+    aliases = registry.aliases()
+    version = aliases.get(CHAMPION)
+    if version is not None and registry.version(version).tags.get(ATTEMPT_TAG) == attempt:
+        version = aliases.get(PREVIOUS_CHAMPION)
+    if version is None:
+        return None, None
+    tags = registry.version(version).tags
+    champion = {"version": version, "partition": tags.get("pipeline.partition"), "attempt": tags.get(ATTEMPT_TAG), "warning": None}
+    if (champion["partition"] or "") > dt:
+        return champion | {"warning": f"it is of partition {champion['partition']}, so it was trained on {dt}"}, None
+    try:
+        return champion, load_scorer(registry.package(version)).score(items, sequences, first_ms).score
+    except Exception as error:
+        log(f"warning: champion version {version} cannot score: {type(error).__name__}: {error}")
+        return champion | {"warning": f"it cannot be loaded or scored: {type(error).__name__}: {error}"[:500]}, None
+
+
+def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str, champion: dict | None) -> dict:
+    """Return the `models`, `champion`, `paired` and `slices` entries of evaluation.json."""
+    label, user = targets.label, targets.user_id
+    bootstrap = Bootstrap(user, label, scores, RESAMPLES)
+    rows = []
+    for name, score in scores.items():
+        row: dict = {"name": name}
+        for metric in Bootstrap.METRICS:
+            interval = bootstrap.interval(name, metric)
+            row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        row |= {"targets": len(label), "users": len(np.unique(user)), "users_with_both_classes": gauc(user, label, score)[1],
+                "calibration": calibration(label, score)}
+        rows.append(row)
+    paired = {f"{primary}_minus_{name}": {metric: asdict(bootstrap.difference(primary, name, metric)) for metric in Bootstrap.METRICS}
+              for name in scores if name != primary}
+    if champion is not None:
+        champion = champion | next((row for row in rows if row["name"] == CHAMPION), {"name": CHAMPION})
+    return {"models": [row for row in rows if row["name"] != CHAMPION], "champion": champion, "paired": paired,
+            "slices": _length_slices(targets, scores)}
+
+
+def table(evaluation: dict) -> str:
+    """Return the plain text table of an evaluation."""
+    title = f"{evaluation['dataset']} dt={evaluation['dt']}" + ("  (SIMULATED data)" if evaluation["simulated"] else "")
+    lines = [title, f"{'model':<18}{'AUC':>8}{'95 % interval':>18}{'GAUC':>8}{'log loss':>10}{'pred/obs':>10}{'targets':>10}{'users':>8}"]
+    champion = evaluation["champion"]
+    for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]:
+        interval = f"{_cell(row['auc_low'])}..{_cell(row['auc_high'])}"
+        lines.append(f"{row['name']:<18}{_cell(row['auc']):>8}{interval:>18}{_cell(row['gauc']):>8}{_cell(row['logloss']):>10}"
+                     f"{_cell(row['calibration']['expected_ratio'], 3):>10}{row['targets']:>10,}{row['users']:>8,}")
+    if evaluation["best_auc"] is not None:
+        lines.append(f"{'best possible':<18}{_cell(evaluation['best_auc']):>8}  (the simulator's own probabilities)")
+    for name, metrics in evaluation["paired"].items():
+        value, low, high = (_cell(metrics["auc"][key]) for key in ("value", "low", "high"))
+        lines.append(f"AUC {name.replace('_minus_', ' minus ')}: {value}, 95 % interval {low}..{high}")
+    if champion and champion["warning"]:
+        lines.append(f"warning: champion version {champion['version']} is not compared: {champion['warning']}")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_without_nan(value), indent=1, allow_nan=False))
+    os.replace(temporary, path)
+
+
+def _length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list[dict]:
+    """Metrics in the quartiles of history length; quartiles that ties make empty are left out."""
+    length = targets.history_length
+    edges = np.unique(np.percentile(length, [25, 50, 75], method="higher"))
+    part = np.searchsorted(edges, length, side="left")
+    slices = []
+    for number in np.unique(part):
+        rows = part == number
+        label, user = targets.label[rows], targets.user_id[rows]
+        slices.append({"slice": "history_length", "low": int(length[rows].min()), "high": int(length[rows].max()), "targets": int(rows.sum()),
+                       "users": len(np.unique(user)),
+                       "models": {name: {"auc": auc(label, score[rows]), "gauc": gauc(user, label, score[rows])[0], "logloss": logloss(label, score[rows])}
+                                  for name, score in scores.items()}})
+    return slices
+
+
+def _ingested(store: TableStore, sequences: Manifest) -> dict[str, int]:
+    """Sum the ingest counts over the event days that the sequences were made from."""
+    totals = dict.fromkeys(ROW_COUNTS, 0)
+    for name in sequences.inputs:
+        if name.startswith("events/dt="):
+            manifest = store.manifest("events", name.removeprefix("events/dt="))
+            counts = manifest.counts if manifest is not None else {}
+            for key in ROW_COUNTS:
+                totals[key] += counts.get(key, 0)
+    return totals
+
+
+def _best_auc(raw: Path, dt: str) -> float | None:
+    marker = raw / SIMULATED_MARKER
+    return json.loads(marker.read_text()).get("best_auc_by_dt", {}).get(dt) if marker.exists() else None
+
+
+def _log_to_mlflow(args, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+    plot = run_dir / "evaluation.png"
+    _plot(evaluation, targets, scores, plot)
+    with attempt_run(args.dataset, args.dt, args.attempt, {}) as run:
+        # What training could not send, if MLflow was down then.
+        MetricsBuffer(run.info.run_id, run_dir / "metrics.jsonl").flush()
+        champion = evaluation["champion"]
+        metrics = {f"{row['name']}/{metric}": row[metric] for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
+                   for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")}
+        metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
+        if evaluation["best_auc"] is not None:
+            metrics["best_auc"] = evaluation["best_auc"]
+        MetricsBuffer(run.info.run_id, run_dir / "evaluation_metrics.jsonl").log({key: value for key, value in metrics.items() if math.isfinite(value)}, step=0)
+        if run.info.run_id is None:
+            return
+        import mlflow
+
+        try:
+            for path in (run_dir / "evaluation.json", plot):
+                mlflow.log_artifact(str(path), "evaluation")
+            mlflow.log_text(table(evaluation), "evaluation/table.txt")
+        except Exception as error:
+            log(f"warning: MLflow took no artifacts: {type(error).__name__}: {error}")
+
+
+def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray], path: Path) -> None:
+    """Draw AUC with intervals, and calibration, of every scored model."""
+    from matplotlib.figure import Figure
+
+    rows = evaluation["models"] + ([evaluation["champion"]] if CHAMPION in scores else [])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    bars, curve = figure.subplots(1, 2)
+    values = np.array([row["auc"] for row in rows])
+    spread = np.abs(np.array([[row["auc_low"], row["auc_high"]] for row in rows]).T - values)
+    bars.errorbar(values, np.arange(len(rows)), xerr=spread, fmt="o", capsize=4)
+    bars.set_yticks(np.arange(len(rows)), [row["name"] for row in rows])
+    bars.invert_yaxis()
+    if evaluation["best_auc"] is not None:
+        bars.axvline(evaluation["best_auc"], linestyle="--", color="gray", label="best possible")
+        bars.legend()
+    bars.set_xlabel("AUC, 95 % interval (users resampled)")
+    for name, score in scores.items():
+        bins = calibration(targets.label, score)["bins"]
+        curve.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label=name)
+    end = curve.get_xlim()[1]
+    curve.plot([0, end], [0, end], linestyle="--", color="gray")
+    curve.set_xlabel("predicted probability")
+    curve.set_ylabel("observed share of positives")
+    curve.legend()
+    figure.suptitle(f"{evaluation['dataset']} dt={evaluation['dt']}" + (" (SIMULATED data)" if evaluation["simulated"] else ""))
+    figure.savefig(path, dpi=110)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,124 @@
+"""A published partition with untrained models in real packages, and an empty MLflow store; no Spark, no Ray."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from etl.partitions import MS_PER_DAY, add_days, day_number
+from etl.schemas import TABLES, schema_fingerprint
+from etl.store import Manifest, TableStore
+from tests.training.conftest import random_partition
+from training.checkpoint import save_package
+from training.config import ModelConfig, VocabularyConfig
+from training.data import Sequences
+from training.model.ranker import FieldSizes, Ranker
+from training.scoring import request_of
+from training.tracking import attempt_run
+from training.vocabulary import Vocabulary
+
+DATASET, DT, NEXT_DT = "kuairand_simulated", "2022-04-21", "2022-04-22"
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """A migrated, empty MLflow database: made once, copied for each test."""
+    from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    store = _get_sqlalchemy_store(f"sqlite:///{path}", (path.parent / "artifacts").as_uri())
+    store.engine.dispose()
+    return path
+
+
+@pytest.fixture
+def mlflow_store(empty_database, tmp_path, monkeypatch) -> str:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    return uri
+
+
+@dataclass
+class Stages:
+    """Runs the command lines of evaluation in this process, on a warehouse of two days."""
+
+    warehouse: Path
+    runs: Path
+    raw: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    def train(self, attempt: str, dt: str = DT, seed: int = 1) -> None:
+        """Write what `training.main` would: packages of untrained models and training.json."""
+        store = TableStore(str(self.warehouse), DATASET)
+        items = store.read(store.require("items", dt))
+        sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
+        fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
+        vocabulary = Vocabulary.build(items, fields, VocabularyConfig())
+        example = request_of(items, sequences, 2, day_number(dt) * MS_PER_DAY)
+        models = {}
+        for name in ("vql", "softmax_attention", "mean_pooling"):
+            torch.manual_seed(seed)
+            model = Ranker(FieldSizes.of(vocabulary), ModelConfig(interest=name, codes=16)).eval()
+            if model.quantizer is not None:
+                model.quantizer.started.fill_(1)
+            package = self.runs / attempt / "models" / name
+            save_package(package, model, vocabulary, example)
+            models[name] = {"package": str(package), "epochs": 1, "best_epoch": 0, "train_seconds": 1.0, "validation_logloss": 0.7}
+        with attempt_run(DATASET, dt, attempt, {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"}) as run:
+            run_id = run.info.run_id
+        training = {"config": {}, "config_digest": "c0", "models": models, "primary": "vql", "seed": seed, "mlflow_run_id": run_id}
+        (self.runs / attempt / "training.json").write_text(json.dumps(training))
+
+    def run(self, module: str, attempt: str, dt: str = DT) -> None:
+        arguments = ["--dataset", DATASET, "--warehouse", str(self.warehouse), "--dt", dt, "--attempt", attempt, "--runs", str(self.runs)]
+        if module == "main":
+            arguments += ["--raw", str(self.raw)]
+        self.monkeypatch.setattr(sys, "argv", [module, *arguments])
+        importlib.import_module(f"evaluation.{module}").main()
+
+    def json(self, attempt: str, name: str) -> dict:
+        return json.loads((self.runs / attempt / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def stages(tmp_path, mlflow_store, monkeypatch) -> Stages:
+    warehouse, raw = tmp_path / "warehouse", tmp_path / "raw"
+    raw.mkdir()
+    (raw / "SIMULATED.json").write_text(json.dumps({"best_auc_by_dt": {DT: 0.8}}))
+    store = TableStore(str(warehouse), DATASET)
+    event_days = [add_days(DT, -1), DT]
+    for day in event_days:
+        _publish(store, "events", day, TABLES["events"].empty_table(), counts={"rows_read": 10, "events": 7, "duplicates": 2, "quarantined": 1})
+    for dt in (DT, NEXT_DT):
+        items, sequences = random_partition(users=12)
+        sequences = _with_last_targets_on(sequences, dt)
+        _publish(store, "items", dt, items)
+        _publish(store, "sequences", dt, sequences, inputs={f"events/dt={day}": "x" for day in event_days})
+    return Stages(warehouse, tmp_path / "runs", raw, monkeypatch)
+
+
+def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
+    """Move the last four targets of every user to the evaluation day, and the others before it."""
+    start = day_number(dt) * MS_PER_DAY
+    times = [[*sorted(min(t, start - 1) for t in row[:4]), *(start + 1000 * j for j in range(4))] for row in sequences["target_time_ms"].to_pylist()]
+    ends = [[int(np.searchsorted(history, time, side="left")) for time in row]
+            for history, row in zip(sequences["history_time_ms"].to_pylist(), times, strict=True)]
+    sequences = sequences.set_column(sequences.schema.get_field_index("target_time_ms"), "target_time_ms", pa.array(times, pa.list_(pa.int64())))
+    return sequences.set_column(sequences.schema.get_field_index("target_history_end"), "target_history_end", pa.array(ends, pa.list_(pa.int32())))
+
+
+def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None) -> None:
+    file = store.write_file("setup", table, dt, 0, rows)
+    store.write_staged_manifest(Manifest(store.dataset, table, dt, "setup", schema_fingerprint(TABLES[table]), "test", (file,), counts or {}, inputs or {}))
+    store.publish("setup", table, dt)

@@ -1,0 +1,131 @@
+"""Metrics against definitions written out, and intervals against distributions that are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, user_aucs
+
+# (user, label, score) with few distinct scores, so that ties are common.
+TARGETS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), st.integers(0, 5)), min_size=1, max_size=40)
+
+
+def brute_auc(label, score) -> float:
+    pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in score[label == 1] for n in score[label == 0]]
+    return float(np.mean(pairs)) if pairs else math.nan
+
+
+def arrays(rows):
+    user, label, score = (np.array(column) for column in zip(*rows, strict=True))
+    return user, label.astype(np.int8), (score / 6 + 0.05).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(TARGETS)
+def test_auc_counts_pairs_and_half_of_ties(rows):
+    _, label, score = arrays(rows)
+    assert auc(label, score) == pytest.approx(brute_auc(label, score), nan_ok=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(TARGETS)
+def test_gauc_is_the_weighted_mean_of_users_with_both_classes(rows):
+    user, label, score = arrays(rows)
+    parts = [(brute_auc(label[user == u], score[user == u]), (user == u).sum()) for u in np.unique(user)]
+    parts = [(value, weight) for value, weight in parts if not math.isnan(value)]
+    value, users = gauc(user * 1000 - 7, label, score)
+    assert users == len(parts)
+    expected = sum(v * w for v, w in parts) / sum(w for _, w in parts) if parts else math.nan
+    assert value == pytest.approx(expected, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(TARGETS, st.integers(0, 1000))
+def test_a_resample_of_users_equals_the_metrics_of_the_repeated_rows(rows, seed):
+    user, label, score = arrays(rows)
+    bootstrap = Bootstrap(user, label, {"m": score}, resamples=3, seed=seed)
+    ids = np.unique(user)
+    for resample, multiplicity in enumerate(bootstrap.multiplicity):
+        copies, copy_user = [], []
+        for u, times in zip(ids, multiplicity.astype(int), strict=True):
+            for time in range(times):
+                copies.append(np.flatnonzero(user == u))
+                copy_user.append(np.full((user == u).sum(), u * 100 + time))
+        index, owner = np.concatenate(copies), np.concatenate(copy_user)
+        values = bootstrap.values["m"]
+        assert values["auc"][resample] == pytest.approx(brute_auc(label[index], score[index]), nan_ok=True)
+        assert values["gauc"][resample] == pytest.approx(gauc(owner, label[index], score[index])[0], nan_ok=True)
+        assert values["logloss"][resample] == pytest.approx(logloss(label[index], score[index]))
+
+
+def test_one_class_has_no_auc_and_no_targets_have_no_metric():
+    assert math.isnan(auc(np.ones(3, np.int8), np.arange(3.0)))
+    empty = np.zeros(0)
+    assert math.isnan(auc(empty, empty))
+    assert math.isnan(logloss(empty, empty))
+    assert gauc(empty.astype(int), empty, empty)[1] == 0
+
+
+def test_a_user_of_one_class_has_no_part_in_gauc():
+    user, label = np.array([0, 0, 1, 1, 1]), np.array([1, 0, 1, 1, 1])
+    score = np.array([0.9, 0.1, 0.2, 0.3, 0.4])
+    assert gauc(user, label, score) == (1.0, 1)
+    assert np.isnan(user_aucs(user, label, score)[0]).tolist() == [False, True]
+
+
+def test_logloss_of_a_certain_mistake_is_finite_in_fp32():
+    assert logloss(np.array([1, 0]), np.array([0.0, 1.0], np.float32)) == pytest.approx(-math.log(1e-7), rel=1e-6)
+
+
+def test_calibration_of_a_calibrated_and_of_a_doubled_score():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.05, 0.45, 200_000)
+    label = (rng.uniform(size=len(p)) < p).astype(np.int8)
+    good, doubled = calibration(label, p), calibration(label, 2 * p)
+    assert good["ece"] < 0.006
+    assert good["expected_ratio"] == pytest.approx(1, abs=0.01)
+    assert doubled["expected_ratio"] == pytest.approx(2, abs=0.02)
+    assert doubled["ece"] == pytest.approx(0.25, abs=0.01)
+    assert sum(b["targets"] for b in good["bins"]) == len(p)
+
+
+def test_interval_of_a_mean_has_the_width_that_theory_gives():
+    # One target a user: the log loss is a mean of independent values, its standard error is known.
+    rng = np.random.default_rng(1)
+    users = 4000
+    score = rng.uniform(0.1, 0.9, users)
+    label = (rng.uniform(size=users) < score).astype(np.int8)
+    losses = -np.where(label > 0, np.log(score), np.log(1 - score))
+    interval = Bootstrap(np.arange(users), label, {"m": score}, resamples=500).interval("m", "logloss")
+    assert interval.low < interval.value < interval.high
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * losses.std() / math.sqrt(users), rel=0.15)
+
+
+def test_users_are_resampled_not_targets():
+    # A user's targets are copies of one another: intervals must not shrink with the number of copies.
+    rng = np.random.default_rng(2)
+    score, label = rng.uniform(0.1, 0.9, 300), rng.integers(0, 2, 300)
+    width = []
+    for copies in (1, 20):
+        interval = Bootstrap(np.repeat(np.arange(300), copies), np.repeat(label, copies), {"m": np.repeat(score, copies)}).interval("m", "auc")
+        width.append(interval.high - interval.low)
+    assert width[1] == pytest.approx(width[0])
+
+
+def test_paired_difference_is_narrower_than_either_interval_and_finds_a_small_gain():
+    rng = np.random.default_rng(3)
+    user, truth = np.repeat(np.arange(400), 25), rng.normal(size=10_000)
+    label = (rng.uniform(size=10_000) < 1 / (1 + np.exp(-truth))).astype(np.int8)
+    squash = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    noise = rng.normal(size=10_000)
+    bootstrap = Bootstrap(user, label, {"a": squash(truth + 0.3 * noise), "b": squash(truth + 0.6 * noise), "c": squash(truth + 0.3 * noise)})
+    difference, alone = bootstrap.difference("a", "b", "auc"), bootstrap.interval("a", "auc")
+    assert 0 < difference.low < difference.value < difference.high
+    assert difference.high - difference.low < 0.7 * (alone.high - alone.low)
+    same = bootstrap.difference("a", "c", "gauc")
+    assert (same.value, same.low, same.high) == (0, 0, 0)
