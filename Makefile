@@ -1,0 +1,42 @@
+# Every task of the project. `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS MAX_HISTORY WORKERS
+export LONGVIEW_VENV := $(abspath $(VENV))
+
+.PHONY: help setup run test test-slow lint up down lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make or refresh .venv from requirements.txt (nothing to do: instant)
+	@infra/bootstrap.sh
+
+run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-DD DATASET=kuairand, or simulated data
+	@$(PY) -m infra.run
+
+test: setup ## the tests that take minutes, not more
+	@$(PY) -m pytest -m "not slow"
+
+test-slow: setup ## every test, with the real scheduler, Spark and Ray
+	@$(PY) -m pytest
+
+lint: setup ## ruff and mypy
+	@$(PY) -m ruff check . && $(PY) -m mypy
+
+up: setup ## start Airflow and MLflow in the background and say where they are
+	@$(PY) -m infra.stack up
+
+down: ## stop what `make up` started
+	@if [ -x $(PY) ]; then $(PY) -m infra.stack down; else echo "nothing was running"; fi
+
+lock: ## compile requirements.txt from pyproject.toml (needs uv); no index address, no local build of torch
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" uv pip compile pyproject.toml --extra dev --python-version 3.11 \
+		--no-header --no-emit-index-url --no-emit-find-links --quiet --output-file requirements.txt
+	@sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.txt && rm requirements.txt.bak
+
+clean: down ## delete what runs and tests wrote (var/, caches); .venv stays
+	rm -rf var .pytest_cache .hypothesis .mypy_cache .ruff_cache spark-warehouse metastore_db derby.log
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

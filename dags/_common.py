@@ -1,0 +1,149 @@
+"""What the DAGs share: which partition a run means, what its attempt is called, and the task that runs one stage."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import datetime as dtm
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from etl.identity import attempt_name
+from infra import settings
+
+EXIT_STAGE_ERROR = 2  # etl.cli.EXIT_STAGE_ERROR, whose module imports too much for a DAG file
+KILL_AFTER_SECONDS = 15
+LAST_LINES = 40
+
+
+def partition_of(context: Mapping[str, Any]) -> str:
+    """Return the partition day of a run: its partition key, else the parameter `dt`, else its data interval's first day.
+
+    Raises:
+        AirflowFailException: the run names no day, or two different ones.
+    """
+    run = context["dag_run"]
+    chosen = (context.get("params") or {}).get("dt")
+    start = context.get("data_interval_start") or getattr(run, "data_interval_start", None)
+    if key := getattr(run, "partition_key", None):
+        return _day(key[:10])
+    if chosen:
+        # A `dt` in the configuration of a backfill would make every day of it rebuild the same one.
+        if _run_type(run) != "manual" and (start is None or start.date().isoformat() != chosen):
+            raise AirflowFailException(f"dt={chosen} was given to a {_run_type(run)} run of {start}. "
+                                       "remedy: leave dt empty; scheduled runs and backfills take the day of their interval")
+        return _day(chosen)
+    if start is None:
+        raise AirflowFailException("this manual run has neither `dt` nor a logical date, so it names no partition. "
+                                   "remedy: trigger it again with dt, for example 2022-04-21")
+    return start.astimezone(dtm.UTC).date().isoformat()
+
+
+def attempt_of(context: Mapping[str, Any], dataset: str, dt: str) -> str:
+    """Return the attempt's name: the same over retries, new when the run is cleared or reprocessed."""
+    run = context["dag_run"]
+    return attempt_name(dataset, dt, run.run_id, getattr(run, "clear_number", 0) or 0)
+
+
+class StageOperator(BaseOperator):
+    """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
+
+    Exit code 2 means that the stage told its user what to mend: the task fails without a retry. Any other failure may be
+    retried. The process and all its children end with the task: when it is killed, times out, or dies.
+
+    Args:
+        module: module of the stage, for example `etl.jobs.events`.
+        arguments: what follows the partition's arguments; may be templates. No shell sees them.
+    """
+
+    template_fields: Sequence[str] = ("arguments", "dataset")
+    ui_color = "#e8f0fe"
+
+    def __init__(self, *, module: str, arguments: Sequence[str] = (), dataset: str = "{{ params.dataset }}", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.module = module
+        self.arguments = list(arguments)
+        self.dataset = dataset
+        self._process: subprocess.Popen[str] | None = None
+
+    def command(self, context: Mapping[str, Any]) -> list[str]:
+        """Return the command line of this task for one run."""
+        dt = partition_of(context)
+        partition = ["--dataset", self.dataset, "--warehouse", settings.warehouse(), "--dt", dt,
+                     "--attempt", attempt_of(context, self.dataset, dt)]
+        return [sys.executable, "-m", self.module, *partition, *map(str, self.arguments)]
+
+    def execute(self, context: Any) -> dict[str, str]:
+        command = self.command(context)
+        self.log.info("running: %s", shlex.join(command))
+        tail: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        self._process = subprocess.Popen(
+            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        try:
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                tail.append(line.rstrip())
+                self.log.info("%s", tail[-1])
+            code = self._process.wait()
+        finally:
+            self.on_kill()
+        if code != 0:
+            message = f"{self.module} exited with code {code}: {_reason(tail)}"
+            raise (AirflowFailException if code == EXIT_STAGE_ERROR else AirflowException)(message)
+        outcome = {"dataset": self.dataset, "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
+        for outlet in self.outlets or ():
+            context["outlet_events"][outlet].extra = outcome
+        return outcome
+
+    def on_kill(self) -> None:
+        """End the stage and everything that it started."""
+        process = self._process
+        if process is None:
+            return
+        _signal_group(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=KILL_AFTER_SECONDS)
+        _signal_group(process.pid, signal.SIGKILL)
+
+
+def _reason(tail: Sequence[str]) -> str:
+    """Return the lines from the last `error:` on, or the last few lines."""
+    lines = list(tail)
+    starts = [index for index, line in enumerate(lines) if line.lstrip().startswith("error:")]
+    return "\n".join(lines[starts[-1] :] if starts else lines[-5:]) or "no output"
+
+
+def _day(text: str) -> str:
+    try:
+        return dtm.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise AirflowFailException(f"{text!r} is not a day. remedy: give dt as YYYY-MM-DD") from None
+
+
+def _run_type(run: Any) -> str:
+    return str(getattr(run.run_type, "value", run.run_type))
+
+
+def _signal_group(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signum)
+
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Linux ends the stage when the task's process is killed, so that a retry never meets the stage that it replaces."""
+    if _libc is not None:
+        _libc.prctl(1, signal.SIGTERM)

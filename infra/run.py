@@ -1,0 +1,282 @@
+"""`make run`: one partition through Airflow's real scheduler, told live, with a table at the end.
+
+RAW=folder DT=YYYY-MM-DD DATASET=kuairand choose the data; without RAW the simulator writes a small data set first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dtm
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from etl.datasets import DATASETS, SIMULATED_MARKER
+from etl.errors import StageError
+from etl.identity import attempt_name
+from etl.partitions import parse_dt
+from infra import services, settings
+from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
+
+FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
+LOG_LINES = 30
+MEMORY_EVERY_SECONDS = 6
+QUIET_SECONDS = 20
+
+
+def say(message: str) -> None:
+    print(time.strftime("%H:%M:%S"), message, flush=True)
+
+
+def choose_data() -> tuple[str, str, str, bool]:
+    """Return dataset, dt, raw folder and whether the simulator has to write it, from RAW, DT and DATASET."""
+    raw = os.environ.get("RAW") or ""
+    dt = parse_dt(os.environ.get("DT") or settings.SIMULATED_DT)
+    dataset = os.environ.get("DATASET") or ("kuairand" if raw else "kuairand_simulated")
+    if dataset not in DATASETS:
+        raise InfraError(f"unknown DATASET {dataset!r}", f"use one of: {', '.join(sorted(DATASETS))}")
+    if not raw:
+        return dataset, dt, str(settings.home() / "raw" / dataset), DATASETS[dataset].simulated
+    if "://" not in raw:
+        folder = Path(raw).expanduser().absolute()
+        if not folder.is_dir():
+            raise InfraError(f"RAW={raw} is not a folder", "give the folder that holds the raw logs, for example RAW=/data/KuaiRand-1K/data")
+        if (folder / SIMULATED_MARKER).exists() and not DATASETS[dataset].simulated:
+            raise InfraError(f"{folder} was written by the simulator ({SIMULATED_MARKER})", "give DATASET=kuairand_simulated")
+        raw = str(folder)
+    return dataset, dt, raw, False
+
+
+class TaskLog:
+    """The log file of one try of a task, read line by line as it grows."""
+
+    def __init__(self, run_id: str, task: dict[str, Any]) -> None:
+        self.path = (settings.airflow_home() / "logs" / f"dag_id={settings.DAG_ID}" / f"run_id={run_id}" / f"task_id={task['task_id']}"
+                     / f"attempt={task['try_number']}.log")
+
+    def progress(self) -> list[str]:
+        """Return the lines that the stage itself logged (`etl.cli.log` puts the time first), not its libraries' noise."""
+        return [line for line in self.lines() if re.match(r"\d\d:\d\d:\d\d ", line)]
+
+    def lines(self) -> list[str]:
+        """Return the messages so far; each line of the file is one JSON object."""
+        try:
+            text = self.path.read_text(errors="replace")
+        except OSError:
+            return []
+        messages = []
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                messages.append(str(entry.get("event", line)))
+                messages += [f"{e.get('exc_type')}: {e.get('exc_value')}" for e in entry.get("error_detail") or []]
+            except (ValueError, AttributeError):
+                messages.append(line)
+        return messages
+
+
+class Run:
+    """One DAG run: triggered, followed to its end, and told."""
+
+    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str) -> None:
+        self.api, self.dataset, self.dt, self.raw = api, dataset, dt, raw
+        self.run_id = f"run__{dataset}__{dt}__{dtm.datetime.now(dtm.UTC):%Y%m%dT%H%M%S}"
+        self.attempt = attempt_name(dataset, dt, self.run_id, 0)
+        self.path = f"/api/v2/dags/{settings.DAG_ID}/dagRuns/{self.run_id}"
+        self.tasks: list[dict[str, Any]] = []
+        self.triggered = False
+        self.peak_gb = 0.0
+
+    def trigger(self) -> None:
+        conf: dict[str, Any] = {"dt": self.dt, "dataset": self.dataset, "raw": self.raw}
+        conf |= {name: os.environ[name.upper()] for name in ("config",) if os.environ.get(name.upper())}
+        for name in ("target_days", "lookback_days", "max_history", "workers"):
+            if text := os.environ.get(name.upper()):
+                conf[name] = int(text)
+        self.api.call("PATCH", f"/api/v2/dags/{settings.DAG_ID}?update_mask=is_paused", {"is_paused": False})
+        self.api.call("POST", f"/api/v2/dags/{settings.DAG_ID}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
+        self.triggered = True
+
+    def follow(self, processes: dict[Service, int]) -> str:
+        """Print what happens until the run ends; return its final state."""
+        shown: dict[str, tuple[str, int]] = {}
+        last_line, quiet_since, next_memory = "", time.monotonic(), 0.0
+        while True:
+            services.check_alive(processes)
+            if processes and time.monotonic() >= next_memory:
+                self.peak_gb = max(self.peak_gb, services.memory_gb([os.getpid()]))
+                next_memory = time.monotonic() + MEMORY_EVERY_SECONDS
+            state = self.api.call("GET", self.path)["state"]
+            self.tasks = sorted(self.api.call("GET", f"{self.path}/taskInstances")["task_instances"],
+                                key=lambda task: task["start_date"] or "9")
+            for task in self.tasks:
+                now = (task["state"] or "", task["try_number"])
+                if task["state"] in ("running", "up_for_retry", *FINISHED) and shown.get(task["task_id"]) != now:
+                    shown[task["task_id"]] = now
+                    say(f"{task['task_id']:<30} {task['state']}{_seconds(task)}")
+                    last_line, quiet_since = "", time.monotonic()
+            for task in self.tasks:
+                if task["state"] == "running" and (lines := TaskLog(self.run_id, task).progress()):
+                    if lines[-1] != last_line and time.monotonic() - quiet_since > QUIET_SECONDS:
+                        last_line, quiet_since = lines[-1], time.monotonic()
+                        say(f"{'':<30}   {lines[-1][9:][:150]}")
+            if state in ("success", "failed"):
+                return state
+            time.sleep(1)
+
+    def abandon(self) -> None:
+        """End a run that nobody follows any more; it would hold back the next one."""
+        if self.triggered:
+            with contextlib.suppress(Exception):
+                if self.api.call("GET", self.path)["state"] not in ("success", "failed"):
+                    self.api.call("PATCH", f"{self.path}?update_mask=state", {"state": "failed"})
+
+    def tell_failure(self) -> None:
+        for task in (task for task in self.tasks if task["state"] == "failed"):
+            log = TaskLog(self.run_id, task)
+            print(f"\nFAILED  {task['task_id']}  (try {task['try_number']}); the end of {log.path}:\n")
+            print("\n".join(f"    {line}" for line in log.lines()[-LOG_LINES:]))
+        print(f"\nerror: the run {self.run_id} failed\n  remedy: mend what the log says, then repeat `make run`; published tables are kept")
+
+    def tell_success(self) -> None:
+        folder = Path(settings.runs()) / self.attempt
+        evaluation, registration = _json(folder / "evaluation.json"), _json(folder / "registration.json")
+        print(f"\n{self.dataset}  dt={self.dt}  attempt {self.attempt}" + ("   SIMULATED DATA" if evaluation.get("simulated") else ""))
+        if rows := evaluation.get("rows"):
+            total = sum(int(rows.get(name) or 0) for name in ("events", "duplicates", "quarantined"))
+            print(f"raw rows {total:,} = {_count(rows, 'events')} events + {_count(rows, 'duplicates')} duplicates "
+                  f"+ {_count(rows, 'quarantined')} quarantined")
+        if models := evaluation.get("models"):
+            print(f"\n{'model':<28} {'AUC':>7} {'95 % interval':>17} {'GAUC':>7} {'log loss':>9}")
+            for model in models:
+                print(f"{model.get('name', '?'):<28} {_number(model.get('auc'))} "
+                      f"{_number(model.get('auc_low')) + ' -' + _number(model.get('auc_high')):>17} "
+                      f"{_number(model.get('gauc'))} {_number(model.get('logloss')):>9}")
+        if evaluation.get("best_auc") is not None:
+            print(f"the best AUC that this simulation allows: {evaluation['best_auc']:.4f}")
+        print(f"\n{'task':<30} {'seconds':>8}")
+        for task in self.tasks:
+            print(f"{task['task_id']:<30} {task.get('duration') or 0:>8.1f}")
+        if self.peak_gb:
+            print(f"peak memory of all processes: {self.peak_gb:.1f} GB")
+        print("\nwhere to look next")
+        if registration:
+            aliases = ", ".join(registration.get("aliases") or []) or "none"
+            print(f"  MLflow run     {registration.get('run_id')}  {registration.get('run_url') or ''}")
+            print(f"  model          {registration.get('model_name')} version {registration.get('version')}, aliases: {aliases}")
+        print(f"  Data Docs      {settings.reports() / 'data_docs'}")
+        print(f"  checkpoints    {folder}")
+        print("  Airflow and MLflow in the browser: make up")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def _number(value: float | None) -> str:
+    return f"{value:>7.4f}" if value is not None else f"{'-':>7}"
+
+
+def _count(rows: dict[str, Any], name: str) -> str:
+    return f"{int(rows.get(name) or 0):,}"
+
+
+def _seconds(task: dict[str, Any]) -> str:
+    return f"  {task['duration']:.0f} s" if task["state"] in FINISHED and task.get("duration") else ""
+
+
+def end_stale_runs(api: AirflowApi) -> None:
+    """End runs of earlier `make run` calls that were killed: only one run is active at a time."""
+    query = f"/api/v2/dags/{settings.DAG_ID}/dagRuns?state=running&state=queued&limit=100"
+    for run in api.call("GET", query)["dag_runs"]:
+        if run["dag_run_id"].startswith("run__"):
+            say(f"ending the abandoned run {run['dag_run_id']}")
+            api.call("PATCH", f"/api/v2/dags/{settings.DAG_ID}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"})
+        else:
+            say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
+
+
+def run_partition(children: dict[Service, int]) -> int:
+    began = time.monotonic()
+    dataset, dt, raw, simulate = choose_data()
+    for warning in services.check_room():
+        say(f"warning: {warning}")
+    api = AirflowApi()
+    shared = services.running_pid(API_SERVER) is not None and api.healthy("scheduler", "dag_processor")
+    if not shared:
+        services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
+    env = settings.environment()
+    simulator = None
+    if simulate:
+        say(f"simulating raw logs under {raw} (kept when they are there already)")
+        simulator = subprocess.Popen([sys.executable, "-m", "etl.simulate", "--out", raw], env=env, cwd=settings.ROOT, start_new_session=True)
+        children[Service("simulator", ())] = simulator.pid
+    elif "://" not in raw and not Path(raw).is_dir():
+        raise InfraError(f"no raw logs under {raw}", "give RAW=folder, or DATASET=kuairand_simulated")
+    started = time.time()
+    airflow: dict[Service, int] = {}
+    if shared:
+        say(f"using the Airflow of `make up` at {settings.airflow_url()}")
+        started = 0.0
+    else:
+        say("starting Airflow (api-server, scheduler, dag-processor) ...")
+        services.migrate(env)
+        for service in (API_SERVER, DAG_PROCESSOR, SCHEDULER):
+            airflow[service] = children[service] = services.start(service, env).pid
+    if simulator is not None and simulator.wait() != 0:
+        raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
+    services.wait_healthy(api, airflow, "scheduler", "dag_processor")
+    api.set_pools()
+    api.wait_for_dag(settings.DAG_ID, started, lambda: services.check_alive(airflow))
+    if not shared:
+        end_stale_runs(api)
+    run = Run(api, dataset, dt, raw)
+    try:
+        run.trigger()
+        say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")
+        state = run.follow(airflow)
+    finally:
+        run.abandon()
+    if state != "success":
+        run.tell_failure()
+        return 1
+    run.tell_success()
+    print(f"\ndone in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def main() -> int:
+    children: dict[Service, int] = {}
+
+    def interrupted(signum: int, _frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt(signum)
+
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        return run_partition(children)
+    except (InfraError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        print(f"error: Airflow does not answer: {error}\n  remedy: see {settings.airflow_home() / 'logs'}/*.out", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; stopping", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        services.stop(children.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

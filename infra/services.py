@@ -1,0 +1,335 @@
+"""Start, watch and stop the services of the embedded stack: Airflow's components and the MLflow server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from infra import settings
+
+STOP_SECONDS = 12
+HEALTHY_WITHIN_SECONDS = 120
+MEMORY_NEEDED_GB = 6
+DISK_NEEDED_GB = 3
+
+
+class InfraError(Exception):
+    """Something that the user can mend; printed as `error:` and `remedy:`."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}\n  remedy: {remedy}")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One long-running process.
+
+    Attributes:
+        name: names its log `<name>.out` and its pid file.
+        arguments: what follows the interpreter.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+API_SERVER = Service("api-server", ("-m", "airflow", "api-server"))
+SCHEDULER = Service("scheduler", ("-m", "airflow", "scheduler", "--skip-serve-logs"))
+DAG_PROCESSOR = Service("dag-processor", ("-m", "airflow", "dag-processor"))
+TRIGGERER = Service("triggerer", ("-m", "airflow", "triggerer", "--skip-serve-logs"))
+
+
+def mlflow_server() -> Service:
+    """Return the tracking server over the same SQLite store that the stages write."""
+    return Service("mlflow", (
+        "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(settings.mlflow_port()), "--workers", "1",
+        "--backend-store-uri", settings.tracking_uri(), "--default-artifact-root", settings.artifact_root().as_uri(),
+    ))  # fmt: skip
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_port(port: int, variable: str) -> None:
+    """Raise an InfraError that names who holds the port and how to choose another."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            pass
+        else:
+            return
+    raise InfraError(f"port {port} of 127.0.0.1 is in use{_port_owner(port)}",
+                     f"stop that process (`make down` if it is this project's), or choose another port: {variable}={port + 10}")
+
+
+def _port_owner(port: int) -> str:
+    with contextlib.suppress(Exception):
+        import psutil
+
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == "LISTEN" and connection.pid:
+                process = psutil.Process(connection.pid)
+                return f" by process {connection.pid} ({' '.join(process.cmdline())[:90] or process.name()})"
+    return ""
+
+
+def check_room() -> list[str]:
+    """Raise when the disk is too full for a run; return warnings about memory."""
+    settings.home().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(settings.home()).free / 1e9
+    if free < DISK_NEEDED_GB:
+        raise InfraError(f"{free:.1f} GB free under {settings.home()}, {DISK_NEEDED_GB} GB are needed",
+                         "free some space, or set LONGVIEW_HOME to a folder on a larger disk")
+    available = available_memory_gb()
+    if available is not None and available < MEMORY_NEEDED_GB:
+        return [f"{available:.1f} GB of memory available; {MEMORY_NEEDED_GB} GB or more are advised"]
+    return []
+
+
+def available_memory_gb() -> float | None:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024 / 1e9
+    return None
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def log_path(service: Service) -> Path:
+    return settings.airflow_home() / "logs" / f"{service.name}.out"
+
+
+def start(service: Service, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a service in a session of its own, its output appended to its log."""
+    path = log_path(service)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log:
+        return subprocess.Popen([sys.executable, *service.arguments], cwd=settings.ROOT, env=env, stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def stop(pids: Iterable[int]) -> None:
+    """End processes with everything below them: ask first, then force."""
+    roots = [pid for pid in pids if alive(pid)]
+    family = {pid: started for root in roots for pid, started in _family(root).items()}
+    for pid in roots:
+        _signal(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline and any(alive(pid) for pid in roots):
+        time.sleep(0.1)
+    for pid, started in family.items():
+        if _started(pid) == started:
+            _signal(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """True while a process runs; a finished child of ours is reaped on the way."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z"
+    except OSError:
+        pass
+    if Path("/proc/self").exists():
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def _signal(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signum)
+
+
+def _started(pid: int) -> float | None:
+    try:
+        import psutil
+
+        return psutil.Process(pid).create_time()
+    except Exception:
+        return None
+
+
+def _family(pid: int) -> dict[int, float]:
+    try:
+        import psutil
+
+        root = psutil.Process(pid)
+        return {process.pid: process.create_time() for process in [root, *root.children(recursive=True)]}
+    except Exception:
+        return {}
+
+
+def memory_gb(pids: Iterable[int]) -> float:
+    """Return the memory of process trees, shared pages counted once (PSS); 0 where it cannot be read."""
+    total = 0
+    for pid in {member for root in pids for member in _family(root)}:
+        with contextlib.suppress(OSError, AttributeError):
+            if found := re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M):
+                total += int(found[1]) * 1024
+    return total / 1e9
+
+
+# ---- Airflow ---------------------------------------------------------------------------------------------------------
+
+
+def migrate(env: dict[str, str]) -> None:
+    """Create or upgrade Airflow's database; at once when this version of Airflow did so before."""
+    stamp = settings.airflow_home() / ".migrated"
+    wanted = f"{version('apache-airflow')} {env['AIRFLOW__DATABASE__SQL_ALCHEMY_CONN']}"
+    database = env["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"].removeprefix("sqlite:///")
+    if stamp.exists() and stamp.read_text() == wanted and ("://" in database or Path(database).exists()):
+        return
+    settings.airflow_home().mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], env=env, cwd=settings.ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InfraError("airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
+                         f"mend what it says; or delete {settings.airflow_home()} (run history only) and try again")
+    stamp.write_text(wanted)
+
+
+class AirflowApi:
+    """The few calls of Airflow's REST API that are needed here."""
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = url or settings.airflow_url()
+        self._token = ""
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 20) -> Any:
+        """Return the JSON answer.
+
+        Raises:
+            InfraError: the server refused, with what it said.
+            OSError: no answer.
+        """
+        if not self._token and path != "/auth/token" and not path.startswith("/api/v2/monitor"):
+            self._token = self.call("GET", "/auth/token")["access_token"]
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
+        try:
+            with self._opener.open(request, timeout=timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                text = str(json.loads(text)["detail"])
+            refusal = InfraError(f"Airflow answered {error.code} to {method} {path}: {text[:1500]}",
+                                 f"see {settings.airflow_home() / 'logs' / 'api-server.out'}")
+            refusal.status = error.code  # type: ignore[attr-defined]
+            raise refusal from None
+
+    def healthy(self, *components: str) -> bool:
+        """True when the server answers and every component has a fresh heartbeat."""
+        try:
+            health = self.call("GET", "/api/v2/monitor/health", timeout=5)
+        except (OSError, ValueError, InfraError):
+            return False
+        return all((health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components))
+
+    def set_pools(self) -> None:
+        """Create the pools that the tasks name, or set them to their sizes."""
+        for name, (slots, description) in settings.POOLS.items():
+            body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
+            try:
+                self.call("POST", "/api/v2/pools", body)
+            except InfraError as error:
+                if getattr(error, "status", 0) != 409:
+                    raise
+
+    def wait_for_dag(self, dag_id: str, since: float, alive_check: Any = None) -> dict[str, Any]:
+        """Return the DAG once it was parsed after `since` (Unix seconds), or say why it was not."""
+        deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
+        while time.monotonic() < deadline:
+            if alive_check:
+                alive_check()
+            try:
+                dag = self.call("GET", f"/api/v2/dags/{dag_id}")
+                if not dag.get("is_stale") and _unix(dag.get("last_parsed_time")) >= since:
+                    return dag
+            except InfraError as error:
+                if getattr(error, "status", 0) != 404:
+                    raise
+            broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
+            if recent := [entry for entry in broken if _unix(entry.get("timestamp")) >= since]:
+                raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "mend the DAG file")
+            time.sleep(0.5)
+        raise InfraError(f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",
+                         f"see {log_path(DAG_PROCESSOR)}")
+
+
+def _unix(text: str | None) -> float:
+    import datetime as dtm
+
+    return dtm.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else 0.0
+
+
+def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str) -> None:
+    """Wait until the components are healthy; a component that ends is told at once, with the end of its log."""
+    deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
+    while not api.healthy(*components):
+        check_alive(processes)
+        if time.monotonic() > deadline:
+            raise InfraError(f"Airflow is not healthy after {HEALTHY_WITHIN_SECONDS} s", f"see {settings.airflow_home() / 'logs'}/*.out")
+        time.sleep(0.5)
+
+
+def check_alive(processes: dict[Service, int]) -> None:
+    for service, pid in processes.items():
+        if not alive(pid):
+            tail = "\n".join(log_path(service).read_text(errors="replace").splitlines()[-25:])
+            raise InfraError(f"{service.name} ended on its own; the end of its log:\n{tail}", f"see {log_path(service)}")
+
+
+def http_ok(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).status < 400
+    return False
+
+
+# ---- pid files of `make up` ------------------------------------------------------------------------------------------
+
+
+def pid_file(service: Service) -> Path:
+    return settings.home() / "run" / f"{service.name}.pid"
+
+
+def write_pid(service: Service, pid: int) -> None:
+    pid_file(service).parent.mkdir(parents=True, exist_ok=True)
+    pid_file(service).write_text(f"{pid} {_started(pid)}")
+
+
+def running_pid(service: Service) -> int | None:
+    """Return the pid of a service of `make up` that still runs; a number that another process took over is not it."""
+    try:
+        pid, started = pid_file(service).read_text().split()
+    except (OSError, ValueError):
+        return None
+    if alive(int(pid)) and str(_started(int(pid))) == started:
+        return int(pid)
+    return None

@@ -1,0 +1,155 @@
+"""The one place of paths, ports, defaults and the environment of every process; standard library only.
+
+Every value has a `LONGVIEW_*` variable, so that another topology changes the environment and not the code.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DAG_ID = "vql_daily_kuairand"
+POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
+SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
+# Defaults of one run; the DAG's trigger form and `make run` both take them from here.
+TARGET_DAYS = 14
+LOOKBACK_DAYS = 30
+MAX_HISTORY = 4000
+WORKERS = 2
+
+
+def home() -> Path:
+    """Everything that the project writes: `var/`, or LONGVIEW_HOME."""
+    return Path(os.environ.get("LONGVIEW_HOME") or ROOT / "var").absolute()
+
+
+def warehouse() -> str:
+    """Root of the tables: a path, or a URI that Arrow reads."""
+    return os.environ.get("LONGVIEW_WAREHOUSE") or str(home() / "warehouse")
+
+
+def raw(dataset: str) -> str:
+    """Raw logs of a data set, where nothing else is said."""
+    return os.environ.get("LONGVIEW_RAW") or str(home() / "raw" / dataset)
+
+
+def runs() -> str:
+    return os.environ.get("LONGVIEW_RUNS") or str(home() / "runs")
+
+
+def reports() -> Path:
+    return Path(os.environ.get("LONGVIEW_REPORTS") or home() / "reports")
+
+
+def airflow_home() -> Path:
+    return home() / "airflow"
+
+
+def tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def artifact_root() -> Path:
+    return home() / "mlartifacts"
+
+
+def airflow_port() -> int:
+    return _port("LONGVIEW_AIRFLOW_PORT", 8080)
+
+
+def mlflow_port() -> int:
+    return _port("LONGVIEW_MLFLOW_PORT", 5000)
+
+
+def airflow_url() -> str:
+    return f"http://127.0.0.1:{airflow_port()}"
+
+
+def mlflow_url() -> str:
+    return f"http://127.0.0.1:{mlflow_port()}"
+
+
+def _port(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise SystemExit(f"error: {variable}={text!r} is not a port\n  remedy: give a number from 1 to 65535")
+    return int(text)
+
+
+def secret(name: str) -> str:
+    """Return a secret of this installation, made once and readable by its owner only."""
+    path = home() / "secrets" / name
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    return path.read_text()
+
+
+def environment() -> dict[str, str]:
+    """Return the whole environment of a child process: what was set, then Airflow, MLflow and the stages."""
+    env = dict(os.environ)
+    for name in [name for name in env if name.startswith("AIRFLOW__")]:
+        del env[name]  # another installation's settings
+    airflow = {
+        "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
+        "CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "CORE__LOAD_EXAMPLES": "False",
+        "CORE__PARALLELISM": "4",
+        "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",
+        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # no login page; the server listens on the loopback only
+        "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
+        "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "5",
+        "DATABASE__SQL_ALCHEMY_CONN": os.environ.get("LONGVIEW_AIRFLOW_DB") or f"sqlite:///{airflow_home() / 'airflow.db'}",
+        "API__HOST": "127.0.0.1",
+        "API__PORT": str(airflow_port()),
+        "API__BASE_URL": airflow_url(),
+        "API__WORKERS": "1",
+        "API__SECRET_KEY": secret("airflow_api_key"),
+        "API_AUTH__JWT_SECRET": secret("airflow_jwt_key"),
+        "DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "2",
+        "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "15",
+        "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "LOGGING__BASE_LOG_FOLDER": str(airflow_home() / "logs"),
+        "LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(airflow_home() / "logs" / "dag_processor"),
+        # A cleared or reprocessed task must do its work again, not find the job of its first pass finished.
+        "STATE_STORE__CLEAR_ON_SUCCESS": "True",
+    }
+    env.update({f"AIRFLOW__{name}": value for name, value in airflow.items()})
+    env.update(
+        AIRFLOW_HOME=str(airflow_home()),
+        MLFLOW_TRACKING_URI=tracking_uri(),
+        MLFLOW_DISABLE_TELEMETRY="true",
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+        GX_ANALYTICS_ENABLED="false",
+        SCARF_ANALYTICS="false",
+        DO_NOT_TRACK="1",
+        RAY_USAGE_STATS_ENABLED="0",
+        PYSPARK_PYTHON=sys.executable,
+        PYSPARK_DRIVER_PYTHON=sys.executable,
+        SPARK_LOCAL_IP=os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"),
+        PYTHONPATH=os.pathsep.join([str(ROOT), *_other_python_paths()]),
+        PYTHONUNBUFFERED="1",
+        LONGVIEW_HOME=str(home()),
+        LONGVIEW_WAREHOUSE=warehouse(),
+        LONGVIEW_RUNS=runs(),
+        LONGVIEW_REPORTS=str(reports()),
+    )
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    return env
+
+
+def stage_environment() -> dict[str, str]:
+    """Return the environment of a stage: this process's, without Airflow's settings and secrets."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW__", "_AIRFLOW"))}
+
+
+def _other_python_paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]

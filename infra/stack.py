@@ -1,0 +1,74 @@
+"""`make up` and `make down`: Airflow and MLflow in the background, on the loopback, over the files of `var/`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from infra import services, settings
+from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, AirflowApi, InfraError, Service
+
+
+def stack() -> list[Service]:
+    return [API_SERVER, SCHEDULER, DAG_PROCESSOR, TRIGGERER, services.mlflow_server()]
+
+
+def up() -> None:
+    """Start what does not run yet, wait until all is healthy and say where it is."""
+    for warning in services.check_room():
+        print(f"warning: {warning}", flush=True)
+    running = {service: pid for service in stack() if (pid := services.running_pid(service))}
+    missing = [service for service in stack() if service not in running]
+    for service in missing:
+        if service is API_SERVER:
+            services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
+        if service.name == "mlflow":
+            services.check_port(settings.mlflow_port(), "LONGVIEW_MLFLOW_PORT")
+    env = settings.environment()
+    if missing:
+        print("preparing Airflow's database ...", flush=True)
+        services.migrate(env)
+    for service in missing:
+        running[service] = services.start(service, env).pid
+        services.write_pid(service, running[service])
+        print(f"started {service.name} (process {running[service]}, log {services.log_path(service)})", flush=True)
+    api = AirflowApi()
+    services.wait_healthy(api, running, "scheduler", "dag_processor", "triggerer")
+    api.set_pools()
+    deadline = time.monotonic() + services.HEALTHY_WITHIN_SECONDS
+    while not services.http_ok(settings.mlflow_url() + "/health"):
+        services.check_alive(running)
+        if time.monotonic() > deadline:
+            raise InfraError("the MLflow server does not answer", f"see {services.log_path(services.mlflow_server())}")
+        time.sleep(0.5)
+    print(f"""
+Airflow    {settings.airflow_url()}/dags/{settings.DAG_ID}   (no login: it listens on 127.0.0.1 only)
+MLflow     {settings.mlflow_url()}
+Data Docs  {settings.reports() / "data_docs"}
+logs       {settings.airflow_home() / "logs"}
+stop       make down""")
+
+
+def down() -> None:
+    """Stop everything that `up` started."""
+    running = {service: pid for service in stack() if (pid := services.running_pid(service))}
+    services.stop(running.values())
+    for service in stack():
+        services.pid_file(service).unlink(missing_ok=True)
+    print(f"stopped: {', '.join(service.name for service in running) or 'nothing was running'}")
+
+
+def main() -> int:
+    if sys.argv[1:] not in (["up"], ["down"]):
+        print("usage: python -m infra.stack up|down", file=sys.stderr)
+        return 2
+    try:
+        up() if sys.argv[1] == "up" else down()
+    except InfraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The DAG under Airflow's real scheduler, in a copy of the project whose stages only write down how they were called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from infra import settings
+from infra.services import AirflowApi
+
+pytestmark = [pytest.mark.slow, pytest.mark.airflow]
+
+STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.main", "evaluation.main", "evaluation.register",
+          "evaluation.promote", "training.caches")  # fmt: skip
+STAGE = '''
+import json, os, sys
+from pathlib import Path
+root = Path(__file__).resolve().parents[len(__spec__.name.split(".")) - 1]
+with (root / "calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([__spec__.name, *sys.argv[1:]]) + "\\n")
+fault = root / "fault.json"
+if fault.exists():
+    module, code, once = json.loads(fault.read_text())
+    if module == __spec__.name:
+        if once:
+            fault.unlink()
+        print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
+        sys.exit(code)
+'''
+DAG_PATH = f"/api/v2/dags/{settings.DAG_ID}"
+
+
+class Project:
+    """A copy of the project on ports of its own."""
+
+    def __init__(self, root) -> None:
+        self.root = root
+        ports = []
+        for _ in range(2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(str(probe.getsockname()[1]))
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))}
+        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1]}
+        self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
+        for folder in ("dags", "infra"):
+            shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        (root / "etl").mkdir()
+        for file in (settings.ROOT / "etl").glob("*.py"):
+            shutil.copy(file, root / "etl")
+        for module in STAGES:
+            path = root / f"{module.replace('.', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(STAGE)
+        (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env, capture_output=True, text=True, timeout=280)
+
+    def calls(self) -> list[list[str]]:
+        """Return the stages' command lines since the last call of this method."""
+        path = self.root / "calls.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def fault(self, module: str, code: int, once: bool) -> None:
+        (self.root / "fault.json").write_text(json.dumps([module, code, once]))
+
+    def backfill(self, first: str, last: str, **body) -> None:
+        answer = self.api.call("POST", "/api/v2/backfills", {
+            "dag_id": settings.DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body,
+        })  # fmt: skip
+        deadline = time.monotonic() + 200
+        while self.api.call("GET", f"/api/v2/backfills/{answer['id']}")["completed_at"] is None:
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    made = Project(tmp_path_factory.mktemp("project"))
+    yield made
+    made.python("-m", "infra.stack", "down")
+
+
+def of(call: list[str], option: str) -> str:
+    return call[call.index(option) + 1]
+
+
+def test_make_run_from_nothing(project):
+    done = project.python("-m", "infra.run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = project.calls()
+    assert len(calls) == 10
+    assert {of(call, "--dt") for call in calls} == {settings.SIMULATED_DT}
+    assert len({of(call, "--attempt") for call in calls}) == 1
+    assert "done in" in done.stdout
+    assert not project.api.healthy()  # it stopped what it started
+
+
+def test_the_stack_runs_backfills_retries_and_reprocesses(project):
+    up = project.python("-m", "infra.stack", "up")
+    assert up.returncode == 0, up.stdout + up.stderr
+
+    # A stage error fails at once and is told; it reuses the running stack.
+    project.fault("training.main", 2, once=False)
+    failed = project.python("-m", "infra.run")
+    assert failed.returncode == 1
+    assert "FAILED  train.train_models  (try 1)" in failed.stdout
+    assert "error: a fault was asked for" in failed.stdout
+    assert [call[0] for call in project.calls()].count("training.main") == 1
+    (project.root / "fault.json").unlink()
+
+    # Two days, both ends included; a fault of another kind is retried in the same attempt.
+    project.fault("etl.jobs.sequences", 1, once=True)
+    project.backfill("2022-04-20", "2022-04-21")
+    first = project.calls()
+    assert sorted({of(call, "--dt") for call in first}) == ["2022-04-20", "2022-04-21"]
+    assert len(first) == 21
+    attempts = {of(call, "--attempt") for call in first}
+    assert len(attempts) == 2
+
+    # Reprocessing does all the work again, under new names.
+    project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed")
+    second = project.calls()
+    assert len(second) == 20
+    again = {of(call, "--attempt") for call in second}
+    assert again == {attempt.removesuffix("c0") + "c1" for attempt in attempts}
+
+    # A backfill cannot be told to build one day over and over, and nonsense is refused before it runs.
+    with pytest.raises(Exception, match="param raw"):
+        project.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}})
+
+    down = project.python("-m", "infra.stack", "down")
+    assert "api-server" in down.stdout
+    assert not project.api.healthy()

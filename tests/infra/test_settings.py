@@ -1,0 +1,155 @@
+"""The environment of every process, and what the start-up checks say."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from infra import run, services, settings
+from infra.services import InfraError
+
+
+def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    monkeypatch.setenv("LONGVIEW_AIRFLOW_PORT", "18181")
+    monkeypatch.setenv("AIRFLOW__CORE__PLUGINS_FOLDER", "/elsewhere")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    env = settings.environment()
+    assert env["AIRFLOW__API__HOST"] == "127.0.0.1"
+    assert env["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"] == "http://127.0.0.1:18181/execution/"
+    assert env["AIRFLOW__STATE_STORE__CLEAR_ON_SUCCESS"] == "True"
+    assert env["AIRFLOW__CORE__LOAD_EXAMPLES"] == "False"
+    assert env["AIRFLOW_HOME"] == str(tmp_path / "airflow")
+    assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert env["PYSPARK_PYTHON"] == sys.executable
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(settings.ROOT)
+    assert "AIRFLOW__CORE__PLUGINS_FOLDER" not in env
+
+
+def test_settings_name_options_that_airflow_has():
+    from airflow.configuration import conf
+
+    known = {f"AIRFLOW__{s.upper()}__{o.upper()}" for s, section in conf.configuration_description.items() for o in section["options"]}
+    assert [name for name in settings.environment() if name.startswith("AIRFLOW__") and name not in known] == []
+
+
+def test_secrets_are_made_once_and_private(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    first = settings.secret("key")
+    assert first == settings.secret("key")
+    assert len(first) == 64
+    assert stat.S_IMODE((tmp_path / "secrets" / "key").stat().st_mode) == 0o600
+
+
+def test_a_bad_port_is_named(monkeypatch):
+    monkeypatch.setenv("LONGVIEW_AIRFLOW_PORT", "http")
+    with pytest.raises(SystemExit, match="LONGVIEW_AIRFLOW_PORT='http' is not a port"):
+        settings.airflow_port()
+
+
+def test_a_port_in_use_is_named_with_its_owner_and_the_remedy():
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(InfraError, match=rf"port {port} of 127.0.0.1 is in use by process {os.getpid()}(.|\n)*LONGVIEW_AIRFLOW_PORT="):
+            services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
+    services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
+
+
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    monkeypatch.setattr(services.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(InfraError, match="LONGVIEW_HOME"):
+        services.check_room()
+
+
+def test_run_chooses_simulated_data_without_raw(monkeypatch):
+    for name in ("RAW", "DT", "DATASET"):
+        monkeypatch.delenv(name, raising=False)
+    dataset, dt, raw, simulate = run.choose_data()
+    assert (dataset, dt, simulate) == ("kuairand_simulated", settings.SIMULATED_DT, True)
+    assert raw.endswith("raw/kuairand_simulated")
+
+
+def test_run_takes_raw_for_real_data_and_refuses_what_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAW", str(tmp_path))
+    monkeypatch.setenv("DT", "2022-04-25")
+    assert run.choose_data() == ("kuairand", "2022-04-25", str(tmp_path), False)
+    (tmp_path / "SIMULATED.json").write_text("{}")
+    with pytest.raises(InfraError, match="written by the simulator"):
+        run.choose_data()
+    monkeypatch.setenv("RAW", str(tmp_path / "none"))
+    with pytest.raises(InfraError, match="not a folder"):
+        run.choose_data()
+
+
+def test_a_service_that_ends_is_told_with_its_log(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    service = services.Service("broken", ("-c", "print('no database'); raise SystemExit(1)"))
+    process = services.start(service, dict(os.environ))
+    process.wait()
+    with pytest.raises(InfraError, match=r"broken ended on its own(.|\n)*no database"):
+        services.check_alive({service: process.pid})
+
+
+def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    note = tmp_path / "child"
+    code = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));"
+            "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True);"
+            f"open({str(note)!r}, 'w').write(str(c.pid)); time.sleep(60)")  # fmt: skip
+    process = services.start(services.Service("family", ("-c", code)), dict(os.environ))
+    while not note.exists() or not note.read_text():
+        pass
+    services.stop([process.pid])
+    assert not services.alive(process.pid)
+    assert not _still_runs(int(note.read_text()))
+
+
+def _still_runs(pid: int) -> bool:
+    import time
+
+    for _ in range(50):
+        if not services.alive(pid):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_a_reused_pid_is_not_taken_for_a_service(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    services.write_pid(services.API_SERVER, os.getpid())
+    assert services.running_pid(services.API_SERVER) == os.getpid()
+    services.pid_file(services.API_SERVER).write_text(f"{os.getpid()} 1.0")
+    assert services.running_pid(services.API_SERVER) is None
+
+
+def test_bootstrap_names_what_is_missing_and_how_to_mend_it(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "uname", "dirname", "sed", "head", "awk", "df", "cut", "cat", "tr", "sha256sum", "env", "git"):
+        found = next(Path(folder) / name for folder in os.environ["PATH"].split(os.pathsep) if (Path(folder) / name).exists())
+        (tools / name).symlink_to(found)
+    env = {"PATH": str(tools), "LONGVIEW_VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
+    done = subprocess.run([str(tools / "bash"), str(settings.ROOT / "infra" / "bootstrap.sh")], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: java was not found" in done.stderr
+    assert "error: python3.11 was not found" in done.stderr
+    assert "remedy: " in done.stderr
+    assert "install" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_no_index_address_is_written_down():
+    for name in ("infra/bootstrap.sh", "requirements.txt", "Makefile", "pyproject.toml"):
+        text = (settings.ROOT / name).read_text()
+        assert "pypi" not in text.lower(), name
+        assert "--index-url" not in text, name
