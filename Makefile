@@ -32,10 +32,11 @@ up: setup ## start Airflow and MLflow in the background and say where they are
 down: ## stop what `make up` started
 	@if [ -x $(PY) ]; then $(PY) -m infra.stack down; else echo "nothing was running"; fi
 
+# Compiled from nothing: an existing torch pin would make uv prefer the CUDA build and pin its 20 companions.
 lock: ## compile requirements.txt from pyproject.toml (needs uv); no index address, no local build of torch
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" uv pip compile pyproject.toml --extra dev --python-version 3.11 \
-		--no-header --no-emit-index-url --no-emit-find-links --quiet --output-file requirements.txt
-	@sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.txt && rm requirements.txt.bak
+		--no-header --no-emit-index-url --no-emit-find-links --quiet > .requirements.new
+	@sed 's/^\(torch==[0-9.]*\)+cpu/\1/' .requirements.new > requirements.txt && rm .requirements.new
 
 clean: down ## delete what runs and tests wrote (var/, caches); .venv stays
 	rm -rf var .pytest_cache .hypothesis .mypy_cache .ruff_cache spark-warehouse metastore_db derby.log
