@@ -217,7 +217,7 @@ def parse_lines(body: bytes, first_row: int, columns: tuple[str, ...]) -> tuple[
     if len(kept) == 0:
         table = pa.table({name: pa.array([], kind) for name, kind in types.items()})
     else:
-        text = pc.binary_join(pa.LargeListArray.from_arrays([0, len(kept)], kept), b"\n")[0].as_buffer() if refused else pa.py_buffer(body)
+        text = pa.py_buffer(b"\n".join(kept.to_pylist()) if refused else body)
         table = pacsv.read_csv(pa.BufferReader(text), pacsv.ReadOptions(column_names=list(columns), use_threads=False, block_size=max(len(text), 1)),
                                pacsv.ParseOptions(quote_char=False), pacsv.ConvertOptions(column_types=types, strings_can_be_null=False))
     return table.append_column("row_number", pa.array(rows, pa.int64())), refused

@@ -1,0 +1,100 @@
+"""Histories: strictly earlier than their target, once a user, trimmed and cut as configured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etl.jobs.sequences import HistoryRule, item_rows, sequence_rows, watch_bucket
+from etl.partitions import MS_PER_DAY, Window, day_number
+from etl.schemas import EVENTS
+
+DT = "2022-04-21"
+WINDOW = Window(DT, target_days=3, lookback_days=6)
+FIRST_MS = day_number(WINDOW.event_days[0]) * MS_PER_DAY
+
+
+def events_table(rows: list[tuple[int, int, int, int]]) -> pa.Table:
+    """Rows of (user, item, time, feedback), sorted as the events table is: days in order, each by user and time."""
+    rows = sorted(rows, key=lambda r: (r[2] // MS_PER_DAY, r[0], r[2], r[1]))
+    user, item, time_ms, feedback = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
+    n = len(rows)
+    return pa.table(
+        {"user_id": user, "item_id": item, "event_time_ms": time_ms, "feedback": feedback, "watch_time_ms": [500] * n,
+         "duration_ms": [1000] * n, "tab": [1] * n, "is_random": [False] * n},
+        schema=EVENTS,
+    )  # fmt: skip
+
+
+def build(rows, rule: HistoryRule = HistoryRule()):
+    table = events_table(rows)
+    items = np.unique(table["item_id"].to_numpy())
+    return sequence_rows(table, items, {}, WINDOW, rule, label_bit=0), items
+
+
+# A coarse clock, so that pages of one time are common.
+logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6 * 24 - 1), st.integers(0, 3)), max_size=120).map(
+    lambda rows: [(u, i, FIRST_MS + hour * 3_600_000, f) for u, i, hour, f in rows]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]), most=st.sampled_from([1, 3, 1000]))
+def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cutoff, lag, most):
+    (table, counts), items = build(rows, HistoryRule(cutoff, lag, most))
+    first_target_ms = day_number(WINDOW.first_target_dt) * MS_PER_DAY
+    seen_targets = 0
+    for row in table.to_pylist():
+        mine = sorted((r for r in rows if r[0] == row["user_id"]), key=lambda r: (r[2], r[1]))
+        seen_targets += len(row["target_time_ms"])
+        for j, time_ms in enumerate(row["target_time_ms"]):
+            end = row["target_history_end"][j]
+            got = row["history_time_ms"][max(0, end - most) : end]
+            cut = (time_ms if cutoff == "event" else time_ms // MS_PER_DAY * MS_PER_DAY) - lag
+            assert got == [r[2] for r in mine if r[2] < cut][-most:]
+            assert all(t < time_ms for t in row["history_time_ms"][:end])
+        assert row["history_time_ms"] == sorted(row["history_time_ms"])
+        assert len(row["history_item_index"]) == len(row["history_feedback"]) == len(row["history_watch_bucket"])
+    assert seen_targets == counts["targets"] == sum(r[2] >= first_target_ms for r in rows)
+    assert counts["train_targets"] + counts["eval_targets"] == counts["targets"]
+
+
+def test_a_target_never_sees_its_own_page():
+    now = FIRST_MS + 5 * MS_PER_DAY
+    (table, _), _ = build([(1, 10, now - 1, 1), (1, 11, now, 1), (1, 12, now, 1), (1, 13, now, 0)])
+    [row] = table.to_pylist()
+    assert row["target_time_ms"] == [now - 1, now, now, now]
+    assert row["target_history_end"] == [0, 1, 1, 1]
+
+
+def test_labels_and_items_follow_their_events():
+    now = FIRST_MS + 5 * MS_PER_DAY
+    (table, _), items = build([(1, 30, now, 1), (1, 20, now + 1, 2), (2, 20, now, 3)])
+    first, second = table.to_pylist()
+    assert [items[i] for i in first["target_item_index"]] == [30, 20]
+    assert (first["target_label"], second["target_label"]) == ([1, 0], [1])
+
+
+def test_users_without_a_target_have_no_row():
+    (table, counts), _ = build([(1, 10, FIRST_MS, 1), (2, 10, FIRST_MS + 5 * MS_PER_DAY, 1)])
+    assert table["user_id"].to_pylist() == [2]
+    assert counts["users"] == 1
+
+
+def test_watch_buckets():
+    watched = np.array([0, 10, 100, 1000, 5000, 700])
+    duration = np.array([1000, 1000, 1000, 1000, 1000, 0])
+    assert watch_bucket(watched, duration).tolist() == [1, 2, 3, 7, 9, 0]
+
+
+def test_items_are_dense_sorted_and_joined_to_their_first_fields():
+    counts = pa.table({"item_id": [2, 5, 9], "train_occurrences": [1, 2, 0]})
+    fields = pa.table({"video_id": ["9", "2", "2"], "author_id": ["7", "", "8"], "video_duration": ["87433.0", "", "1"],
+                       "video_type": ["AD", "NORMAL", "X"], "upload_type": ["a", "b", "c"], "tag": ["12,65", "", "3"]})  # fmt: skip
+    rows = item_rows(counts, fields).to_pylist()
+    assert [r["item_index"] for r in rows] == [0, 1, 2]
+    assert (rows[0]["author_id"], rows[0]["item_type"], rows[0]["categories"]) == (None, "NORMAL", [])
+    assert rows[1]["item_type"] is None
+    assert (rows[2]["author_id"], rows[2]["duration_ms"], rows[2]["categories"]) == (7, 87433, [12, 65])

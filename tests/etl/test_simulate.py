@@ -1,0 +1,66 @@
+"""The simulator: published layout, same seed same bytes, a planted signal of known strength."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow.csv as pacsv
+import pytest
+
+from etl.datasets import KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
+from etl.errors import StageError
+from etl.simulate import Simulation, write_simulation
+
+SMALL = Simulation(users=80, days=4, items=300)
+
+
+def digests(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def logs_of(folder):
+    tables = [pacsv.read_csv(path) for path in sorted(folder.glob("log_standard_*.csv"))]
+    assert tables
+    return tables
+
+
+def test_the_same_parameters_give_the_same_bytes_and_another_seed_gives_others(tmp_path):
+    write_simulation(SMALL, tmp_path / "a")
+    write_simulation(SMALL, tmp_path / "b")
+    write_simulation(Simulation(users=80, days=4, items=300, seed=8), tmp_path / "c")
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert digests(tmp_path / "a") != digests(tmp_path / "c")
+
+
+def test_layout_and_quirks_are_the_published_ones(tmp_path):
+    marker = write_simulation(SMALL, tmp_path / "raw")
+    tables = logs_of(tmp_path / "raw")
+    assert all(tuple(table.column_names) == KUAIRAND_LOG_COLUMNS for table in tables)
+    assert len((tmp_path / "raw" / "user_features_sim.csv").read_text().splitlines()[0].split(",")) == 31
+    assert len((tmp_path / "raw" / "video_features_basic_sim.csv").read_text().splitlines()[0].split(",")) == 12
+    rows = sum(table.num_rows for table in tables)
+    assert rows == marker["rows"]
+    time_ms = np.concatenate([table["time_ms"].to_numpy() for table in tables])
+    user = np.concatenate([table["user_id"].to_numpy() for table in tables])
+    same_page = (np.diff(time_ms) == 0) & (np.diff(user) == 0)
+    assert 0.6 < same_page.mean() < 0.95  # 82.8 % in the real logs
+    assert 0.1 < np.mean([np.mean(table["duration_ms"].to_numpy() == 0) for table in tables]) < 0.3
+    assert set(np.concatenate([table["hourmin"].to_numpy() for table in tables]) % 100) == {0}
+
+
+def test_the_planted_signal_is_strong_and_its_best_auc_is_stated(tmp_path):
+    marker = write_simulation(SMALL, tmp_path / "raw")
+    assert all(0.75 < auc < 0.9 for auc in marker["best_auc_by_dt"].values())
+    assert json.loads((tmp_path / "raw" / SIMULATED_MARKER).read_text()) == marker
+
+
+def test_real_logs_are_never_overwritten_and_an_old_simulation_is_replaced(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "log_standard_4_08_to_4_21_1k.csv").write_text("precious")
+    with pytest.raises(StageError, match="never overwritten"):
+        write_simulation(SMALL, real)
+    write_simulation(SMALL, tmp_path / "raw")
+    assert write_simulation(Simulation(users=20, days=4, items=300), tmp_path / "raw")["parameters"]["users"] == 20
