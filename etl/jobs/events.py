@@ -200,7 +200,7 @@ def _conclude(store, definition, raw, dt, attempt, needed, files, listing, bucke
                          f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
     if not any(stat["events"] for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
-        raise StageError(f"no row for dt={dt} in {raw.uri}: the raw files hold {span}", "choose a DT in that span, or deliver the day's file")
+        raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
     version, inputs = code_version(), {file.name: _file_digest(raw, file) for file in files}
     for day in needed:
         counts = {name: sum(s[name] for s in by_day[day]) for name in ("rows_read", "events", "duplicates", "quarantined", "users", "clicks")}

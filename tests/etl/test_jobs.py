@@ -1,0 +1,174 @@
+"""The Spark jobs on small raw logs: reconciliation, equal bytes in any order, and failures that leave what is published alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etl.datasets import dataset
+from etl.errors import StageError
+from etl.jobs.events import build_events
+from etl.jobs.sequences import HistoryRule, build_sequences
+from etl.partitions import Window
+from etl.raw import RawLocation
+from etl.simulate import Simulation, write_simulation
+from etl.store import Manifest, TableStore
+
+pytestmark = pytest.mark.spark
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "data" / "kuairand"
+DT, EARLIER, DAYS, BUCKETS = "2022-04-11", "2022-04-10", 5, 2
+NAME = "kuairand_simulated"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw") / "logs"
+    write_simulation(Simulation(users=60, days=4, items=200, length_scale=0.01), folder)
+    return folder
+
+
+def ingest(warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01) -> tuple[TableStore, dict[str, int]]:
+    store = TableStore(str(warehouse), NAME)
+    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), dt, attempt, DAYS, BUCKETS, max_bad_share)
+    for table in ("quarantine", "events"):
+        for day in store.staged_days(attempt, table):
+            store.publish(attempt, table, day)
+    return store, summary
+
+
+def digests(store: TableStore, days: list[str]) -> dict[str, str]:
+    return {day: store.require("events", day).data_digest for day in days}
+
+
+def adds_up(summary: dict[str, int]) -> bool:
+    parts = ("events", "duplicates", "quarantined", "outside_days", "already_published")
+    return summary["rows_read"] == sum(summary[name] for name in parts)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, raw) -> tuple[TableStore, dict[str, int]]:
+    return ingest(tmp_path_factory.mktemp("warehouse"), raw, DT, "whole")
+
+
+def test_every_raw_row_is_an_event_a_duplicate_or_quarantined(built, raw):
+    store, summary = built
+    assert adds_up(summary)
+    assert summary["rows_read"] == sum(len(p.read_text().splitlines()) - 1 for p in raw.glob("log_standard_*.csv"))
+    assert summary["outside_days"] == summary["already_published"] == summary["quarantined"] == 0
+    events = [store.require("events", day) for day in Window(DT, 2, DAYS).event_days]
+    assert sum(m.rows for m in events) == summary["events"]
+    assert all(m.counts["rows_read"] == m.counts["events"] + m.counts["duplicates"] + m.counts["quarantined"] for m in events)
+
+
+def test_days_built_apart_in_another_order_have_the_same_digests(built, raw, tmp_path):
+    store, _ = built
+    other, first = ingest(tmp_path / "w", raw, EARLIER, "earlier")
+    assert first["outside_days"] > 0
+    _, second = ingest(tmp_path / "w", raw, DT, "later")
+    assert second["already_published"] > 0
+    assert adds_up(first)
+    assert adds_up(second)
+    days = Window(DT, 2, DAYS).event_days
+    assert digests(other, days) == digests(store, days)
+
+
+def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw):
+    store, summary = built
+    window = Window(DT, 3, DAYS)
+    found = []
+    for attempt in ("s1", "s2"):
+        counts = build_sequences(store, dataset(NAME), RawLocation(str(raw)), window, HistoryRule(), attempt)
+        found.append([store.publish(attempt, table, DT).data_digest for table in ("items", "sequences")])
+    assert found[0] == found[1]
+    items, sequences = store.read(store.require("items", DT)), store.read(store.require("sequences", DT))
+    assert items["item_id"].to_pylist() == sorted(set(items["item_id"].to_pylist()))
+    assert counts["targets"] == sum(len(t) for t in sequences["target_item_index"].to_pylist())
+    assert all(len(fields) == 8 for fields in sequences["user_fields"].to_pylist())
+    assert max(max(h, default=0) for h in sequences["history_item_index"].to_pylist()) < items.num_rows
+
+
+def broken_copy(raw: Path, folder: Path, every: int) -> int:
+    """Copy the logs with every n-th line of one file cut; return how many lines were cut."""
+    shutil.copytree(raw, folder)
+    path = sorted(folder.glob("log_standard_*.csv"))[-1]
+    lines = path.read_text().splitlines()
+    cut = range(every, len(lines), every)
+    for index in cut:
+        lines[index] = ",".join([*lines[index].split(",")[:12], "soon", *lines[index].split(",")[13:]])
+    path.write_text("\n".join(lines) + "\n")
+    return len(cut)
+
+
+def test_broken_rows_are_quarantined_with_file_row_and_reason(raw, tmp_path):
+    cut = broken_copy(raw, tmp_path / "raw", every=400)
+    store, summary = ingest(tmp_path / "w", tmp_path / "raw", DT, "broken")
+    assert summary["quarantined"] == cut > 0
+    assert adds_up(summary)
+    refused = [r for day in Window(DT, 2, DAYS).event_days for r in store.read(store.require("quarantine", day)).to_pylist()]
+    assert sorted(r["row_number"] for r in refused) == [400 * (i + 1) + 1 for i in range(cut)]
+    assert {r["reason"] for r in refused} == {"not_an_integer: play_time_ms='soon'"}
+
+
+def run_cli(*words: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_too_many_broken_rows_stop_the_stage_and_leave_what_is_published(built, raw, tmp_path):
+    store, _ = built
+    before = digests(store, [DT])
+    broken_copy(raw, tmp_path / "raw", every=5)
+    done = run_cli("etl.jobs.events", "--dataset", NAME, "--warehouse", store.warehouse, "--dt", DT, "--attempt", "bad",
+                   "--raw", str(tmp_path / "raw"), "--lookback-days", str(DAYS), "--buckets", str(BUCKETS))  # fmt: skip
+    assert done.returncode == 2
+    assert "not_an_integer" in done.stderr
+    assert "_sim.csv" in done.stderr
+    assert "remedy:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert digests(store, [DT]) == before
+    assert store.staged_days("bad", "events") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"--raw": "/nowhere/at/all"}, "the raw folder /nowhere/at/all does not exist"),
+        ({"--dataset": "kuairnd"}, "unknown data set 'kuairnd'"),
+        ({"--dt": "2022-4-1"}, "'2022-4-1' is not a day"),
+        ({"--dt": "2022-06-01"}, "covers dt=2022-06-01"),
+        ({"--dataset": "kuairand"}, "use --dataset kuairand_simulated"),
+    ],
+)
+def test_wrong_arguments_give_one_clear_message_before_spark_starts(raw, tmp_path, changes, says):
+    words = {"--dataset": NAME, "--warehouse": str(tmp_path), "--dt": DT, "--attempt": "x", "--raw": str(raw)} | changes
+    done = run_cli("etl.jobs.events", *[word for pair in words.items() for word in pair])
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "remedy:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_day_without_a_row_says_what_the_files_hold(raw, tmp_path):
+    with pytest.raises(StageError, match=r"no row for dt=2022-04-07 .*\(log_standard_4_08_to_4_10_sim.csv\) hold 2022-04-08 \.\. 2022-04-10"):
+        ingest(tmp_path, raw, "2022-04-07", "none")
+
+
+def test_sequences_of_a_day_that_was_never_ingested_name_it(built, raw):
+    with pytest.raises(StageError, match="dt=2022-04-05 of kuairand_simulated/events is not published"):
+        build_sequences(built[0], dataset(NAME), RawLocation(str(raw)), Window(DT, 2, 7), HistoryRule(), "x")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"the real KuaiRand rows are not at {REAL}")
+def test_all_real_kuairand_rows_are_accounted_for(tmp_path):
+    store = TableStore(str(tmp_path), "kuairand")
+    summary = build_events(store, dataset("kuairand"), RawLocation(str(REAL)), "2022-04-21", "real", 30, 4, 0.01)
+    assert summary == {"rows_read": 41_828, "events": 41_712, "duplicates": 116, "quarantined": 0, "outside_days": 0, "already_published": 0}
+    staged: list[Manifest] = [store.staged_manifest("real", "events", day) for day in store.staged_days("real", "events")]
+    assert sum(m.rows for m in staged) == 41_712

@@ -1,0 +1,14 @@
+"""Seconds on a laptop: for tests and for a first look in a debugger (`--workers 0`); the figures mean nothing."""
+
+import dataclasses
+
+from training.config import TrainConfig
+from training.configs import default
+
+
+def config() -> TrainConfig:
+    models = {
+        name: dataclasses.replace(model, codes=8, mlp=(16,), heads=2, groups=2, head_width=8)
+        for name, model in default.config().models.items()
+    }
+    return TrainConfig(models=models, epochs=2, warmup_steps=2, users_per_step=4, targets_per_user=8)
