@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from etl.errors import StageError
-from etl.schemas import TABLES, schema_fingerprint
+from etl.schemas import TABLES
 
 ROW_GROUP_ROWS = 1 << 20
 

@@ -80,7 +80,7 @@ def test_days_built_apart_in_another_order_have_the_same_digests(built, raw, tmp
 
 
 def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw):
-    store, summary = built
+    store, _summary = built
     window = Window(DT, 3, DAYS)
     found = []
     for attempt in ("s1", "s2"):

@@ -28,7 +28,10 @@ def events_table(rows: list[tuple[int, int, int, int]]) -> pa.Table:
     )  # fmt: skip
 
 
-def build(rows, rule: HistoryRule = HistoryRule()):
+LATEST_4000 = HistoryRule()
+
+
+def build(rows, rule: HistoryRule = LATEST_4000):
     table = events_table(rows)
     items = np.unique(table["item_id"].to_numpy())
     return sequence_rows(table, items, {}, WINDOW, rule, label_bit=0), items
@@ -43,7 +46,7 @@ logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6
 @settings(max_examples=150, deadline=None)
 @given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]), most=st.sampled_from([1, 3, 1000]))
 def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cutoff, lag, most):
-    (table, counts), items = build(rows, HistoryRule(cutoff, lag, most))
+    (table, counts), _items = build(rows, HistoryRule(cutoff, lag, most))
     first_target_ms = day_number(WINDOW.first_target_dt) * MS_PER_DAY
     seen_targets = 0
     for row in table.to_pylist():
