@@ -24,6 +24,7 @@ from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number
 
 SPLIT_BYTES = 64 << 20
+INFLATE_BYTES = 4 << 10
 EARLIEST_MS, LATEST_MS = 946_684_800_000, 4_102_444_800_000  # 2000 .. 2100: catches seconds and microseconds
 _NAMED_DAYS = re.compile(r"_(\d{1,2})_(\d{2})_to_(\d{1,2})_(\d{2})")
 _INTEGER = re.compile(rb"-?[0-9]{1,18}\Z")
@@ -98,8 +99,11 @@ class RawLocation:
 
     def check_header(self, file: RawFile, columns: tuple[str, ...]) -> None:
         """Raise a StageError that names what is wrong with a file's header."""
-        with self._open(file) as stream:
-            first = b"" if file.size == 0 else _first_line(stream)
+        try:
+            with self._open(file) as stream:
+                first = b"" if file.size == 0 else _first_line(stream)
+        except OSError as error:  # an archive that is none, or that breaks off within the header
+            raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
         header = first.decode("utf-8", "replace").lstrip("\ufeff").rstrip("\r\n").split(",")
         if tuple(header) == columns:
             return
@@ -162,29 +166,33 @@ class RawLocation:
         rest, row, header_gone, broken = b"", 2, False, None
         with self.fs.open_input_stream(split.file.path, compression=None) as stream:
             while block := stream.read(4 << 20):
+                text = []
                 try:
-                    text = inflate.decompress(block)
-                    while inflate.eof and inflate.unused_data:
-                        left = inflate.unused_data
-                        inflate = zlib.decompressobj(wbits=31)
-                        text += inflate.decompress(left)
+                    # In pieces: what an erroneous call has inflated is lost, so little must hang on one call.
+                    for start in range(0, len(block), INFLATE_BYTES):
+                        text.append(inflate.decompress(block[start : start + INFLATE_BYTES]))
+                        while inflate.eof and inflate.unused_data:
+                            left = inflate.unused_data
+                            inflate = zlib.decompressobj(wbits=31)
+                            text.append(inflate.decompress(left))
                 except zlib.error as error:
                     broken = f"broken_gzip: {error}"
-                    break
-                rest += text
+                rest += b"".join(text)
                 body, newline, rest = rest.rpartition(b"\n")
-                if not newline:
-                    continue
-                body += b"\n"
-                if not header_gone:
-                    _, _, body = body.partition(b"\n")
-                    header_gone = True
-                yield body, row, None
-                row += body.count(b"\n")
+                if newline:
+                    body += b"\n"
+                    if not header_gone:
+                        _, _, body = body.partition(b"\n")
+                        header_gone = True
+                    yield body, row, None
+                    row += body.count(b"\n")
+                if broken is not None:
+                    break
         if broken is None and not inflate.eof:
             broken = "truncated_gzip: the file ends in the middle of its compressed data"
         if rest or broken:
-            yield rest if header_gone else b"", row, broken
+            # A line that the break cuts may still look whole (its last number shortened): it is the refused one.
+            yield rest if header_gone and broken is None else b"", row, broken
 
     def _open(self, file: RawFile):
         return self.fs.open_input_stream(file.path, compression="gzip" if file.name.endswith(".gz") else None)
@@ -197,13 +205,13 @@ def parse_lines(body: bytes, first_row: int, columns: tuple[str, ...]) -> tuple[
         a table of int64 columns plus `row_number`, and (row number, raw line) of every line that is not
         `len(columns)` integers.
     """
+    types = {name: pa.int64() for name in columns}
+    if not body:
+        return pa.table({**{name: pa.array([], kind) for name, kind in types.items()}, "row_number": pa.array([], pa.int64())}), []
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n")
     if body.endswith(b"\n"):
         body = body[:-1]
-    types = {name: pa.int64() for name in columns}
-    if not body:
-        return pa.table({**{name: pa.array([], kind) for name, kind in types.items()}, "row_number": pa.array([], pa.int64())}), []
     lines = pc.split_pattern(pa.array([body], pa.large_binary()), b"\n")[0].values
     pattern = rf"\A-?[0-9]{{1,18}}(,-?[0-9]{{1,18}}){{{len(columns) - 1}}}\z"
     good = pc.match_substring_regex(lines, pattern)
@@ -291,13 +299,15 @@ def read_feature_csv(location: RawLocation, glob: str, definition: DatasetDefini
         return None
     tables = []
     for file in files:
-        with location._open(file) as stream:
-            body = stream.read()
-        header = body.split(b"\n", 1)[0].decode().lstrip("\ufeff").rstrip("\r").split(",")
         try:
+            with location._open(file) as stream:
+                body = stream.read()
+            header = body.split(b"\n", 1)[0].decode().lstrip("\ufeff").rstrip("\r").split(",")
+            if len(set(header)) < len(header):
+                raise pa.ArrowInvalid("a column name occurs twice in its header")
             tables.append(pacsv.read_csv(io.BytesIO(body), parse_options=pacsv.ParseOptions(newlines_in_values=True),
                                          convert_options=pacsv.ConvertOptions(column_types={name.strip('"'): pa.string() for name in header}, strings_can_be_null=False)))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise StageError(f"{file.name} in {location.uri} is not a CSV file as published: {error}", "deliver the file again, or remove it") from None
     return pa.concat_tables(tables, promote_options="default")
 
@@ -307,7 +317,12 @@ def _named_days(name: str, year: int) -> tuple[str | None, str | None]:
     if match is None:
         return None, None
     first_month, first_day, last_month, last_day = (int(g) for g in match.groups())
-    return f"{year}-{first_month:02d}-{first_day:02d}", f"{year}-{last_month:02d}-{last_day:02d}"
+    first, last = f"{year}-{first_month:02d}-{first_day:02d}", f"{year}-{last_month:02d}-{last_day:02d}"
+    try:
+        day_number(first), day_number(last)
+    except ValueError:  # numbers, but no days: the name promises nothing
+        return None, None
+    return first, last
 
 
 def _first_line(stream) -> bytes:

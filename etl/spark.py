@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -44,4 +45,5 @@ def spark_session(app_name: str) -> SparkSession:
         builder = builder.config("spark.executor.memory", memory).config("spark.executorEnv.PYTHONPATH", REPOSITORY)
     session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
+    logging.getLogger("py4j").setLevel(logging.ERROR)  # it logs every closed connection, also at interpreter exit
     return session

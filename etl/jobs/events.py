@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop when more than this share of the rows is refused")
     args = parser.parse_args()
     definition, store = definition_of(args), store_of(args)
+    if args.lookback_days < 1 or args.buckets < 1 or not 0 <= args.max_bad_share <= 1:
+        raise StageError("--lookback-days and --buckets must be at least 1 and --max-bad-share between 0 and 1", "correct them")
     summary = build_events(store, definition, RawLocation(args.raw), args.dt, args.attempt, args.lookback_days, args.buckets, args.max_bad_share)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))

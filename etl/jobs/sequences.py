@@ -7,6 +7,7 @@ target sees the events strictly earlier than itself: exposures of one page share
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,6 +22,9 @@ from etl.raw import RawLocation, read_feature_csv
 from etl.schemas import ITEMS, SEQUENCES, WATCH_RATIO_EDGES, schema_fingerprint
 from etl.spark import spark_session
 from etl.store import DataFile, Manifest, TableStore, code_version
+
+
+_CATEGORY = re.compile(r"\s*[0-9]{1,9}\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
             return json.dumps({"file": file, "counts": counts})
 
         totals = _summed([_from_ipc(part) for part in context.parallelize(buckets, len(buckets)).map(count_items).collect()])
-        items = item_rows(totals, _item_fields(raw, definition))
+        items = item_rows(totals, _item_fields(raw, definition), f"the file {definition.item_glob} in {raw.uri}")
         item_file = store.write_file(attempt, "items", dt, 0, items)
         known, user_table = context.broadcast(items["item_id"].to_numpy()), context.broadcast(users)
         results = [json.loads(text) for text in context.parallelize(buckets, len(buckets)).map(build).collect()]
@@ -201,38 +205,43 @@ def watch_bucket(watch_time_ms: np.ndarray, duration_ms: np.ndarray) -> np.ndarr
     return np.where(duration_ms <= 0, 0, bucket).astype(np.int8)
 
 
-def item_rows(counts: pa.Table, fields: pa.Table | None) -> pa.Table:
+def item_rows(counts: pa.Table, fields: pa.Table | None, source: str = "the item file") -> pa.Table:
     """Return rows with the ITEMS schema: every counted item in item_id order, joined to its static fields.
 
     Args:
         counts: item_id, train_occurrences; sorted by item_id.
-        fields: the item file as text, or None.
+        fields: the item file as text, or None; the first row of an item counts.
+        source: what messages call that file.
+
+    Raises:
+        StageError: an id or a number of the file is none.
     """
     ids = counts["item_id"].to_numpy()
     n = len(ids)
     position, found = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-    if fields is not None:
-        known = pc.cast(fields["video_id"], pa.int64()).to_numpy()
+    if fields is not None and fields.num_rows:
+        known = _ids(fields, "video_id", source)
         unique, first = np.unique(known, return_index=True)
         place = np.minimum(np.searchsorted(unique, ids), len(unique) - 1)
         found = unique[place] == ids
         position = first[place]
 
     def text(name: str) -> pa.Array:
-        if fields is None:
+        if fields is None or not fields.num_rows:
             return pa.nulls(n, pa.string())
         values = fields[name].combine_chunks().take(pa.array(position, mask=~found))
         return pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
 
-    tags = [[] if t is None else [int(part) for part in t.split(",") if part.strip().isdigit()] for t in text("tag").to_pylist()]
+    # A part of a tag that is no category number (text, or wider than the column) is left out.
+    tags = [[] if t is None else [int(part) for part in t.split(",") if _CATEGORY.match(part)] for t in text("tag").to_pylist()]
     return pa.table(
         {
             "item_index": pa.array(np.arange(n), pa.int32()),
             "item_id": pa.array(ids, pa.int64()),
             "train_occurrences": counts["train_occurrences"].cast(pa.int64()),
-            "author_id": text("author_id").cast(pa.float64()).cast(pa.int64()),
+            "author_id": _whole_numbers(text("author_id"), "author_id", source),
             "categories": pa.array(tags, pa.list_(pa.int32())),
-            "duration_ms": text("video_duration").cast(pa.float64()).cast(pa.int64()),
+            "duration_ms": _whole_numbers(text("video_duration"), "video_duration", source),
             "item_type": text("video_type"),
             "upload_type": text("upload_type"),
         },
@@ -247,7 +256,7 @@ def _user_fields(raw: RawLocation, definition: DatasetDefinition) -> dict[int, l
         return {}
     _require_columns(table, ("user_id", *definition.user_fields), definition.user_glob, raw)
     columns = [table[name].to_pylist() for name in definition.user_fields]
-    ids = pc.cast(table["user_id"], pa.int64()).to_pylist()
+    ids = _ids(table, "user_id", f"the file {definition.user_glob} in {raw.uri}").tolist()
     return {user: list(values) for user, values in reversed(list(zip(ids, zip(*columns, strict=True), strict=True)))}
 
 
@@ -258,6 +267,21 @@ def _item_fields(raw: RawLocation, definition: DatasetDefinition) -> pa.Table | 
         return None
     _require_columns(table, ("video_id", "author_id", "video_duration", "video_type", "upload_type", "tag"), definition.item_glob, raw)
     return table
+
+
+def _whole_numbers(values: pa.Array, column: str, source: str) -> pa.Array:
+    """Return text as int64: digits, or digits with the empty fraction that a column with gaps is published with."""
+    wrong = values.filter(pc.invert(pc.match_substring_regex(values, r"\A-?[0-9]{1,18}(\.0*)?\z")))
+    if len(wrong):
+        raise StageError(f"the column {column} of {source} holds {wrong[0].as_py()[:40]!r}, which is no whole number", "mend that value, or deliver the file again")
+    return pc.replace_substring_regex(values, r"\.0*\z", "").cast(pa.int64())
+
+
+def _ids(table: pa.Table, column: str, source: str) -> np.ndarray:
+    values = table[column].combine_chunks()
+    if values.null_count:
+        raise StageError(f"the column {column} of {source} has {values.null_count:,} row(s) without a value", "mend them, or deliver the file again")
+    return _whole_numbers(values, column, source).to_numpy()
 
 
 def _require_columns(table: pa.Table, names: tuple[str, ...], glob: str, raw: RawLocation) -> None:
