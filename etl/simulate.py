@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from etl.cli import log, run_stage
-from etl.datasets import KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
+from etl.datasets import KUAIRAND, KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number, parse_dt
 
@@ -76,8 +76,13 @@ def write_simulation(simulation: Simulation, out: Path) -> dict:
     """Write the raw files into `out`, whole or not at all; return the marker. The same simulation there is reused.
 
     Raises:
-        StageError: `out` holds something that is not a simulation.
+        StageError: `out` holds something that is not a simulation, or the days leave the year of the data set.
     """
+    first = day_number(simulation.first_dt)
+    # The file names carry no year; the last UTC day ends in the next local one.
+    if {dt_of_day_number(n)[:4] for n in (first, first + simulation.days)} != {str(KUAIRAND.year)}:
+        raise StageError(f"{simulation.days} day(s) from {simulation.first_dt} leave the year {KUAIRAND.year}, which the file names stand for",
+                         f"choose --first-dt and --days within {KUAIRAND.year}")
     marker_file = out / SIMULATED_MARKER
     if marker_file.exists():
         marker = json.loads(marker_file.read_text())

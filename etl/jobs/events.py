@@ -200,6 +200,9 @@ def _conclude(store, definition, raw, dt, attempt, needed, files, listing, bucke
         (where, count), *_ = reasons.most_common(1)
         raise StageError(f"{summary['quarantined']:,} of {summary['rows_read']:,} raw rows ({refused_share:.2%}) were refused, more than {max_bad_share:.2%}; "
                          f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
+    if cut := [where for where in reasons if where.endswith((": truncated_gzip", ": broken_gzip"))]:
+        # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
+        raise StageError(f"an archive in {raw.uri} is damaged: {', '.join(sorted(cut))}", "deliver the file again")
     if not any(stat["events"] for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
         raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
@@ -249,16 +252,25 @@ def _parsed(columns: dict, rows: int) -> pa.Table:
 
 
 def _is_there(store: TableStore, day: str, raw: RawLocation, listing: str, buckets: int) -> bool:
-    """Whether a published day can be used as it is: same raw place and buckets; an empty day only while no file was added."""
+    """Whether a published day can be used as it is: same raw place and buckets, and no file added or delivered again since.
+
+    A day of which a file is gone stays as it is, unless it is empty: built again, it would hold less.
+    """
     manifest = store.manifest("events", day)
     if manifest is None or manifest.settings.get("raw") != raw.uri or manifest.settings.get("buckets") != buckets:
         return False
-    return manifest.rows > 0 or manifest.settings.get("listing") == listing
+    before = str(manifest.settings.get("listing"))
+    gone = {_file_name(line) for line in before.splitlines()} - {_file_name(line) for line in listing.splitlines()}
+    return before == listing or (manifest.rows > 0 and bool(gone))
 
 
 def _listing(files: list[RawFile], day: str) -> str:
-    text = "\n".join(f"{f.name} {f.size}" for f in files if f.may_hold(day))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return name and size of every file that may hold a day, one a line."""
+    return "\n".join(f"{f.name} {f.size}" for f in files if f.may_hold(day))
+
+
+def _file_name(line: str) -> str:
+    return line.rsplit(" ", 1)[0]
 
 
 def _promised(files: list[RawFile]) -> str:

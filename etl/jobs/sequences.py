@@ -23,7 +23,6 @@ from etl.schemas import ITEMS, SEQUENCES, WATCH_RATIO_EDGES, schema_fingerprint
 from etl.spark import spark_session
 from etl.store import DataFile, Manifest, TableStore, code_version
 
-
 _CATEGORY = re.compile(r"\s*[0-9]{1,9}\s*\Z")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from etl.datasets import dataset
 from etl.errors import StageError
-from etl.jobs.events import build_events
+from etl.jobs.events import _is_there, _listing, build_events
 from etl.jobs.sequences import HistoryRule, build_sequences
 from etl.partitions import Window
 from etl.raw import RawLocation
@@ -79,6 +80,23 @@ def test_days_built_apart_in_another_order_have_the_same_digests(built, raw, tmp
     assert digests(other, days) == digests(store, days)
 
 
+def test_a_day_is_built_again_when_a_file_that_may_hold_it_comes_later(built, raw, tmp_path):
+    # The UTC day EARLIER ends in the next local day, hence in the next file.
+    *_, last = sorted(raw.glob("log_standard_*.csv"))
+    shutil.copytree(raw, tmp_path / "raw", ignore=shutil.ignore_patterns(last.name))
+    store, _ = ingest(tmp_path / "w", tmp_path / "raw", EARLIER, "before")
+    assert digests(store, [EARLIER]) != digests(built[0], [EARLIER])
+    shutil.copy(last, tmp_path / "raw")
+    _, summary = ingest(tmp_path / "w", tmp_path / "raw", DT, "after")
+    assert adds_up(summary)
+    days = Window(DT, 2, DAYS).event_days
+    assert digests(store, days) == digests(built[0], days)
+    # A file that is gone takes no published row with it.
+    (tmp_path / "raw" / sorted(raw.glob("log_standard_*.csv"))[0].name).unlink()
+    files = RawLocation(str(tmp_path / "raw")).logs(dataset(NAME))
+    assert _is_there(store, EARLIER, RawLocation(str(tmp_path / "raw")), _listing(files, EARLIER), BUCKETS)
+
+
 def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw):
     store, _summary = built
     window = Window(DT, 3, DAYS)
@@ -114,6 +132,16 @@ def test_broken_rows_are_quarantined_with_file_row_and_reason(raw, tmp_path):
     refused = [r for day in Window(DT, 2, DAYS).event_days for r in store.read(store.require("quarantine", day)).to_pylist()]
     assert sorted(r["row_number"] for r in refused) == [400 * (i + 1) + 1 for i in range(cut)]
     assert {r["reason"] for r in refused} == {"not_an_integer: play_time_ms='soon'"}
+
+
+def test_a_cut_archive_stops_the_stage(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    path = sorted((tmp_path / "raw").glob("log_standard_*.csv"))[-1]
+    whole = gzip.compress(path.read_bytes())
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(StageError, match=r"damaged: log_standard_.*csv.gz: truncated_gzip"):
+        ingest(tmp_path / "w", tmp_path / "raw", DT, "cut")
 
 
 def run_cli(*words: str) -> subprocess.CompletedProcess:

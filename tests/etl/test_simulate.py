@@ -64,3 +64,16 @@ def test_real_logs_are_never_overwritten_and_an_old_simulation_is_replaced(tmp_p
         write_simulation(SMALL, real)
     write_simulation(SMALL, tmp_path / "raw")
     assert write_simulation(Simulation(users=20, days=4, items=300), tmp_path / "raw")["parameters"]["users"] == 20
+
+
+@pytest.mark.parametrize(("first_dt", "days"), [("2023-04-08", 4), ("2021-12-31", 4), ("2022-12-30", 2)])
+def test_days_outside_the_year_of_the_file_names_are_refused(tmp_path, first_dt, days):
+    with pytest.raises(StageError, match="leave the year 2022"):
+        write_simulation(Simulation(users=5, first_dt=first_dt, days=days, items=50), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_as_many_duplicates_are_planted_as_the_marker_says(tmp_path):
+    marker = write_simulation(SMALL, tmp_path / "raw")
+    lines = [line for path in (tmp_path / "raw").glob("log_standard_*.csv") for line in path.read_text().splitlines()[1:]]
+    assert len(lines) - len(set(lines)) == marker["duplicates"] > 0
