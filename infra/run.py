@@ -53,6 +53,22 @@ def choose_data() -> tuple[str, str, str, bool]:
     return dataset, dt, raw, False
 
 
+def choose_options() -> dict[str, str | int]:
+    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, MAX_HISTORY and WORKERS."""
+    options: dict[str, str | int] = {}
+    if config := os.environ.get("CONFIG"):
+        known = sorted(p.stem for p in (settings.ROOT / "training" / "configs").glob("*.py") if p.stem != "__init__")
+        if config not in known:
+            raise InfraError(f"unknown training configuration CONFIG={config}", f"use one of: {', '.join(known)}")
+        options["config"] = config
+    for name in ("target_days", "lookback_days", "max_history", "workers"):
+        if text := os.environ.get(name.upper()):
+            if not text.isascii() or not text.isdigit():
+                raise InfraError(f"{name.upper()}={text} is not a whole number", f"give for example {name.upper()}=2")
+            options[name] = int(text)
+    return options
+
+
 class TaskLog:
     """The log file of one try of a task, read line by line as it grows."""
 
@@ -84,8 +100,8 @@ class TaskLog:
 class Run:
     """One DAG run: triggered, followed to its end, and told."""
 
-    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str) -> None:
-        self.api, self.dataset, self.dt, self.raw = api, dataset, dt, raw
+    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int]) -> None:
+        self.api, self.dataset, self.dt, self.raw, self.options = api, dataset, dt, raw, options
         self.run_id = f"run__{dataset}__{dt}__{dtm.datetime.now(dtm.UTC):%Y%m%dT%H%M%S}"
         self.attempt = attempt_name(dataset, dt, self.run_id, 0)
         self.path = f"/api/v2/dags/{settings.DAG_ID}/dagRuns/{self.run_id}"
@@ -94,11 +110,7 @@ class Run:
         self.peak_gb = 0.0
 
     def trigger(self) -> None:
-        conf: dict[str, Any] = {"dt": self.dt, "dataset": self.dataset, "raw": self.raw}
-        conf |= {name: os.environ[name.upper()] for name in ("config",) if os.environ.get(name.upper())}
-        for name in ("target_days", "lookback_days", "max_history", "workers"):
-            if text := os.environ.get(name.upper()):
-                conf[name] = int(text)
+        conf = {"dt": self.dt, "dataset": self.dataset, "raw": self.raw, **self.options}
         self.api.call("PATCH", f"/api/v2/dags/{settings.DAG_ID}?update_mask=is_paused", {"is_paused": False})
         self.api.call("POST", f"/api/v2/dags/{settings.DAG_ID}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
         self.triggered = True
@@ -207,6 +219,7 @@ def end_stale_runs(api: AirflowApi) -> None:
 def run_partition(children: dict[Service, int]) -> int:
     began = time.monotonic()
     dataset, dt, raw, simulate = choose_data()
+    options = choose_options()
     for warning in services.check_room():
         say(f"warning: {warning}")
     api = AirflowApi()
@@ -238,7 +251,7 @@ def run_partition(children: dict[Service, int]) -> int:
     api.wait_for_dag(settings.DAG_ID, started, lambda: services.check_alive(airflow))
     if not shared:
         end_stale_runs(api)
-    run = Run(api, dataset, dt, raw)
+    run = Run(api, dataset, dt, raw, options)
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")

@@ -153,3 +153,19 @@ def test_no_index_address_is_written_down():
         text = (settings.ROOT / name).read_text()
         assert "pypi" not in text.lower(), name
         assert "--index-url" not in text, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny")],
+)
+def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(run.InfraError, match=says):
+        run.choose_options()
+
+
+def test_options_are_typed(monkeypatch):
+    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("MAX_HISTORY", "")):
+        monkeypatch.setenv(name, value)
+    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9}
