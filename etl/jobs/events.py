@@ -27,7 +27,7 @@ from etl.store import DataFile, Manifest, TableStore, code_version
 
 # Raw columns that no table keeps, but that tell an exact duplicate from a row that only looks like one.
 REST = ("date", "hourmin", "profile_stay_time", "comment_stay_time")
-EVENT, REFUSED, COUNTED = 0, 1, 2
+EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
 PARSED = pa.schema(
     [
         pa.field("kind", pa.int8()),
@@ -106,9 +106,11 @@ def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, n
             table = table.filter(pa.array(~bad))
         if broken is not None:
             row = first_row + table.num_rows + len(refused)
-            refused.append((day_number(split.file.first_local_dt or fallback_dt), row, broken, b""))
+            # Filed under dt, which is always built: filed under a day that is not, the break would go unseen.
+            refused.append((day_number(fallback_dt), row, broken, b""))
         yield _event_rows(table, definition, needed, buckets)
         yield _refused_rows(refused, split.file, needed)
+        yield _elsewhere_rows(refused, split.file, needed)
         days = np.concatenate([table["time_ms"].to_numpy() // MS_PER_DAY, np.array([r[0] for r in refused], dtype=np.int64)])
         yield _count_rows(days, needed)
 
@@ -165,7 +167,9 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
         here = TableStore(warehouse, dataset)
         counted = mine.filter(pc.equal(mine["kind"], COUNTED))
         results = [{"day": day, "counted": count} for day, count in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True)]
-        mine = mine.filter(pc.not_equal(mine["kind"], COUNTED))
+        for row in mine.filter(pc.equal(mine["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist():
+            results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
+        mine = mine.filter(pc.less(mine["kind"], COUNTED))
         keys = mine["day"].to_numpy().astype(np.int64) * buckets + mine["bucket"].to_numpy()
         for key in np.unique(keys):
             day, bucket = divmod(int(key), buckets)
@@ -183,7 +187,11 @@ def _conclude(store, definition, raw, dt, attempt, needed, files, listing, bucke
     reasons: collections.Counter = collections.Counter()
     days_seen = set()
     first_day = add_days(dt, 1 - lookback_days)
+    elsewhere: collections.Counter = collections.Counter()
     for stat in stats:
+        if "elsewhere" in stat:
+            elsewhere[stat["where"]] += stat["elsewhere"]
+            continue
         day = dt_of_day_number(stat["day"])
         if "counted" in stat:
             summary["rows_read"] += stat["counted"]
@@ -195,11 +203,16 @@ def _conclude(store, definition, raw, dt, attempt, needed, files, listing, bucke
         for name in ("events", "duplicates", "quarantined"):
             summary[name] += stat[name]
         reasons.update(stat.get("reasons", {}))
-    refused_share = summary["quarantined"] / max(1, summary["events"] + summary["duplicates"] + summary["quarantined"])
-    if refused_share > max_bad_share:
-        (where, count), *_ = reasons.most_common(1)
-        raise StageError(f"{summary['quarantined']:,} of {summary['rows_read']:,} raw rows ({refused_share:.2%}) were refused, more than {max_bad_share:.2%}; "
-                         f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
+    # Of the rows of the days built now; and of all rows read, for a line without a readable day may belong to any of them.
+    built = summary["events"] + summary["duplicates"] + summary["quarantined"]
+    for refused, rows, where_refused, what in (
+        (summary["quarantined"], built, reasons, "rows of the days to build"),
+        (summary["quarantined"] + elsewhere.total(), summary["rows_read"], reasons + elsewhere, "raw rows read"),
+    ):
+        if refused > max_bad_share * rows:
+            (where, count), *_ = where_refused.most_common(1)
+            raise StageError(f"{refused:,} of {rows:,} {what} ({refused / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
+                             f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
     if cut := [where for where in reasons if where.endswith((": truncated_gzip", ": broken_gzip"))]:
         # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
         raise StageError(f"an archive in {raw.uri} is damaged: {', '.join(sorted(cut))}", "deliver the file again")
@@ -239,6 +252,12 @@ def _refused_rows(refused: list[tuple[int, int, str, bytes]], file: RawFile, nee
     return _parsed({"kind": [REFUSED] * len(kept), "day": [r[0] for r in kept], "bucket": [0] * len(kept), "source_file": [file.name] * len(kept),
                     "row_number": [r[1] for r in kept], "reason": [r[2] for r in kept],
                     "raw_text": [r[3].decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for r in kept]}, len(kept))
+
+
+def _elsewhere_rows(refused: list[tuple[int, int, str, bytes]], file: RawFile, needed: frozenset[int]) -> pa.Table:
+    codes = collections.Counter(r[2].split(":")[0] for r in refused if r[0] not in needed)
+    return _parsed({"kind": [ELSEWHERE] * len(codes), "day": [-1] * len(codes), "bucket": [-1] * len(codes), "source_file": [file.name] * len(codes),
+                    "reason": list(codes), "row_number": list(codes.values())}, len(codes))
 
 
 def _count_rows(days: np.ndarray, needed: frozenset[int]) -> pa.Table:

@@ -68,6 +68,10 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     """
     dt = window.dt
     manifests = [store.require("events", day) for day in window.event_days]
+    layouts = {str(m.settings.get("buckets")): m.dt for m in manifests if m.rows}
+    if len(layouts) > 1:  # a user would lie in several buckets and get a row in each
+        raise StageError(f"events of the window are cut into different numbers of buckets: {', '.join(f'{n} on {day}' for n, day in sorted(layouts.items()))}",
+                         f"build events for {dt} again with one --buckets and --lookback-days {window.lookback_days}: it builds the other days anew")
     buckets = sorted({file.bucket for m in manifests for file in m.files})
     if not manifests[-1].rows:
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")

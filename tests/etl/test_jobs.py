@@ -144,6 +144,39 @@ def test_a_cut_archive_stops_the_stage(raw, tmp_path):
         ingest(tmp_path / "w", tmp_path / "raw", DT, "cut")
 
 
+def test_a_cut_archive_stops_the_stage_also_when_the_first_day_of_its_name_is_not_built(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    path = sorted((tmp_path / "raw").glob("log_standard_*.csv"))[0]  # 4_08 .. 4_10; only 4_10 is built
+    whole = gzip.compress(path.read_bytes())
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(whole[: len(whole) * 2 // 3])
+    store = TableStore(str(tmp_path / "w"), NAME)
+    with pytest.raises(StageError, match=r"damaged: log_standard_.*csv.gz: truncated_gzip"):
+        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), EARLIER, "cut", 1, BUCKETS, 0.01)
+    assert store.staged_days("cut", "events") == []
+
+
+def test_lines_without_a_day_count_against_the_share_of_refused_rows_whatever_the_lookback(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    path = sorted((tmp_path / "raw").glob("log_standard_*.csv"))[0]  # 4_08 .. 4_10; only 4_10 is built
+    header, *rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + b"".join(b"garbage\n" if i % 2 else row for i, row in enumerate(rows)))
+    store = TableStore(str(tmp_path / "w"), NAME)
+    with pytest.raises(StageError, match=r"raw rows read .* were refused.*wrong_column_count"):
+        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), EARLIER, "bad", 1, BUCKETS, 0.01)
+    assert store.staged_days("bad", "events") == []
+
+
+def test_days_in_different_numbers_of_buckets_are_not_joined(built, raw, tmp_path):
+    shutil.copytree(built[0].warehouse, tmp_path / "w")
+    store = TableStore(str(tmp_path / "w"), NAME)
+    build_events(store, dataset(NAME), RawLocation(str(raw)), DT, "other", 1, BUCKETS + 1, 0.01)
+    for table in ("quarantine", "events"):
+        store.publish("other", table, DT)
+    with pytest.raises(StageError, match="different numbers of buckets"):
+        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 2, DAYS), HistoryRule(), "other")
+
+
 def run_cli(*words: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
