@@ -174,7 +174,7 @@ class TableStore:
                              "run the stage that builds it with the same --attempt first")
         files = []
         for file in staged.files:
-            final = f"{table}/dt={dt}/bucket={file.bucket:03d}/{file.digest[:20]}.parquet"
+            final = self.published_path(table, dt, file)
             source = f"{self.root}/{file.path}"
             self.fs.create_dir(f"{self.root}/{table}/dt={dt}/bucket={file.bucket:03d}", recursive=True)
             if self.fs.get_file_info(source).type == pafs.FileType.File:
@@ -186,6 +186,10 @@ class TableStore:
         self._write_text(f"{folder}/current.json", published.to_json())
         self.clear_staging(attempt, table, dt)
         return published
+
+    def published_path(self, table: str, dt: str, file: DataFile) -> str:
+        """Path below the dataset's folder to which `publish` moves a staged file."""
+        return f"{table}/dt={dt}/bucket={file.bucket:03d}/{file.digest[:20]}.parquet"
 
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""

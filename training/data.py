@@ -208,10 +208,10 @@ class UserBatches:
             chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
             yield make_batch(self.sequences, self.features, self.user_rows, users[mine], chosen)
 
-    def all_of(self, targets: np.ndarray, only_rank: bool = True):
-        """Yield batches that hold every target once, in (user, target) order; this worker's share, or all."""
+    def all_of(self, targets: np.ndarray):
+        """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
         users, positions = self.by_user(targets)
-        mine = np.arange(len(users))[self.rank :: self.world] if only_rank else np.arange(len(users))
+        mine = np.arange(len(users))[self.rank :: self.world]
         for start in range(0, len(mine), self.users_per_step):
             part = mine[start : start + self.users_per_step]
             yield make_batch(self.sequences, self.features, self.user_rows, users[part], [positions[i] for i in part])

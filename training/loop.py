@@ -64,14 +64,12 @@ def train_model(
     config: TrainConfig,
     worker: Worker,
     on_epoch: Callable[[EpochResult], None],
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
     resume: dict | None = None,
 ) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
 
     Args:
         on_epoch: called on every worker after each epoch (report, checkpoint).
-        on_step: called on every worker each 20 steps with the step and its figures.
         resume: an `EpochResult` as a dict, from a checkpoint.
 
     Raises:
@@ -116,8 +114,6 @@ def train_model(
             losses.append(loss.detach())
             samples += len(batch.target_label)
             _tend_codebooks(model, batch, step, config, worker, generator)
-            if on_step is not None and step % 20 == 0:
-                on_step(step, {"loss": float(loss), "auxiliary": float(auxiliary)})
             mark = time.perf_counter()
         train_loss = float(torch.stack(losses).mean()) if losses else float("nan")
         if not np.isfinite(train_loss):

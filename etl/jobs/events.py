@@ -82,7 +82,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)
     finally:
         spark.stop()
-    return _conclude(store, definition, raw, dt, attempt, needed, relevant, listing, buckets, lookback_days, max_bad_share, stats)
+    return _conclude(store, raw, dt, attempt, needed, relevant, listing, buckets, lookback_days, max_bad_share, stats)
 
 
 def bucket_of(user_id: np.ndarray, buckets: int) -> np.ndarray:
@@ -177,11 +177,11 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
         yield pa.RecordBatch.from_pydict({"result": [json.dumps(r) for r in results]}, pa.schema([("result", pa.string())]))
 
     tasks = max(context.defaultParallelism, -(-sum(f.size for f in files) // BYTES_PER_TASK))
-    parsed = rows.mapInArrow(parse, _spark_ddl(PARSED)).repartition(min(tasks, len(needed) * buckets), "day", "bucket")
+    parsed = rows.mapInArrow(parse, _spark_schema(PARSED)).repartition(min(tasks, len(needed) * buckets), "day", "bucket")
     return [json.loads(row[0]) for row in parsed.mapInArrow(write, "result string").collect()]
 
 
-def _conclude(store, definition, raw, dt, attempt, needed, files, listing, buckets, lookback_days, max_bad_share, stats) -> dict[str, int]:
+def _conclude(store, raw, dt, attempt, needed, files, listing, buckets, lookback_days, max_bad_share, stats) -> dict[str, int]:
     by_day: dict[str, list[dict]] = collections.defaultdict(list)
     summary = dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "already_published"), 0)
     reasons: collections.Counter = collections.Counter()
@@ -306,7 +306,7 @@ def _file_digest(raw: RawLocation, file: RawFile) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _spark_ddl(schema: pa.Schema):
+def _spark_schema(schema: pa.Schema):
     from pyspark.sql.pandas.types import from_arrow_schema
 
     return from_arrow_schema(schema)

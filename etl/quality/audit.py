@@ -198,9 +198,8 @@ class Audit:
             return current if current is not None and current.attempt == self.attempt else None
         files = []
         for file in staged.files:
-            moved = f"{table}/dt={day}/bucket={file.bucket:03d}/{file.digest[:20]}.parquet"
             gone = self.store.fs.get_file_info(f"{self.store.root}/{file.path}").type != pafs.FileType.File
-            files.append(replace(file, path=moved) if gone else file)
+            files.append(replace(file, path=self.store.published_path(table, day, file)) if gone else file)
         return replace(staged, files=tuple(files))
 
     def _trailing_rows(self, day: str) -> list[int]:
