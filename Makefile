@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS MAX_HISTORY WORKERS
+export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup run test test-slow lint up down lock clean
+.PHONY: help setup data run test test-slow lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,7 +14,11 @@ help: ## show this list
 setup: ## make or refresh .venv from requirements.txt (nothing to do: instant)
 	@infra/bootstrap.sh
 
-run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-DD DATASET=kuairand, or simulated data
+data: setup ## fetch a published data set into var/raw/<name>, with resume: DATASET=kuairand_1k
+	@name="$$(basename "$$DATASET")" && name="$$(tr A-Z- a-z_ <<< "$${name%.y*ml}")" && \
+		$(PY) -m etl.download --dataset "$$DATASET" --to "$${LONGVIEW_HOME:-var}/raw/$$name"
+
+run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-DD DATASET=name or path of name.yaml; without RAW simulated data
 	@$(PY) -m infra.run
 
 test: setup ## the tests that take minutes, not more

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from etl.datasets import DATASETS, DatasetDefinition, dataset
+from etl.datasets import DatasetDefinition, built_in_names, dataset
 from etl.errors import StageError
 from etl.partitions import parse_dt
 from etl.store import TableStore
@@ -16,11 +16,25 @@ from etl.store import TableStore
 EXIT_STAGE_ERROR = 2
 
 
+class _Dataset(argparse.Action):
+    """Read the definition that --dataset names: `args.definition`; `args.dataset` is its name."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.definition = dataset(str(values))
+        namespace.dataset = namespace.definition.name
+
+
+def dataset_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with --dataset and --warehouse."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, action=_Dataset, metavar="NAME", help=f"{', '.join(built_in_names())}, or the path of a definition (name.yaml)")
+    parser.add_argument("--warehouse", required=True, help="root of the tables: a path, or a URI that Arrow reads")
+    return parser
+
+
 def partition_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with --dataset, --warehouse, --dt and --attempt."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help=f"data set definition: {', '.join(sorted(DATASETS))}")
-    parser.add_argument("--warehouse", required=True, help="root of the tables: a path, or a URI that Arrow reads")
+    parser = dataset_parser(description)
     parser.add_argument("--dt", required=True, help="partition: a UTC day, YYYY-MM-DD")
     parser.add_argument("--attempt", required=True, help="name of this attempt: the same over retries, new on reprocess")
     return parser
@@ -28,13 +42,13 @@ def partition_parser(description: str | None) -> argparse.ArgumentParser:
 
 def definition_of(args: argparse.Namespace) -> DatasetDefinition:
     """Return the definition that --dataset names."""
-    return dataset(args.dataset)
+    definition: DatasetDefinition = args.definition
+    return definition
 
 
 def store_of(args: argparse.Namespace) -> TableStore:
     """Return the store that --warehouse and --dataset name, --dt checked."""
     parse_dt(args.dt)
-    dataset(args.dataset)
     return TableStore(args.warehouse, args.dataset)
 
 

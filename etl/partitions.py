@@ -52,25 +52,31 @@ class Window:
     """The days that partition `dt` is a function of.
 
     Attributes:
-        dt: the partition; its day is the evaluation day.
-        target_days: days, `dt` included, whose impressions are targets; all but the last are training data.
+        dt: the partition, and the last day of its window.
+        target_days: days, `dt` included, whose events are targets; all but the last `evaluation_days` are training data.
         lookback_days: days, `dt` included, whose events may stand in a history; at least `target_days`.
+        evaluation_days: the last so many days, `dt` included, are for evaluation: 1, or more where a day holds too little.
     """
 
     dt: str
     target_days: int
     lookback_days: int
+    evaluation_days: int = 1
 
     def __post_init__(self) -> None:
-        if not 2 <= self.target_days <= self.lookback_days:
+        if not 1 <= self.evaluation_days < self.target_days <= self.lookback_days:
             raise StageError(
-                f"window of {self.target_days} target days with a lookback of {self.lookback_days} days",
-                "use target_days >= 2 (the last is the evaluation day) and lookback_days >= target_days",
+                f"window of {self.evaluation_days} evaluation days and {self.target_days} target days with a lookback of {self.lookback_days} days",
+                "use 1 <= evaluation_days < target_days <= lookback_days",
             )
 
     @property
     def first_target_dt(self) -> str:
         return add_days(self.dt, 1 - self.target_days)
+
+    @property
+    def first_evaluation_dt(self) -> str:
+        return add_days(self.dt, 1 - self.evaluation_days)
 
     @property
     def event_days(self) -> list[str]:

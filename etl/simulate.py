@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from etl.cli import log, run_stage
-from etl.datasets import KUAIRAND, KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
+from etl.datasets import SIMULATED_MARKER, DatasetDefinition, dataset
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number, parse_dt
 
@@ -79,10 +79,11 @@ def write_simulation(simulation: Simulation, out: Path) -> dict:
         StageError: `out` holds something that is not a simulation, or the days leave the year of the data set.
     """
     first = day_number(simulation.first_dt)
+    year = _definition().first_day.year
     # The file names carry no year; the last UTC day ends in the next local one.
-    if {dt_of_day_number(n)[:4] for n in (first, first + simulation.days)} != {str(KUAIRAND.year)}:
-        raise StageError(f"{simulation.days} day(s) from {simulation.first_dt} leave the year {KUAIRAND.year}, which the file names stand for",
-                         f"choose --first-dt and --days within {KUAIRAND.year}")
+    if {dt_of_day_number(n)[:4] for n in (first, first + simulation.days)} != {str(year)}:
+        raise StageError(f"{simulation.days} day(s) from {simulation.first_dt} leave the year {year}, which the file names stand for",
+                         f"choose --first-dt and --days within {year}")
     marker_file = out / SIMULATED_MARKER
     if marker_file.exists():
         marker = json.loads(marker_file.read_text())
@@ -103,13 +104,17 @@ def write_simulation(simulation: Simulation, out: Path) -> dict:
     return marker
 
 
+def _definition() -> DatasetDefinition:
+    return dataset("kuairand_simulated")
+
+
 def _write_all(simulation: Simulation, folder: Path) -> dict:
     rng = np.random.default_rng(simulation.seed)
     items = _items(simulation, rng)
     log_columns, probability = _log(simulation, items, rng)
     time_ms = log_columns["time_ms"]
     best_auc, best_gauc = _best_by_day(time_ms, log_columns["user_id"], log_columns["is_click"], probability)
-    table = pa.table({name: log_columns[name] for name in KUAIRAND_LOG_COLUMNS})
+    table = pa.table({name: log_columns[name] for name in _definition().logs.columns})
     duplicated = rng.random(len(time_ms)) < SHARE_DUPLICATES
     order = np.concatenate([np.arange(len(time_ms)), np.flatnonzero(duplicated)])
     order = order[np.lexsort((order, time_ms[order], log_columns["user_id"][order]))]

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from etl.errors import StageError
-from etl.schemas import TABLES
+from etl.schemas import TABLES, table_schema
 
 ROW_GROUP_ROWS = 1 << 20
 
@@ -123,9 +123,15 @@ class TableStore:
         if self.fs.get_file_info(path).type != pafs.FileType.NotFound:
             self.fs.delete_dir(path)
 
+    def clear_staged_days(self, attempt: str, table: str) -> None:
+        """Drop every staged day of `table` that an earlier try of the same attempt left."""
+        path = f"{self.root}/_staging/{attempt}/{table}"
+        if self.fs.get_file_info(path).type != pafs.FileType.NotFound:
+            self.fs.delete_dir(path)
+
     def write_file(self, attempt: str, table: str, dt: str, bucket: int, rows: pa.Table) -> DataFile:
         """Write one bucket of a staged partition (zstd, explicit schema, deterministic bytes)."""
-        schema = TABLES[table]
+        schema = table_schema(table, rows.schema)
         rows = rows.select(schema.names).cast(schema).combine_chunks()
         sink = pa.BufferOutputStream()
         # Times and offsets inside lists are sorted: delta encoding stores them in a byte or two.
@@ -196,6 +202,11 @@ class TableStore:
         text = self._read_text(f"_manifests/{table}/dt={dt}/current.json")
         return Manifest.from_json(text) if text is not None else None
 
+    def days(self, table: str) -> list[str]:
+        """Return the days of which a partition was ever published, oldest first."""
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_manifests/{table}", allow_not_found=True))
+        return sorted(info.base_name.removeprefix("dt=") for info in infos if info.type == pafs.FileType.Directory)
+
     def require(self, table: str, dt: str) -> Manifest:
         """Return the current manifest, or say which stage has to run.
 
@@ -214,14 +225,34 @@ class TableStore:
         """Read a staged or published partition, or one bucket of it, in bucket order."""
         schema = TABLES[manifest.table]
         if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
+            schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
         files = sorted((f for f in manifest.files if bucket in (None, f.bucket)), key=lambda f: (f.bucket, f.path))
-        tables = [self.read_file(file, columns) for file in files]
-        return pa.concat_tables(tables) if tables else schema.empty_table()
+        return self.read_files(files, columns) if files else schema.empty_table()
+
+    def read_files(self, files: Sequence[DataFile], columns: Sequence[str] | None = None) -> pa.Table:
+        """Read some files of one table, in this order."""
+        return pa.concat_tables([self.read_file(file, columns) for file in files])
 
     def read_file(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
         return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None,
                              columns=None if columns is None else list(columns))
+
+    def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Return days of `events` in order, with blocks in place of the days that these were made from.
+
+        A block counts only while every day in it is the day that is published now, so that reading it is reading them.
+        """
+        days = {self.input_name(m): m for m in manifests}
+        blocks: dict[str, Manifest] = {}
+        inside: set[str] = set()
+        for dt in self.days("event_blocks"):
+            block = self.manifest("event_blocks", dt)
+            if block is None or not block.inputs.keys() <= days.keys() or block.inputs.keys() & inside:
+                continue
+            if all(days[name].data_digest == digest for name, digest in block.inputs.items()):
+                blocks[min(block.inputs)] = block
+                inside |= block.inputs.keys()
+        return [blocks.get(name, m) for name, m in days.items() if name in blocks or name not in inside]
 
     def input_name(self, manifest: Manifest) -> str:
         """Name of a partition among another manifest's `inputs`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -17,72 +18,77 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.datasets import DatasetDefinition
+from etl.datasets import MILLISECONDS, DatasetDefinition, FieldRule, Span
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
-from etl.raw import RawFile, RawLocation, Split, day_of_refused, parse_lines, reason_for, refusals
-from etl.schemas import EVENTS, QUARANTINE, schema_fingerprint
+from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
+from etl.schemas import EVENTS, QUARANTINE, event_field_type, schema_fingerprint, table_schema
 from etl.spark import spark_session
 from etl.store import DataFile, Manifest, TableStore, code_version
 
-# Raw columns that no table keeps, but that tell an exact duplicate from a row that only looks like one.
-REST = ("date", "hourmin", "profile_stay_time", "comment_stay_time")
 EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
-PARSED = pa.schema(
-    [
-        pa.field("kind", pa.int8()),
-        pa.field("day", pa.int32()),
-        pa.field("bucket", pa.int32()),
-        *[pa.field(f.name, f.type) for f in EVENTS],
-        *[pa.field(name, pa.int64()) for name in REST],
-        *[pa.field(f.name, f.type) for f in QUARANTINE],
-    ]
-)
 BYTES_PER_TASK = 128 << 20
+BUCKET_BYTES = 128 << 20  # raw bytes of the lookback that one bucket holds: what one task of the sequences job reads
+MAX_BUCKETS = 4_096
+GZIP_RATIO = 5  # raw bytes in a byte of an archive, roughly
 HASHED_BYTES = 512 << 20  # larger raw files are identified by name and size
 
 
 def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--raw", required=True, help="folder or URI of the raw logs, as published")
-    parser.add_argument("--lookback-days", type=int, default=30, help="days, dt included, that must be there afterwards")
-    parser.add_argument("--buckets", type=int, default=8, help="user buckets of a day")
+    parser.add_argument("--lookback-days", type=int, default=None, help="days, dt included, that must be there afterwards (default: the definition's)")
+    parser.add_argument("--buckets", type=int, default=None,
+                        help=f"user buckets of a day (default: those of the days that are there, else one for each {BUCKET_BYTES >> 20} MiB of raw logs)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop when more than this share of the rows is refused")
     args = parser.parse_args()
     definition, store = definition_of(args), store_of(args)
-    if args.lookback_days < 1 or args.buckets < 1 or not 0 <= args.max_bad_share <= 1:
-        raise StageError("--lookback-days and --buckets must be at least 1 and --max-bad-share between 0 and 1", "correct them")
-    summary = build_events(store, definition, RawLocation(args.raw), args.dt, args.attempt, args.lookback_days, args.buckets, args.max_bad_share)
+    lookback_days = args.lookback_days if args.lookback_days is not None else definition.window.lookback_days
+    if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= args.max_bad_share <= 1:
+        raise StageError(f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1", "correct them")
+    summary = build_events(store, definition, RawLocation(args.raw), args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))
 
 
-def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, lookback_days: int, buckets: int,
+def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, lookback_days: int, buckets: int | None,
                  max_bad_share: float) -> dict[str, int]:
     """Stage all missing days and `dt` itself; return the reconciliation of the rows that were read.
+
+    Args:
+        buckets: user buckets of a day; None takes those of the published days, else sizes them by the raw bytes.
 
     Raises:
         StageError: files or columns are missing, too many rows are refused, or `dt` has no row.
     """
     files = raw.logs(definition)
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
+    published = {day: manifest for day in lookback if (manifest := store.manifest("events", day)) is not None}
     listing = {day: _listing(files, day) for day in lookback}
-    needed = [day for day in lookback if day == dt or not _is_there(store, day, raw, listing[day], buckets)]
+    if buckets is None:
+        buckets = _buckets(published, [file for file in files if any(file.may_hold(day) for day in lookback)])
+    settings = {"raw": raw.uri, "buckets": buckets, "definition": definition_digest(definition)}
+    needed = [day for day in lookback if day == dt or not _is_there(published.get(day), listing[day], settings)]
     relevant = [file for file in files if any(file.may_hold(day) for day in needed)]
     if not any(file.may_hold(dt) for file in relevant):
-        raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {_promised(files)}", "deliver that day's file, or choose another DT")
-    for file in relevant:
-        raw.check_header(file, definition.log_columns)
-    log(f"building {len(needed)} day(s) {needed[0]} .. {needed[-1]} from {len(relevant)} file(s), {sum(f.size for f in relevant):,} bytes")
-    for day in needed:
-        store.clear_staging(attempt, "events", day)
-        store.clear_staging(attempt, "quarantine", day)
+        raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {promised(files)}", "deliver that day's file, or choose another DT")
+    log(f"building {len(needed)} day(s) {needed[0]} .. {needed[-1]} in {buckets} bucket(s) from {len(relevant)} file(s), {sum(f.size for f in relevant):,} bytes")
+    for table in ("events", "quarantine"):
+        store.clear_staged_days(attempt, table)
     spark = spark_session(attempt)
     try:
         stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)
     finally:
         spark.stop()
-    return _conclude(store, raw, dt, attempt, needed, relevant, listing, buckets, lookback_days, max_bad_share, stats)
+    by_day, summary = _reconciled(definition, raw, dt, needed, relevant, add_days(dt, 1 - lookback_days), max_bad_share, stats)
+    _write_manifests(store, definition, raw, attempt, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
+    return summary
+
+
+def is_current(manifest: Manifest, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], dt: str) -> bool:
+    """Whether a published day is still what its raw files hold, as the job would judge it."""
+    settings = {"raw": raw.uri, "buckets": manifest.settings["buckets"], "definition": definition_digest(definition)}
+    return _is_there(manifest, _listing(files, dt), settings)
 
 
 def bucket_of(user_id: np.ndarray, buckets: int) -> np.ndarray:
@@ -91,50 +97,64 @@ def bucket_of(user_id: np.ndarray, buckets: int) -> np.ndarray:
     return ((mixed >> np.uint64(33)) % np.uint64(buckets)).astype(np.int32)
 
 
+def definition_digest(definition: DatasetDefinition) -> str:
+    """Return the digest of what shapes events: the logs, and the parts of their columns."""
+    return hashlib.sha256(definition.model_dump_json(include={"logs", "events"}).encode()).hexdigest()[:16]
+
+
+def events_schema(definition: DatasetDefinition) -> pa.Schema:
+    """Return the schema of `events` of this data set: the contract, then the item fields of its log."""
+    fields = [pa.field(name, event_field_type(rule.kind)) for name, rule in definition.events.item_fields.items()]
+    return table_schema("events", pa.schema([*EVENTS, *fields]))
+
+
+def parsed_schema(definition: DatasetDefinition) -> pa.Schema:
+    """Return the schema of what the parsing tasks send to the writing ones: events, refused lines and counts."""
+    return pa.schema(
+        [
+            pa.field("kind", pa.int8()),
+            pa.field("day", pa.int32()),
+            pa.field("bucket", pa.int32()),
+            pa.field("row_hash", pa.int64()),
+            *[pa.field(f.name, f.type) for f in events_schema(definition)],
+            *[pa.field(f.name, f.type) for f in QUARANTINE],
+        ]
+    )
+
+
 def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, needed: frozenset[int], fallback_dt: str, buckets: int) -> Iterator[pa.Table]:
-    """Yield tables with the PARSED schema: the needed days' events, their refused lines, and one row of counts a day."""
-    columns = definition.log_columns
-    for body, first_row, broken in raw.chunks(split):
-        table, refused_lines = parse_lines(body, first_row, columns)
-        bad, reasons = refusals(table, definition)
-        refused = [(day_of_refused(line, columns, split.file, fallback_dt), row, reason_for(line, columns), line) for row, line in refused_lines]
-        if bad.any():
-            wrong = table.filter(pa.array(bad))
-            texts = [",".join(str(v) for v in cells.values()).encode() for cells in wrong.select(list(columns)).to_pylist()]
-            refused += [(day_of_refused(text, columns, split.file, fallback_dt), row, reason, text)
-                        for row, reason, text in zip(wrong["row_number"].to_pylist(), reasons, texts, strict=True)]
-            table = table.filter(pa.array(~bad))
-        if broken is not None:
-            row = first_row + table.num_rows + len(refused)
-            # Filed under dt, which is always built: filed under a day that is not, the break would go unseen.
-            refused.append((day_number(fallback_dt), row, broken, b""))
-        yield _event_rows(table, definition, needed, buckets)
-        yield _refused_rows(refused, split.file, needed)
-        yield _elsewhere_rows(refused, split.file, needed)
-        days = np.concatenate([table["time_ms"].to_numpy() // MS_PER_DAY, np.array([r[0] for r in refused], dtype=np.int64)])
-        yield _count_rows(days, needed)
+    """Yield tables with the parsed schema: the needed days' events, their refused lines, and one row of counts a day."""
+    schema = parsed_schema(definition)
+    for chunk in raw.read(split, definition):
+        yield _event_rows(chunk, definition, needed, buckets, schema)
+        refused = [(_filed(r, split.file, fallback_dt), r) for r in chunk.refused]
+        yield _refused_rows(refused, split.file, needed, schema)
+        yield _elsewhere_rows(refused, split.file, needed, schema)
+        days = np.concatenate([chunk.time_ms // MS_PER_DAY, np.array([day for day, _ in refused], dtype=np.int64)])
+        yield _count_rows(days, schema)
 
 
-def write_day_bucket(rows: pa.Table, store: TableStore, attempt: str, day: int, bucket: int) -> dict:
+def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, attempt: str, day: int, bucket: int) -> dict:
     """Sort one bucket of one day, drop exact duplicates, write its files; return the figures for the manifests."""
-    dt = dt_of_day_number(day)
+    dt, schema = dt_of_day_number(day), events_schema(definition)
     kind = rows["kind"].to_numpy()
-    events = rows.filter(pa.array(kind == EVENT))
     refused = rows.filter(pa.array(kind == REFUSED)).select(QUARANTINE.names).sort_by([("source_file", "ascending"), ("row_number", "ascending")])
-    order = ["user_id", "event_time_ms", "item_id", "feedback", "watch_time_ms", "duration_ms", "tab", "is_random", *REST]
-    events = events.select(order).sort_by([(name, "ascending") for name in order]).combine_chunks()
+    order = ["user_id", "event_time_ms", "item_id", "row_hash"]
+    events = rows.filter(pa.array(kind == EVENT)).select([*schema.names, "row_hash"])
+    # The hash comes last: the order of a file does not hang on raw columns that no table keeps.
+    keys = [*order[:3], *[name for name in schema.names if name not in order], "row_hash"]
+    events = events.take(pc.sort_indices(events, [(name, "ascending") for name in keys])).combine_chunks()
     read = events.num_rows
-    if read > 1:
+    if read > 1 and definition.logs.repeats == "drop":
         same = np.ones(read - 1, dtype=bool)
         for name in order:
             values = events[name].to_numpy()
             same &= values[1:] == values[:-1]
         events = events.filter(pa.array(np.concatenate([[True], ~same])))
     result: dict = {"day": day, "rows_read": read + refused.num_rows, "events": events.num_rows, "duplicates": read - events.num_rows,
-                    "quarantined": refused.num_rows, "users": len(pc.unique(events["user_id"])),
-                    "clicks": int(pc.sum(pc.bit_wise_and(events["feedback"], pa.scalar(1, pa.int16()))).as_py() or 0)}
+                    "quarantined": refused.num_rows, "users": len(pc.unique(events["user_id"]))}
     if events.num_rows:
-        result["events_file"] = asdict(store.write_file(attempt, "events", dt, bucket, events))
+        result["events_file"] = asdict(store.write_file(attempt, "events", dt, bucket, events.select(schema.names)))
     if refused.num_rows:
         result["quarantine_file"] = asdict(store.write_file(attempt, "quarantine", dt, bucket, refused))
         result["reasons"] = collections.Counter(
@@ -149,8 +169,9 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
         return context.parallelize(ranges, len(ranges)).map(lambda r: RawLocation(raw_uri).count_newlines(*r)).collect()
 
     raw_uri, warehouse, dataset = raw.uri, store.warehouse, store.dataset
-    splits = raw.splits(files, count_lines)
+    splits = raw.splits(files, definition.logs, count_lines)
     days = frozenset(day_number(day) for day in needed)
+    schema = parsed_schema(definition)
     rows = spark.createDataFrame([(json.dumps(asdict(split)),) for split in splits], "split string").repartition(len(splits))
 
     def parse(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -158,12 +179,12 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
         for batch in batches:
             for text in batch.column(0).to_pylist():
                 fields = json.loads(text)
-                split = Split(**{**fields, "file": RawFile(**fields["file"])})
+                split = Split(**{**fields, "file": RawFile(**fields["file"]), "header": tuple(fields["header"])})
                 for table in parse_split(location, split, definition, days, dt, buckets):
                     yield from table.to_batches(max_chunksize=65_536)
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        mine = pa.Table.from_batches(batches, PARSED)
+        mine = pa.Table.from_batches(batches, schema)
         here = TableStore(warehouse, dataset)
         counted = mine.filter(pc.equal(mine["kind"], COUNTED))
         results = [{"day": day, "counted": count} for day, count in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True)]
@@ -171,23 +192,30 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
             results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
         mine = mine.filter(pc.less(mine["kind"], COUNTED))
         keys = mine["day"].to_numpy().astype(np.int64) * buckets + mine["bucket"].to_numpy()
-        for key in np.unique(keys):
-            day, bucket = divmod(int(key), buckets)
-            results.append(write_day_bucket(mine.filter(pa.array(keys == key)), here, attempt, day, bucket))
+        mine = mine.take(pa.array(np.argsort(keys, kind="stable")))
+        distinct, counts = np.unique(keys, return_counts=True)
+        for key, start, count in zip(distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
+            day, bucket = divmod(key, buckets)
+            results.append(write_day_bucket(mine.slice(start, count), here, definition, attempt, day, bucket))
         yield pa.RecordBatch.from_pydict({"result": [json.dumps(r) for r in results]}, pa.schema([("result", pa.string())]))
 
-    tasks = max(context.defaultParallelism, -(-sum(f.size for f in files) // BYTES_PER_TASK))
-    parsed = rows.mapInArrow(parse, _spark_schema(PARSED)).repartition(min(tasks, len(needed) * buckets), "day", "bucket")
+    tasks = max(context.defaultParallelism, -(-sum(_raw_bytes(f) for f in files) // BYTES_PER_TASK))
+    parsed = rows.mapInArrow(parse, _spark_schema(schema)).repartition(min(tasks, len(needed) * buckets), "day", "bucket")
     return [json.loads(row[0]) for row in parsed.mapInArrow(write, "result string").collect()]
 
 
-def _conclude(store, raw, dt, attempt, needed, files, listing, buckets, lookback_days, max_bad_share, stats) -> dict[str, int]:
+def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed: list[str], files: list[RawFile], first_day: str, max_bad_share: float,
+                stats: list[dict]) -> tuple[dict[str, list[dict]], dict[str, int]]:
+    """Return the figures of each day's buckets and the summary of the run.
+
+    Raises:
+        StageError: too many rows are refused, an archive is damaged, or `dt` has no row.
+    """
     by_day: dict[str, list[dict]] = collections.defaultdict(list)
     summary = dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "already_published"), 0)
     reasons: collections.Counter = collections.Counter()
-    days_seen = set()
-    first_day = add_days(dt, 1 - lookback_days)
     elsewhere: collections.Counter = collections.Counter()
+    days_seen, built_days = set(), set(needed)
     for stat in stats:
         if "elsewhere" in stat:
             elsewhere[stat["where"]] += stat["elsewhere"]
@@ -196,7 +224,7 @@ def _conclude(store, raw, dt, attempt, needed, files, listing, buckets, lookback
         if "counted" in stat:
             summary["rows_read"] += stat["counted"]
             days_seen.add(day)
-            if day not in needed:
+            if day not in built_days:
                 summary["already_published" if first_day <= day <= dt else "outside_days"] += stat["counted"]
             continue
         by_day[day].append(stat)
@@ -205,13 +233,11 @@ def _conclude(store, raw, dt, attempt, needed, files, listing, buckets, lookback
         reasons.update(stat.get("reasons", {}))
     # Of the rows of the days built now; and of all rows read, for a line without a readable day may belong to any of them.
     built = summary["events"] + summary["duplicates"] + summary["quarantined"]
-    for refused, rows, where_refused, what in (
-        (summary["quarantined"], built, reasons, "rows of the days to build"),
-        (summary["quarantined"] + elsewhere.total(), summary["rows_read"], reasons + elsewhere, "raw rows read"),
-    ):
-        if refused > max_bad_share * rows:
+    for where_refused, rows, what in ((_unexpected(reasons, definition), built, "rows of the days to build"),
+                                      (_unexpected(reasons + elsewhere, definition), summary["rows_read"], "raw rows read")):
+        if where_refused.total() > max_bad_share * rows:
             (where, count), *_ = where_refused.most_common(1)
-            raise StageError(f"{refused:,} of {rows:,} {what} ({refused / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
+            raise StageError(f"{where_refused.total():,} of {rows:,} {what} ({where_refused.total() / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
                              f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
     if cut := [where for where in reasons if where.endswith((": truncated_gzip", ": broken_gzip"))]:
         # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
@@ -219,64 +245,132 @@ def _conclude(store, raw, dt, attempt, needed, files, listing, buckets, lookback
     if not any(stat["events"] for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
         raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
+    for where, count in (reasons + elsewhere).most_common(5):
+        log(f"refused: {where} ({count:,} rows)")
+    return by_day, summary
+
+
+def _write_manifests(store: TableStore, definition: DatasetDefinition, raw: RawLocation, attempt: str, files: list[RawFile], by_day: dict[str, list[dict]],
+                     needed: list[str], settings: dict[str, dict]) -> None:
     version, inputs = code_version(), {file.name: _file_digest(raw, file) for file in files}
+    fingerprint = schema_fingerprint(events_schema(definition))
     for day in needed:
-        counts = {name: sum(s[name] for s in by_day[day]) for name in ("rows_read", "events", "duplicates", "quarantined", "users", "clicks")}
-        settings = {"raw": raw.uri, "listing": listing[day], "buckets": buckets}
-        for table, schema, key in (("quarantine", QUARANTINE, "quarantine_file"), ("events", EVENTS, "events_file")):
+        counts = {name: sum(s[name] for s in by_day[day]) for name in ("rows_read", "events", "duplicates", "quarantined", "users")}
+        tables = [("events", fingerprint, "events_file")]
+        # A day without refused rows has no quarantine, unless one that was published has to be emptied.
+        if counts["quarantined"] or store.manifest("quarantine", day) is not None:
+            tables.insert(0, ("quarantine", schema_fingerprint(QUARANTINE), "quarantine_file"))
+        for table, schema, key in tables:
             found = tuple(sorted((DataFile(**s[key]) for s in by_day[day] if key in s), key=lambda f: f.bucket))
-            store.write_staged_manifest(Manifest(store.dataset, table, day, attempt, schema_fingerprint(schema), version, found, counts, inputs, settings))
-    store._write_text(f"_staging/{attempt}/ingest_summary.json", json.dumps(summary))
-    return summary
+            store.write_staged_manifest(Manifest(store.dataset, table, day, attempt, schema, version, found, counts, inputs, settings[day]))
 
 
-def _event_rows(table: pa.Table, definition: DatasetDefinition, needed: frozenset[int], buckets: int) -> pa.Table:
-    day = table["time_ms"].to_numpy() // MS_PER_DAY
-    kept = np.isin(day, list(needed))
-    table, day = table.filter(pa.array(kept)), day[kept]
-    feedback = np.zeros(table.num_rows, dtype=np.int16)
-    for bit, name in enumerate(definition.feedback_fields):
-        feedback |= (table[name].to_numpy() << bit).astype(np.int16)
-    user = table["user_id"].to_numpy()
+def _unexpected(reasons: collections.Counter, definition: DatasetDefinition) -> collections.Counter:
+    expected = tuple(f": {code}" for code in definition.logs.expected_refusals)
+    return collections.Counter({where: count for where, count in reasons.items() if not where.endswith(expected)}) if expected else reasons
+
+
+def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], buckets: int, schema: pa.Schema) -> pa.Table:
+    day = chunk.time_ms // MS_PER_DAY
+    kept = np.isin(day, np.fromiter(needed, np.int64, len(needed)))
+    rows, day, time_ms, row_hash = chunk.rows.filter(pa.array(kept)), day[kept], chunk.time_ms[kept], chunk.row_hash[kept]
+    events = definition.events
+    feedback = np.zeros(rows.num_rows, dtype=np.int16)
+    for bit, condition in enumerate(events.signals.values()):
+        feedback |= (_holds(rows[condition.column], condition).astype(np.int16) << bit).astype(np.int16)
+    user = hashed_ids(rows[events.user])
+    zeros = np.zeros(rows.num_rows, np.int64)
     columns = {
-        "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": bucket_of(user, buckets), "user_id": user,
-        "item_id": table["video_id"], "event_time_ms": table["time_ms"], "feedback": feedback, "watch_time_ms": table["play_time_ms"],
-        "duration_ms": table["duration_ms"], "tab": table["tab"].cast(pa.int16()), "is_random": table["is_rand"].to_numpy().astype(bool),
-        **{name: table[name] for name in REST},
+        "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": bucket_of(user, buckets), "row_hash": row_hash, "user_id": user,
+        "item_id": hashed_ids(rows[events.item]), "event_time_ms": time_ms, "feedback": feedback,
+        "watch_time_ms": _milliseconds(rows, events.watch_time), "duration_ms": _milliseconds(rows, events.duration),
+        "context": np.clip(rows[events.context].fill_null(-1).to_numpy(), -1, 32_767).astype(np.int16) if events.context else zeros.astype(np.int16) - 1,
+        "is_random": rows[events.is_random].fill_null(0).to_numpy() == 1 if events.is_random else zeros.astype(bool),
+        **{name: _field_values(rows[rule.column], rule) for name, rule in events.item_fields.items()},
     }  # fmt: skip
-    return _parsed(columns, len(day))
+    return _parsed(columns, len(day), schema)
 
 
-def _refused_rows(refused: list[tuple[int, int, str, bytes]], file: RawFile, needed: frozenset[int]) -> pa.Table:
-    kept = [r for r in refused if r[0] in needed]
-    return _parsed({"kind": [REFUSED] * len(kept), "day": [r[0] for r in kept], "bucket": [0] * len(kept), "source_file": [file.name] * len(kept),
-                    "row_number": [r[1] for r in kept], "reason": [r[2] for r in kept],
-                    "raw_text": [r[3].decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for r in kept]}, len(kept))
+def _holds(values: pa.ChunkedArray, condition) -> np.ndarray:
+    """Return which values meet a condition; an empty one does not."""
+    met = pc.is_valid(values)
+    if condition.equals is not None:
+        wanted = condition.equals if isinstance(condition.equals, tuple) else (condition.equals,)
+        text = pa.types.is_string(values.type)
+        met = pc.and_(met, pc.is_in(values, value_set=pa.array([str(w) if text else w for w in wanted], values.type)))
+    for limit, compare, whole in ((condition.above, pc.greater, math.floor), (condition.at_least, pc.greater_equal, math.ceil),
+                                  (condition.below, pc.less, math.ceil), (condition.at_most, pc.less_equal, math.floor)):
+        if limit is not None:
+            met = pc.and_(met, compare(values, bound(values.type, limit, whole)).fill_null(False))
+    return met.combine_chunks().to_numpy(zero_copy_only=False)
 
 
-def _elsewhere_rows(refused: list[tuple[int, int, str, bytes]], file: RawFile, needed: frozenset[int]) -> pa.Table:
-    codes = collections.Counter(r[2].split(":")[0] for r in refused if r[0] not in needed)
+def _milliseconds(rows: pa.Table, span: Span | None) -> np.ndarray:
+    if span is None:
+        return np.zeros(rows.num_rows, np.int64)
+    values = rows[span.column].fill_null(0).to_numpy()
+    factor = MILLISECONDS[span.unit]
+    return values if factor == 1 and values.dtype == np.int64 else np.rint(values.astype(np.float64) * factor).clip(-(2**53), 2**53).astype(np.int64)
+
+
+def _field_values(values: pa.ChunkedArray, rule: FieldRule) -> pa.ChunkedArray:
+    kind = event_field_type(rule.kind)
+    if pa.types.is_floating(values.type) and pa.types.is_string(kind):
+        # Codes that a column with gaps turned into fractions: "2661.0" is the code 2661.
+        whole = pc.equal(pc.floor(values), values)
+        return pc.if_else(whole, pc.if_else(whole, values, 0.0).cast(pa.int64(), safe=False).cast(pa.string()), values.cast(pa.string()))
+    if pa.types.is_string(values.type):
+        values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+    return values.cast(kind)
+
+
+def _filed(refused: Refused, file: RawFile, fallback_dt: str) -> int:
+    # A break of an archive is filed under dt, which is always built: filed under a day that is not, it would go unseen.
+    return day_number(fallback_dt) if refused.reason.startswith(("broken_gzip", "truncated_gzip")) else day_of(refused, file, fallback_dt)
+
+
+def _refused_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema) -> pa.Table:
+    kept = [(day, r) for day, r in refused if day in needed]
+    return _parsed({"kind": [REFUSED] * len(kept), "day": [day for day, _ in kept], "bucket": [0] * len(kept), "source_file": [file.name] * len(kept),
+                    "row_number": [r.row_number for _, r in kept], "reason": [r.reason for _, r in kept],
+                    "raw_text": [r.raw_text.decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for _, r in kept]}, len(kept), schema)
+
+
+def _elsewhere_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema) -> pa.Table:
+    codes = collections.Counter(r.reason.split(":")[0] for day, r in refused if day not in needed)
     return _parsed({"kind": [ELSEWHERE] * len(codes), "day": [-1] * len(codes), "bucket": [-1] * len(codes), "source_file": [file.name] * len(codes),
-                    "reason": list(codes), "row_number": list(codes.values())}, len(codes))
+                    "reason": list(codes), "row_number": list(codes.values())}, len(codes), schema)
 
 
-def _count_rows(days: np.ndarray, needed: frozenset[int]) -> pa.Table:
+def _count_rows(days: np.ndarray, schema: pa.Schema) -> pa.Table:
     numbers, counts = np.unique(days, return_counts=True)
-    return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "row_number": counts}, len(numbers))
+    return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "row_number": counts}, len(numbers), schema)
 
 
-def _parsed(columns: dict, rows: int) -> pa.Table:
+def _parsed(columns: dict, rows: int, schema: pa.Schema) -> pa.Table:
     return pa.table([pa.array(columns[f.name], f.type) if f.name in columns and not isinstance(columns[f.name], pa.ChunkedArray)
-                     else columns.get(f.name, pa.nulls(rows, f.type)) for f in PARSED], schema=PARSED)
+                     else columns.get(f.name, pa.nulls(rows, f.type)) for f in schema], schema=schema)
 
 
-def _is_there(store: TableStore, day: str, raw: RawLocation, listing: str, buckets: int) -> bool:
-    """Whether a published day can be used as it is: same raw place and buckets, and no file added or delivered again since.
+def _buckets(published: dict[str, Manifest], files: list[RawFile]) -> int:
+    """Return the buckets of the latest published day, else a power of two by the raw bytes."""
+    for day in sorted(published, reverse=True):
+        if published[day].rows:
+            return int(published[day].settings["buckets"])
+    wanted = -(-sum(_raw_bytes(file) for file in files) // BUCKET_BYTES)
+    return min(1 << max(0, wanted - 1).bit_length(), MAX_BUCKETS)
+
+
+def _raw_bytes(file: RawFile) -> int:
+    return file.size * (GZIP_RATIO if file.name.endswith((".gz", ".parquet")) else 1)
+
+
+def _is_there(manifest: Manifest | None, listing: str, settings: dict) -> bool:
+    """Whether a published day can be used as it is: same raw place, buckets and definition, and no file added or delivered again since.
 
     A day of which a file is gone stays as it is, unless it is empty: built again, it would hold less.
     """
-    manifest = store.manifest("events", day)
-    if manifest is None or manifest.settings.get("raw") != raw.uri or manifest.settings.get("buckets") != buckets:
+    if manifest is None or any(manifest.settings.get(name) != value for name, value in settings.items()):
         return False
     before = str(manifest.settings.get("listing"))
     gone = {_file_name(line) for line in before.splitlines()} - {_file_name(line) for line in listing.splitlines()}
@@ -284,16 +378,12 @@ def _is_there(store: TableStore, day: str, raw: RawLocation, listing: str, bucke
 
 
 def _listing(files: list[RawFile], day: str) -> str:
-    """Return name and size of every file that may hold a day, one a line."""
-    return "\n".join(f"{f.name} {f.size}" for f in files if f.may_hold(day))
+    """Return name, size and time of change of every file that may hold a day, one a line."""
+    return "\n".join(f"{f.name} {f.size} {f.modified_ns}" for f in files if f.may_hold(day))
 
 
 def _file_name(line: str) -> str:
-    return line.rsplit(" ", 1)[0]
-
-
-def _promised(files: list[RawFile]) -> str:
-    return "; ".join(f"{f.name}: {f.first_local_dt} .. {f.last_local_dt}" for f in files)
+    return line.rsplit(" ", 2)[0]
 
 
 def _file_digest(raw: RawLocation, file: RawFile) -> str:

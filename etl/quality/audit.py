@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
-from etl.partitions import Window, add_days
+from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality import stats
 from etl.quality.thresholds import THRESHOLDS
-from etl.schemas import TABLES
+from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
 from etl.store import Manifest, TableStore
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ class Audit:
             rows.append(
                 stats.events_row(
                     day, day == self.dt, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
-                    self.definition.label_bit, len(self.definition.feedback_fields), limits.min_trailing_days, limits.min_hour_rows)
+                    self.definition.label_bit, len(self.definition.feedback_fields), limits, self.definition.logs.repeats == "keep")
             )  # fmt: skip
             if day == self.dt:
                 step = -(-max(table.num_rows, 1) // limits.frame_max_rows)
+                table = table.select(EVENTS.names)
                 frame = table.take(np.arange(0, table.num_rows, step)) if step > 1 else table
                 about = {"frame_rows": frame.num_rows, "frame_every_nth_row": step}
                 if step > 1:
@@ -147,12 +148,14 @@ class Audit:
         item_table = self.store.read(items, ["item_index", "item_id", "train_occurrences"])
         files = sorted(sequences.files, key=lambda file: (file.bucket, file.path))
         parts = (self.store.read_file(file, columns) for file in files)
-        row = stats.sequences_row(self.dt, parts, item_table, sequences.counts, _window(sequences).target_days)
+        window, by_position = _window(sequences), self.definition.targets.positions is not None
+        row = stats.sequences_row(self.dt, parts, item_table, sequences.counts, window.lookback_days if by_position else window.target_days,
+                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY)
         if row["item_index_out_of_range_count"] or row["unequal_length_count"]:
             return row, 0
         occurrences = item_table["train_occurrences"].to_numpy()
-        short = (self.store.read_file(file, ["target_item_index", "target_time_ms"]) for file in files)
-        return row, sum(stats.unseen_eval_targets(self.dt, part, occurrences) for part in short)
+        short = (self.store.read_file(file, ["target_item_index", "target_split"]) for file in files)
+        return row, sum(stats.unseen_eval_targets(part, occurrences) for part in short)
 
     def _gate(self, stage: str, checks: list[Check], about: dict[str, Any]) -> None:
         """Validate and raise on the worst severity; Great Expectations' own `success` ignores severities.
@@ -223,15 +226,22 @@ class Audit:
                 raise StageError(f"{where} cannot be read: {error}", remedy) from error
             with parquet:
                 found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            for field in TABLES[manifest.table]:
+            contract = self._contract(manifest.table)
+            for field in contract:
                 if field.name not in found.names:
                     raise StageError(f"{where} has no column {field.name} ({field.type})", remedy)
                 if found.field(field.name).type != field.type:
                     raise StageError(f"{where}: column {field.name} is {found.field(field.name).type}, not {field.type}", remedy)
-            if extra := set(found.names) - set(TABLES[manifest.table].names):
+            if extra := set(found.names) - set(contract.names):
                 raise StageError(f"{where} has columns that the contract does not know: {', '.join(sorted(extra))}", remedy)
             if rows != file.rows:
                 raise StageError(f"{where} has {rows} rows, its manifest says {file.rows}", remedy)
+
+    def _contract(self, table: str) -> pa.Schema:
+        """Return the schema of a table with the fields of this data set."""
+        rules = {"events": self.definition.events.item_fields, "items": self.definition.item_fields}.get(table, {})
+        kind = event_field_type if table == "events" else item_field_type
+        return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
 
     def _nothing_staged(self, tables: str, job: str) -> StageError:
         return StageError(
@@ -243,7 +253,7 @@ class Audit:
 def _window(sequences: Manifest) -> Window:
     """Return the window that the manifest's settings say."""
     try:
-        return Window(sequences.dt, int(sequences.settings["target_days"]), int(sequences.settings["lookback_days"]))
+        return Window(sequences.dt, *(int(sequences.settings[name]) for name in ("target_days", "lookback_days", "evaluation_days")))
     except KeyError as error:
         raise StageError(f"the manifest of sequences dt={sequences.dt} lacks the setting {error}",
                          "build sequences again with a new attempt") from error  # fmt: skip

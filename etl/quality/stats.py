@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import WATCH_BUCKETS
+from etl.quality.thresholds import EventThresholds
+from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS
 
 MS_PER_HOUR = 3_600_000
 NAN = float("nan")
@@ -21,7 +22,7 @@ NAN = float("nan")
 Row = dict[str, float | str]
 
 HISTORY_LISTS = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
-TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_tab", "target_history_end")
+TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_context", "target_split", "target_history_end")
 
 
 def events_row(
@@ -31,10 +32,10 @@ def events_row(
     counts: Mapping[str, int],
     quarantine_rows: int,
     trailing_rows: Sequence[int],
-    label_bit: int,
+    label_bit: int | None,
     feedback_bits: int,
-    min_trailing_days: int,
-    min_hour_rows: int,
+    limits: EventThresholds,
+    repeats_kept: bool = False,
 ) -> Row:
     """Return the metrics of one day of events; what an empty day cannot have is not a number.
 
@@ -44,10 +45,10 @@ def events_row(
         counts: the reconciliation figures of its manifest.
         quarantine_rows: rows of the day's quarantine table.
         trailing_rows: row counts of the known days before it.
-        label_bit: bit of `feedback` that is the label.
+        label_bit: bit of `feedback` that is the label; None where negatives are sampled: no label rate.
         feedback_bits: bits of `feedback` that are in use.
-        min_trailing_days: below as many trailing days `rows_to_trailing_median` is not a number.
-        min_hour_rows: rows that an hour needs to count for the worst hour.
+        limits: how many rows, users and trailing days it takes to judge.
+        repeats_kept: the data set keeps repeated rows, so they are no sign of a fault.
     """
     rows = events.num_rows
     user, time_ms, feedback = (_numpy(events[name]) for name in ("user_id", "event_time_ms", "feedback"))
@@ -56,30 +57,32 @@ def events_row(
     keys = events.group_by(["user_id", "item_id", "event_time_ms"]).aggregate([])
     hour_rows = np.unique(time_ms // MS_PER_HOUR, return_counts=True)[1]
     hour_keys = np.unique(_numpy(keys["event_time_ms"]) // MS_PER_HOUR, return_counts=True)[1]  # of the same hours
-    hour_repeated = (1 - hour_keys / hour_rows)[hour_rows >= min_hour_rows]
+    hour_repeated = (1 - hour_keys / hour_rows)[hour_rows >= limits.min_hour_rows]
     rows_by_user = np.unique(user, return_counts=True)[1]
     filled = [count for count in trailing_rows if count > 0]
-    median = float(np.median(filled)) if len(filled) >= min_trailing_days else NAN
+    median = float(np.median(filled)) if len(filled) >= limits.min_trailing_days else NAN
+    dense = median >= limits.min_judged_rows
+    judged = rows >= limits.min_judged_rows and len(rows_by_user) >= limits.min_judged_users
     return {
         "dt": dt,
         "rows": rows,
         "rows_read": rows_read,
         "lost_day_count": int(rows == 0 and (is_partition_day or rows_read > 0)),
-        "gap_count": int(rows == 0 and len(filled) > 0),
+        "gap_count": int(rows == 0 and len(filled) > 0 and np.median(filled) >= limits.min_judged_rows),
         "unreconciled_count": abs(rows_read - rows - duplicates - quarantined),
         "manifest_rows_difference_count": abs(counts.get("events", 0) - rows),
         "quarantine_rows_difference_count": abs(quarantine_rows - quarantined),
-        "duplicate_share": _share(duplicates, rows_read),
+        "duplicate_share": _share(duplicates, rows_read) if rows_read >= limits.min_judged_rows else 0.0,
         "quarantine_share": _share(quarantined, rows_read),
-        "repeated_key_share": _share(rows - keys.num_rows, rows),
-        "worst_hour_repeated_key_share": float(hour_repeated.max(initial=0)),
-        "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows) if rows else NAN,
+        "repeated_key_share": 0.0 if repeats_kept or not judged else _share(rows - keys.num_rows, rows),
+        "worst_hour_repeated_key_share": 0.0 if repeats_kept else float(hour_repeated.max(initial=0)),
+        "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows) if judged and label_bit is not None else NAN,
         "outside_day_count": int((time_ms // MS_PER_DAY != day_number(dt)).sum()),
         "feedback_out_of_range_count": int(((feedback < 0) | (feedback >= 1 << feedback_bits)).sum()),
-        "hours_covered": len(hour_rows) if rows else NAN,
-        "users": len(rows_by_user) if rows else NAN,
-        "largest_user_share": _share(int(rows_by_user.max(initial=0)), rows),
-        "rows_to_trailing_median": rows / median if rows else NAN,
+        "hours_covered": len(hour_rows) if judged else NAN,
+        "users": len(rows_by_user) if rows and (dense or judged) else NAN,
+        "largest_user_share": _share(int(rows_by_user.max(initial=0)), rows) if judged else NAN,
+        "rows_to_trailing_median": rows / median if rows and dense else NAN,
     }
 
 
@@ -89,6 +92,7 @@ def sequences_row(
     items: pa.Table,
     counts: Mapping[str, int],
     target_days: int,
+    first_evaluation_ms: int | None,
 ) -> Row:
     """Return the metrics of one partition of sequences and its items.
 
@@ -97,20 +101,21 @@ def sequences_row(
         items: the item_index, item_id and train_occurrences columns of `items`.
         counts: the reconciliation figures of the manifest of `sequences`.
         target_days: length of the target window, `dt` included.
+        first_evaluation_ms: from here on targets are for evaluation; None where positions decide, not days.
     """
     item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
     user_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
     sums: dict[str, int] = {}
     for part in parts:
-        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days)
+        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days, first_evaluation_ms)
         lengths.append(history_lengths)
         user_ids.append(_numpy(part["user_id"]))
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
     length, user_id = np.concatenate(lengths), np.concatenate(user_ids)
     total = {name: sums.get(name, 0) for name in _SUMMED}
-    targets = total["train_targets"] + total["eval_targets"]
+    targets = total["train_targets"] + total["validation_targets"] + total["eval_targets"]
     found = {**total, "users": len(user_id), "targets": targets}
     return {
         "dt": dt,
@@ -123,7 +128,7 @@ def sequences_row(
         "item_id_not_increasing_count": int((np.diff(item_id) <= 0).sum()),
         "unreconciled_count": sum(
             abs(counts.get(name, 0) - found[name])
-            for name in ("users", "targets", "train_targets", "eval_targets", "history_events")
+            for name in ("users", "targets", "train_targets", "validation_targets", "eval_targets", "history_events")
         ),
         "train_label_rate": _share(total["train_positives"], total["train_targets"]),
         "eval_label_rate": _share(total["eval_positives"], total["eval_targets"]),
@@ -134,6 +139,7 @@ def sequences_row(
 
 _SUMMED = (
     "train_targets",
+    "validation_targets",
     "eval_targets",
     "train_positives",
     "eval_positives",
@@ -147,10 +153,11 @@ _SUMMED = (
     "label_not_binary_count",
     "watch_bucket_out_of_range_count",
     "target_outside_window_count",
+    "split_wrong_count",
 )
 
 
-def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int) -> tuple[np.ndarray, dict[str, int]]:
+def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_evaluation_ms: int | None) -> tuple[np.ndarray, dict[str, int]]:
     """Return the history lengths and the summable metrics of one bucket of users."""
     lists = {name: part[name].combine_chunks() for name in (*HISTORY_LISTS, *TARGET_LISTS)}
     length = {name: _numpy(pc.list_value_length(column)) for name, column in lists.items()}
@@ -165,11 +172,16 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int) -> tup
     target_time_ms, end = value["target_time_ms"], value["target_history_end"]
     day = target_time_ms // MS_PER_DAY
     last_day = day_number(dt)
-    is_eval = day == last_day
+    split = value["target_split"]
+    wrong = (split != TRAIN) & (split != VALIDATION) & (split != EVALUATION)
+    if first_evaluation_ms is not None and len(split) == len(target_time_ms):
+        wrong |= (split == EVALUATION) != (target_time_ms >= first_evaluation_ms)
     metrics = {
         "history_events": len(time_ms),
-        "train_targets": int((~is_eval).sum()),
-        "eval_targets": int(is_eval.sum()),
+        "train_targets": int((split == TRAIN).sum()),
+        "validation_targets": int((split == VALIDATION).sum()),
+        "eval_targets": int((split == EVALUATION).sum()),
+        "split_wrong_count": int(wrong.sum()),
         "unequal_length_count": int(unequal.sum()),
         "history_disorder_count": _disorder(time_ms, history_length),
         "target_disorder_count": _disorder(target_time_ms, length["target_time_ms"]),
@@ -192,8 +204,8 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int) -> tup
     leaks = latest_ms[(start[user] + end - 1)[visible]] >= target_time_ms[visible]
     return history_length, {
         **metrics,
-        "train_positives": int((value["target_label"][~is_eval] == 1).sum()),
-        "eval_positives": int((value["target_label"][is_eval] == 1).sum()),
+        "train_positives": int((value["target_label"][split == TRAIN] == 1).sum()),
+        "eval_positives": int((value["target_label"][split == EVALUATION] == 1).sum()),
         "history_end_out_of_range_count": int((~in_range).sum()),
         "leak_count": int(leaks.sum()),
     }
@@ -236,10 +248,10 @@ def training_input_row(sequences_stats: Row, unseen_eval_targets: int, mixed: bo
     }
 
 
-def unseen_eval_targets(dt: str, part: pa.Table, train_occurrences: np.ndarray) -> int:
+def unseen_eval_targets(part: pa.Table, train_occurrences: np.ndarray) -> int:
     """Return how many evaluation targets of a bucket show an item that no training day showed."""
     index = _numpy(pc.list_flatten(part["target_item_index"]))
-    is_eval = _numpy(pc.list_flatten(part["target_time_ms"])) // MS_PER_DAY == day_number(dt)
+    is_eval = _numpy(pc.list_flatten(part["target_split"])) == EVALUATION
     return int((train_occurrences[index[is_eval]] == 0).sum())
 
 

@@ -53,7 +53,7 @@ def events_days(limits: EventThresholds) -> list[Expectation]:
     ]  # fmt: skip
 
 
-def events_frame(limits: EventThresholds) -> list[Expectation]:
+def events_frame() -> list[Expectation]:
     """Expect this of the rows of the partition's own day."""
     import great_expectations.expectations as gxe
 
@@ -71,11 +71,7 @@ def events_frame(limits: EventThresholds) -> list[Expectation]:
         _band("feedback", CRITICAL, "Feedback is a bit set.", _REBUILD, low=0),
         _band("watch_time_ms", CRITICAL, "Watch times are not negative.", _REBUILD, low=0),
         _band("duration_ms", CRITICAL, "Durations are not negative; 0 is no duration.", _REBUILD, low=0),
-        _band("tab", CRITICAL, "-1 is the unknown tab.", _REBUILD, low=-1),
-        gxe.ExpectCompoundColumnsToBeUnique(
-            column_list=["user_id", "item_id", "event_time_ms"], severity=_severity(WARNING),
-            mostly=1 - 2 * limits.max_repeated_key_share, notes="(user, item, time) is nearly unique; both rows of a pair count.",
-            meta={"remedy": "look for raw files that hold the same hour"}),
+        _band("context", CRITICAL, "-1 is the unknown context.", _REBUILD, low=-1),
     ]  # fmt: skip
 
 
@@ -95,6 +91,7 @@ def sequences(limits: SequenceThresholds) -> list[Expectation]:
         *_zero_or_stop("label_not_binary_count", "Labels are 0 or 1.", _REBUILD),
         *_zero_or_stop("watch_bucket_out_of_range_count", "Watch buckets are those of etl.schemas.", _REBUILD),
         *_zero_or_stop("target_outside_window_count", "Targets are of the target window.", _REBUILD),
+        *_zero_or_stop("split_wrong_count", "Evaluation targets are those of the evaluation days, and no others.", _REBUILD),
         *_zero_or_stop("repeated_user_count", "A user is one row.", _REBUILD),
         *_zero_or_stop("unreconciled_count", "The manifest's counts are the table's.", _REBUILD),
         *_stop("train_targets", "There is something to train on.", empty, low=1),
@@ -137,7 +134,7 @@ def build_suite(name: str, thresholds: Thresholds) -> ExpectationSuite:
 
     expectations = {
         "events_days": lambda: events_days(thresholds.events),
-        "events_frame": lambda: events_frame(thresholds.events),
+        "events_frame": lambda: events_frame(),
         "sequences": lambda: sequences(thresholds.sequences),
         "training_window": training_window,
         "training_input": lambda: training_input(thresholds.training_input),

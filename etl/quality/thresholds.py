@@ -11,6 +11,8 @@ class EventThresholds:
 
     Attributes:
         min_label_rate, max_label_rate: outside it a warning; exactly 0 or 1 is critical.
+        min_judged_rows, min_judged_users: a day with fewer is too small to be judged by its shares, and so is a day after
+            days that have a median of fewer rows by what is missing from it. One user's whim is no fault of the logs.
         max_quarantine_share_warning, max_quarantine_share_critical: of the raw rows read for the day.
         max_duplicate_share: raw rows dropped as duplicates; a warning, because the published rows are clean.
         max_repeated_key_share: rows of the published table whose (user, item, time) occurred before, with other feedback
@@ -30,6 +32,8 @@ class EventThresholds:
 
     min_label_rate: float = 0.02
     max_label_rate: float = 0.98
+    min_judged_rows: int = 200
+    min_judged_users: int = 10
     max_quarantine_share_warning: float = 0.01
     max_quarantine_share_critical: float = 0.2
     max_duplicate_share: float = 0.02
