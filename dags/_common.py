@@ -17,6 +17,7 @@ from typing import Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from etl.datasets import definition_name
 from etl.identity import attempt_name
 from infra import settings
 
@@ -62,13 +63,14 @@ class StageOperator(BaseOperator):
 
     Args:
         module: module of the stage, for example `etl.jobs.events`.
+        dataset: name of a built-in data set, or the path of a definition.
         arguments: what follows the partition's arguments; may be templates. No shell sees them.
     """
 
-    template_fields: Sequence[str] = ("arguments", "dataset")
+    template_fields: Sequence[str] = ("arguments",)
     ui_color = "#e8f0fe"
 
-    def __init__(self, *, module: str, arguments: Sequence[str] = (), dataset: str = "{{ params.dataset }}", **kwargs: Any) -> None:
+    def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.module = module
         self.arguments = list(arguments)
@@ -79,7 +81,7 @@ class StageOperator(BaseOperator):
         """Return the command line of this task for one run."""
         dt = partition_of(context)
         partition = ["--dataset", self.dataset, "--warehouse", settings.warehouse(), "--dt", dt,
-                     "--attempt", attempt_of(context, self.dataset, dt)]
+                     "--attempt", attempt_of(context, definition_name(self.dataset), dt)]
         return [sys.executable, "-m", self.module, *partition, *map(str, self.arguments)]
 
     def execute(self, context: Any) -> dict[str, str]:
@@ -101,7 +103,7 @@ class StageOperator(BaseOperator):
         if code != 0:
             message = f"{self.module} exited with code {code}: {_reason(tail)}"
             raise (AirflowFailException if code == EXIT_STAGE_ERROR else AirflowException)(message)
-        outcome = {"dataset": self.dataset, "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
+        outcome = {"dataset": definition_name(self.dataset), "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
         for outlet in self.outlets or ():
             context["outlet_events"][outlet].extra = outcome
         return outcome

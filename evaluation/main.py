@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import SIMULATED_MARKER
 from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, day_number
 from etl.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
 from evaluation.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
@@ -37,17 +36,16 @@ def main() -> None:
     training = read_training(run_dir)
     sequences_manifest = store.require("sequences", args.dt)
     items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
-    first_ms = day_number(args.dt) * MS_PER_DAY
 
     scored: dict[str, ScoredTargets] = {}
     for name, summary in training["models"].items():
-        scored[name] = load_scorer(summary["package"]).score(items, sequences, first_ms)
+        scored[name] = load_scorer(summary["package"]).score(items, sequences)
         log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
     targets = scored[training["primary"]]
     if not len(targets.score):
-        raise StageError(f"no target on {args.dt} in sequences of dt={args.dt}", "check the raw logs of that day, or choose another --dt")
+        raise StageError(f"no evaluation target in sequences of dt={args.dt}", "check the raw logs of that day, or choose another --dt")
     scores = {name: result.score for name, result in scored.items()}
-    champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences, first_ms)
+    champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences)
     if champion_scores is not None:
         scores[CHAMPION] = champion_scores
     pq.write_table(pa.table({"user_id": targets.user_id, "item_id": targets.item_id, "time_ms": targets.time_ms, "label": targets.label,
@@ -73,7 +71,7 @@ def read_training(run_dir: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table, first_ms: int) -> tuple[dict | None, np.ndarray | None]:
+def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table) -> tuple[dict | None, np.ndarray | None]:
     """Score the day with the champion in service.
 
     On a retry after this attempt's own promotion, the champion meant is the one before it.
@@ -92,7 +90,7 @@ def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, s
     if (champion["partition"] or "") > dt:
         return champion | {"warning": f"it is of partition {champion['partition']}, so it was trained on {dt}"}, None
     try:
-        return champion, load_scorer(registry.package(version)).score(items, sequences, first_ms).score
+        return champion, load_scorer(registry.package(version)).score(items, sequences).score
     except Exception as error:
         log(f"warning: champion version {version} cannot score: {type(error).__name__}: {error}")
         return champion | {"warning": f"it cannot be loaded or scored: {type(error).__name__}: {error}"[:500]}, None
@@ -181,7 +179,7 @@ def _best_auc(raw: Path, dt: str) -> float | None:
 def _log_to_mlflow(args, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
     plot = run_dir / "evaluation.png"
     _plot(evaluation, targets, scores, plot)
-    with attempt_run(args.dataset, args.dt, args.attempt, {}) as run:
+    with attempt_run(args.definition, args.dt, args.attempt, {}) as run:
         # What training could not send, if MLflow was down then.
         MetricsBuffer(run.info.run_id, run_dir / "metrics.jsonl").flush()
         champion = evaluation["champion"]

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, day_number
 from etl.store import TableStore
 from evaluation.gate import Decision, quality_gate
 from evaluation.main import read_training, write_json
@@ -93,7 +92,7 @@ def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, pac
     # Spread over the users, the one with the most targets among them.
     chosen = np.unique(np.append(np.linspace(0, len(user_ids) - 1, min(USERS_CHECKED, len(user_ids))).astype(int), count.argmax()))
     rows = {int(user): row for row, user in enumerate(sequences.user_id)}
-    requests = [request_of(items, sequences, rows[int(user_ids[user])], day_number(dt) * MS_PER_DAY) for user in chosen]
+    requests = [request_of(items, sequences, rows[int(user_ids[user])]) for user in chosen]
     column = evaluated[primary].to_numpy()
     expected = [column[first[user] : first[user] + len(request["target_item_id"])] for user, request in zip(chosen, requests, strict=True)]
     scorer = load_scorer(package)

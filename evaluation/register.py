@@ -15,7 +15,7 @@ from training.tracking import ATTEMPT_TAG, attempt_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVING_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
-LONG_LISTS = ("history_item_id", "history_time_ms", "history_feedback", "history_watch_bucket", "target_item_id", "target_time_ms", "target_tab")
+LONG_LISTS = ("history_item_id", "history_time_ms", "history_feedback", "history_watch_bucket", "target_item_id", "target_time_ms", "target_context")
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     registry = Registry(args.dataset)
     version = registry.version_of_attempt(args.attempt)
     try:
-        with attempt_run(args.dataset, args.dt, args.attempt, {}, required=True) as run:
+        with attempt_run(args.definition, args.dt, args.attempt, {}, required=True) as run:
             if version is None:
                 tags = {
                     ATTEMPT_TAG: args.attempt,

@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etl.datasets import DATASETS, SIMULATED_MARKER
+from etl.datasets import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
 from etl.errors import StageError
 from etl.identity import attempt_name
 from etl.partitions import parse_dt
@@ -34,34 +35,70 @@ def say(message: str) -> None:
     print(time.strftime("%H:%M:%S"), message, flush=True)
 
 
-def choose_data() -> tuple[str, str, str, bool]:
-    """Return dataset, dt, raw folder and whether the simulator has to write it, from RAW, DT and DATASET."""
-    raw = os.environ.get("RAW") or ""
-    dt = parse_dt(os.environ.get("DT") or settings.SIMULATED_DT)
-    dataset = os.environ.get("DATASET") or ("kuairand" if raw else "kuairand_simulated")
-    if dataset not in DATASETS:
-        raise InfraError(f"unknown DATASET {dataset!r}", f"use one of: {', '.join(sorted(DATASETS))}")
+@dataclass(frozen=True)
+class Choice:
+    """What a run is about.
+
+    Attributes:
+        definition: of the data set; `own` is its file when it is the user's.
+        simulate: the simulator has to write the raw logs first.
+    """
+
+    definition: DatasetDefinition
+    own: Path | None
+    dt: str
+    raw: str
+    simulate: bool
+
+
+def choose_data() -> Choice:
+    """Return what RAW, DT and DATASET choose; DT defaults to the data set's last day.
+
+    Raises:
+        InfraError, StageError: they do not fit together; says what to give.
+    """
+    raw, wanted = os.environ.get("RAW") or "", os.environ.get("DATASET") or ""
+    definition = dataset(wanted or ("kuairand" if raw else "kuairand_simulated"))
+    own = Path(wanted).expanduser().absolute() if definition_name(wanted) != wanted else None
+    if own is not None and definition.name in built_in_names():
+        raise InfraError(f"{own} has the name of a data set that comes with the project", "give it another name (name: and file name)")
+    last = settings.SIMULATED_DT if definition.simulated or definition.last_day is None else definition.last_day.isoformat()
+    if not os.environ.get("DT") and definition.last_day is None:
+        raise InfraError(f"the data set {definition.name} goes on, so DT has no default", "give DT=YYYY-MM-DD")
+    dt = parse_dt(os.environ.get("DT") or last)
+    if not definition.first_day.isoformat() <= dt or (definition.last_day is not None and dt > definition.last_day.isoformat()):
+        raise InfraError(f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .. {definition.last_day or 'today'}", "choose a day in between")
     if not raw:
-        return dataset, dt, str(settings.home() / "raw" / dataset), DATASETS[dataset].simulated
+        return Choice(definition, own, dt, settings.raw(definition.name), definition.simulated)
     if "://" not in raw:
         folder = Path(raw).expanduser().absolute()
         if not folder.is_dir():
             raise InfraError(f"RAW={raw} is not a folder", "give the folder that holds the raw logs, for example RAW=/data/KuaiRand-1K/data")
-        if (folder / SIMULATED_MARKER).exists() and not DATASETS[dataset].simulated:
+        if (folder / SIMULATED_MARKER).exists() and not definition.simulated:
             raise InfraError(f"{folder} was written by the simulator ({SIMULATED_MARKER})", "give DATASET=kuairand_simulated")
         raw = str(folder)
-    return dataset, dt, raw, False
+    return Choice(definition, own, dt, raw, False)
+
+
+def register(own: Path) -> None:
+    """Put an own definition where its DAG is made from; the same file again changes nothing."""
+    target = settings.definitions() / own.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if own != target and (not target.exists() or target.read_bytes() != own.read_bytes()):
+        temporary = target.with_suffix(".tmp")
+        temporary.write_bytes(own.read_bytes())
+        os.replace(temporary, target)
 
 
 def choose_options() -> dict[str, str | int]:
-    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, MAX_HISTORY and WORKERS."""
+    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, EVALUATION_DAYS, MAX_HISTORY and WORKERS."""
     options: dict[str, str | int] = {}
     if config := os.environ.get("CONFIG"):
         known = sorted(p.stem for p in (settings.ROOT / "training" / "configs").glob("*.py") if p.stem != "__init__")
         if config not in known:
             raise InfraError(f"unknown training configuration CONFIG={config}", f"use one of: {', '.join(known)}")
         options["config"] = config
-    for name in ("target_days", "lookback_days", "max_history", "workers"):
+    for name in ("target_days", "lookback_days", "evaluation_days", "max_history", "workers"):
         if text := os.environ.get(name.upper()):
             if not text.isascii() or not text.isdigit():
                 raise InfraError(f"{name.upper()}={text} is not a whole number", f"give for example {name.upper()}=2")
@@ -72,8 +109,8 @@ def choose_options() -> dict[str, str | int]:
 class TaskLog:
     """The log file of one try of a task, read line by line as it grows."""
 
-    def __init__(self, run_id: str, task: dict[str, Any]) -> None:
-        self.path = (settings.airflow_home() / "logs" / f"dag_id={settings.DAG_ID}" / f"run_id={run_id}" / f"task_id={task['task_id']}"
+    def __init__(self, dag_id: str, run_id: str, task: dict[str, Any]) -> None:
+        self.path = (settings.airflow_home() / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}" / f"task_id={task['task_id']}"
                      / f"attempt={task['try_number']}.log")
 
     def progress(self) -> list[str]:
@@ -104,15 +141,16 @@ class Run:
         self.api, self.dataset, self.dt, self.raw, self.options = api, dataset, dt, raw, options
         self.run_id = f"run__{dataset}__{dt}__{dtm.datetime.now(dtm.UTC):%Y%m%dT%H%M%S}"
         self.attempt = attempt_name(dataset, dt, self.run_id, 0)
-        self.path = f"/api/v2/dags/{settings.DAG_ID}/dagRuns/{self.run_id}"
+        self.dag_id = settings.dag_id(dataset)
+        self.path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}"
         self.tasks: list[dict[str, Any]] = []
         self.triggered = False
         self.peak_gb = 0.0
 
     def trigger(self) -> None:
-        conf = {"dt": self.dt, "dataset": self.dataset, "raw": self.raw, **self.options}
-        self.api.call("PATCH", f"/api/v2/dags/{settings.DAG_ID}?update_mask=is_paused", {"is_paused": False})
-        self.api.call("POST", f"/api/v2/dags/{settings.DAG_ID}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
+        conf = {"dt": self.dt, "raw": self.raw, **self.options}
+        self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
+        self.api.call("POST", f"/api/v2/dags/{self.dag_id}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
         self.triggered = True
 
     def follow(self, processes: dict[Service, int]) -> str:
@@ -134,7 +172,7 @@ class Run:
                     say(f"{task['task_id']:<30} {task['state']}{_seconds(task)}")
                     last_line, quiet_since = "", time.monotonic()
             for task in self.tasks:
-                if task["state"] == "running" and (lines := TaskLog(self.run_id, task).progress()):
+                if task["state"] == "running" and (lines := TaskLog(self.dag_id, self.run_id, task).progress()):
                     if lines[-1] != last_line and time.monotonic() - quiet_since > QUIET_SECONDS:
                         last_line, quiet_since = lines[-1], time.monotonic()
                         say(f"{'':<30}   {lines[-1][9:][:150]}")
@@ -151,7 +189,7 @@ class Run:
 
     def tell_failure(self) -> None:
         for task in (task for task in self.tasks if task["state"] == "failed"):
-            log = TaskLog(self.run_id, task)
+            log = TaskLog(self.dag_id, self.run_id, task)
             print(f"\nFAILED  {task['task_id']}  (try {task['try_number']}); the end of {log.path}:\n")
             print("\n".join(f"    {line}" for line in log.lines()[-LOG_LINES:]))
         print(f"\nerror: the run {self.run_id} failed\n  remedy: mend what the log says, then repeat `make run`; published tables are kept")
@@ -205,21 +243,23 @@ def _seconds(task: dict[str, Any]) -> str:
     return f"  {task['duration']:.0f} s" if task["state"] in FINISHED and task.get("duration") else ""
 
 
-def end_stale_runs(api: AirflowApi) -> None:
+def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
     """End runs of earlier `make run` calls that were killed: only one run is active at a time."""
-    query = f"/api/v2/dags/{settings.DAG_ID}/dagRuns?state=running&state=queued&limit=100"
+    query = f"/api/v2/dags/{dag_id}/dagRuns?state=running&state=queued&limit=100"
     for run in api.call("GET", query)["dag_runs"]:
         if run["dag_run_id"].startswith("run__"):
             say(f"ending the abandoned run {run['dag_run_id']}")
-            api.call("PATCH", f"/api/v2/dags/{settings.DAG_ID}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"})
+            api.call("PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"})
         else:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
 
 
 def run_partition(children: dict[Service, int]) -> int:
     began = time.monotonic()
-    dataset, dt, raw, simulate = choose_data()
-    options = choose_options()
+    choice, options = choose_data(), choose_options()
+    name, raw = choice.definition.name, choice.raw
+    if choice.own is not None:
+        register(choice.own)
     for warning in services.check_room():
         say(f"warning: {warning}")
     api = AirflowApi()
@@ -228,12 +268,12 @@ def run_partition(children: dict[Service, int]) -> int:
         services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
     env = settings.environment()
     simulator = None
-    if simulate:
+    if choice.simulate:
         say(f"simulating raw logs under {raw} (kept when they are there already)")
         simulator = subprocess.Popen([sys.executable, "-m", "etl.simulate", "--out", raw], env=env, cwd=settings.ROOT, start_new_session=True)
         children[Service("simulator", ())] = simulator.pid
     elif "://" not in raw and not Path(raw).is_dir():
-        raise InfraError(f"no raw logs under {raw}", "give RAW=folder, or DATASET=kuairand_simulated")
+        raise InfraError(f"no raw logs under {raw}", "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated")
     started = time.time()
     airflow: dict[Service, int] = {}
     if shared:
@@ -248,10 +288,10 @@ def run_partition(children: dict[Service, int]) -> int:
         raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
     services.wait_healthy(api, airflow, "scheduler", "dag_processor")
     api.set_pools()
-    api.wait_for_dag(settings.DAG_ID, started, lambda: services.check_alive(airflow))
+    api.wait_for_dag(settings.dag_id(name), started, lambda: services.check_alive(airflow))
     if not shared:
-        end_stale_runs(api)
-    run = Run(api, dataset, dt, raw, options)
+        end_stale_runs(api, settings.dag_id(name))
+    run = Run(api, name, choice.dt, raw, options)
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")

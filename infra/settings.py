@@ -12,14 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-DAG_ID = "vql_daily_kuairand"
 POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
-# Defaults of one run; the DAG's trigger form and `make run` both take them from here.
-TARGET_DAYS = 14
-LOOKBACK_DAYS = 30
-MAX_HISTORY = 4000
 WORKERS = 2
+
+
+def dag_id(dataset: str) -> str:
+    return f"vql_daily_{dataset}"
 
 
 def home() -> Path:
@@ -35,6 +34,11 @@ def warehouse() -> str:
 def raw(dataset: str) -> str:
     """Raw logs of a data set, where nothing else is said."""
     return os.environ.get("LONGVIEW_RAW") or str(home() / "raw" / dataset)
+
+
+def definitions() -> Path:
+    """Definitions of own data sets: each has a DAG."""
+    return Path(os.environ.get("LONGVIEW_DEFINITIONS") or home() / "definitions")
 
 
 def runs() -> str:
@@ -138,6 +142,7 @@ def environment() -> dict[str, str]:
         PYTHONPATH=os.pathsep.join([str(ROOT), *_other_python_paths()]),
         PYTHONUNBUFFERED="1",
         LONGVIEW_HOME=str(home()),
+        LONGVIEW_DEFINITIONS=str(definitions()),
         LONGVIEW_WAREHOUSE=warehouse(),
         LONGVIEW_RUNS=runs(),
         LONGVIEW_REPORTS=str(reports()),

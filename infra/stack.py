@@ -42,7 +42,7 @@ def up() -> None:
             raise InfraError("the MLflow server does not answer", f"see {services.log_path(services.mlflow_server())}")
         time.sleep(0.5)
     print(f"""
-Airflow    {settings.airflow_url()}/dags/{settings.DAG_ID}   (no login: it listens on 127.0.0.1 only)
+Airflow    {settings.airflow_url()}/dags   (no login: it listens on 127.0.0.1 only)
 MLflow     {settings.mlflow_url()}
 Data Docs  {settings.reports() / "data_docs"}
 logs       {settings.airflow_home() / "logs"}

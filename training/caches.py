@@ -15,7 +15,7 @@ from etl.partitions import MS_PER_DAY, day_number
 from etl.schemas import USER_CACHES, schema_fingerprint
 from etl.store import Manifest, TableStore, code_version
 from training.checkpoint import load_package
-from training.data import Sequences, make_batch
+from training.data import Joined, Sequences, make_batch
 
 USERS_PER_CHUNK = 64
 
@@ -54,25 +54,20 @@ def main() -> None:
 def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, model_version: str) -> Manifest:
     """Build caches over all history of the partition, with the end of its day as reference time, and publish them."""
     sequences_manifest, items_manifest = store.require("sequences", dt), store.require("items", dt)
-    model, vocabulary = load_package(package)
+    model, vocabulary, _ = load_package(package)
     if model.quantizer is None:
         raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
-    features = vocabulary.item_features(store.read(items_manifest))
+    items = store.read(items_manifest)
     reference_time_ms = (day_number(dt) + 1) * MS_PER_DAY
     store.clear_staging(attempt, "user_caches", dt)
     files = []
     for bucket in sorted({file.bucket for file in sequences_manifest.files}):
         sequences = Sequences.from_arrow(store.read(sequences_manifest, bucket=bucket))
+        joined = Joined.of(_whole_history(sequences), items, vocabulary)
         ids, counts, means = [], [], []
         for start in range(0, sequences.users, USERS_PER_CHUNK):
             users = np.arange(start, min(start + USERS_PER_CHUNK, sequences.users))
-            batch = make_batch(
-                _whole_history(sequences),
-                features,
-                vocabulary.user_rows(sequences.user_fields),
-                users,
-                [np.array([user]) for user in users],
-            )
+            batch = make_batch(joined, users, [np.array([user]) for user in users])
             for user, cache in zip(users, model.user_caches(batch.to("cpu"), reference_time_ms), strict=True):
                 ids.append(int(sequences.user_id[user]))
                 counts.append(cache.log_count_HMC.flatten().numpy())
@@ -118,7 +113,8 @@ def _whole_history(sequences: Sequences) -> Sequences:
         target_item=zeros,
         target_time_ms=zeros,
         target_label=zeros,
-        target_tab=zeros,
+        target_context=zeros,
+        target_split=zeros,
         target_end=lengths,
     )
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import WATCH_BUCKETS
+from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS
 from training.vocabulary import Array, ItemFeatures, Vocabulary
 
 FEEDBACK_BITS = 8
 INTERACTIONS = (1 << FEEDBACK_BITS) * WATCH_BUCKETS  # every (feedback, watch bucket) pair
-TAB_ROWS = 17  # tab -1..15
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class Sequences:
         history_start, target_start: int64 [U + 1], offsets into the flat arrays.
         history_item: int32 [E], index into the partition's items; history_time_ms: int64 [E].
         history_interaction: int32 [E], feedback * WATCH_BUCKETS + watch bucket.
-        target_item: int32 [T]; target_time_ms: int64 [T]; target_label: int8 [T]; target_tab: int16 [T].
+        target_item: int32 [T]; target_time_ms: int64 [T]; target_label: int8 [T]; target_context: int16 [T].
+        target_split: int8 [T], TRAIN, VALIDATION or EVALUATION.
         target_end: int32 [T], events of the user's history that the target may see.
     """
 
@@ -42,7 +41,8 @@ class Sequences:
     target_item: np.ndarray
     target_time_ms: np.ndarray
     target_label: np.ndarray
-    target_tab: np.ndarray
+    target_context: np.ndarray
+    target_split: np.ndarray
     target_end: np.ndarray
 
     @staticmethod
@@ -69,7 +69,8 @@ class Sequences:
             target_item=flat("target_item_index"),
             target_time_ms=flat("target_time_ms"),
             target_label=flat("target_label"),
-            target_tab=flat("target_tab"),
+            target_context=flat("target_context"),
+            target_split=flat("target_split"),
             target_end=flat("target_history_end"),
         )
 
@@ -90,7 +91,7 @@ class Batch:
         event_item: int64 [E] and target_item: int64 [T], positions among the N distinct items.
         event_interaction: int64 [E]; event_time_ms: int64 [E].
         event_start, target_start: python lists [U + 1].
-        target_time_ms, target_tab, target_end: int64 [T]; target_label: float32 [T].
+        target_time_ms, target_context, target_end: int64 [T]; target_label: float32 [T]; the context as its row.
         user_rows: int64 [T, F].
     """
 
@@ -101,7 +102,7 @@ class Batch:
     event_start: list[int]
     target_item: Array
     target_time_ms: Array
-    target_tab: Array
+    target_context: Array
     target_end: Array
     target_label: Array
     user_rows: Array
@@ -118,18 +119,40 @@ class Batch:
                 else value
             )
 
-        items = ItemFeatures(*(move(getattr(self.items, name)) for name in self.items.__dataclass_fields__))
+        items = ItemFeatures({name: move(rows) for name, rows in self.items.rows.items()})
         rest = {name: move(getattr(self, name)) for name in self.__dataclass_fields__ if name != "items"}
         return Batch(items=items, **rest)
 
 
-def make_batch(
-    sequences: Sequences, features: ItemFeatures, user_rows: np.ndarray, users: np.ndarray, targets: list[np.ndarray]
-) -> Batch:
+@dataclass(frozen=True)
+class Joined:
+    """A partition's rows joined to a model's vocabulary.
+
+    Attributes:
+        items: features of the partition's N items; user_rows: int64 [U, F]; context_row: int64 [T].
+    """
+
+    sequences: Sequences
+    items: ItemFeatures
+    user_rows: np.ndarray
+    context_row: np.ndarray
+
+    @staticmethod
+    def of(sequences: Sequences, items: pa.Table, vocabulary: Vocabulary) -> Joined:
+        return Joined(
+            sequences,
+            vocabulary.item_features(items),
+            vocabulary.user_rows(sequences.user_fields),
+            vocabulary.context_rows(sequences.target_context),
+        )
+
+
+def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
     """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user).
 
     A history is cut at the last event that one of the chosen targets may see.
     """
+    sequences = joined.sequences
     ends = [int(sequences.target_end[chosen].max(initial=0)) for chosen in targets]
     spans = [
         np.arange(sequences.history_start[user], sequences.history_start[user] + end)
@@ -141,58 +164,50 @@ def make_batch(
     distinct, inverse = np.unique(np.concatenate([history_items, sequences.target_item[chosen]]), return_inverse=True)
     counts = [len(c) for c in targets]
     return Batch(
-        items=features.take(distinct),
+        items=joined.items.take(distinct),
         event_item=inverse[: len(events)].astype(np.int64),
         event_interaction=sequences.history_interaction[events].astype(np.int64),
         event_time_ms=sequences.history_time_ms[events],
         event_start=[0, *np.cumsum(ends).tolist()],
         target_item=inverse[len(events) :].astype(np.int64),
         target_time_ms=sequences.target_time_ms[chosen],
-        target_tab=np.clip(sequences.target_tab[chosen].astype(np.int64) + 1, 0, TAB_ROWS - 1),
+        target_context=joined.context_row[chosen],
         target_end=sequences.target_end[chosen].astype(np.int64),
         target_label=sequences.target_label[chosen].astype(np.float32),
-        user_rows=np.repeat(user_rows[users], counts, axis=0),
+        user_rows=np.repeat(joined.user_rows[users], counts, axis=0),
         target_start=[0, *np.cumsum(counts).tolist()],
     )
 
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of targets in the flat target arrays: `train` and `validation` lie before the partition's day."""
+    """Positions of targets in the flat target arrays."""
 
     train: np.ndarray
     validation: np.ndarray
     evaluation: np.ndarray
 
 
-def split_targets(sequences: Sequences, dt: str, validation_share: float, seed: int) -> Split:
-    """Split by time: the day `dt` is evaluation; of the days before, a random share is held out for the early stop."""
-    before = sequences.target_time_ms < day_number(dt) * MS_PER_DAY
-    draw = np.random.default_rng(seed).random(len(before))
-    held = before & (draw < validation_share)
-    return Split(np.flatnonzero(before & ~held), np.flatnonzero(held), np.flatnonzero(~before))
+def split_targets(sequences: Sequences, validation_share: float, seed: int) -> Split:
+    """Split as the partition says; where it has no validation targets, a random share of the training ones is held out."""
+    split = sequences.target_split
+    train, validation = np.flatnonzero(split == TRAIN), np.flatnonzero(split == VALIDATION)
+    if not len(validation):
+        held = np.random.default_rng(seed).random(len(split))[train] < validation_share
+        train, validation = train[~held], train[held]
+    return Split(train, validation, np.flatnonzero(split == EVALUATION))
 
 
 class UserBatches:
     """Batches of one worker: its share of the users, a fresh order and fresh target draws each epoch, seeded."""
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        vocabulary: Vocabulary,
-        features: ItemFeatures,
-        rank: int,
-        world: int,
-        users_per_step: int,
-        seed: int,
-    ) -> None:
-        self.sequences, self.features = sequences, features
-        self.user_rows = vocabulary.user_rows(sequences.user_fields)
+    def __init__(self, joined: Joined, rank: int, world: int, users_per_step: int, seed: int) -> None:
+        self.joined = joined
         self.rank, self.world, self.users_per_step, self.seed = rank, world, users_per_step, seed
 
     def by_user(self, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Group sorted target positions by user: the users that have any, and their positions."""
-        owner = np.searchsorted(self.sequences.target_start, targets, side="right") - 1
+        owner = np.searchsorted(self.joined.sequences.target_start, targets, side="right") - 1
         users, first = np.unique(owner, return_index=True)
         return users, np.split(targets, first[1:])
 
@@ -206,7 +221,7 @@ class UserBatches:
             mine = order[start + self.rank : start + share : self.world]
             rng = np.random.default_rng([self.seed, epoch, step, self.rank])
             chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
-            yield make_batch(self.sequences, self.features, self.user_rows, users[mine], chosen)
+            yield make_batch(self.joined, users[mine], chosen)
 
     def all_of(self, targets: np.ndarray):
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
@@ -214,7 +229,7 @@ class UserBatches:
         mine = np.arange(len(users))[self.rank :: self.world]
         for start in range(0, len(mine), self.users_per_step):
             part = mine[start : start + self.users_per_step]
-            yield make_batch(self.sequences, self.features, self.user_rows, users[part], [positions[i] for i in part])
+            yield make_batch(self.joined, users[part], [positions[i] for i in part])
 
 
 def _draw(positions: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:

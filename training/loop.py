@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from training.config import TrainConfig
-from training.data import Sequences, Split, UserBatches
+from training.data import Joined, Split, UserBatches
 from training.model.ranker import FieldSizes, Ranker
-from training.vocabulary import ItemFeatures, Vocabulary
+from training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What every model of a run is trained on."""
 
-    sequences: Sequences
-    features: ItemFeatures
+    joined: Joined
     vocabulary: Vocabulary
     split: Split
 
@@ -80,9 +79,7 @@ def train_model(
     parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
     batches = UserBatches(
-        data.sequences,
-        data.vocabulary,
-        data.features,
+        data.joined,
         worker.rank,
         worker.world,
         max(1, config.users_per_step // worker.world),

@@ -17,15 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, day_number
+from etl.schemas import TRAIN
 from etl.store import TableStore, code_version
-from training.checkpoint import save_package
+from training.checkpoint import Cutoff, save_package
 from training.config import TrainConfig, load_config
-from training.data import Sequences, split_targets
+from training.data import Joined, Sequences, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.scoring import request_of
 from training.tracking import MetricsBuffer, attempt_run
@@ -60,7 +61,7 @@ def main() -> None:
         "models": args.models,
         "seed": args.seed,
     }
-    with attempt_run(args.dataset, args.dt, args.attempt, _tags(args, config)) as run:
+    with attempt_run(args.definition, args.dt, args.attempt, _tags(args, config)) as run:
         job["mlflow_run_id"] = run.info.run_id
         if args.workers == 0:
             summaries = train_all(job, Worker(), on_report=None, resume=None)
@@ -89,17 +90,16 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
     """
     config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
-    data, items = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
+    data, items, cutoff = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
     run_dir = Path(job["run_dir"])
     say = _progress(job)
     if worker.rank == 0:
         say(
-            f"{data.sequences.users} users, {len(data.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
+            f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
             f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
         )
     metrics_log = MetricsBuffer(job["mlflow_run_id"], run_dir / "metrics.jsonl") if worker.rank == 0 else None
     summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
-    evaluation_day_ms = day_number(job["dt"]) * MS_PER_DAY
     for name in config.models:
         if name in summaries:
             continue
@@ -121,11 +121,10 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         model, result = train_model(name, data, config, worker, on_epoch, resume=mine)
         package = run_dir / "models" / name
         if worker.rank == 0:
-            owner = np.searchsorted(data.sequences.target_start, data.split.evaluation[:1], side="right") - 1
+            sequences = data.joined.sequences
+            owner = np.searchsorted(sequences.target_start, data.split.evaluation[:1], side="right") - 1
             user = int(owner[0]) if len(owner) else 0
-            save_package(
-                package, model.cpu(), data.vocabulary, request_of(items, data.sequences, user, evaluation_day_ms)
-            )
+            save_package(package, model.cpu(), data.vocabulary, cutoff, request_of(items, sequences, user))
         summaries[name] = {
             "package": str(package),
             "epochs": result.epoch + 1,
@@ -151,15 +150,17 @@ def _progress(job: dict) -> Callable[[str], None]:
     return say
 
 
-def load_training_data(warehouse: str, dataset: str, dt: str, config: TrainConfig):
-    """Read a published partition; return (TrainingData, items table)."""
+def load_training_data(warehouse: str, dataset: str, dt: str, config: TrainConfig) -> tuple[TrainingData, pa.Table, Cutoff]:
+    """Read a published partition; return the data, its items table and the cut-off rule of its histories."""
     store = TableStore(warehouse, dataset)
-    items = store.read(store.require("items", dt))
-    sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
+    items, manifest = store.read(store.require("items", dt)), store.require("sequences", dt)
+    sequences = Sequences.from_arrow(store.read(manifest))
     fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-    vocabulary = Vocabulary.build(items, fields, config.vocabulary)
-    split = split_targets(sequences, dt, config.validation_share, config.seed)
-    return TrainingData(sequences, vocabulary.item_features(items), vocabulary, split), items
+    contexts = sequences.target_context[sequences.target_split == TRAIN]
+    vocabulary = Vocabulary.build(items, fields, contexts, config.vocabulary)
+    split = split_targets(sequences, config.validation_share, config.seed)
+    cutoff = Cutoff(str(manifest.settings["cutoff"]), int(manifest.settings["availability_lag_ms"]))
+    return TrainingData(Joined.of(sequences, items, vocabulary), vocabulary, split), items, cutoff
 
 
 def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:

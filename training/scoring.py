@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from training.checkpoint import load_package
-from training.data import Sequences, UserBatches, make_batch
+from etl.schemas import EVALUATION, WATCH_BUCKETS
+from training.checkpoint import Cutoff, load_package
+from training.data import Joined, Sequences, UserBatches, make_batch
 from training.model.ranker import Ranker
 from training.vocabulary import Vocabulary
 
@@ -36,17 +37,15 @@ class ScoredTargets:
 class Scorer:
     """A loaded package."""
 
-    def __init__(self, folder: Path, model: Ranker, vocabulary: Vocabulary) -> None:
-        self.folder, self.model, self.vocabulary = folder, model, vocabulary
+    def __init__(self, folder: Path, model: Ranker, vocabulary: Vocabulary, cutoff: Cutoff) -> None:
+        self.folder, self.model, self.vocabulary, self.cutoff = folder, model, vocabulary, cutoff
 
     @torch.no_grad()
-    def score(self, items: pa.Table, sequences: pa.Table, first_target_time_ms: int) -> ScoredTargets:
-        """Score every target at or after `first_target_time_ms` (tables with the ITEMS and SEQUENCES schemas)."""
+    def score(self, items: pa.Table, sequences: pa.Table) -> ScoredTargets:
+        """Score every evaluation target of a partition (its `items` and `sequences`)."""
         flat = Sequences.from_arrow(sequences)
-        targets = np.flatnonzero(flat.target_time_ms >= first_target_time_ms)
-        batches = UserBatches(
-            flat, self.vocabulary, self.vocabulary.item_features(items), 0, 1, users_per_step=32, seed=0
-        )
+        targets = np.flatnonzero(flat.target_split == EVALUATION)
+        batches = UserBatches(Joined.of(flat, items, self.vocabulary), 0, 1, users_per_step=32, seed=0)
         scores = [torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy() for batch in batches.all_of(targets)]
         owner = np.searchsorted(flat.target_start, targets, side="right") - 1
         return ScoredTargets(
@@ -64,8 +63,8 @@ class Scorer:
 
         Args:
             request: lists `history_item_id`, `history_time_ms` (ascending), `history_feedback`, `history_watch_bucket`,
-                `user_fields`, `target_item_id`, `target_time_ms`, `target_tab`. Only events strictly earlier than a
-                target's time are seen by it, whatever the caller sends.
+                `user_fields`, `target_item_id`, `target_time_ms`, `target_context`. A target sees the events that the
+                training's cut-off rule lets it see, whatever the caller sends.
 
         Returns:
             float32 [targets], probabilities.
@@ -75,6 +74,7 @@ class Scorer:
         ids, index = np.unique(np.concatenate([history_ids, target_ids]), return_inverse=True)
         times = np.asarray(request["history_time_ms"], dtype=np.int64)
         target_times = np.asarray(request["target_time_ms"], dtype=np.int64)
+        ends = np.searchsorted(times, self.cutoff.of(target_times), side="left")
         one = lambda name, kind: pa.array([list(request[name])], pa.list_(kind))  # noqa: E731
         row = pa.table({
             "user_id": pa.array([0], pa.int64()), "user_fields": pa.array([list(request["user_fields"])], pa.list_(pa.string())),
@@ -83,14 +83,12 @@ class Scorer:
             "history_watch_bucket": one("history_watch_bucket", pa.int8()),
             "target_item_index": pa.array([index[len(history_ids) :].tolist()], pa.list_(pa.int32())),
             "target_time_ms": one("target_time_ms", pa.int64()), "target_label": pa.array([[0] * len(target_ids)], pa.list_(pa.int8())),
-            "target_tab": one("target_tab", pa.int16()),
-            "target_history_end": pa.array([np.searchsorted(times, target_times, side="left").tolist()], pa.list_(pa.int32())),
+            "target_context": one("target_context", pa.int16()),
+            "target_split": pa.array([[EVALUATION] * len(target_ids)], pa.list_(pa.int8())), "target_history_end": pa.array([ends.tolist()], pa.list_(pa.int32())),
         })  # fmt: skip
         flat = Sequences.from_arrow(row)
-        features = self.vocabulary.item_features(self.vocabulary.item_table_of(ids))
-        batch = make_batch(
-            flat, features, self.vocabulary.user_rows(flat.user_fields), np.array([0]), [np.arange(len(target_ids))]
-        )
+        joined = Joined.of(flat, self.vocabulary.item_table_of(ids), self.vocabulary)
+        batch = make_batch(joined, np.array([0]), [np.arange(len(target_ids))])
         return torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy()
 
     def example_request(self) -> dict:
@@ -103,17 +101,13 @@ def load_scorer(folder: str | Path) -> Scorer:
     return Scorer(Path(folder), *load_package(Path(folder)))
 
 
-def request_of(
-    items: pa.Table, sequences: Sequences, user: int, first_target_time_ms: int, max_targets: int = 20
-) -> dict:
-    """Return the scoring request of one user of a partition: his history and his targets from a time on."""
+def request_of(items: pa.Table, sequences: Sequences, user: int, max_targets: int = 20) -> dict:
+    """Return the scoring request of one user of a partition: his history and his evaluation targets."""
     targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
-    targets = targets[sequences.target_time_ms[targets] >= first_target_time_ms][:max_targets]
+    targets = targets[sequences.target_split[targets] == EVALUATION][:max_targets]
     end = int(sequences.target_end[targets].max(initial=0))
     events = slice(int(sequences.history_start[user]), int(sequences.history_start[user]) + end)
     ids = items["item_id"].to_numpy()
-    from etl.schemas import WATCH_BUCKETS
-
     return {
         "history_item_id": ids[sequences.history_item[events]].tolist(),
         "history_time_ms": sequences.history_time_ms[events].tolist(),
@@ -122,5 +116,5 @@ def request_of(
         "user_fields": list(sequences.user_fields[user]),
         "target_item_id": ids[sequences.target_item[targets]].tolist(),
         "target_time_ms": sequences.target_time_ms[targets].tolist(),
-        "target_tab": sequences.target_tab[targets].tolist(),
+        "target_context": sequences.target_context[targets].tolist(),
     }

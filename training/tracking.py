@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from etl.cli import log
-from etl.datasets import dataset as dataset_definition
+from etl.datasets import DatasetDefinition
 from etl.store import code_version
 
 ATTEMPT_TAG = "pipeline.attempt"
@@ -38,7 +38,7 @@ def set_tracking() -> str:
 
 
 @contextmanager
-def attempt_run(dataset: str, dt: str, attempt: str, tags: Mapping[str, str], required: bool = False) -> Iterator:
+def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str], required: bool = False) -> Iterator:
     """Find or create the attempt's run (experiment = data set), make it the active one and yield it.
 
     A retry continues the run, a finished one is reopened. The run ends FINISHED, or FAILED when the body raises.
@@ -48,7 +48,7 @@ def attempt_run(dataset: str, dt: str, attempt: str, tags: Mapping[str, str], re
         required: False: when MLflow does not answer, warn and yield a run whose `info.run_id` is None.
     """
     try:
-        run = _find_or_create(dataset, dt, attempt, tags)
+        run = _find_or_create(definition, dt, attempt, tags)
     except Exception as error:
         if required:
             raise
@@ -120,19 +120,19 @@ class MetricsBuffer:
         return True
 
 
-def _find_or_create(dataset: str, dt: str, attempt: str, tags: Mapping[str, str]):
+def _find_or_create(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str]):
     uri = set_tracking()
     import mlflow
 
     client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(dataset)
+    experiment = client.get_experiment_by_name(definition.name)
     if experiment is None:
         # A server keeps artifacts where it was told to; beside a bare database file they get a folder, never the cwd.
-        location = (_database(uri).parent / "mlartifacts" / dataset).as_uri() if uri.startswith("sqlite:///") else None
-        experiment_id = client.create_experiment(dataset, artifact_location=location)
+        location = (_database(uri).parent / "mlartifacts" / definition.name).as_uri() if uri.startswith("sqlite:///") else None
+        experiment_id = client.create_experiment(definition.name, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
-    wanted = {**_standard_tags(dataset, dt, attempt), **tags}
+    wanted = {**_standard_tags(definition, dt, attempt), **tags}
     runs = client.search_runs(
         [experiment_id],
         filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'",
@@ -147,7 +147,7 @@ def _find_or_create(dataset: str, dt: str, attempt: str, tags: Mapping[str, str]
     return runs[0]
 
 
-def _standard_tags(dataset: str, dt: str, attempt: str) -> dict[str, str]:
+def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict[str, str]:
     dirty = subprocess.run(
         ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"],
         capture_output=True,
@@ -157,8 +157,8 @@ def _standard_tags(dataset: str, dt: str, attempt: str) -> dict[str, str]:
     tags = {
         ATTEMPT_TAG: attempt,
         "pipeline.partition": dt,
-        "pipeline.dataset": dataset,
-        "simulated": str(dataset_definition(dataset).simulated).lower(),
+        "pipeline.dataset": definition.name,
+        "simulated": str(definition.simulated).lower(),
         "mlflow.source.git.commit": code_version(),
         "git.dirty": str(bool(dirty.stdout.strip())).lower() if dirty.returncode == 0 else "unknown",
     }

@@ -18,13 +18,13 @@ def runs(attempt: str = ATTEMPT) -> list:
 
 def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CTX_TRY_NUMBER", "1")
-    with pytest.raises(RuntimeError, match="killed"), attempt_run("kuairand", "2022-04-21", ATTEMPT, {"config_digest": "a"}) as first:
+    with pytest.raises(RuntimeError, match="killed"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {"config_digest": "a"}) as first:
         raise RuntimeError("killed")
     assert runs()[0].info.status == "FAILED"
     monkeypatch.setenv("AIRFLOW_CTX_TRY_NUMBER", "2")
-    with attempt_run("kuairand", "2022-04-21", ATTEMPT, {}) as second:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as second:
         assert runs()[0].info.status == "RUNNING"
-    with attempt_run("kuairand", "2022-04-21", ATTEMPT.replace("c0", "c1"), {}) as other:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT.replace("c0", "c1"), {}) as other:
         pass
     assert second.info.run_id == first.info.run_id != other.info.run_id
     (run,) = runs()
@@ -35,14 +35,14 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
 
 
 def test_artifacts_stay_beside_the_database_whatever_the_working_folder(mlflow_store, tmp_path):
-    with attempt_run("kuairand", "2022-04-21", ATTEMPT, {}) as run:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts" / "kuairand").as_uri())
 
 
 def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypatch, tmp_path, capsys):
     from mlflow import MlflowClient
 
-    with attempt_run("kuairand", "2022-04-21", ATTEMPT, {}) as run:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         run_id = run.info.run_id
     file = tmp_path / "metrics.jsonl"
     buffer = MetricsBuffer(run_id, file)
@@ -68,12 +68,12 @@ def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypat
 def test_training_goes_on_without_mlflow(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with attempt_run("kuairand", "2022-04-21", ATTEMPT, {}) as run:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         buffer = MetricsBuffer(run.info.run_id, tmp_path / "metrics.jsonl")
         buffer.log({"vql/loss": 0.9}, 0)
     assert run.info.run_id is None
     assert "going on without it" in capsys.readouterr().out
     assert buffer.flush() is False
     assert "0.9" in (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(Exception, match=r"127\.0\.0\.1"), attempt_run("kuairand", "2022-04-21", ATTEMPT, {}, required=True):
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=True):
         pass

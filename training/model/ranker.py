@@ -19,63 +19,58 @@ from torch import Tensor, nn
 
 from etl.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
-from training.data import FEEDBACK_BITS, INTERACTIONS, TAB_ROWS, Batch
+from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.attention import UserCache, build_cache, cache_attention, event_attention, mean_pooling
 from training.model.kernel import MixtureKernel, age_days
 from training.model.quantizer import GroupedQuantizer
-from training.vocabulary import DURATION_EDGES_MS, ItemFeatures, Vocabulary
+from training.vocabulary import ItemFeatures, Vocabulary
 
 MAX_LOG_SCALE = math.log(4.0)  # the theorem's bound grows with the logit scale: capped
 
 
 @dataclass(frozen=True)
 class FieldSizes:
-    """Rows of every embedding table; all that a model needs to know of a vocabulary."""
+    """Kind and rows of every embedding table; all that a model needs to know of a vocabulary.
 
-    items: int
-    authors: int
-    categories: int
-    item_types: int
-    upload_types: int
+    Attributes:
+        items: (kind, rows) of each item field, `item_id` first.
+    """
+
+    items: tuple[tuple[str, int], ...]
     user_fields: tuple[int, ...]
+    contexts: int
 
     @staticmethod
     def of(vocabulary: Vocabulary) -> FieldSizes:
         return FieldSizes(
-            items=vocabulary.items.rows,
-            authors=vocabulary.authors.rows,
-            categories=1 + len(vocabulary.categories),
-            item_types=1 + len(vocabulary.item_types),
-            upload_types=1 + len(vocabulary.upload_types),
-            user_fields=tuple(1 + len(values) for values in vocabulary.user_fields),
+            items=tuple((field.kind, field.rows) for field in vocabulary.items.values()),
+            user_fields=tuple(field.rows for field in vocabulary.user_fields),
+            contexts=1 + len(vocabulary.contexts),
         )
 
 
 class ItemEncoder(nn.Module):
-    """Static fields of an item -> one vector, [N, S]."""
+    """Static fields of an item -> one vector, [N, S]. Ids get `id_width` (and dropout: they overfit first)."""
 
     def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
         super().__init__()
-        self.item = _embedding(sizes.items, config.id_width)
-        self.author = _embedding(sizes.authors, config.id_width)
-        self.category = _embedding(sizes.categories, config.field_width, padding_idx=0)
-        self.duration = _embedding(len(DURATION_EDGES_MS) + 1, config.field_width // 2)
-        self.item_type = _embedding(sizes.item_types, config.field_width // 4)
-        self.upload_type = _embedding(sizes.upload_types, config.field_width // 4)
-        self.width = 2 * config.id_width + config.field_width + config.field_width // 2 + 2 * (config.field_width // 4)
+        field = config.field_width
+        widths = {"id": config.id_width, "categories": field, "number": field // 2, "category": field // 4}
+        self.kinds = [kind for kind, _ in sizes.items]
+        self.tables = nn.ModuleList(
+            _embedding(rows, widths[kind], padding_idx=0 if kind == "categories" else None) for kind, rows in sizes.items
+        )
+        self.width = sum(widths[kind] for kind in self.kinds)
         self.id_dropout = nn.Dropout(config.dropout)
 
     def forward(self, items: ItemFeatures) -> Tensor:
-        ids = self.id_dropout(torch.cat([self.item(items.id_row), self.author(items.author_row)], -1))
-        present = (items.category_rows > 0).sum(1, keepdim=True).clamp(min=1)
-        category = self.category(items.category_rows).sum(1) / present
-        small = [
-            category,
-            self.duration(items.duration_bucket),
-            self.item_type(items.type_row),
-            self.upload_type(items.upload_row),
-        ]
-        return torch.cat([ids, *small], -1)
+        parts = []
+        for kind, table, rows in zip(self.kinds, self.tables, items.rows.values(), strict=True):
+            part = table(rows)
+            if kind == "categories":
+                part = part.sum(1) / (rows > 0).sum(1, keepdim=True).clamp(min=1)
+            parts.append(self.id_dropout(part) if kind == "id" else part)
+        return torch.cat(parts, -1)
 
 
 class InteractionEncoder(nn.Module):
@@ -117,7 +112,7 @@ class Ranker(nn.Module):
         if config.interest == "vql":
             self.quantizer = GroupedQuantizer(config.groups, config.codes, config.width // config.groups)
         self.user_fields = nn.ModuleList(_embedding(rows, config.field_width // 4) for rows in sizes.user_fields)
-        self.tab = _embedding(TAB_ROWS, config.field_width // 2)
+        self.context = _embedding(sizes.contexts, config.field_width // 2)
         widths = [
             3 * config.width + len(sizes.user_fields) * (config.field_width // 4) + config.field_width // 2 + 2,
             *config.mlp,
@@ -184,7 +179,7 @@ class Ranker(nn.Module):
         interest = interest_THd.flatten(1)
         target = self.to_target(static_NS)[batch.target_item]
         fields = [table(batch.user_rows[:, column]) for column, table in enumerate(self.user_fields)]
-        parts = [interest, target, interest * target, *fields, self.tab(batch.target_tab), self._recency(batch)]
+        parts = [interest, target, interest * target, *fields, self.context(batch.target_context), self._recency(batch)]
         return self.head(torch.cat(parts, -1)).squeeze(-1)
 
     @torch.no_grad()

@@ -1,0 +1,12 @@
+"""One Airflow DAG for each data set of your own: `make run DATASET=name.yaml` puts its definition into the folder read here.
+
+A file of its own, so that a wrong definition shows as an import error and takes no other DAG with it.
+"""
+
+from dags._daily import daily_dag
+from etl.datasets import dataset
+from infra import settings
+
+for path in sorted(settings.definitions().glob("*.yaml")):
+    dag = daily_dag(dataset(str(path)), str(path))
+    globals()[dag.dag_id] = dag
