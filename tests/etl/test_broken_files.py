@@ -8,14 +8,17 @@ import random
 import pyarrow as pa
 import pytest
 
-from etl.datasets import KUAIRAND, KUAIRAND_LOG_COLUMNS
+from etl.datasets import dataset
 from etl.errors import StageError
 from etl.jobs.events import COUNTED, EVENT, REFUSED, parse_split
-from etl.jobs.sequences import _item_fields, _user_fields, item_rows
+from etl.items import item_rows
+from etl.jobs.sequences import _user_fields
 from etl.partitions import day_number
-from etl.raw import RawLocation, Split, parse_lines
+from etl.raw import RawLocation, Split, parse_lines, read_features
 
-HEADER = ",".join(KUAIRAND_LOG_COLUMNS).encode()
+KUAIRAND = dataset("kuairand")
+COLUMNS = tuple(KUAIRAND.logs.columns)
+HEADER = ",".join(COLUMNS).encode()
 GOOD = b"%d,3199380,20220408,0,1649349856990,1,1,0,1,0,0,1,43454,14233,-1,27683,0,0,12"  # 2022-04-07 UTC
 DAYS = frozenset({day_number("2022-04-07"), day_number("2022-04-08")})
 ARCHIVE = "log_standard_4_08_to_4_21_x.csv.gz"
@@ -31,7 +34,7 @@ def location(folder, name: str, body: bytes) -> RawLocation:
 def parsed(place: RawLocation) -> tuple[list[int], list[tuple[int, str]], int]:
     """Return the users of the events, (row number, code) of the refused rows, and the rows counted."""
     [file] = place.logs(KUAIRAND)
-    rows = pa.concat_tables(parse_split(place, Split(file, 0, file.size, 2), KUAIRAND, DAYS, "2022-04-08", 2)).to_pylist()
+    rows = pa.concat_tables(parse_split(place, Split(file, 0, file.size, 2, COLUMNS), KUAIRAND, DAYS, "2022-04-08", 2)).to_pylist()
     refused = [(r["row_number"], r["reason"].split(":")[0]) for r in rows if r["kind"] == REFUSED]
     return [r["user_id"] for r in rows if r["kind"] == EVENT], refused, sum(r["row_number"] for r in rows if r["kind"] == COUNTED)
 
@@ -80,13 +83,13 @@ def test_an_archive_without_a_readable_header_is_named(tmp_path, body):
     place = location(tmp_path, ARCHIVE, body)
     [file] = place.logs(KUAIRAND)
     with pytest.raises(StageError, match=f"{ARCHIVE}.*cannot be read"):
-        place.check_header(file, KUAIRAND_LOG_COLUMNS)
+        place.header(file, KUAIRAND.logs)
 
 
 @pytest.mark.parametrize("lines", [1, 2, 5])
 def test_empty_lines_alone_are_refused_too(lines):
-    table, refused = parse_lines(b"\n" * lines, 2, KUAIRAND_LOG_COLUMNS)
-    assert (table.num_rows, [row for row, _ in refused]) == (0, list(range(2, 2 + lines)))
+    rows, _, _, refused = parse_lines(b"\n" * lines, 2, COLUMNS, KUAIRAND.logs)
+    assert (rows.num_rows, [r.row_number for r in refused]) == (0, list(range(2, 2 + lines)))
 
 
 def test_a_file_whose_name_holds_no_days_is_read_for_every_day(tmp_path):
@@ -95,18 +98,18 @@ def test_a_file_whose_name_holds_no_days_is_read_for_every_day(tmp_path):
 
 
 def items(folder, row: bytes) -> dict:
-    counts = pa.table({"item_id": [2], "train_occurrences": [1]})
-    return item_rows(counts, _item_fields(location(folder, ITEM_FILE, ITEM_HEADER + row + b"\n"), KUAIRAND)).to_pylist()[0]
+    counts = {"": pa.table({"item_id": [2], "occurrences": [1], "train_occurrences": [1]})}
+    return item_rows(counts, [read_features(location(folder, ITEM_FILE, ITEM_HEADER + row + b"\n"), KUAIRAND.items[0])], KUAIRAND).to_pylist()[0]
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (b'2,7,NORMAL,a,10.0,"1,2"', (7, 10, [1, 2])),
-        (b'2.0,7.,NORMAL,a,10,"1, 2 "', (7, 10, [1, 2])),
-        (b"2,7,NORMAL,a,10.0,1\n2,8,AD,b,20.0,2", (7, 10, [1])),  # twice: the first counts
-        (b"2,9007199254740993,NORMAL,a,,food", (9007199254740993, None, [])),  # no float holds that id
-        ('2,,NORMAL,a,0.0,"3,²,99999999999,-1"'.encode(), (None, 0, [3])),
+        (b'2,7,NORMAL,a,10.0,"1,2"', (7, 10, ["1", "2"])),
+        (b'2.0,7.,NORMAL,a,10,"1, 2 "', (7, 10, ["1", "2"])),
+        (b"2,7,NORMAL,a,10.0,1\n2,8,AD,b,20.0,2", (7, 10, ["1"])),  # twice: the first counts
+        (b"2,9007199254740993,NORMAL,a,,food", (9007199254740993, None, ["food"])),  # no float holds that id
+        (b'2,,NORMAL,a,0.0,"3,,4,"', (None, 0, ["3", "4"])),
         (b"3,7,NORMAL,a,10.0,1", (None, None, [])),
         (b"", (None, None, [])),
     ],
@@ -119,11 +122,11 @@ def test_item_fields_are_read_as_published(tmp_path, row, expected):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (b"abc,7,NORMAL,a,10.0,1", "video_id of the item file holds 'abc'"),
-        (b",7,NORMAL,a,10.0,1", "video_id of the item file holds ''"),
-        (b"9999999999999999999,7,NORMAL,a,10.0,1", "video_id of the item file holds '9999999999999999999'"),
-        (b"2,bob,NORMAL,a,10.0,1", "author_id of the item file holds 'bob'"),
-        (b"2,7,NORMAL,a,inf,1", "video_duration of the item file holds 'inf'"),
+        (b"abc,7,NORMAL,a,10.0,1", "video_id of the file video_features_basic_* in the raw folder holds 'abc'"),
+        (b",7,NORMAL,a,10.0,1", "the column video_id of the file video_features_basic_* in the raw folder has 1 row(s) without a value"),
+        (b"9999999999999999999,7,NORMAL,a,10.0,1", "video_id of the file video_features_basic_* in the raw folder holds '9999999999999999999'"),
+        (b"2,bob,NORMAL,a,10.0,1", "author_id of the file video_features_basic_* in the raw folder holds 'bob'"),
+        (b"2,7,NORMAL,a,long,1", "video_duration of the file video_features_basic_* in the raw folder holds what is no number"),
         (b"2,7,NORMAL", f"{ITEM_FILE} in "),
         (b"2,7,\xff,a,10.0,1", f"{ITEM_FILE} in "),
     ],
@@ -143,7 +146,7 @@ def test_a_wrong_item_file_is_named_with_column_and_value(tmp_path, row, says):
 ])  # fmt: skip
 def test_a_wrong_header_of_the_item_file_is_named(tmp_path, body, says):
     with pytest.raises(StageError, match=says):
-        _item_fields(location(tmp_path, ITEM_FILE, body), KUAIRAND)
+        read_features(location(tmp_path, ITEM_FILE, body), KUAIRAND.items[0])
 
 
 def test_user_fields_take_the_first_row_and_name_an_id_that_is_none(tmp_path):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from etl.affected import affected
 from etl.datasets import dataset
 from etl.errors import StageError
+from etl.jobs.compact import compact
 from etl.jobs.events import _is_there, _listing, build_events
-from etl.jobs.sequences import HistoryRule, build_sequences
+from etl.jobs.sequences import build_sequences
 from etl.partitions import Window
 from etl.raw import RawLocation
 from etl.simulate import Simulation, write_simulation
@@ -94,7 +98,10 @@ def test_a_day_is_built_again_when_a_file_that_may_hold_it_comes_later(built, ra
     # A file that is gone takes no published row with it.
     (tmp_path / "raw" / sorted(raw.glob("log_standard_*.csv"))[0].name).unlink()
     files = RawLocation(str(tmp_path / "raw")).logs(dataset(NAME))
-    assert _is_there(store, EARLIER, RawLocation(str(tmp_path / "raw")), _listing(files, EARLIER), BUCKETS)
+    manifest = store.require("events", EARLIER)
+    settings = {name: manifest.settings[name] for name in ("raw", "buckets", "definition")}
+    assert _is_there(manifest, _listing(files, EARLIER), settings)
+    assert not _is_there(manifest, _listing(files, EARLIER), settings | {"definition": "another"})
 
 
 def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw):
@@ -102,7 +109,7 @@ def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw
     window = Window(DT, 3, DAYS)
     found = []
     for attempt in ("s1", "s2"):
-        counts = build_sequences(store, dataset(NAME), RawLocation(str(raw)), window, HistoryRule(), attempt)
+        counts = build_sequences(store, dataset(NAME), RawLocation(str(raw)), window, attempt)
         found.append([store.publish(attempt, table, DT).data_digest for table in ("items", "sequences")])
     assert found[0] == found[1]
     items, sequences = store.read(store.require("items", DT)), store.read(store.require("sequences", DT))
@@ -110,6 +117,54 @@ def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw
     assert counts["targets"] == sum(len(t) for t in sequences["target_item_index"].to_pylist())
     assert all(len(fields) == 8 for fields in sequences["user_fields"].to_pylist())
     assert max(max(h, default=0) for h in sequences["history_item_index"].to_pylist()) < items.num_rows
+
+
+def test_a_block_of_days_gives_the_same_bytes_and_is_left_alone_once_a_day_changes(built, raw, tmp_path):
+    shutil.copytree(built[0].warehouse, tmp_path / "w")
+    store = TableStore(str(tmp_path / "w"), NAME)
+    days = Window(DT, 3, DAYS).event_days
+    found = {}
+    for attempt in ("days", "block"):
+        if attempt == "block":
+            block = compact(store, days[:-1], "compact")
+            assert block.rows == sum(store.require("events", day).rows for day in days[:-1])
+            assert block.counts["files_before"] > len(block.files) == BUCKETS
+            assert [m.table for m in store.compacted([store.require("events", day) for day in days])] == ["event_blocks", "events"]
+        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 3, DAYS), attempt)
+        found[attempt] = [store.publish(attempt, table, DT).data_digest for table in ("items", "sequences")]
+    assert found["days"] == found["block"]
+    # A window that cuts the block, or a day that was built anew, reads the days themselves.
+    assert [m.table for m in store.compacted([store.require("events", day) for day in days[1:]])] == ["events"] * (DAYS - 1)
+    changed = [replace(m, files=m.files[1:]) if m.dt == EARLIER else m for m in (store.require("events", day) for day in days)]
+    assert [m.table for m in store.compacted(changed)] == ["events"] * DAYS
+    with pytest.raises(StageError, match="dt=2022-04-30 of kuairand_simulated/events is not published"):
+        compact(store, [DT, "2022-04-30"], "no")
+
+
+def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built, raw, tmp_path, capsys):
+    shutil.copytree(built[0].warehouse, tmp_path / "w")
+    shutil.copytree(raw, tmp_path / "raw")
+    place = RawLocation(str(tmp_path / "raw"))
+    store = TableStore(str(tmp_path / "w"), NAME)
+    assert affected(store, dataset(NAME), RawLocation(str(raw))) == []
+    build_sequences(store, dataset(NAME), place, Window(DT, 2, 3), "s")
+    for table in ("items", "sequences"):
+        store.publish("s", table, DT)
+    store.write_staged_manifest(replace(store.require("events", EARLIER), attempt="again", files=()))
+    store.publish("again", "events", EARLIER)
+    stale = affected(store, dataset(NAME), None)
+    assert [(s.table, s.dt, s.because) for s in stale] == [(t, DT, (f"events/dt={EARLIER} was built again",)) for t in ("items", "sequences")]
+    # With the raw folder: a file delivered again, of the same size.
+    os.utime(sorted((tmp_path / "raw").glob("log_standard_*.csv"))[-1], ns=(1, 1))
+    from_raw = affected(store, dataset(NAME), place)  # another folder than the one built from: every day is stale
+    assert {s.dt for s in from_raw if s.table == "events"} == set(store.days("events"))
+    os.utime(sorted(raw.glob("log_standard_*.csv"))[-1], ns=(1, 1))
+    changed = [s.dt for s in affected(store, dataset(NAME), RawLocation(str(raw))) if s.table == "events"]
+    assert DT in changed
+    assert "2022-04-08" not in changed
+    done = run_cli("etl.affected", "--dataset", NAME, "--warehouse", store.warehouse, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["backfill"] == [[DT, DT]]
 
 
 def broken_copy(raw: Path, folder: Path, every: int) -> int:
@@ -129,7 +184,7 @@ def test_broken_rows_are_quarantined_with_file_row_and_reason(raw, tmp_path):
     store, summary = ingest(tmp_path / "w", tmp_path / "raw", DT, "broken")
     assert summary["quarantined"] == cut > 0
     assert adds_up(summary)
-    refused = [r for day in Window(DT, 2, DAYS).event_days for r in store.read(store.require("quarantine", day)).to_pylist()]
+    refused = [r for day in Window(DT, 2, DAYS).event_days if (m := store.manifest("quarantine", day)) for r in store.read(m).to_pylist()]
     assert sorted(r["row_number"] for r in refused) == [400 * (i + 1) + 1 for i in range(cut)]
     assert {r["reason"] for r in refused} == {"not_an_integer: play_time_ms='soon'"}
 
@@ -171,10 +226,9 @@ def test_days_in_different_numbers_of_buckets_are_not_joined(built, raw, tmp_pat
     shutil.copytree(built[0].warehouse, tmp_path / "w")
     store = TableStore(str(tmp_path / "w"), NAME)
     build_events(store, dataset(NAME), RawLocation(str(raw)), DT, "other", 1, BUCKETS + 1, 0.01)
-    for table in ("quarantine", "events"):
-        store.publish("other", table, DT)
+    store.publish("other", "events", DT)
     with pytest.raises(StageError, match="different numbers of buckets"):
-        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 2, DAYS), HistoryRule(), "other")
+        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 2, DAYS), "other")
 
 
 def run_cli(*words: str) -> subprocess.CompletedProcess:
@@ -223,7 +277,7 @@ def test_a_day_without_a_row_says_what_the_files_hold(raw, tmp_path):
 
 def test_sequences_of_a_day_that_was_never_ingested_name_it(built, raw):
     with pytest.raises(StageError, match="dt=2022-04-05 of kuairand_simulated/events is not published"):
-        build_sequences(built[0], dataset(NAME), RawLocation(str(raw)), Window(DT, 2, 7), HistoryRule(), "x")
+        build_sequences(built[0], dataset(NAME), RawLocation(str(raw)), Window(DT, 2, 7), "x")
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the real KuaiRand rows are not at {REAL}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.jobs.sequences import HistoryRule, item_rows, sequence_rows, watch_bucket
+from etl.datasets import DatasetDefinition, History, dataset
+from etl.items import counted, item_rows, merged
 from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVENTS
+from etl.schemas import EVALUATION, EVENTS, TRAIN
+from etl.sequences import sequence_rows, watch_bucket
 
 DT = "2022-04-21"
 WINDOW = Window(DT, target_days=3, lookback_days=6)
@@ -23,18 +27,19 @@ def events_table(rows: list[tuple[int, int, int, int]]) -> pa.Table:
     n = len(rows)
     return pa.table(
         {"user_id": user, "item_id": item, "event_time_ms": time_ms, "feedback": feedback, "watch_time_ms": [500] * n,
-         "duration_ms": [1000] * n, "tab": [1] * n, "is_random": [False] * n},
+         "duration_ms": [1000] * n, "context": [1] * n, "is_random": [False] * n},
         schema=EVENTS,
     )  # fmt: skip
 
 
-LATEST_4000 = HistoryRule()
+KUAIRAND = dataset("kuairand")
 
 
-def build(rows, rule: HistoryRule = LATEST_4000):
+def build(rows, history: History | None = None, definition: DatasetDefinition = KUAIRAND):
     table = events_table(rows)
-    items = np.unique(table["item_id"].to_numpy())
-    return sequence_rows(table, items, {}, WINDOW, rule, label_bit=0), items
+    items, counts = np.unique(table["item_id"].to_numpy(), return_counts=True)
+    definition = definition.model_copy(update={"history": history or definition.history})
+    return sequence_rows(table, items, counts, {}, WINDOW, definition), items
 
 
 # A coarse clock, so that pages of one time are common.
@@ -46,7 +51,7 @@ logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6
 @settings(max_examples=150, deadline=None)
 @given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]), most=st.sampled_from([1, 3, 1000]))
 def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cutoff, lag, most):
-    (table, counts), _items = build(rows, HistoryRule(cutoff, lag, most))
+    (table, counts), _items = build(rows, History(cutoff=cutoff, availability_lag_ms=lag, max_events=most))
     first_target_ms = day_number(WINDOW.first_target_dt) * MS_PER_DAY
     seen_targets = 0
     for row in table.to_pylist():
@@ -62,6 +67,9 @@ def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cu
         assert len(row["history_item_index"]) == len(row["history_feedback"]) == len(row["history_watch_bucket"])
     assert seen_targets == counts["targets"] == sum(r[2] >= first_target_ms for r in rows)
     assert counts["train_targets"] + counts["eval_targets"] == counts["targets"]
+    first_evaluation_ms = day_number(WINDOW.first_evaluation_dt) * MS_PER_DAY
+    for row in table.to_pylist():
+        assert row["target_split"] == [EVALUATION if t >= first_evaluation_ms else TRAIN for t in row["target_time_ms"]]
 
 
 def test_a_target_never_sees_its_own_page():
@@ -93,11 +101,32 @@ def test_watch_buckets():
 
 
 def test_items_are_dense_sorted_and_joined_to_their_first_fields():
-    counts = pa.table({"item_id": [2, 5, 9], "train_occurrences": [1, 2, 0]})
+    counts = {"": pa.table({"item_id": [2, 5, 9], "occurrences": [1, 2, 3], "train_occurrences": [1, 2, 0]})}
     fields = pa.table({"video_id": ["9", "2", "2"], "author_id": ["7", "", "8"], "video_duration": ["87433.0", "", "1"],
                        "video_type": ["AD", "NORMAL", "X"], "upload_type": ["a", "b", "c"], "tag": ["12,65", "", "3"]})  # fmt: skip
-    rows = item_rows(counts, fields).to_pylist()
+    rows = item_rows(counts, [fields], KUAIRAND).to_pylist()
     assert [r["item_index"] for r in rows] == [0, 1, 2]
     assert (rows[0]["author_id"], rows[0]["item_type"], rows[0]["categories"]) == (None, "NORMAL", [])
     assert rows[1]["item_type"] is None
-    assert (rows[2]["author_id"], rows[2]["duration_ms"], rows[2]["categories"]) == (7, 87433, [12, 65])
+    assert (rows[2]["author_id"], rows[2]["duration_ms"], rows[2]["categories"]) == (7, 87433, ["12", "65"])
+
+
+occurrences = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50), st.sampled_from([None, "a", "b", "c"])), min_size=1, max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=occurrences, cuts=st.lists(st.integers(0, 60), max_size=3))
+def test_an_item_has_the_latest_value_of_the_log_however_the_log_is_cut(rows, cuts):
+    table = pa.table({"item_id": pa.array([r[0] for r in rows], pa.int64()), "event_time_ms": pa.array([r[1] for r in rows], pa.int64()),
+                      "category": pa.array([r[2] for r in rows], pa.string())})  # fmt: skip
+    tmall = dataset("tmall")
+    rule = {"category": tmall.item_fields["category"]}
+    edges = [0, *sorted(min(c, len(rows)) for c in cuts), len(rows)]
+    parts = [counted(table.slice(a, b - a), 25, rule) for a, b in itertools.pairwise(edges)]
+    definition = tmall.model_copy(update={"items": (), "events": tmall.events.model_copy(update={"item_fields": rule})})
+    found = {r["item_id"]: r for r in item_rows(merged(parts), [], definition).to_pylist()}
+    for item in {r[0] for r in rows}:
+        mine = [r for r in rows if r[0] == item]
+        known = [(time, value) for _, time, value in mine if value is not None]
+        assert found[item]["category"] == (max(known)[1] if known else None)
+        assert found[item]["train_occurrences"] == sum(time < 25 for _, time, _ in mine)

@@ -1,0 +1,99 @@
+"""List the partitions that are no longer what their inputs say: build these again (a backfill with reprocessing).
+
+A day of `events` is stale when raw files that may hold it were added or delivered again since it was built (only looked at
+with --raw). A partition of a later table is stale when an input that its manifest names is no longer the published one, or
+is itself stale. Nothing is changed. Exit code 0: all is fresh; 1: something is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+from etl.cli import dataset_parser, definition_of, run_stage
+from etl.datasets import DatasetDefinition
+from etl.jobs.events import is_current
+from etl.partitions import add_days
+from etl.raw import RawLocation
+from etl.store import TableStore
+
+TABLES = ("items", "sequences", "user_caches")  # in the order in which they hang on each other
+
+
+@dataclass(frozen=True)
+class Stale:
+    """One stale partition and what made it so."""
+
+    table: str
+    dt: str
+    because: tuple[str, ...]
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = dataset_parser(__doc__)
+    parser.add_argument("--raw", help="folder or URI of the raw logs: look for days whose files came or changed since")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    args = parser.parse_args()
+    definition = definition_of(args)
+    store = TableStore(args.warehouse, definition.name)
+    stale = affected(store, definition, RawLocation(args.raw) if args.raw else None)
+    if args.json:
+        print(json.dumps({"dataset": definition.name, "stale": [asdict(s) for s in stale], "backfill": backfill_days(stale)}))
+    else:
+        print(table(stale, definition.name))
+    sys.exit(1 if stale else 0)
+
+
+def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation | None) -> list[Stale]:
+    """Return every stale partition: events first, then by table and day."""
+    found: list[Stale] = []
+    events = {dt: manifest for dt in store.days("events") if (manifest := store.manifest("events", dt)) is not None}
+    if raw is not None:
+        files = raw.logs(definition)
+        found = [Stale("events", dt, ("raw files came or changed",)) for dt, manifest in events.items() if not is_current(manifest, definition, raw, files, dt)]
+    digests = {f"events/dt={dt}": manifest.data_digest for dt, manifest in events.items()}
+    old = {f"events/dt={stale.dt}" for stale in found}
+    for name in TABLES:
+        for dt in store.days(name):
+            manifest = store.manifest(name, dt)
+            if manifest is None:
+                continue
+            key = store.input_name(manifest)
+            digests[key] = manifest.data_digest
+            because = [f"{i} is stale" if i in old else f"{i} was built again" for i, digest in sorted(manifest.inputs.items())
+                       if i in old or digests.get(i, digest) != digest]
+            if because:
+                old.add(key)
+                found.append(Stale(name, dt, tuple(because)))
+    return found
+
+
+def backfill_days(stale: list[Stale]) -> list[list[str]]:
+    """Return ranges [first, last] of days to run again; consecutive days make one range."""
+    ranges: list[list[str]] = []
+    for dt in sorted({s.dt for s in stale}):
+        if ranges and add_days(ranges[-1][1], 1) == dt:
+            ranges[-1][1] = dt
+        else:
+            ranges.append([dt, dt])
+    return ranges
+
+
+def table(stale: list[Stale], dataset: str) -> str:
+    """Return the list for people, with the backfills that mend it."""
+    if not stale:
+        return "every published partition is what its inputs say"
+    lines = [f"{'table':<14}{'dt':<12}because"]
+    for s in stale:
+        more = f" and {len(s.because) - 1} more" if len(s.because) > 1 else ""
+        lines.append(f"{s.table:<14}{s.dt:<12}{s.because[0]}{more}")
+    lines.append("\nbuild them again, oldest first (or in the Airflow UI: backfill, reprocess all runs):")
+    lines += [f"  airflow backfill create --dag-id vql_daily_{dataset} --from-date {first} --to-date {last} --reprocess-behavior completed"
+              for first, last in backfill_days(stale)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_stage(main)
