@@ -337,9 +337,9 @@ def _line_pattern(header: tuple[str, ...], shapes: tuple[tuple[str, str, bool], 
     for name in header:
         kind, optional = declared.get(name, ("text", True))
         many = "*" if optional else "+"
-        plain = _CELL.get(kind) or (rf'[^{d}\x00"]{many}' if quoting else rf"[^{d}\x00]{many}")
-        quoted = rf'"{_CELL[kind]}"' if kind in _CELL else rf'"(?:[^"\x00]|""){many}"'
-        cell = f"(?:{plain}|{quoted})" if quoting else plain
+        plain = _CELL.get(kind) or (rf'[^{d}\x00\r"]{many}' if quoting else rf"[^{d}\x00\r]{many}")
+        quoted = rf'"{_CELL[kind]}"' if kind in _CELL else rf'"(?:[^"\x00\r]|""){many}"'
+        cell = f'(?:{plain}|{quoted}{"|" + chr(34) * 2 if optional else ""})' if quoting else plain
         cells.append(f"(?:{cell})?" if optional and kind in _CELL else cell)
     return r"\A" + d.join(cells) + r"\z"
 
@@ -370,6 +370,8 @@ def reason_for(line: bytes, header: tuple[str, ...], logs: Logs) -> str:
             return f"missing_value: {name}"
         if column.type in _CELL and not re.fullmatch(_CELL[column.type], cell):
             return f"not_{'an' if column.type == 'integer' else 'a'}_{column.type}: {name}={cell[:40]!r}"
+    if "\r" in text:
+        return "carriage_return: one that ends no line"
     return "broken_quotes: a quote within a value, or one that does not end"
 
 
@@ -414,7 +416,8 @@ def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray
     form = time.format if time.year is None else f"%Y{time.format}"
     stamps = pd.to_datetime(texts if time.year is None else f"{time.year}" + texts, format=form, errors="coerce")
     stamps = stamps.dt.tz_localize(time.zone, ambiguous=np.zeros(len(stamps), dtype=bool), nonexistent="shift_forward").dt.tz_convert("UTC")
-    there = ~stamps.isna().to_numpy()
+    # strptime takes blanks for digits ("08 9" for the 9th of August).
+    there = ~stamps.isna().to_numpy() & (texts.str.count(r"\s") == len(re.findall(r"\s", str(time.format)))).to_numpy()
     known = np.where(there, stamps.dt.tz_localize(None).to_numpy().astype("datetime64[ms]").astype(np.int64), 0)
     code = encoded.indices.to_numpy()
     return known[code], there[code]
