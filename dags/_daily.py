@@ -75,6 +75,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
                                      description="Last days, dt included, that are for evaluation; fewer than target_days."),
             "max_history": Param(definition.history.max_events, type="integer", minimum=1, maximum=1_000_000, title="Longest history",
                                  description="Most recent events kept of each user."),
+            "warm_start": Param("none", type="string", enum=["none", "champion"], title="Warm start",
+                                description="champion: begin with the weights of the model in service, if it is of an earlier day."),
             "workers": Param(settings.WORKERS, type="integer", minimum=1, maximum=64, title="Training workers",
                              description="Ray Train workers."),
         },
@@ -106,7 +108,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
                                         arguments=["--stage", "training_input", *reports])
             train_models = stage(
                 task_id="train_models", module="training.main", pool="training", execution_timeout=hours_6,
-                arguments=[*runs, "--workers", "{{ params.workers }}", "--config", "{{ params.config }}"],
+                arguments=[*runs, "--workers", "{{ params.workers }}", "--config", "{{ params.config }}",
+                           "--warm-start", "{{ params.warm_start }}"],
             )  # fmt: skip
             audit_input >> train_models
 

@@ -1,7 +1,7 @@
 """How a data set is described: one YAML file says what its raw files look like and which rows are history and targets.
 
 The files of `etl/definitions/` come with the project; anyone's own logs become a data set by a file of the same kind,
-given by its path. `docs/data.md` explains every field; the models below are what a file is checked against.
+given by its path. `docs/datasets.md` explains every field; the models below are what a file is checked against.
 """
 
 from __future__ import annotations
@@ -450,7 +450,7 @@ def _load(path: Path) -> DatasetDefinition:
         definition = DatasetDefinition.model_validate(raw)
     except pydantic.ValidationError as error:
         problems = "; ".join(_problem(detail) for detail in error.errors())
-        raise StageError(f"the data set definition {path} is wrong: {problems}", "correct these fields; docs/data.md explains each") from None
+        raise StageError(f"the data set definition {path} is wrong: {problems}", "correct these fields; docs/datasets.md explains each") from None
     if definition.name != path.stem:
         raise StageError(f"the data set definition {path} has the name {definition.name!r}", f"rename the file to {definition.name}.yaml, or set name: {path.stem}")
     return definition

@@ -17,7 +17,7 @@ from etl.datasets import SIMULATED_MARKER
 from etl.errors import StageError
 from etl.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
-from evaluation.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
+from training.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
 from training.scoring import ScoredTargets, load_scorer
 from training.tracking import ATTEMPT_TAG, MetricsBuffer, attempt_run
 

@@ -18,8 +18,8 @@ from etl.store import TableStore
 from evaluation.gate import Decision, quality_gate
 from evaluation.main import read_training, write_json
 from evaluation.register import read_evaluation, request_frame
-from evaluation.registry import CHAMPION, PREVIOUS_CHAMPION, Registry, unreachable
 from training.data import Sequences
+from training.registry import CHAMPION, PREVIOUS_CHAMPION, Registry, unreachable
 from training.scoring import load_scorer, request_of
 
 SCORE_TOLERANCE = 1e-4

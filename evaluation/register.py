@@ -10,7 +10,7 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
 from etl.store import code_version
 from evaluation.main import read_training, write_json
-from evaluation.registry import CHALLENGER, Registry, unreachable
+from training.registry import CHALLENGER, Registry, unreachable
 from training.tracking import ATTEMPT_TAG, attempt_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY
 from training.config import ModelConfig
 from training.model.ranker import FieldSizes, Ranker
-from training.vocabulary import Vocabulary
+from training.vocabulary import IdField, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,45 @@ class Cutoff:
         """Return the times before which an event has to lie, int64 [T]."""
         start = target_time_ms // MS_PER_DAY * MS_PER_DAY if self.kind == "day_start" else target_time_ms
         return start - self.availability_lag_ms
+
+
+@torch.no_grad()
+def inherit(model: Ranker, vocabulary: Vocabulary, older: Ranker, known: Vocabulary) -> None:
+    """Give a model the weights of an older one (a warm start); every score is at first what the older model gives.
+
+    What the older vocabulary shared (rare ids) or did not know (row 0) begins its own row as a copy of that one.
+
+    Args:
+        vocabulary: of the model; `known.appended(...)`.
+
+    Raises:
+        StageError: a weight has another shape, so the two are of different configurations.
+    """
+    came_from: dict[int, np.ndarray] = {}
+    for table, name in zip(model.items.tables, vocabulary.items, strict=True):
+        field, before = vocabulary.items[name], known.items[name]
+        rows = np.zeros(field.rows, dtype=np.int64)
+        rows[: before.rows] = np.arange(before.rows)
+        if isinstance(field, IdField) and isinstance(before, IdField):
+            rows[field.row] = before.row_of(field.ids)
+        came_from[id(table.weight)] = rows
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    rows_of = {names[key]: rows for key, rows in came_from.items()}
+    old = older.state_dict()
+    for name, weight in model.state_dict().items():
+        before_ = old.get(name)
+        if before_ is not None and before_.shape == weight.shape and name not in rows_of:
+            weight.copy_(before_)
+        elif before_ is not None and weight.dim() == 2 and before_.shape[1:] == weight.shape[1:] and len(before_) <= len(weight):
+            origin = rows_of.get(name)
+            if origin is None:  # user fields and contexts: what is new was row 0
+                origin = np.where(np.arange(len(weight)) < len(before_), np.arange(len(weight)), 0)
+            weight.copy_(before_[torch.from_numpy(origin)])
+        else:
+            raise StageError(
+                f"a warm start does not fit: {name} is {tuple(weight.shape)}, in the older model {tuple(before_.shape) if before_ is not None else 'missing'}",
+                "train with the configuration of that model, or start cold",
+            )
 
 
 def save_package(folder: Path, model: Ranker, vocabulary: Vocabulary, cutoff: Cutoff, example_request: dict) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from training.checkpoint import inherit
 from training.config import TrainConfig
 from training.data import Joined, Split, UserBatches
 from training.model.ranker import FieldSizes, Ranker
@@ -26,6 +27,12 @@ class TrainingData:
     joined: Joined
     vocabulary: Vocabulary
     split: Split
+
+    def hashed_event_share(self) -> float:
+        """Return the share of the history events whose items share hashed rows."""
+        rare = self.vocabulary.item_ids.is_hashed(self.joined.items.rows["item_id"])
+        history = self.joined.sequences.history_item
+        return float(rare[history].mean()) if len(history) else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,18 +71,22 @@ def train_model(
     worker: Worker,
     on_epoch: Callable[[EpochResult], None],
     resume: dict | None = None,
+    warm_start: tuple[Ranker, Vocabulary] | None = None,
 ) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
 
     Args:
         on_epoch: called on every worker after each epoch (report, checkpoint).
         resume: an `EpochResult` as a dict, from a checkpoint.
+        warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no warm-up.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(config.seed)
     model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
+    if warm_start is not None:
+        inherit(model, data.vocabulary, *warm_start)
     parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
     batches = UserBatches(

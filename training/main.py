@@ -24,10 +24,11 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
 from etl.schemas import TRAIN
 from etl.store import TableStore, code_version
-from training.checkpoint import Cutoff, save_package
+from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
 from training.data import Joined, Sequences, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.registry import CHAMPION, Registry
 from training.scoring import request_of
 from training.tracking import MetricsBuffer, attempt_run
 from training.vocabulary import Vocabulary
@@ -43,6 +44,12 @@ def main() -> None:
         "--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray"
     )
     parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
+    parser.add_argument(
+        "--warm-start",
+        default="none",
+        help="none; champion: begin with the weights of the model in service when it is of an earlier partition; or the "
+        "folder of a model package. New items get rows of their own behind the known ones",
+    )
     parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
     args = parser.parse_args()
     definition_of(args)
@@ -60,6 +67,7 @@ def main() -> None:
         "ray": args.workers > 0,
         "models": args.models,
         "seed": args.seed,
+        "warm_start": _warm_start(args.warm_start, args.dataset, args.dt),
     }
     with attempt_run(args.definition, args.dt, args.attempt, _tags(args, config)) as run:
         job["mlflow_run_id"] = run.info.run_id
@@ -90,7 +98,8 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
     """
     config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
-    data, items, cutoff = load_training_data(job["warehouse"], job["dataset"], job["dt"], config)
+    older = load_package(Path(job["warm_start"]))[:2] if job["warm_start"] else None
+    data, items, cutoff = load_training_data(job["warehouse"], job["dataset"], job["dt"], config, older[1] if older else None)
     run_dir = Path(job["run_dir"])
     say = _progress(job)
     if worker.rank == 0:
@@ -98,7 +107,12 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
             f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
             f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
         )
+    hashed = data.hashed_event_share()
+    if worker.rank == 0:
+        say(f"{hashed:.1%} of the history events are of rare items, which share {config.vocabulary.hashed_rows} embedding rows")
     metrics_log = MetricsBuffer(job["mlflow_run_id"], run_dir / "metrics.jsonl") if worker.rank == 0 else None
+    if metrics_log is not None:
+        metrics_log.log({"hashed_event_share": hashed}, 0)
     summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
     for name in config.models:
         if name in summaries:
@@ -118,7 +132,8 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
         mine = resume["epoch"] if resume and resume["name"] == name else None
         if mine and mine["finished"]:
             mine = mine | {"epoch": config.epochs}  # trained to the end before the restart: only the package is missing
-        model, result = train_model(name, data, config, worker, on_epoch, resume=mine)
+        first = name == next(iter(config.models))  # the one that is registered, hence the one that the older model was
+        model, result = train_model(name, data, config, worker, on_epoch, resume=mine, warm_start=older if first else None)
         package = run_dir / "models" / name
         if worker.rank == 0:
             sequences = data.joined.sequences
@@ -150,17 +165,43 @@ def _progress(job: dict) -> Callable[[str], None]:
     return say
 
 
-def load_training_data(warehouse: str, dataset: str, dt: str, config: TrainConfig) -> tuple[TrainingData, pa.Table, Cutoff]:
-    """Read a published partition; return the data, its items table and the cut-off rule of its histories."""
+def load_training_data(
+    warehouse: str, dataset: str, dt: str, config: TrainConfig, known: Vocabulary | None = None
+) -> tuple[TrainingData, pa.Table, Cutoff]:
+    """Read a published partition; return the data, its items table and the cut-off rule of its histories.
+
+    Args:
+        known: the vocabulary of a warm start, which this partition appends to.
+    """
     store = TableStore(warehouse, dataset)
     items, manifest = store.read(store.require("items", dt)), store.require("sequences", dt)
     sequences = Sequences.from_arrow(store.read(manifest))
     fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
     contexts = sequences.target_context[sequences.target_split == TRAIN]
-    vocabulary = Vocabulary.build(items, fields, contexts, config.vocabulary)
+    make = Vocabulary.build if known is None else known.appended
+    vocabulary = make(items, fields, contexts, config.vocabulary)
     split = split_targets(sequences, config.validation_share, config.seed)
     cutoff = Cutoff(str(manifest.settings["cutoff"]), int(manifest.settings["availability_lag_ms"]))
     return TrainingData(Joined.of(sequences, items, vocabulary), vocabulary, split), items, cutoff
+
+
+def _warm_start(wanted: str, dataset: str, dt: str) -> str | None:
+    """Return the folder of the package to begin with; a champion of this day or later would know what is to be predicted."""
+    if wanted == "none":
+        return None
+    if wanted != "champion":
+        return wanted
+    registry = Registry(dataset)
+    version = registry.aliases().get(CHAMPION)
+    if version is None:
+        log("no champion to start from: starting cold")
+        return None
+    partition = registry.version(version).tags.get("pipeline.partition") or "9"
+    if partition >= dt:
+        log(f"the champion is of partition {partition}, not earlier than {dt}: starting cold")
+        return None
+    log(f"starting from champion version {version} of partition {partition}")
+    return str(registry.package(version))
 
 
 def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
