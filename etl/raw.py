@@ -111,8 +111,12 @@ class RawLocation:
     """A folder (or URI) of raw files."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.fs, self.root = pafs.FileSystem.from_uri(uri if "://" in uri else os.path.abspath(uri))
+        # Absolute: the executors of a cluster work in folders of their own.
+        self.uri = uri if "://" in uri else os.path.abspath(uri)
+        try:
+            self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StageError(f"the raw folder {uri} cannot be opened: {error}", "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from None
 
     # ---- which files ---------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -26,6 +27,7 @@ from etl.errors import StageError
 from etl.schemas import TABLES, table_schema
 
 ROW_GROUP_ROWS = 1 << 20
+OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ class TableStore:
     """All tables of one data set below one warehouse root (a local path or any URI that Arrow reads)."""
 
     def __init__(self, warehouse: str, dataset: str) -> None:
-        uri = warehouse if "://" in warehouse else os.path.abspath(warehouse)
-        self.fs, root = pafs.FileSystem.from_uri(uri)
+        # Absolute: the executors of a cluster work in folders of their own.
+        self.warehouse = warehouse if "://" in warehouse else os.path.abspath(warehouse)
+        try:
+            self.fs, root = pafs.FileSystem.from_uri(self.warehouse)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StageError(f"the warehouse {warehouse} cannot be opened: {error}",
+                             "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from error
         self.root = f"{root.rstrip('/')}/{dataset}"
-        self.warehouse = warehouse
         self.dataset = dataset
 
     # ---- staging -------------------------------------------------------------------------------------------------
@@ -182,7 +188,7 @@ class TableStore:
         for file in staged.files:
             final = self.published_path(table, dt, file)
             source = f"{self.root}/{file.path}"
-            self.fs.create_dir(f"{self.root}/{table}/dt={dt}/bucket={file.bucket:03d}", recursive=True)
+            self._make_dir(f"{self.root}/{table}/dt={dt}/bucket={file.bucket:03d}")
             if self.fs.get_file_info(source).type == pafs.FileType.File:
                 self.fs.move(source, f"{self.root}/{final}")
             files.append(DataFile(file.bucket, file.rows, file.bytes, file.digest, final))
@@ -262,14 +268,19 @@ class TableStore:
 
     def _write(self, path: str, body: pa.Buffer | bytes) -> None:
         full = f"{self.root}/{path}"
-        self.fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
+        self._make_dir(full.rsplit("/", 1)[0])
         # A reader never sees half a file: local file systems rename, object stores show an object only when complete.
         local = isinstance(self.fs, pafs.LocalFileSystem)
-        target = f"{full}.{os.getpid()}.tmp" if local else full
+        target = f"{full}.{uuid.uuid4().hex}.tmp" if local else full
         with self.fs.open_output_stream(target) as stream:
             stream.write(body)
         if local:
             os.replace(target, full)
+
+    def _make_dir(self, path: str) -> None:
+        """Make a folder where there are folders; an object store would take a request for each level of it."""
+        if self.fs.type_name not in OBJECT_STORES:
+            self.fs.create_dir(path, recursive=True)
 
     def _write_text(self, path: str, text: str) -> None:
         self._write(path, text.encode())
