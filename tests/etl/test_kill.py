@@ -22,8 +22,8 @@ NAME, DT = "kuairand_simulated", "2022-04-10"
 KILLS = 4
 
 
-def start(module: str, warehouse: Path, raw: Path, attempt: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", module, "--dataset", NAME, "--warehouse", str(warehouse), "--dt", DT, "--attempt", attempt, "--raw", str(raw), "--lookback-days", "3"]
+def start(module: str, warehouse: Path, raw: Path, attempt: str, dt: str = DT) -> subprocess.Popen:
+    words = [sys.executable, "-m", module, "--dataset", NAME, "--warehouse", str(warehouse), "--dt", dt, "--attempt", attempt, "--raw", str(raw), "--lookback-days", "3"]
     words += ["--buckets", "4"] if module.endswith("events") else ["--target-days", "2"]
     return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -58,6 +58,24 @@ def undisturbed(raw, tmp_path_factory) -> tuple[Path, dict[str, dict[str, str]],
         seconds[module] = time.monotonic() - began
         digests[module] = publish(store, "calm", tables)
     return warehouse, digests, seconds
+
+
+def test_neighbours_built_at_the_same_time_have_the_bytes_of_one_after_the_other(raw, tmp_path):
+    found = {}
+    for how in ("together", "in turn"):
+        store = TableStore(str(tmp_path / how), NAME)
+        days = ["2022-04-09", DT]
+        for module, tables in (("etl.jobs.events", ("quarantine", "events")), ("etl.jobs.sequences", ("items", "sequences"))):
+            jobs = []
+            for day in days:
+                jobs.append(start(module, tmp_path / how, raw, f"{how[:2]}-{day}", day))
+                if how == "in turn":
+                    assert jobs[-1].wait() == 0
+            assert [job.wait() for job in jobs] == [0, 0]
+            for day in days:  # both staged the days that they share; whoever publishes last publishes the same
+                found.setdefault(how, {}).update(publish(store, f"{how[:2]}-{day}", tables))
+    assert found["together"] == found["in turn"]
+    assert {key.split("/")[0] for key in found["together"]} == {"events", "items", "sequences"}
 
 
 @pytest.mark.parametrize("victim", ["driver", "jvm", "executor"])

@@ -9,10 +9,15 @@ import numpy as np
 import pyarrow.csv as pacsv
 import pytest
 
-from etl.datasets import KUAIRAND_LOG_COLUMNS, SIMULATED_MARKER
+from etl.datasets import SIMULATED_MARKER, dataset
 from etl.errors import StageError
 from etl.simulate import Simulation, write_simulation
 
+KUAIRAND_LOG_COLUMNS = (
+    "user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "is_like", "is_follow", "is_comment", "is_forward",
+    "is_hate", "long_view", "play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter",
+    "is_rand", "tab",
+)  # fmt: skip
 SMALL = Simulation(users=80, days=4, items=300)
 
 
@@ -38,6 +43,13 @@ def test_layout_and_quirks_are_the_published_ones(tmp_path):
     marker = write_simulation(SMALL, tmp_path / "raw")
     tables = logs_of(tmp_path / "raw")
     assert all(tuple(table.column_names) == KUAIRAND_LOG_COLUMNS for table in tables)
+    # The definition reads the published columns in the published order, and fields that the feature files have.
+    definition = dataset("kuairand_simulated")
+    assert tuple(definition.logs.columns) == KUAIRAND_LOG_COLUMNS
+    for rule in (*definition.items, *definition.users):
+        [file] = (tmp_path / "raw").glob(rule.files)
+        header = file.read_text().splitlines()[0].split(",")
+        assert {rule.key, *(field.column for field in rule.fields.values())} <= set(header)
     assert len((tmp_path / "raw" / "user_features_sim.csv").read_text().splitlines()[0].split(",")) == 31
     assert len((tmp_path / "raw" / "video_features_basic_sim.csv").read_text().splitlines()[0].split(",")) == 12
     rows = sum(table.num_rows for table in tables)

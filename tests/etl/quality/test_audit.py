@@ -15,15 +15,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from etl.datasets import dataset
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number
 from etl.quality import audit
-from etl.schemas import EVENTS, ITEMS, SEQUENCES, TABLES, schema_fingerprint
+from etl.schemas import (
+    EVALUATION,
+    EVENTS,
+    ITEMS,
+    SEQUENCES,
+    TABLES,
+    TRAIN,
+    VALIDATION,
+    item_field_type,
+    schema_fingerprint,
+)
 from etl.store import Manifest, TableStore
 
 DATASET = "kuairand_simulated"
 DT = "2022-04-21"
 USERS, EVENTS_PER_USER, ITEM_COUNT = 20, 48, 30
+KUAIRAND_ITEMS = pa.schema([*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in dataset(DATASET).item_fields.items()]])
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +49,8 @@ def store(tmp_path: Path) -> TableStore:
     return TableStore(str(tmp_path / "warehouse"), DATASET)
 
 
-def run(store: TableStore, stage: str, attempt: str, reports: Path) -> None:
-    audit.main(["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--attempt", attempt,
+def run(store: TableStore, stage: str, attempt: str, reports: Path, definition: str = DATASET) -> None:
+    audit.main(["--dataset", definition, "--warehouse", store.warehouse, "--dt", DT, "--attempt", attempt,
                 "--stage", stage, "--reports", str(reports)])  # fmt: skip
 
 
@@ -52,7 +64,7 @@ def failures(reports: Path, attempt: str, stage: str, severity: str) -> set[str]
 
 def stage_table(store: TableStore, attempt: str, table: str, dt: str, parts: list[pa.Table], **manifest: dict) -> Manifest:
     files = tuple(store.write_file(attempt, table, dt, bucket, part) for bucket, part in enumerate(parts))
-    made = Manifest(DATASET, table, dt, attempt, schema_fingerprint(TABLES[table]), "test", files, **manifest)
+    made = Manifest(store.dataset, table, dt, attempt, schema_fingerprint(parts[0].schema if parts else TABLES[table]), "test", files, **manifest)
     store.write_staged_manifest(made)
     return made
 
@@ -74,7 +86,7 @@ def events_table(dt: str = DT, seed: int = 0) -> pa.Table:
             "feedback": rng.integers(0, 4, rows),
             "watch_time_ms": rng.integers(0, 9_000, rows),
             "duration_ms": rng.integers(0, 9_000, rows),
-            "tab": rng.integers(0, 3, rows),
+            "context": rng.integers(0, 3, rows),
             "is_random": rng.random(rows) < 0.1,
         }
     ).cast(EVENTS)
@@ -211,8 +223,8 @@ def test_lookback_days_before_the_data_begin_are_published_empty(store: TableSto
 def test_dropped_column_is_named(store: TableStore, reports: Path) -> None:
     staged = stage_events(store, "dropped")
     path = f"{store.root}/{staged.files[1].path}"
-    pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["tab"]), path)
-    with pytest.raises(StageError, match=r"bucket=001.*no column tab"):
+    pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["context"]), path)
+    with pytest.raises(StageError, match=r"bucket=001.*no column context"):
         run(store, "events", "dropped", reports)
     assert store.manifest("events", DT) is None
 
@@ -220,7 +232,7 @@ def test_dropped_column_is_named(store: TableStore, reports: Path) -> None:
 def test_warning_is_published_although_success_is_false(store: TableStore, reports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = events_table()
     user = table["user_id"].to_numpy()
-    staged = stage_events(store, "warned", table=set_column(table, "user_id", np.where(user < 12, 0, user)))
+    staged = stage_events(store, "warned", table=set_column(table, "user_id", np.where(user < 11, 0, user)))
     run(store, "events", "warned", reports)
     summary = result(reports, "warned", "events")["summary"]
     assert summary["gx_success"] is False  # the trap: Great Expectations does not look at severities
@@ -249,6 +261,7 @@ def test_nothing_staged_says_what_to_run(store: TableStore, reports: Path) -> No
 # ---- sequences and training input ----------------------------------------------------------------------------------
 
 TARGET_DAYS, LOOKBACK_DAYS = 2, 4
+SETTINGS = {"target_days": TARGET_DAYS, "lookback_days": LOOKBACK_DAYS, "evaluation_days": 1}
 
 
 def user_rows() -> dict[str, list]:
@@ -267,7 +280,8 @@ def user_rows() -> dict[str, list]:
         rows["target_item_index"].append([2, 3, user])
         rows["target_time_ms"].append(targets)
         rows["target_label"].append([user % 2, (user // 2) % 2, 1 - user % 2])
-        rows["target_tab"].append([0, 1, -1])
+        rows["target_context"].append([0, 1, -1])
+        rows["target_split"].append([TRAIN, EVALUATION, EVALUATION])
         rows["target_history_end"].append([2, 3, 4])
     return rows
 
@@ -279,22 +293,24 @@ def items_table() -> pa.Table:
             "item_id": np.arange(ITEM_COUNT) * 7,
             "train_occurrences": np.arange(ITEM_COUNT),
             "author_id": [None] * ITEM_COUNT,
-            "categories": [[1, 2]] * ITEM_COUNT,
-            "duration_ms": [1] * ITEM_COUNT,
+            "categories": [["1", "2"]] * ITEM_COUNT,
+            "duration_ms": [1.0] * ITEM_COUNT,
             "item_type": ["NORMAL"] * ITEM_COUNT,
             "upload_type": [None] * ITEM_COUNT,
         },
-        schema=ITEMS,
+        schema=KUAIRAND_ITEMS,
     )
 
 
-def stage_sequences(store: TableStore, attempt: str, rows: dict[str, list] | None = None, items: pa.Table | None = None) -> Manifest:
+def stage_sequences(
+    store: TableStore, attempt: str, rows: dict[str, list] | None = None, items: pa.Table | None = None, settings: dict[str, int] = SETTINGS
+) -> Manifest:
     table = pa.table(rows or user_rows(), schema=SEQUENCES)
+    split = table["target_split"].combine_chunks().flatten().to_pylist()
     days = [add_days(DT, -back) for back in range(LOOKBACK_DAYS)]
     inputs = {f"events/dt={day}": m.data_digest for day in days if (m := store.manifest("events", day)) is not None}
-    settings = {"target_days": TARGET_DAYS, "lookback_days": LOOKBACK_DAYS, "max_history": 100}
-    counts = {"users": USERS, "targets": 3 * USERS, "train_targets": USERS, "eval_targets": 2 * USERS,
-              "history_events": 4 * USERS, "truncated_users": 0}  # fmt: skip
+    counts = {"users": USERS, "targets": 3 * USERS, "train_targets": split.count(TRAIN), "validation_targets": split.count(VALIDATION),
+              "eval_targets": split.count(EVALUATION), "history_events": 4 * USERS, "truncated_users": 0}  # fmt: skip
     stage_table(store, attempt, "items", DT, [items_table() if items is None else items])
     return stage_table(store, attempt, "sequences", DT, [table.slice(0, 7), table.slice(7)], counts=counts, inputs=inputs,
                        settings=settings)  # fmt: skip
@@ -369,6 +385,24 @@ def unequal_lengths(rows: dict[str, list]) -> None:
 def no_eval_targets(rows: dict[str, list]) -> None:
     rows["target_time_ms"] = [[times[0], times[0] + 1, times[0] + 2] for times in rows["target_time_ms"]]
     rows["target_history_end"] = [[2, 3, 3]] * USERS
+    rows["target_split"] = [[TRAIN] * 3] * USERS
+
+
+def evaluation_target_in_training(rows: dict[str, list]) -> None:
+    rows["target_split"][6][2] = TRAIN
+
+
+def training_target_in_evaluation(rows: dict[str, list]) -> None:
+    rows["target_split"][6][0] = EVALUATION
+
+
+def unknown_split(rows: dict[str, list]) -> None:
+    rows["target_split"][6][0] = 3
+
+
+def target_before_the_window(rows: dict[str, list]) -> None:
+    rows["target_time_ms"][6][0] -= 2 * MS_PER_DAY
+    rows["target_history_end"][6][0] = 0
 
 
 @pytest.mark.parametrize(
@@ -380,6 +414,10 @@ def no_eval_targets(rows: dict[str, list]) -> None:
         (end_out_of_range, "history_end_out_of_range_count"),
         (unequal_lengths, "unequal_length_count"),
         (no_eval_targets, "eval_targets"),
+        (evaluation_target_in_training, "split_wrong_count"),
+        (training_target_in_evaluation, "split_wrong_count"),
+        (unknown_split, "split_wrong_count"),
+        (target_before_the_window, "target_outside_window_count"),
     ],
 )
 def test_faulty_sequences_are_stopped(store: TableStore, reports: Path, fault, column: str) -> None:
@@ -396,6 +434,96 @@ def test_faulty_sequences_are_stopped(store: TableStore, reports: Path, fault, c
     assert column in failures(reports, attempt, "sequences", "critical")
     assert store.require("sequences", DT).data_digest == digest
     assert store.require("items", DT).attempt == "before"
+
+
+def test_the_split_is_that_of_the_partitions_own_evaluation_days(store: TableStore, reports: Path) -> None:
+    rows = user_rows()
+    stage_sequences(store, "two-days", rows, settings={**SETTINGS, "target_days": 3, "evaluation_days": 2})
+    with pytest.raises(StageError, match="split_wrong_count"):
+        run(store, "sequences", "two-days", reports)
+    assert store.manifest("sequences", DT) is None
+
+
+def test_a_manifest_without_its_window_is_told(store: TableStore, reports: Path) -> None:
+    stage_sequences(store, "windowless", settings={"target_days": 2, "lookback_days": 4})
+    with pytest.raises(StageError, match="lacks the setting 'evaluation_days'"):
+        run(store, "sequences", "windowless", reports)
+
+
+def test_targets_by_position_are_not_judged_by_their_day(tmp_path: Path, reports: Path) -> None:
+    definition = own_definition(tmp_path, "targets: {positions: {train: [-3], validation: [-2], evaluation: [-1]}}")
+    store = TableStore(str(tmp_path / "warehouse"), "own")
+    rows = user_rows()
+    rows["target_split"] = [[TRAIN, VALIDATION, EVALUATION]] * USERS
+    for times, ends in zip(rows["target_time_ms"], rows["target_history_end"], strict=True):
+        times[0] -= MS_PER_DAY  # in the lookback, but before the target days
+        ends[0] = 1
+    staged = stage_sequences(store, "positions", rows)
+    run(store, "sequences", "positions", reports, definition)
+    assert store.require("sequences", DT).data_digest == staged.data_digest
+    [row] = result(reports, "positions", "sequences")["stats"]["sequences"]
+    assert (row["train_targets"], row["validation_targets"], row["eval_targets"]) == (USERS, USERS, USERS)
+
+    rows["target_time_ms"][0][0] -= 3 * MS_PER_DAY
+    rows["target_history_end"][0][0] = 0
+    stage_sequences(store, "too-old", rows)
+    with pytest.raises(StageError, match="target_outside_window_count"):
+        run(store, "sequences", "too-old", reports, definition)
+
+
+# ---- the data set's own fields -------------------------------------------------------------------------------------
+
+
+def own_definition(folder: Path, *lines: str) -> str:
+    path = folder / "own.yaml"
+    path.write_text("\n".join(["extends: kuairand_simulated", "name: own", *lines]))
+    return str(path)
+
+
+def test_fields_of_the_data_set_belong_to_the_contract_of_events(tmp_path: Path, reports: Path) -> None:
+    definition = own_definition(tmp_path, "events: {item_fields: {seller: {column: video_id, kind: id}, brand: {column: tab}}}")
+    store = TableStore(str(tmp_path / "warehouse"), "own")
+    table = events_table()
+    whole = table.append_column("seller", table["item_id"]).append_column("brand", pa.array(["a", None] * (table.num_rows // 2)))
+    staged = stage_events(store, "whole", table=whole)
+    run(store, "events", "whole", reports, definition)
+    assert store.require("events", DT).data_digest == staged.data_digest
+    assert result(reports, "whole", "events")["summary"]["outcome"] == "passed"
+
+    stage_events(store, "lacking", table=whole.drop_columns(["brand"]))
+    with pytest.raises(StageError, match=r"no column brand \(string\)"):
+        run(store, "events", "lacking", reports, definition)
+    stage_events(store, "other-type", table=set_column(whole, "brand", ["a"] * table.num_rows).drop_columns(["seller"])
+                 .append_column("seller", pa.array(["a"] * table.num_rows)))  # fmt: skip
+    with pytest.raises(StageError, match="column seller is string, not int64"):
+        run(store, "events", "other-type", reports, definition)
+    stage_events(store, "extra", table=whole.append_column("colour", whole["brand"]))
+    with pytest.raises(StageError, match="does not know: colour"):
+        run(store, "events", "extra", reports, definition)
+
+
+def test_fields_of_the_data_set_belong_to_the_contract_of_items(store: TableStore, reports: Path) -> None:
+    stage_sequences(store, "lacking-item-field", items=items_table().drop_columns(["author_id"]))
+    with pytest.raises(StageError, match=r"table items.*no column author_id \(int64\)"):
+        run(store, "sequences", "lacking-item-field", reports)
+    assert store.manifest("items", DT) is None
+
+
+def test_repeats_that_the_data_set_keeps_are_no_fault(tmp_path: Path, reports: Path) -> None:
+    definition = own_definition(tmp_path, "logs: {repeats: keep}")
+    store = TableStore(str(tmp_path / "warehouse"), "own")
+    staged = stage_events(store, "kept", table=hour_twice())
+    run(store, "events", "kept", reports, definition)
+    assert store.require("events", DT).data_digest == staged.data_digest
+    assert result(reports, "kept", "events")["summary"]["outcome"] == "passed"
+
+
+def test_sampled_negatives_have_no_label_rate_to_judge(tmp_path: Path, reports: Path) -> None:
+    definition = own_definition(tmp_path, "targets: {label: null, negatives: {per_positive: 1}}")
+    store = TableStore(str(tmp_path / "warehouse"), "own")
+    stage_events(store, "unlabelled", table=all_zero_labels())
+    run(store, "events", "unlabelled", reports, definition)
+    assert result(reports, "unlabelled", "events")["summary"]["outcome"] == "passed"
 
 
 def test_items_out_of_order_are_stopped(store: TableStore, reports: Path) -> None:

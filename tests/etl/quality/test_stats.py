@@ -6,21 +6,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.partitions import MS_PER_DAY, day_number
 from etl.quality import stats
-from etl.schemas import SEQUENCES
+from etl.quality.thresholds import EventThresholds
+from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
 
 DT = "2022-04-21"
 DAY_MS = day_number(DT) * MS_PER_DAY
 
 times = st.lists(st.integers(DAY_MS - 5, DAY_MS + 5), max_size=5)
-users = st.lists(st.tuples(times, st.lists(st.tuples(st.integers(DAY_MS - 5, DAY_MS + 5), st.integers(-1, 6)), max_size=4)), max_size=5)
+targets = st.tuples(st.integers(DAY_MS - 5, DAY_MS + 5), st.integers(-1, 6), st.integers(-1, 3))  # time, end, split
+users = st.lists(st.tuples(times, st.lists(targets, max_size=4)), max_size=5)
 
 
 def table(rows: list) -> pa.Table:
@@ -31,9 +35,9 @@ def table(rows: list) -> pa.Table:
         columns["history_time_ms"].append(history)
         for name in ("history_item_index", "history_feedback", "history_watch_bucket"):
             columns[name].append([0] * len(history))
-        columns["target_time_ms"].append([time for time, _ in targets])
-        columns["target_history_end"].append([end for _, end in targets])
-        for name in ("target_item_index", "target_label", "target_tab"):
+        for name, values in zip(("target_time_ms", "target_history_end", "target_split"), zip(*targets, strict=True) if targets else [()] * 3, strict=True):
+            columns[name].append(list(values))
+        for name in ("target_item_index", "target_label", "target_context"):
             columns[name].append([0] * len(targets))
     return pa.table(columns, schema=SEQUENCES)
 
@@ -43,24 +47,85 @@ def falls(values: list[int]) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(users)
-def test_list_metrics_equal_plain_loops(rows: list) -> None:
+@given(users, st.sampled_from([None, DAY_MS, DAY_MS - 3]))
+def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | None) -> None:
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
-    row = stats.sequences_row(DT, [part.slice(0, 2), part.slice(2)], items, {}, target_days=2)
-    in_range = [(h, t, end) for h, targets in rows for t, end in targets if 0 <= end <= len(h)]
+    row = stats.sequences_row(DT, [part.slice(0, 2), part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms)
+    in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
     assert row["leak_count"] == sum(any(time >= t for time in h[:end]) for h, t, end in in_range)
     assert row["history_end_out_of_range_count"] == sum(len(targets) for _, targets in rows) - len(in_range)
     assert row["history_disorder_count"] == sum(falls(h) for h, _ in rows)
-    assert row["target_disorder_count"] == sum(falls([t for t, _ in targets]) for _, targets in rows)
-    assert row["eval_targets"] == sum(t >= DAY_MS for _, targets in rows for t, _ in targets)
-    assert row["targets"] == sum(len(targets) for _, targets in rows)
+    assert row["target_disorder_count"] == sum(falls([t for t, *_ in targets]) for _, targets in rows)
+    splits = [split for _, targets in rows for *_, split in targets]
+    for name, code in (("train_targets", TRAIN), ("validation_targets", VALIDATION), ("eval_targets", EVALUATION)):
+        assert row[name] == splits.count(code)
+    assert row["targets"] == sum(split in (TRAIN, VALIDATION, EVALUATION) for split in splits)
+    late = [first_evaluation_ms is not None and t >= first_evaluation_ms for _, targets in rows for t, *_ in targets]
+    evaluated = [first_evaluation_ms is not None and split == EVALUATION for split in splits]
+    unknown = [split not in (TRAIN, VALIDATION, EVALUATION) for split in splits]
+    assert row["split_wrong_count"] == sum(u or one != other for u, one, other in zip(unknown, late, evaluated, strict=True))
+    labelled = [code for _, targets in rows for *_, code in targets if code == TRAIN]
+    assert row["train_label_rate"] == 0 or not labelled  # all labels of the table are 0
     assert row["history_events"] == sum(len(h) for h, _ in rows)
 
 
+def events_of(rows: int, users: int) -> pa.Table:
+    """Return events of one day, of so many users, half of them with bit 0."""
+    index = np.arange(rows)
+    return pa.table({"user_id": index % users, "item_id": index, "event_time_ms": DAY_MS + index, "feedback": pa.array(index % 2, pa.int16())})
+
+
+SMALL = EventThresholds(min_trailing_days=3, min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
+
+
+def row_of(events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventThresholds = SMALL, **changes) -> stats.Row:
+    arguments = {"label_bit": 0, "feedback_bits": 8, "limits": limits, **changes}
+    return stats.events_row(DT, True, events, {"rows_read": events.num_rows}, 0, trailing, **arguments)
+
+
 def test_few_trailing_days_give_no_ratio() -> None:
-    events = pa.table({"user_id": [1], "item_id": [1], "event_time_ms": [DAY_MS], "feedback": pa.array([1], pa.int16())})
-    arguments = {"label_bit": 0, "feedback_bits": 8, "min_trailing_days": 3, "min_hour_rows": 1}
-    assert np.isnan(stats.events_row(DT, True, events, {}, 0, [10, 10], **arguments)["rows_to_trailing_median"])
-    assert stats.events_row(DT, True, events, {}, 0, [10, 2, 0, 1], **arguments)["rows_to_trailing_median"] == 0.5
+    events = events_of(1, 1)
+    assert np.isnan(row_of(events, [10, 10])["rows_to_trailing_median"])
+    assert row_of(events, [10, 2, 0, 1])["rows_to_trailing_median"] == 0.5
+
+
+@pytest.mark.parametrize(("rows", "users"), [(199, 20), (400, 9)])
+def test_a_day_of_few_rows_or_users_is_not_judged_by_its_shares(rows: int, users: int) -> None:
+    limits = EventThresholds(min_judged_rows=200, min_judged_users=10)
+    shares = ("label_rate", "hours_covered", "largest_user_share")
+    small, judged = row_of(events_of(rows, users), limits=limits), row_of(events_of(400, 20), limits=limits)
+    assert all(np.isnan(small[name]) for name in shares)
+    assert [judged[name] for name in shares] == [0.5, 1, 0.05]
+    twice = pa.concat_tables([events_of(rows, users)] * 2).slice(0, rows)
+    assert row_of(twice, limits=limits)["repeated_key_share"] == 0
+    # What is wrong whatever the size is found in any day.
+    outside = events_of(rows, users).set_column(2, "event_time_ms", pa.array(np.full(rows, DAY_MS - 1)))
+    assert row_of(outside, limits=limits)["outside_day_count"] == rows
+
+
+def test_a_day_after_sparse_days_is_not_judged_by_what_is_missing() -> None:
+    limits = EventThresholds(min_judged_rows=200, min_judged_users=10)
+    none, one = events_of(0, 1), events_of(1, 1)
+    assert row_of(none, [199, 199, 199], limits)["gap_count"] == 0
+    assert row_of(none, [200, 200, 200], limits)["gap_count"] == 1
+    assert np.isnan(row_of(one, [199, 199, 199], limits)["rows_to_trailing_median"])
+    assert row_of(one, [200, 200, 200], limits)["rows_to_trailing_median"] == 1 / 200
+    assert np.isnan(row_of(one, [199, 199, 199], limits)["users"])
+    assert row_of(one, [200, 200, 200], limits)["users"] == 1
+
+
+def test_a_share_of_duplicates_needs_rows() -> None:
+    limits = EventThresholds(min_judged_rows=200)
+    share = lambda read: stats.events_row(DT, True, events_of(1, 1), {"rows_read": read, "duplicates": 50}, 0, [], 0, 8, limits)["duplicate_share"]  # noqa: E731
+    assert share(199) == 0
+    assert share(200) == 0.25
+
+
+def test_sampled_negatives_have_no_label_rate_and_kept_repeats_are_no_fault() -> None:
+    events = pa.concat_tables([events_of(40, 4)] * 2)
+    row, kept = row_of(events), row_of(events, label_bit=None, repeats_kept=True)
+    assert (row["repeated_key_share"], row["worst_hour_repeated_key_share"], row["label_rate"]) == (0.5, 0.5, 0.5)
+    assert (kept["repeated_key_share"], kept["worst_hour_repeated_key_share"]) == (0, 0)
+    assert np.isnan(kept["label_rate"])
