@@ -4,9 +4,12 @@ A file of its own, so that a wrong definition shows as an import error and takes
 """
 
 from dags._daily import daily_dag
-from etl.datasets import dataset
+from etl.datasets import built_in_names, dataset
+from etl.errors import StageError
 from infra import settings
 
 for path in sorted(settings.definitions().glob("*.yaml")):
+    if path.stem in built_in_names():
+        raise StageError(f"{path} has the name of a data set that comes with the project", "give it another name (name: and file name)")
     dag = daily_dag(dataset(str(path)), str(path))
     globals()[dag.dag_id] = dag

@@ -80,14 +80,16 @@ def choose_data() -> Choice:
     return Choice(definition, own, dt, raw, False)
 
 
-def register(own: Path) -> None:
-    """Put an own definition where its DAG is made from; the same file again changes nothing."""
-    target = settings.definitions() / own.name
+def register(own: Path) -> bool:
+    """Put an own definition where its DAG is made from; return whether a running Airflow may know an older one."""
+    target = settings.definitions() / f"{own.stem}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if own != target and (not target.exists() or target.read_bytes() != own.read_bytes()):
-        temporary = target.with_suffix(".tmp")
-        temporary.write_bytes(own.read_bytes())
-        os.replace(temporary, target)
+    if target.exists() and target.read_bytes() == own.read_bytes():
+        return target.samefile(own)  # edited in place
+    temporary = target.with_suffix(".tmp")
+    temporary.write_bytes(own.read_bytes())
+    os.replace(temporary, target)
+    return True
 
 
 def choose_options() -> dict[str, str | int]:
@@ -258,8 +260,7 @@ def run_partition(children: dict[Service, int]) -> int:
     began = time.monotonic()
     choice, options = choose_data(), choose_options()
     name, raw = choice.definition.name, choice.raw
-    if choice.own is not None:
-        register(choice.own)
+    news = choice.own is not None and register(choice.own)
     for warning in services.check_room():
         say(f"warning: {warning}")
     api = AirflowApi()
@@ -278,7 +279,7 @@ def run_partition(children: dict[Service, int]) -> int:
     airflow: dict[Service, int] = {}
     if shared:
         say(f"using the Airflow of `make up` at {settings.airflow_url()}")
-        started = 0.0
+        started = started if news else 0.0  # what was parsed before is the DAG of the old definition
     else:
         say("starting Airflow (api-server, scheduler, dag-processor) ...")
         services.migrate(env)
@@ -288,7 +289,7 @@ def run_partition(children: dict[Service, int]) -> int:
         raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
     services.wait_healthy(api, airflow, "scheduler", "dag_processor")
     api.set_pools()
-    api.wait_for_dag(settings.dag_id(name), started, lambda: services.check_alive(airflow))
+    api.wait_for_dag(settings.dag_id(name), "vql_daily_own.py" if choice.own else "vql_daily.py", started, lambda: services.check_alive(airflow))
     if not shared:
         end_stale_runs(api, settings.dag_id(name))
     run = Run(api, name, choice.dt, raw, options)

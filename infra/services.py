@@ -262,8 +262,8 @@ class AirflowApi:
                 if getattr(error, "status", 0) != 409:
                     raise
 
-    def wait_for_dag(self, dag_id: str, since: float, alive_check: Any = None) -> dict[str, Any]:
-        """Return the DAG once it was parsed after `since` (Unix seconds), or say why it was not."""
+    def wait_for_dag(self, dag_id: str, file: str, since: float, alive_check: Any = None) -> dict[str, Any]:
+        """Return the DAG of `file` once it was parsed after `since` (Unix seconds), or say why it was not; other files may be broken."""
         deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
         while time.monotonic() < deadline:
             if alive_check:
@@ -276,7 +276,7 @@ class AirflowApi:
                 if getattr(error, "status", 0) != 404:
                     raise
             broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
-            if recent := [entry for entry in broken if _unix(entry.get("timestamp")) >= since]:
+            if recent := [entry for entry in broken if Path(str(entry.get("filename"))).name == file and _unix(entry.get("timestamp")) >= since]:
                 raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "mend the DAG file")
             time.sleep(0.5)
         raise InfraError(f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",

@@ -32,8 +32,8 @@ def warehouse() -> str:
 
 
 def raw(dataset: str) -> str:
-    """Raw logs of a data set, where nothing else is said."""
-    return os.environ.get("LONGVIEW_RAW") or str(home() / "raw" / dataset)
+    """Raw logs of a data set, where nothing else is said; LONGVIEW_RAW is the folder or URI of all data sets' folders."""
+    return f"{os.environ.get('LONGVIEW_RAW') or home() / 'raw'}/{dataset}"
 
 
 def definitions() -> Path:

@@ -8,7 +8,7 @@ import tempfile
 # Before anything imports Airflow: it reads its settings at import.
 _HOME = tempfile.mkdtemp(prefix="longview-tests-")
 os.environ["LONGVIEW_HOME"] = _HOME
-for _name in ("WAREHOUSE", "RAW", "RUNS", "REPORTS", "LAST_DAY", "AIRFLOW_DB"):
+for _name in ("WAREHOUSE", "RAW", "RUNS", "REPORTS", "DEFINITIONS", "AIRFLOW_DB"):
     os.environ.pop(f"LONGVIEW_{_name}", None)
 for _name in ("MLFLOW_TRACKING_URI", "RAW", "DT", "DATASET", "CONFIG"):
     os.environ.pop(_name, None)

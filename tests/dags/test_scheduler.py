@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,8 @@ if fault.exists():
         print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
         sys.exit(code)
 '''
-DAG_PATH = f"/api/v2/dags/{settings.DAG_ID}"
+DAG_ID = settings.dag_id("kuairand_simulated")
+DAG_PATH = f"/api/v2/dags/{DAG_ID}"
 
 
 class Project:
@@ -55,14 +57,21 @@ class Project:
         (root / "etl").mkdir()
         for file in (settings.ROOT / "etl").glob("*.py"):
             shutil.copy(file, root / "etl")
+        shutil.copytree(settings.ROOT / "etl" / "definitions", root / "etl" / "definitions")
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(STAGE)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
-    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env, capture_output=True, text=True, timeout=280)
+    def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=280)
+
+    def definition(self, file: str, text: str) -> Path:
+        path = self.root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
 
     def calls(self) -> list[list[str]]:
         """Return the stages' command lines since the last call of this method."""
@@ -76,7 +85,7 @@ class Project:
 
     def backfill(self, first: str, last: str, **body) -> None:
         answer = self.api.call("POST", "/api/v2/backfills", {
-            "dag_id": settings.DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body,
+            "dag_id": DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body,
         })  # fmt: skip
         deadline = time.monotonic() + 200
         while self.api.call("GET", f"/api/v2/backfills/{answer['id']}")["completed_at"] is None:
@@ -96,11 +105,14 @@ def of(call: list[str], option: str) -> str:
 
 
 def test_make_run_from_nothing(project):
+    broken = project.definition("var/definitions/broken.yaml", "name: broken\nlogs: [")  # breaks the DAGs of own data sets only
     done = project.python("-m", "infra.run")
+    broken.unlink()
     assert done.returncode == 0, done.stdout + done.stderr
     calls = project.calls()
     assert len(calls) == 10
     assert {of(call, "--dt") for call in calls} == {settings.SIMULATED_DT}
+    assert {of(call, "--dataset") for call in calls} == {"kuairand_simulated"}
     assert len({of(call, "--attempt") for call in calls}) == 1
     assert "done in" in done.stdout
     assert not project.api.healthy()  # it stopped what it started
@@ -134,6 +146,20 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert len(second) == 20
     again = {of(call, "--attempt") for call in second}
     assert again == {attempt.removesuffix("c0") + "c1" for attempt in attempts}
+
+    # An own data set gets a DAG at its first run, and another one when its definition has changed.
+    own = "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow: {target_days: %d}"
+    for target_days in (5, 6):
+        path = project.definition("shop.yaml", own % target_days)
+        done = project.python("-m", "infra.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
+        assert done.returncode == 0, done.stdout + done.stderr
+        calls = project.calls()
+        assert len(calls) == 10
+        assert {of(call, "--dataset") for call in calls} == {str(project.root / "var" / "definitions" / "shop.yaml")}
+        assert {of(call, "--dt") for call in calls} == {"2023-02-01"}
+        [attempt] = {of(call, "--attempt") for call in calls}
+        assert attempt.startswith("shop-2023-02-01-")
+        assert [of(call, "--target-days") for call in calls if call[0] == "etl.jobs.sequences"] == [str(target_days)]
 
     # A backfill cannot be told to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):

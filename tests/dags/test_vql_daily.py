@@ -1,10 +1,11 @@
-"""The DAG: what it is made of, which day it builds, what it refuses, and how a stage's end becomes a task's end."""
+"""The DAGs: what they are made of, which day a run builds, what they refuse, and how a stage's end becomes a task's end."""
 
 from __future__ import annotations
 
 import datetime as dtm
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, ParamValidationError
 
 from etl.cli import EXIT_STAGE_ERROR
+from etl.datasets import built_in_names, dataset
+from etl.errors import StageError
 from infra import settings
 
 pytestmark = pytest.mark.airflow
@@ -23,12 +26,12 @@ pytestmark = pytest.mark.airflow
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
 EXPECTED_COMMANDS = {
-    "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days 30",
+    "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK",
     "ingest.audit_events": "etl.quality.audit --stage events --reports REPORTS",
-    "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days 14 --lookback-days 30 --max-history 4000",
+    "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY",
     "sequences.audit_sequences": "etl.quality.audit --stage sequences --reports REPORTS",
     "train.audit_training_input": "etl.quality.audit --stage training_input --reports REPORTS",
-    "train.train_models": "training.main --runs RUNS --workers 2 --config default",
+    "train.train_models": "training.main --runs RUNS --workers 2 --config default --warm-start none",
     "evaluate.evaluate_models": "evaluation.main --runs RUNS --raw /raw",
     "register.register_model": "evaluation.register --runs RUNS",
     "register.promote_model": "evaluation.promote --runs RUNS",
@@ -36,11 +39,82 @@ EXPECTED_COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dag():
+OWN = """
+extends: kuairand
+name: shop
+title: My shop
+first_day: 2023-01-02
+last_day: null
+history: {max_events: 77}
+window: {target_days: 5, lookback_days: 9, evaluation_days: 2}
+"""
+
+
+def dag_of(name: str):
     from dags import vql_daily
 
-    return vql_daily.ingest.dag
+    return vars(vql_daily)[settings.dag_id(name)]
+
+
+@pytest.fixture(scope="module")
+def dag():
+    return dag_of("kuairand")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """An own definition in the folder that vql_daily_own.py reads."""
+    monkeypatch.setenv("LONGVIEW_DEFINITIONS", str(tmp_path / "definitions"))
+    path = tmp_path / "definitions" / "shop.yaml"
+    path.parent.mkdir()
+    path.write_text(OWN)
+    return path
+
+
+def own_dags() -> dict:
+    """Import vql_daily_own.py anew; return its DAGs."""
+    from airflow.sdk import DAG
+
+    found = runpy.run_path(str(settings.ROOT / "dags" / "vql_daily_own.py"))
+    return {name: value for name, value in found.items() if isinstance(value, DAG) and name != "dag"}
+
+
+def graph_of(dag) -> dict:
+    return {
+        task.task_id: {
+            "module": task.module,
+            "downstream": sorted(task.downstream_task_ids),
+            "pool": task.pool,
+            "retries": task.retries,
+            "execution_timeout_s": task.execution_timeout.total_seconds(),
+            "outlets": [outlet.name for outlet in task.outlets],
+        }
+        for task in dag.tasks
+    }
+
+
+def commands_of(dag, **context) -> dict[str, list[str]]:
+    """Return the command line of every task, with the DAG's own defaults."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    found = {}
+    for task in dag.tasks:
+        made = context_of(**{"dt": "2022-04-21", **context})
+        made = made | {"params": {**dag.params.dump(), **made["params"], "raw": "/raw"}}
+        rendered = {name: task.render_template(getattr(task, name), made, SandboxedEnvironment()) for name in task.template_fields}
+        found[task.task_id] = _copy(task, rendered).command(made)
+    return found
+
+
+def expected_commands(definition, argument: str, dt: str = "2022-04-21") -> dict[str, list[str]]:
+    window = definition.window
+    words = {"RUNS": settings.runs(), "REPORTS": str(settings.reports()), "TARGET": str(window.target_days), "LOOKBACK": str(window.lookback_days),
+             "EVALUATION": str(window.evaluation_days), "HISTORY": str(definition.history.max_events)}  # fmt: skip
+    partition = ["--dataset", argument, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", f"{definition.name}-{dt}-19b04f56-c0"]
+    return {
+        task: [sys.executable, "-m", text.split()[0], *partition, *(words.get(word, word) for word in text.split()[1:])]
+        for task, text in EXPECTED_COMMANDS.items()
+    }
 
 
 def context_of(*, dt=None, start=None, run_type="manual", run_id="manual__1", clear_number=0, partition_key=None, **params):
@@ -55,70 +129,141 @@ def day(text: str) -> dtm.datetime:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_import_is_fast_and_light():
+def test_import_is_fast_and_light(own):
     code = (
         "import sys, time, json, airflow.sdk\n"
         "from airflow.sdk import DAG, BaseOperator, Asset, Param, TaskGroup, CronDataIntervalTimetable, chain\n"
-        "start = time.process_time()\nimport dags.vql_daily\n"
-        f"print(json.dumps([time.process_time() - start, [m for m in {HEAVY!r} if m in sys.modules]]))"
+        "start = time.process_time()\nimport dags.vql_daily, dags.vql_daily_own\n"
+        f"print(json.dumps([time.process_time() - start, [m for m in {HEAVY!r} if m in sys.modules],"
+        " dags.vql_daily_own.dag.dag_id]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=settings.ROOT, env=settings.environment(), capture_output=True, text=True, check=True)
-    seconds, heavy = json.loads(done.stdout.splitlines()[-1])
+    seconds, heavy, last = json.loads(done.stdout.splitlines()[-1])
+    assert last == "vql_daily_shop"
     assert heavy == []
     assert seconds < 1.0
 
 
 def test_graph_is_the_golden_one(dag):
-    graph = {
-        task.task_id: {
-            "module": task.module,
-            "downstream": sorted(task.downstream_task_ids),
-            "pool": task.pool,
-            "retries": task.retries,
-            "execution_timeout_s": task.execution_timeout.total_seconds(),
-            "outlets": [outlet.name for outlet in task.outlets],
-        }
-        for task in dag.tasks
-    }
+    graph = graph_of(dag)
     if os.environ.get("UPDATE_GOLDEN") == "1":
         GOLDEN.write_text(json.dumps(graph, indent=1) + "\n")
     assert graph == json.loads(GOLDEN.read_text()), "UPDATE_GOLDEN=1 rewrites the file; look at its diff"
 
 
-def test_every_task_has_a_retry_a_timeout_and_a_pool_that_is_made(dag):
-    for task in dag.tasks:
-        assert task.retries == 1
-        assert task.retry_delay <= dtm.timedelta(minutes=1)
-        assert task.execution_timeout
-        assert task.pool in {"default_pool", *settings.POOLS}
-    assert (dag.max_active_runs, dag.catchup) == (1, False)
-    assert dag.dagrun_timeout
-    assert dag.doc_md
-    assert dag.tags
+def test_the_graph_of_every_data_set_is_the_same(own):
+    golden = GOLDEN.read_text()
+    for name in built_in_names():
+        assert graph_of(dag_of(name)) == json.loads(golden.replace("_kuairand", f"_{name}"))
+    assert graph_of(own_dags()["vql_daily_shop"]) == json.loads(golden.replace("_kuairand", "_shop"))
 
 
-def test_commands_are_those_of_the_stage_table(dag):
-    from jinja2.sandbox import SandboxedEnvironment
+def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
+    from dags import vql_daily
 
-    context = context_of(dt="2022-04-21") | {"params": {**dag.params.dump(), "dt": "2022-04-21", "raw": "/raw"}}
-    for task in dag.tasks:
-        rendered = task.render_template([task.dataset, *task.arguments], context, SandboxedEnvironment())
-        task = _copy(task, rendered[0], rendered[1:])
-        command = task.command(context)
-        module, rest = EXPECTED_COMMANDS[task.task_id].split(" ", 1)
-        partition = ["--dataset", "kuairand", "--warehouse", settings.warehouse(), "--dt", "2022-04-21",
-                     "--attempt", "kuairand-2022-04-21-19b04f56-c0"]  # fmt: skip
-        assert command == [sys.executable, "-m", module, *partition, *rest.replace("RUNS", settings.runs()).replace("REPORTS", str(settings.reports())).split()]
+    assert {name for name in vars(vql_daily) if name.startswith("vql_daily_")} == {f"vql_daily_{name}" for name in built_in_names()}
+    for name in built_in_names():
+        definition, dag = dataset(name), dag_of(name)
+        assert dag.dag_id == f"vql_daily_{name}" == settings.dag_id(name)
+        assert dag.start_date == day(str(definition.first_day))
+        assert dag.end_date == (day(str(definition.last_day)) if definition.last_day else None)
+        assert definition.title in dag.dag_display_name
+        assert name in dag.tags
+        defaults = dag.params.dump()  # checks them, too
+        assert {key: defaults[key] for key in ("target_days", "lookback_days", "evaluation_days", "max_history", "raw")} == {
+            **definition.window.model_dump(), "max_history": definition.history.max_events, "raw": settings.raw(name),
+        }  # fmt: skip
+        assert settings.raw(name).endswith(f"/raw/{name}")
+        outlets = [outlet.uri for task in dag.tasks for outlet in task.outlets]
+        assert outlets == [f"longview://{name}/sequences", f"longview://{name}/champion"]
+    # Values that were chosen with thought; a change of a definition shows here.
+    starts = {name: (str(dag_of(name).start_date.date()), str(dag_of(name).end_date.date())) for name in ("kuairand", "kuairec_big", "tmall", "movielens")}
+    assert starts == {"kuairand": ("2022-04-08", "2022-05-08"), "kuairec_big": ("2020-07-04", "2020-09-05"), "tmall": ("2014-05-11", "2014-11-12"),
+                      "movielens": ("1996-03-29", "2018-09-24")}  # fmt: skip
 
 
-def _copy(task, dataset, arguments):
+def test_every_task_has_a_retry_a_timeout_and_a_pool_that_is_made(own):
+    for dag in (*map(dag_of, built_in_names()), own_dags()["vql_daily_shop"]):
+        for task in dag.tasks:
+            assert task.retries == 1
+            assert task.retry_delay <= dtm.timedelta(minutes=1)
+            assert task.execution_timeout
+            assert task.pool in {"default_pool", *settings.POOLS}
+        assert (dag.max_active_runs, dag.catchup) == (1, False)
+        assert dag.dagrun_timeout
+        assert dag.doc_md
+        assert dag.tags
+
+
+@pytest.mark.parametrize("name", built_in_names())
+def test_commands_are_those_of_the_stage_table(name):
+    assert commands_of(dag_of(name)) == expected_commands(dataset(name), name)
+
+
+def _copy(task, attributes):
     from dags._common import StageOperator
 
     copy = StageOperator.__new__(StageOperator)
     copy.__dict__.update(task.__dict__)
-    object.__setattr__(copy, "dataset", dataset)
-    object.__setattr__(copy, "arguments", arguments)
+    for name, value in attributes.items():
+        object.__setattr__(copy, name, value)
     return copy
+
+
+# ---- own data sets ---------------------------------------------------------------------------------------------------
+
+
+def test_an_own_definition_has_a_dag_whose_stages_get_its_path(own):
+    [(name, dag)] = own_dags().items()
+    assert name == dag.dag_id == "vql_daily_shop"
+    assert (dag.start_date, dag.end_date) == (day("2023-01-02"), None)
+    assert dag.dag_display_name == "VQL daily: My shop"
+    assert {"target_days": 5, "lookback_days": 9, "evaluation_days": 2, "max_history": 77}.items() <= dag.params.dump().items()
+    commands = commands_of(dag, dt="2023-02-01")
+    assert commands == expected_commands(dataset(str(own)), str(own), "2023-02-01")
+    assert all(command[command.index("--attempt") + 1] == "shop-2023-02-01-19b04f56-c0" for command in commands.values())
+    # What Airflow serializes, and reads again in a task's process, is the same.
+    assert own_dags()[name].params.dump() == dag.params.dump()
+
+
+def test_without_own_definitions_there_is_no_own_dag(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGVIEW_DEFINITIONS", str(tmp_path / "nowhere"))
+    assert own_dags() == {}
+
+
+def test_the_data_set_of_a_dag_is_no_parameter_and_no_template():
+    # One DAG is one data set: its days, its defaults and its asset belong to it.
+    from dags._common import StageOperator
+
+    assert "dataset" not in dag_of("kuairand").params
+    assert list(StageOperator.template_fields) == ["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("file", "wrong", "says"),
+    [
+        ("broken", "name: broken\nlogs: [", "not YAML"),
+        ("broken", OWN.replace("shop", "broken").replace("max_events: 77", "max_events: none"), "history.max_events"),
+        ("broken", OWN, "has the name 'shop'"),
+        ("tmall", OWN.replace("shop", "tmall"), "has the name of a data set that comes with the project"),
+    ],
+)
+def test_a_wrong_own_definition_is_an_import_error_of_its_file_only(own, file, wrong, says):
+    from airflow.dag_processing.dagbag import DagBag
+
+    (own.parent / f"{file}.yaml").write_text(wrong)
+    with pytest.raises(StageError, match=says):
+        own_dags()
+    bag = DagBag(dag_folder=str(settings.ROOT / "dags"))
+    [(where, error)] = bag.import_errors.items()
+    assert Path(where).name == "vql_daily_own.py"
+    assert f"{file}.yaml" in error
+    assert says in error
+    assert set(bag.dags) == {f"vql_daily_{name}" for name in built_in_names()}
+    (own.parent / f"{file}.yaml").unlink()
+    mended = DagBag(dag_folder=str(settings.ROOT / "dags"))
+    assert mended.import_errors == {}
+    assert set(mended.dags) == {f"vql_daily_{name}" for name in (*built_in_names(), "shop")}
 
 
 # ---- which day -------------------------------------------------------------------------------------------------------
@@ -180,7 +325,8 @@ def test_attempt_is_kept_over_retries_and_new_when_cleared():
         ("raw", "--help"), ("raw", "/a\nb"), ("raw", "/a'b"), ("raw", '/a"b'), ("raw", "/a>b"), ("raw", ""), ("raw", "/a\n"), ("raw", "/a\\b"), ("raw", "/a*"), ("config", "a\n"),
         ("dt", "2022-04-21\n"),
         ("config", "../x"), ("config", "a;b"), ("config", ""), ("dt", "yesterday"), ("dt", "2022-4-1"), ("dt", "2022-04-21; ls"),
-        ("dataset", "other"), ("target_days", 1), ("target_days", "14"), ("workers", 0), ("max_history", 0), ("lookback_days", 1.5),
+        ("warm_start", "other"), ("target_days", 1), ("target_days", "14"), ("workers", 0), ("max_history", 0), ("lookback_days", 1.5), ("lookback_days", 36_501),
+        ("evaluation_days", 0), ("evaluation_days", "1"),
     ],
 )  # fmt: skip
 def test_the_form_refuses(dag, name, value):
@@ -194,17 +340,18 @@ def test_the_form_accepts(dag, name, value):
     assert dag.params.get_param(name).resolve(value) == value
 
 
-def test_every_parameter_explains_itself(dag):
-    for name in dag.params:
-        param = dag.params.get_param(name)
-        assert param.schema["title"]
-        assert param.description
+def test_every_parameter_explains_itself():
+    for dag in map(dag_of, built_in_names()):
+        for name in dag.params:
+            param = dag.params.get_param(name)
+            assert param.schema["title"]
+            assert param.description
 
 
 # ---- a stage's end ---------------------------------------------------------------------------------------------------
 
 
-def run_code(tmp_path, monkeypatch, code: str):
+def run_code(tmp_path, monkeypatch, code: str, dataset: str = "kuairand"):
     """Return a StageOperator whose stage is `code`, and a function that executes it."""
     from dags._common import StageOperator
 
@@ -212,7 +359,7 @@ def run_code(tmp_path, monkeypatch, code: str):
     script.write_text(code)
     command = [sys.executable, str(script), "--dt", "2022-04-21", "--attempt", "a"]
     monkeypatch.setattr(StageOperator, "command", lambda self, context: command)
-    operator = StageOperator(task_id="stage", module="stage", dataset="kuairand")
+    operator = StageOperator(task_id="stage", module="stage", dataset=dataset)
     return operator, lambda: operator.execute({})
 
 
@@ -222,9 +369,10 @@ def test_the_exit_code_is_that_of_the_stages():
     assert _common.EXIT_STAGE_ERROR == EXIT_STAGE_ERROR
 
 
-def test_success_returns_the_partition(tmp_path, monkeypatch):
-    _, execute = run_code(tmp_path, monkeypatch, "print('fine')")
-    assert execute() == {"dataset": "kuairand", "dt": "2022-04-21", "attempt": "a"}
+@pytest.mark.parametrize(("dataset", "name"), [("kuairand", "kuairand"), ("/home/me/shop.yaml", "shop")])
+def test_success_returns_the_partition(tmp_path, monkeypatch, dataset, name):
+    _, execute = run_code(tmp_path, monkeypatch, "print('fine')", dataset)
+    assert execute() == {"dataset": name, "dt": "2022-04-21", "attempt": "a"}
 
 
 def test_a_stage_error_fails_without_retry_and_says_why(tmp_path, monkeypatch):

@@ -14,17 +14,17 @@ import pyarrow as pa
 import pytest
 import torch
 
+from etl.datasets import dataset
 from etl.partitions import MS_PER_DAY, add_days, day_number
-from etl.schemas import TABLES, schema_fingerprint
+from etl.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
 from etl.store import Manifest, TableStore
-from tests.training.conftest import random_partition
-from training.checkpoint import save_package
-from training.config import ModelConfig, VocabularyConfig
+from tests.training.conftest import random_partition, vocabulary_of
+from training.checkpoint import Cutoff, save_package
+from training.config import ModelConfig
 from training.data import Sequences
 from training.model.ranker import FieldSizes, Ranker
 from training.scoring import request_of
 from training.tracking import attempt_run
-from training.vocabulary import Vocabulary
 
 DATASET, DT, NEXT_DT = "kuairand_simulated", "2022-04-21", "2022-04-22"
 
@@ -63,9 +63,8 @@ class Stages:
         store = TableStore(str(self.warehouse), DATASET)
         items = store.read(store.require("items", dt))
         sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
-        fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-        vocabulary = Vocabulary.build(items, fields, VocabularyConfig())
-        example = request_of(items, sequences, 2, day_number(dt) * MS_PER_DAY)
+        vocabulary = vocabulary_of(items, sequences)
+        example = request_of(items, sequences, 2)
         models = {}
         for name in ("vql", "softmax_attention", "mean_pooling"):
             torch.manual_seed(seed)
@@ -73,12 +72,20 @@ class Stages:
             if model.quantizer is not None:
                 model.quantizer.started.fill_(1)
             package = self.runs / attempt / "models" / name
-            save_package(package, model, vocabulary, example)
+            save_package(package, model, vocabulary, Cutoff(), example)
             models[name] = {"package": str(package), "epochs": 1, "best_epoch": 0, "train_seconds": 1.0, "validation_logloss": 0.7}
-        with attempt_run(DATASET, dt, attempt, {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"}) as run:
+        with attempt_run(dataset(DATASET), dt, attempt, {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"}) as run:
             run_id = run.info.run_id
         training = {"config": {}, "config_digest": "c0", "models": models, "primary": "vql", "seed": seed, "mlflow_run_id": run_id}
         (self.runs / attempt / "training.json").write_text(json.dumps(training))
+
+    def without_user_fields(self, dt: str = DT) -> None:
+        """Publish the partition again as that of a data set which knows nothing of its users."""
+        store = TableStore(str(self.warehouse), DATASET)
+        manifest = store.require("sequences", dt)
+        rows = store.read(manifest)
+        nothing = pa.array([[]] * rows.num_rows, rows.schema.field("user_fields").type)
+        _publish(store, "sequences", dt, rows.set_column(1, rows.schema.field("user_fields"), nothing), inputs=dict(manifest.inputs))
 
     def run(self, module: str, attempt: str, dt: str = DT) -> None:
         arguments = ["--dataset", DATASET, "--warehouse", str(self.warehouse), "--dt", dt, "--attempt", attempt, "--runs", str(self.runs)]
@@ -114,11 +121,14 @@ def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
     times = [[*sorted(min(t, start - 1) for t in row[:4]), *(start + 1000 * j for j in range(4))] for row in sequences["target_time_ms"].to_pylist()]
     ends = [[int(np.searchsorted(history, time, side="left")) for time in row]
             for history, row in zip(sequences["history_time_ms"].to_pylist(), times, strict=True)]
-    sequences = sequences.set_column(sequences.schema.get_field_index("target_time_ms"), "target_time_ms", pa.array(times, pa.list_(pa.int64())))
-    return sequences.set_column(sequences.schema.get_field_index("target_history_end"), "target_history_end", pa.array(ends, pa.list_(pa.int32())))
+    splits = [[EVALUATION if time >= start else TRAIN for time in row] for row in times]
+    for name, values in (("target_time_ms", times), ("target_split", splits), ("target_history_end", ends)):
+        place = sequences.schema.get_field_index(name)
+        sequences = sequences.set_column(place, name, pa.array(values, sequences.schema.field(name).type))
+    return sequences
 
 
 def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None) -> None:
     file = store.write_file("setup", table, dt, 0, rows)
-    store.write_staged_manifest(Manifest(store.dataset, table, dt, "setup", schema_fingerprint(TABLES[table]), "test", (file,), counts or {}, inputs or {}))
+    store.write_staged_manifest(Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}))
     store.publish("setup", table, dt)

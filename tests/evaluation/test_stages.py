@@ -11,8 +11,8 @@ import pytest
 from etl.errors import StageError
 from evaluation import promote
 from evaluation.gate import Decision
-from evaluation.registry import Registry
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
+from training.registry import Registry
 
 FIRST, SECOND = f"{DATASET}-{DT}-00000000-c0", f"{DATASET}-{NEXT_DT}-00000000-c0"
 
@@ -132,6 +132,13 @@ def test_an_artifact_with_other_scores_is_refused(stages, lenient, monkeypatch):
     assert seen[0]["own_code"] is True
     assert seen[0]["pickles"] == []
     assert np.isfinite(seen[0]["example"]).all()
+
+
+def test_a_data_set_without_user_fields_passes_the_fresh_process(stages, lenient):
+    stages.without_user_fields()
+    chain(stages, FIRST)
+    assert stages.json(FIRST, "registration")["gate"]["passed"], stages.json(FIRST, "registration")["gate"]
+    assert stages.json(FIRST, "registration")["aliases"] == ["challenger", "champion"]
 
 
 def test_missing_inputs_are_named(stages):

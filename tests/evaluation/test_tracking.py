@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from etl.datasets import dataset
 from training.tracking import MetricsBuffer, attempt_run
 
 ATTEMPT = "kuairand-2022-04-21-00000000-c0"

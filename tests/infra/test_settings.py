@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from etl.datasets import built_in_names, dataset
+from etl.errors import StageError
 from infra import run, services, settings
 from infra.services import InfraError
 
@@ -74,21 +76,147 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
 def test_run_chooses_simulated_data_without_raw(monkeypatch):
     for name in ("RAW", "DT", "DATASET"):
         monkeypatch.delenv(name, raising=False)
-    dataset, dt, raw, simulate = run.choose_data()
-    assert (dataset, dt, simulate) == ("kuairand_simulated", settings.SIMULATED_DT, True)
-    assert raw.endswith("raw/kuairand_simulated")
+    choice = run.choose_data()
+    assert (choice.definition.name, choice.own, choice.dt, choice.simulate) == ("kuairand_simulated", None, settings.SIMULATED_DT, True)
+    assert choice.raw.endswith("raw/kuairand_simulated")
 
 
 def test_run_takes_raw_for_real_data_and_refuses_what_is_not(monkeypatch, tmp_path):
     monkeypatch.setenv("RAW", str(tmp_path))
     monkeypatch.setenv("DT", "2022-04-25")
-    assert run.choose_data() == ("kuairand", "2022-04-25", str(tmp_path), False)
+    assert run.choose_data() == run.Choice(dataset("kuairand"), None, "2022-04-25", str(tmp_path), False)
     (tmp_path / "SIMULATED.json").write_text("{}")
     with pytest.raises(InfraError, match="written by the simulator"):
         run.choose_data()
     monkeypatch.setenv("RAW", str(tmp_path / "none"))
     with pytest.raises(InfraError, match="not a folder"):
         run.choose_data()
+
+
+def test_dt_is_by_default_the_last_day_and_never_outside_the_data_set(monkeypatch):
+    monkeypatch.setenv("DATASET", "tmall")
+    choice = run.choose_data()
+    assert (choice.dt, choice.simulate, choice.raw) == ("2014-11-12", False, settings.raw("tmall"))
+    for dt in ("2014-05-11", "2014-11-12"):
+        monkeypatch.setenv("DT", dt)
+        assert run.choose_data().dt == dt
+    for dt in ("2014-05-10", "2014-11-13", "2022-04-21"):
+        monkeypatch.setenv("DT", dt)
+        with pytest.raises(InfraError, match=rf"DT={dt} is outside the data set tmall: 2014-05-11 .. 2014-11-12"):
+            run.choose_data()
+    monkeypatch.setenv("DT", "yesterday")
+    with pytest.raises(StageError, match="'yesterday' is not a day"):
+        run.choose_data()
+
+
+def test_an_unknown_data_set_is_told_with_those_there_are(monkeypatch):
+    monkeypatch.setenv("DATASET", "kuairandom")
+    with pytest.raises(StageError, match=rf"unknown data set 'kuairandom'(.|\n)*{', '.join(built_in_names())}"):
+        run.choose_data()
+
+
+def own_definition(folder: Path, name: str = "shop", file: str | None = None, **fields: str) -> Path:
+    path = folder / (file or f"{name}.yaml")
+    lines = {"extends": "kuairand", "name": name, "title": "My shop", "first_day": "2023-01-02", "last_day": "null", **fields}
+    path.write_text("\n".join(f"{field}: {value}" for field, value in lines.items()))
+    return path
+
+
+def test_an_own_definition_is_given_by_its_path(monkeypatch, tmp_path):
+    path = own_definition(tmp_path)
+    monkeypatch.setenv("RAW", str(tmp_path))
+    monkeypatch.setenv("DT", "2023-02-01")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (str(path), "shop.yaml", "./shop.yaml", "~/shop.yaml"):
+        monkeypatch.setenv("DATASET", given)
+        choice = run.choose_data()
+        assert (choice.definition.name, choice.own, choice.dt, choice.raw, choice.simulate) == ("shop", path, "2023-02-01", str(tmp_path), False)
+    monkeypatch.setenv("RAW", "")
+    assert run.choose_data().raw == settings.raw("shop")
+    # It has a first day and no last one.
+    monkeypatch.setenv("DT", "2030-01-01")
+    assert run.choose_data().dt == "2030-01-01"
+    monkeypatch.setenv("DT", "2023-01-01")
+    with pytest.raises(InfraError, match=r"DT=2023-01-01 is outside the data set shop: 2023-01-02 .. today"):
+        run.choose_data()
+    monkeypatch.setenv("DT", "")
+    with pytest.raises(InfraError, match=r"DT has no default(.|\n)*DT=YYYY-MM-DD"):
+        run.choose_data()
+
+
+def test_a_wrong_own_definition_is_told_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("DT", "2023-02-01")
+    for path, says in [
+        (own_definition(tmp_path, "wrong", targets="{label: clicked}"), "targets.label: 'clicked' is not among"),
+        (own_definition(tmp_path, "other", file="shop.yaml"), "has the name 'other'"),
+        (tmp_path / "none.yaml", "cannot be read"),
+    ]:
+        monkeypatch.setenv("DATASET", str(path))
+        with pytest.raises(StageError, match=says):
+            run.choose_data()
+
+
+@pytest.mark.parametrize("name", ["kuairand", "tmall", "kuairand_simulated"])
+def test_an_own_definition_cannot_take_the_name_of_a_built_in_one(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("DATASET", str(own_definition(tmp_path, name, extends="kuairand_1k")))
+    monkeypatch.setenv("DT", "2023-02-01")
+    with pytest.raises(InfraError, match="has the name of a data set that comes with the project"):
+        run.choose_data()
+    assert not (settings.definitions() / f"{name}.yaml").exists()
+
+
+@pytest.mark.parametrize("file", ["shop.yaml", "shop.yml"])
+def test_an_own_definition_is_registered_where_its_dag_is_made_from(monkeypatch, tmp_path, file):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LONGVIEW_DEFINITIONS", raising=False)
+    path = own_definition(tmp_path, file=file)
+    assert run.register(path) is True
+    target = tmp_path / "home" / "definitions" / "shop.yaml"
+    assert target.read_bytes() == path.read_bytes()
+    assert dataset(str(target)) == dataset(str(path))
+    assert settings.environment()["LONGVIEW_DEFINITIONS"] == str(target.parent)
+    # The same again changes nothing; a running Airflow need not be waited for.
+    before = target.stat()
+    assert run.register(path) is False
+    assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    own_definition(tmp_path, file=file, title="Renamed")
+    assert run.register(path) is True
+    assert dataset(str(target)).title == "Renamed"
+    assert [entry.name for entry in target.parent.iterdir()] == ["shop.yaml"]
+    # Given where it already is, it may have been edited in place.
+    assert run.register(target) is True
+    assert dataset(str(target)).title == "Renamed"
+
+
+def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    assert settings.raw("tmall") == f"{tmp_path}/raw/tmall"
+    monkeypatch.setenv("LONGVIEW_RAW", "s3://logs")
+    assert (settings.raw("tmall"), settings.raw("kuairand")) == ("s3://logs/tmall", "s3://logs/kuairand")
+
+
+def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
+    api = services.AirflowApi("http://nowhere")
+    answers = {"/api/v2/importErrors": {"import_errors": [{"filename": "vql_daily_own.py", "timestamp": "2030-01-01T00:00:00Z", "stack_trace": "bad field"}]}}
+    parsed = {"is_stale": False, "last_parsed_time": "2030-01-01T00:00:00Z"}
+
+    def call(method: str, path: str, body=None):
+        if path in answers:
+            return answers[path]
+        absent = InfraError("no such DAG", "wait")
+        absent.status = 404
+        asked.append(path)
+        if "own" in path or len(asked) < 3:
+            raise absent
+        return parsed
+
+    asked: list[str] = []
+    monkeypatch.setattr(api, "call", call)
+    monkeypatch.setattr(services.time, "sleep", lambda _: None)
+    assert api.wait_for_dag("vql_daily_kuairand", "vql_daily.py", 1.0) is parsed
+    with pytest.raises(InfraError, match=r"vql_daily_own.py does not import:\nbad field"):
+        api.wait_for_dag("vql_daily_own_shop", "vql_daily_own.py", 1.0)
 
 
 def test_a_service_that_ends_is_told_with_its_log(monkeypatch, tmp_path):
@@ -166,6 +294,6 @@ def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value,
 
 
 def test_options_are_typed(monkeypatch):
-    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("MAX_HISTORY", "")):
+    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("EVALUATION_DAYS", "2"), ("MAX_HISTORY", "")):
         monkeypatch.setenv(name, value)
-    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9}
+    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9, "evaluation_days": 2}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from etl.schemas import ITEMS, SEQUENCES, schema_fingerprint
+from etl.schemas import schema_fingerprint
 from etl.store import Manifest, TableStore
 from tests.training.conftest import DT, random_partition
+from training.checkpoint import Cutoff
 from training.scoring import load_scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def warehouse(tmp_path) -> str:
     items, sequences = random_partition(users=24, longest=40)
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
-    for table, rows, schema in (("items", items, ITEMS), ("sequences", sequences, SEQUENCES)):
+    settings = {"cutoff": "day_start", "availability_lag_ms": 60_000}
+    for table, rows in (("items", items), ("sequences", sequences)):
         file = store.write_file("t", table, DT, 0, rows)
         counts = {"train_targets": 24 * 7}
-        store.write_staged_manifest(Manifest("kuairand", table, DT, "t", schema_fingerprint(schema), "v", (file,), counts))
+        store.write_staged_manifest(Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
         store.publish("t", table, DT)
     return store.warehouse
 
@@ -43,6 +45,7 @@ def check_run(tmp_path: Path, done: subprocess.CompletedProcess) -> dict:
     for model in summary["models"].values():
         scorer = load_scorer(model["package"])
         assert len(scorer.score_request(scorer.example_request())) >= 1
+        assert scorer.cutoff == Cutoff("day_start", 60_000)  # as the manifest of sequences says
     assert "vql epoch 2/2" in done.stdout
     return summary
 
