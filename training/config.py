@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from etl.errors import StageError
 
-INTERESTS = ("vql", "softmax_attention", "mean_pooling")
+INTERESTS = ("vql", "softmax_attention", "recent_attention", "sdim", "mean_pooling")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class ModelConfig:
     """Shape of one ranker.
 
     Attributes:
-        interest: how a history becomes an interest vector: `vql`, or a baseline (`softmax_attention`, `mean_pooling`).
+        interest: how a history becomes an interest vector: `vql`, or a baseline with the same embeddings and head:
+            `softmax_attention` (exact), `recent_attention` (exact, newest `recent_window` events only), `sdim` (hashing),
+            `mean_pooling`.
         id_width: width of the item-id and author embeddings.
         field_width: width of the embeddings of small categorical fields.
         heads, head_width: attention heads and their width; D = heads * head_width.
@@ -25,6 +27,9 @@ class ModelConfig:
         codes: codewords per group.
         kernel_components: exponentials in the temporal kernel, 0 = none.
         half_life_days: initial half-lives of the components, fast to slow.
+        refine_k: events of the highest quantized logit that get their exact one, 0 = plain VQL.
+        recent_window: newest events with exact keys, in the same softmax.
+        ema_decay: codewords as moving averages of their keys instead of by the codebook loss; None = by the loss.
         codebook_weight, commitment: lambda and beta of the quantization loss.
         mlp: hidden widths of the prediction head.
         dropout: in the head, and on the id embeddings (ids overfit first).
@@ -39,10 +44,21 @@ class ModelConfig:
     codes: int = 64
     kernel_components: int = 2
     half_life_days: tuple[float, ...] = (2.0, 180.0)
+    refine_k: int = 0
+    recent_window: int = 0
+    ema_decay: float | None = None
     codebook_weight: float = 0.1
     commitment: float = 0.25
     mlp: tuple[int, ...] = (128, 64)
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.interest not in INTERESTS:
+            raise StageError(f"unknown interest {self.interest!r}", f"use one of: {', '.join(INTERESTS)}")
+        if self.heads % self.groups:
+            raise StageError(f"{self.groups} groups do not divide {self.heads} heads", "choose groups that do")
+        if self.interest == "recent_attention" and self.recent_window < 1:
+            raise StageError("recent_attention without a recent_window sees nothing", "set recent_window, for example 200")
 
     @property
     def width(self) -> int:
@@ -70,10 +86,11 @@ class TrainConfig:
         models: name -> model; the first is the one that is registered.
         users_per_step: users in the batch of one step, all workers together: more workers do not change the batch.
         targets_per_user: targets of a user drawn each time he is visited.
-        epochs: passes over the users, at most.
+        epochs: at most so many; an epoch is a pass over the users, or several where a pass has fewer steps than
+        min_epoch_steps: few users with many targets each are no small data set.
         patience: epochs without a better validation log loss before the early stop.
         validation_share: share of training targets held out for the early stop.
-        warmup_steps: steps of unquantized attention before the codebooks start from k-means.
+        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most two epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         seed: of weights, order and draws.
@@ -84,6 +101,7 @@ class TrainConfig:
     users_per_step: int = 16
     targets_per_user: int = 64
     epochs: int = 6
+    min_epoch_steps: int = 50
     patience: int = 2
     validation_share: float = 0.05
     warmup_steps: int = 100

@@ -90,7 +90,7 @@ class Batch:
         items: features of the N distinct items of the batch.
         event_item: int64 [E] and target_item: int64 [T], positions among the N distinct items.
         event_interaction: int64 [E]; event_time_ms: int64 [E].
-        event_start, target_start: python lists [U + 1].
+        event_start, target_start: python lists [U + 1]; cut_offs: python list [U], distinct target_end of each user.
         target_time_ms, target_context, target_end: int64 [T]; target_label: float32 [T]; the context as its row.
         user_rows: int64 [T, F].
     """
@@ -107,6 +107,7 @@ class Batch:
     target_label: Array
     user_rows: Array
     target_start: list[int]
+    cut_offs: list[int]
 
     def to(self, device: str) -> Batch:
         """Return the same batch as tensors on `device`."""
@@ -176,6 +177,7 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
         target_label=sequences.target_label[chosen].astype(np.float32),
         user_rows=np.repeat(joined.user_rows[users], counts, axis=0),
         target_start=[0, *np.cumsum(counts).tolist()],
+        cut_offs=[len(np.unique(sequences.target_end[c])) for c in targets],
     )
 
 
@@ -211,17 +213,28 @@ class UserBatches:
         users, first = np.unique(owner, return_index=True)
         return users, np.split(targets, first[1:])
 
-    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int):
-        """Yield this worker's batches; every worker gets the same number (the last users may repeat from the start)."""
+    def steps_per_pass(self, targets: np.ndarray) -> int:
+        """Return the steps in which every user with a target is visited once."""
+        return -(-len(self.by_user(targets)[0]) // (self.world * self.users_per_step))
+
+    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int, min_steps: int = 1):
+        """Yield this worker's batches: passes over the users, each in a fresh order, until there are `min_steps`.
+
+        Every worker gets the same number (the last users of a pass may repeat from its start).
+        """
         users, positions = self.by_user(targets)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(users))
         share = self.world * self.users_per_step
-        order = np.resize(order, -(-len(order) // share) * share) if len(order) else order
-        for step, start in enumerate(range(0, len(order), share)):
-            mine = order[start + self.rank : start + share : self.world]
-            rng = np.random.default_rng([self.seed, epoch, step, self.rank])
-            chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
-            yield make_batch(self.joined, users[mine], chosen)
+        passes = -(-min_steps // max(1, self.steps_per_pass(targets))) if len(users) else 0
+        step = 0
+        for number in range(max(passes, 1)):
+            order = np.random.default_rng([self.seed, epoch, *([number] if number else [])]).permutation(len(users))
+            order = np.resize(order, -(-len(order) // share) * share) if len(order) else order
+            for start in range(0, len(order), share):
+                mine = order[start + self.rank : start + share : self.world]
+                rng = np.random.default_rng([self.seed, epoch, step, self.rank])
+                chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
+                yield make_batch(self.joined, users[mine], chosen)
+                step += 1
 
     def all_of(self, targets: np.ndarray):
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""

@@ -16,6 +16,7 @@ from torch import nn
 from training.checkpoint import inherit
 from training.config import TrainConfig
 from training.data import Joined, Split, UserBatches
+from training.model.probe import probe_by_length, probe_warnings
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
@@ -96,6 +97,7 @@ def train_model(
         max(1, config.users_per_step // worker.world),
         config.seed,
     )
+    warmup = min(config.warmup_steps, 2 * max(batches.steps_per_pass(data.split.train), config.min_epoch_steps))
     generator = torch.Generator().manual_seed(config.seed)
     best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
     if resume is not None:
@@ -109,7 +111,7 @@ def train_model(
         started, waited, losses, samples = time.perf_counter(), 0.0, [], 0
         model.train()
         mark = time.perf_counter()
-        for batch in batches.epoch(data.split.train, epoch, config.targets_per_user):
+        for batch in batches.epoch(data.split.train, epoch, config.targets_per_user, config.min_epoch_steps):
             batch = batch.to(worker.device)
             waited += time.perf_counter() - mark
             logits, auxiliary = parallel(batch)
@@ -121,7 +123,7 @@ def train_model(
             step += 1
             losses.append(loss.detach())
             samples += len(batch.target_label)
-            _tend_codebooks(model, batch, step, config, worker, generator)
+            _tend_codebooks(model, batch, step, warmup, config, worker, generator)
             mark = time.perf_counter()
         train_loss = float(torch.stack(losses).mean()) if losses else float("nan")
         if not np.isfinite(train_loss):
@@ -141,7 +143,7 @@ def train_model(
             "epoch_seconds": seconds,
         }
         if model.quantizer is not None:
-            metrics["perplexity_share"] = float(model.quantizer.perplexity_share().mean())
+            metrics |= _codebook_metrics(model, batches, data.split.validation, worker)
         result = EpochResult(
             epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished
         )
@@ -153,7 +155,7 @@ def train_model(
         result = EpochResult(**resume)
     if best_epoch < 0:
         raise FloatingPointError(
-            f"{name} has no epoch after the {config.warmup_steps} warm-up steps of its codebooks: train longer or warm up less"
+            f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
         )
     model.load_state_dict(best_state)
     return model.eval(), result
@@ -171,13 +173,17 @@ def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
 
 @torch.no_grad()
 def _tend_codebooks(
-    model: Ranker, batch, step: int, config: TrainConfig, worker: Worker, generator: torch.Generator
+    model: Ranker, batch, step: int, warmup: int, config: TrainConfig, worker: Worker, generator: torch.Generator
 ) -> None:
-    """Start codebooks after warm-up, revive dead codes; rank 0 decides, all workers hold bit-identical codebooks."""
+    """Move averaged codebooks, start them after warm-up, revive dead codes; all workers hold bit-identical codebooks."""
     quantizer = model.quantizer
     if quantizer is None:
         return
-    starting = not bool(quantizer.started) and step >= config.warmup_steps
+    if quantizer.ema_decay is not None and bool(quantizer.started):
+        if worker.world > 1:
+            dist.all_reduce(quantizer.step_GCk)
+        quantizer.ema_step()
+    starting = not bool(quantizer.started) and step >= warmup
     reviving = bool(quantizer.started) and step % config.revive_every_steps == 0
     if starting or reviving:
         if worker.world > 1:
@@ -189,6 +195,26 @@ def _tend_codebooks(
         if worker.world > 1:
             for tensor in (quantizer.codebook_GCw.data, quantizer.usage_GC, quantizer.started):
                 dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> dict[str, float]:
+    """Return how the codebook is used and, on a few users, how far attention over it is from exact attention.
+
+    Of this worker's users: figures to look at, which nothing is decided by.
+    """
+    assert model.quantizer is not None
+    shares_G = model.quantizer.perplexity_share()
+    metrics = {"perplexity_share": float(shares_G.mean()), "dead_share": float(model.quantizer.dead_share().mean())}
+    batch = next(batches.all_of(targets), None)
+    if batch is None or not bool(model.quantizer.started):
+        return metrics
+    probes = probe_by_length(model.eval().probe(batch.to(worker.device)))
+    for probe in probes:
+        span = f"probe_{probe.shortest}_to_{probe.longest - 1}_events"
+        metrics |= {f"{span}/attention_error": probe.error, f"{span}/bound": probe.bound, f"{span}/key_error": probe.key_error}
+    metrics["probe_warnings"] = float(len(probe_warnings(probes, shares_G.cpu())))
+    return metrics
 
 
 @torch.no_grad()

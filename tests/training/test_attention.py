@@ -74,7 +74,7 @@ def test_without_the_log_count_the_cache_is_wrong():
 
 def test_counts_sum_to_the_number_of_events():
     *_, cache, _, _, _ = _both_forms(123, 1, 0, None)
-    assert torch.allclose(cache.log_count_HMC.exp().sum((1, 2)), torch.full((HEADS,), 123.0))
+    assert torch.allclose(cache.log_count_HMC.exp().sum((1, 2)), torch.full((HEADS,), 123.0, dtype=torch.float64))
 
 
 def test_an_empty_history_gives_zeros():
@@ -145,42 +145,6 @@ def test_the_task_gradient_goes_to_the_keys_and_not_to_the_codebook():
     event_attention(queries, hard, values, times, target_times, torch.full((4,), 60), None).square().sum().backward()
     assert keys.grad.abs().max() > 0
     assert quantizer.codebook_GCw.grad is None or quantizer.codebook_GCw.grad.abs().max() == 0
-
-
-def test_the_quantization_loss_is_the_mean_squared_key_error_over_events():
-    quantizer, keys, *_ = _problem(30, 1, 0)
-    weight = torch.arange(30)
-    _, loss, codes = quantizer(keys, weight, commitment=0.25)
-    squared = (keys - quantizer.quantized(codes, keys)).square().sum((1, 2))
-    assert float(loss) == pytest.approx(1.25 * float((squared * weight).sum() / weight.sum()), rel=1e-5)
-
-
-def test_search_is_right_for_keys_far_from_the_origin():
-    quantizer, keys, *_ = _problem(500, 1, 0)
-    with torch.no_grad():
-        quantizer.codebook_GCw += 1_000.0
-    grouped = (keys + 1_000.0).double().reshape(500, GROUPS, -1)
-    brute = (grouped[:, :, None] - quantizer.codebook_GCw.double()[None]).square().sum(-1).argmin(-1)
-    assert (quantizer.search(keys + 1_000.0) == brute).float().mean() > 0.999
-
-
-def test_dead_codes_come_back_with_their_usage_reset():
-    quantizer, keys, *_ = _problem(100, 1, 0)
-    with torch.no_grad():
-        quantizer.codebook_GCw[:, 0] = 1e6
-        quantizer.usage_GC[:, 0] = 0.0
-    assert quantizer.revive(keys, torch.Generator().manual_seed(0)) == GROUPS
-    assert quantizer.codebook_GCw[:, 0].abs().max() < 1e3
-    assert (quantizer.usage_GC[:, 0] > 0).all()
-
-
-def test_kmeans_start_uses_every_code_on_spread_keys():
-    quantizer, keys, *_ = _problem(2_000, 1, 0)
-    before = (keys - quantizer.quantized(quantizer.search(keys), keys)).square().mean()
-    quantizer.start_from_keys(keys, torch.Generator().manual_seed(0))
-    codes = quantizer.search(keys)
-    assert all(len(codes[:, g].unique()) == CODES for g in range(GROUPS))
-    assert (keys - quantizer.quantized(codes, keys)).square().mean() < before
 
 
 def test_mean_pooling_is_the_mean_of_the_visible_values():

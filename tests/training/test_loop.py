@@ -12,10 +12,10 @@ import torch
 import torch.multiprocessing as mp
 
 from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import ITEMS, WATCH_BUCKETS
-from tests.training.conftest import DT
+from etl.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
+from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
-from training.data import Sequences, UserBatches, split_targets
+from training.data import Joined, Sequences, UserBatches, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.vocabulary import Vocabulary
 
@@ -44,16 +44,16 @@ def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
         time_ms,
         label,
         np.ones(len(item), np.int16),
+        np.where(time_ms >= day_number(DT) * MS_PER_DAY, EVALUATION, TRAIN).astype(np.int8),
         np.tile(np.arange(length, dtype=np.int32), users),
     )
     table = pa.table({"item_index": np.arange(items, dtype=np.int32), "item_id": np.arange(items), "train_occurrences": np.full(items, 9),
-                      "author_id": np.arange(items), "categories": [[int(t)] for t in topic], "duration_ms": np.full(items, 9_000),
-                      "item_type": ["N"] * items, "upload_type": ["A"] * items}, schema=ITEMS)  # fmt: skip
+                      "author_id": np.arange(items), "categories": [[str(t)] for t in topic], "duration_ms": np.full(items, 9_000.0),
+                      "item_type": ["N"] * items, "upload_type": ["A"] * items}, schema=KUAIRAND_ITEMS)  # fmt: skip
     config = TrainConfig()
-    vocabulary = Vocabulary.build(table, [np.array(["a"] * users, dtype=object)], config.vocabulary)
-    return TrainingData(
-        sequences, vocabulary.item_features(table), vocabulary, split_targets(sequences, DT, 0.05, seed)
-    )
+    fields = [np.array(["a"] * users, dtype=object)]
+    vocabulary = Vocabulary.build(table, fields, sequences.target_context, config.vocabulary)
+    return TrainingData(Joined.of(sequences, table, vocabulary), vocabulary, split_targets(sequences, 0.05, seed))
 
 
 def small_config(**changes) -> TrainConfig:
@@ -71,10 +71,10 @@ def small_config(**changes) -> TrainConfig:
 
 
 def auc_of(data: TrainingData, model) -> float:
-    batches = UserBatches(data.sequences, data.vocabulary, data.features, 0, 1, 32, 0)
+    batches = UserBatches(data.joined, 0, 1, 32, 0)
     with torch.no_grad():
         scores = np.concatenate([model(batch.to("cpu"))[0].numpy() for batch in batches.all_of(data.split.evaluation)])
-    label = data.sequences.target_label[data.split.evaluation].astype(bool)
+    label = data.joined.sequences.target_label[data.split.evaluation].astype(bool)
     return float((scores[label][:, None] > scores[~label][None, :]).mean())
 
 

@@ -1,18 +1,52 @@
 """Target attention over one user's history, in its two equal forms: over events (training), over codes (serving).
 
-Legend: L events of the user, T targets, H heads, d head width, G groups, C codes, M kernel components.
-Queries and keys arrive scaled, so logits are plain dot products.
+Legend: L events of the user, T targets, H heads, d head width, G groups, C codes, M kernel components, R events of the
+exact recent window, K entries of any softmax. Queries and keys arrive scaled, so logits are plain dot products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.model.cache import UserCache
+from training.model.cache import build_cache as build_cache
 from training.model.kernel import MixtureKernel, age_days
+
+NOTHING = -1e30  # log of the weight of no event: finite, so that no gradient meets inf - inf
+
+
+class Attended(NamedTuple):
+    """Attention over a part of a history, ready to be joined with the attention over the other parts.
+
+    Attributes:
+        out_THd: softmax-weighted mean of the part's values; zeros where a target sees none of the part.
+        lse_TH: log of the sum of the part's exp(logit); `NOTHING` where a target sees none of the part.
+    """
+
+    out_THd: Tensor
+    lse_TH: Tensor
+
+
+def combine(*parts: Attended) -> Attended:
+    """Join the attention over disjoint sets of events: exactly the one softmax over all of them."""
+    lse_PTH = torch.stack([part.lse_TH for part in parts])
+    out_PTHd = torch.stack([part.out_THd for part in parts])
+    out_THd = (lse_PTH.softmax(0)[..., None] * out_PTHd).sum(0)
+    return Attended(out_THd, lse_PTH.logsumexp(0))
+
+
+def softmax_part(logit_HTK: Tensor, value: Tensor) -> Attended:
+    """Softmax over K entries, -inf where hidden, of values [H, K, d] or, if each target has its own, [H, T, K, d]."""
+    empty_HT1 = logit_HTK.isinf().all(-1, keepdim=True)
+    shown_HTK = logit_HTK.masked_fill(empty_HT1, 0.0)  # whatever is not -inf: the result is masked below
+    weight_HTK = shown_HTK.softmax(-1)
+    out_HTd = weight_HTK @ value if value.dim() == 3 else (weight_HTK[:, :, None] @ value)[:, :, 0]
+    lse_HT = shown_HTK.logsumexp(-1).masked_fill(empty_HT1[..., 0], NOTHING)
+    return Attended(out_HTd.masked_fill(empty_HT1, 0.0).transpose(0, 1), lse_HT.T)
 
 
 def event_attention(
@@ -45,7 +79,7 @@ def event_attention(
     if kernel is None:
         bias = torch.zeros(hidden_TL.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden_TL, float("-inf"))
     else:
-        bias = kernel.log_kernel(times, event_time_ms_L).masked_fill(hidden_TL, float("-inf")).to(q.dtype)
+        bias = kernel.log_kernel(times[:, None], event_time_ms_L).masked_fill(hidden_TL, float("-inf")).to(q.dtype)
     mixed_HTd = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         key_LHd.transpose(0, 1)[None],
@@ -57,74 +91,86 @@ def event_attention(
     return mixed_THd if every else out_THd.index_put((seen.nonzero()[:, 0],), mixed_THd)
 
 
-@dataclass(frozen=True)
-class UserCache:
-    """All that attention needs of one user's history, whatever its length.
-
-    Attributes:
-        log_count_HMC: log of the kernel-weighted event count per code; -inf where a code has no event.
-        mean_HMCd: kernel-weighted mean of the values per code (means, not sums: bounded, so fp16 can hold them).
-        reference_time_ms: time at which the kernel's weights are taken.
-    """
-
-    log_count_HMC: Tensor
-    mean_HMCd: Tensor
-    reference_time_ms: int
-
-
-def build_cache(
-    codes_LG: Tensor,
+def event_part(
+    query_THd: Tensor,
+    key_LHd: Tensor,
     value_LHd: Tensor,
     event_time_ms_L: Tensor,
-    reference_time_ms: int,
-    codes: int,
+    target_time_ms_T: Tensor,
+    target_end_T: Tensor,
     kernel: MixtureKernel | None,
-) -> UserCache:
-    """Sum a history into its codes, in log space with a maximum per code (linear counts underflow under a fast kernel)."""
-    length, heads, width = value_LHd.shape
-    code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
-    if kernel is None:
-        log_weight_HML = value_LHd.new_zeros(heads, 1, length)
-    else:
-        age_L = age_days(torch.full_like(event_time_ms_L, reference_time_ms), event_time_ms_L).to(value_LHd.dtype)
-        log_weight_HML = -kernel.rate_HM()[:, :, None] * age_L
-    components = log_weight_HML.shape[1]
-    index_HML = code_HL[:, None, :].expand(-1, components, -1)
-    empty = value_LHd.new_full((heads, components, codes), float("-inf"))
-    top_HMC = empty.scatter_reduce(2, index_HML, log_weight_HML, "amax")
-    safe_top = torch.where(top_HMC.isinf(), torch.zeros_like(top_HMC), top_HMC)
-    mass_HMC = torch.zeros_like(empty).scatter_add(2, index_HML, (log_weight_HML - safe_top.gather(2, index_HML)).exp())
-    log_count_HMC = safe_top + mass_HMC.log()
-    share_HML = (log_weight_HML - log_count_HMC.gather(2, index_HML)).exp()
-    weighted_HMLd = share_HML[..., None] * value_LHd.transpose(0, 1)[:, None]
-    mean_HMCd = value_LHd.new_zeros(heads, components, codes, width).scatter_add(
-        2, index_HML[..., None].expand(-1, -1, -1, width), weighted_HMLd
+) -> Attended:
+    """`event_attention` as a part of a larger softmax; keeps T x L logits."""
+    hidden_TL = torch.arange(key_LHd.shape[0], device=query_THd.device) >= target_end_T[:, None]
+    logit_HTL = query_THd.transpose(0, 1) @ key_LHd.permute(1, 2, 0)
+    if kernel is not None:
+        logit_HTL = logit_HTL + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L).to(logit_HTL.dtype)
+    return softmax_part(logit_HTL.masked_fill(hidden_TL, float("-inf")), value_LHd.transpose(0, 1))
+
+
+def window_part(
+    query_THd: Tensor,
+    key_LHd: Tensor,
+    value_LHd: Tensor,
+    event_time_ms_L: Tensor,
+    target_time_ms_T: Tensor,
+    target_end_T: Tensor,
+    kernel: MixtureKernel | None,
+    window: int,
+) -> Attended:
+    """Attention of every target over the newest `window` events before its cut-off, for their exact keys (vql 3.5).
+
+    The same function trains (all events, a cut-off per target) and serves (the newest events alone, every cut-off at their
+    end); the other part ends at `target_end - window`, clamped at 0, or is a cache that leaves the newest events out.
+    """
+    if key_LHd.shape[0] == 0:
+        return Attended(torch.zeros_like(query_THd), query_THd.new_full(query_THd.shape[:2], NOTHING))
+    place_TR = target_end_T[:, None] + torch.arange(-window, 0, device=query_THd.device)
+    event_TR = place_TR.clamp(min=0)
+    logit_HTR = torch.einsum("thd,trhd->htr", query_THd, key_LHd[event_TR])
+    if kernel is not None:
+        logit_HTR = logit_HTR + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L[event_TR]).to(
+            logit_HTR.dtype
+        )
+    return softmax_part(logit_HTR.masked_fill(place_TR < 0, float("-inf")), value_LHd[event_TR].permute(2, 0, 1, 3))
+
+
+def cache_part(
+    query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, target_time_ms_T: Tensor, kernel: MixtureKernel | None
+) -> Attended:
+    """Attention over codes (vql 3.5, 3.7): softmax(q . e_c + log phi + log n_c) on the means.
+
+    The log count is what makes the softmax over codes the softmax over events; without it a code with a thousand events
+    weighs no more than a code with one.
+    """
+    logit_HTMC = code_logits(
+        query_THd, codebook_HCd, cache.log_count_HMC, target_time_ms_T, cache.reference_time_ms, kernel
     )
-    return UserCache(log_count_HMC, mean_HMCd, reference_time_ms)
+    return softmax_part(logit_HTMC.flatten(2), cache.mean_HMCd.to(query_THd.dtype).flatten(1, 2))
 
 
 def cache_attention(
     query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, target_time_ms_T: Tensor, kernel: MixtureKernel | None
 ) -> Tensor:
-    """Attention over codes: softmax(q . e_c + log phi + log n_c) on the means; equals `event_attention` on codewords.
+    """Attention over codes, [T, H, d]; equals `event_attention` on codewords. An empty cache gives zeros."""
+    return cache_part(query_THd, codebook_HCd, cache, target_time_ms_T, kernel).out_THd
 
-    The log count is what makes the softmax over codes the softmax over events; without it a code with a thousand events
-    weighs no more than a code with one.
-    """
-    heads = query_THd.shape[1]
-    logit_HTC = torch.einsum("thd,hcd->htc", query_THd, codebook_HCd)
-    logit_HTMC = logit_HTC[:, :, None, :] + cache.log_count_HMC[:, None]
-    if kernel is not None:
-        age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, cache.reference_time_ms)).to(
-            query_THd.dtype
-        )
-        logit_HTMC = (
-            logit_HTMC + (kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None])[..., None]
-        )
-    if bool(cache.log_count_HMC.isinf().all()):
-        return torch.zeros_like(query_THd)
-    weight_HTK = logit_HTMC.reshape(heads, logit_HTMC.shape[1], -1).softmax(-1)
-    return torch.einsum("htk,hkd->thd", weight_HTK, cache.mean_HMCd.reshape(heads, -1, cache.mean_HMCd.shape[-1]))
+
+def code_logits(
+    query_THd: Tensor,
+    codebook_HCd: Tensor,
+    log_count_HMC: Tensor,
+    target_time_ms_T: Tensor,
+    reference_time_ms: int,
+    kernel: MixtureKernel | None,
+) -> Tensor:
+    """Return q . e_c + log phi_m(t_q) + log n_cm, [H, T, M, C]; a target before the reference time counts as at it."""
+    logit_HT1C = (query_THd.transpose(0, 1) @ codebook_HCd.transpose(1, 2))[:, :, None]
+    if kernel is None:
+        return logit_HT1C + log_count_HMC[:, None].to(query_THd.dtype)
+    age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, reference_time_ms), torch.float64)
+    log_phi_HTM = kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None]
+    return logit_HT1C + (log_phi_HTM[..., None] + log_count_HMC[:, None]).to(query_THd.dtype)
 
 
 def mean_pooling(value_LHd: Tensor, target_end_T: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
     K(t_q - t_i) = sum_m b_m exp(-a_m (t_q - t_i)),   b = softmax,   per head        (a single exponential would cancel)
 
 Legend: H heads, M components, T targets, L events. Times are int64 milliseconds; differences are taken in int64 and only
-then become fp32 days, because epoch milliseconds do not fit into fp32.
+then become floating-point days, because epoch milliseconds do not fit into fp32.
 """
 
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +36,20 @@ class MixtureKernel(nn.Module):
     def log_weight_HM(self) -> Tensor:
         return self.weight_HM.log_softmax(-1)
 
-    def log_kernel(self, target_time_ms_T: Tensor, event_time_ms_L: Tensor) -> Tensor:
-        """Return log K, fp32 [H, T, L]."""
-        age_TL = age_days(target_time_ms_T[:, None], event_time_ms_L[None, :])
-        parts = self.log_weight_HM()[:, :, None, None] - self.rate_HM()[:, :, None, None] * age_TL
-        return torch.logsumexp(parts, dim=1) if parts.shape[1] > 2 else _logaddexp(parts)
+    def log_kernel(self, target_time_ms: Tensor, event_time_ms: Tensor) -> Tensor:
+        """Return log K of broadcastable times, [H, *times], in the kernel's own precision."""
+        return self.log_kernel_of_age(age_days(target_time_ms, event_time_ms, self.weight_HM.dtype)[None])
+
+    def log_kernel_of_age(self, age_H: Tensor) -> Tensor:
+        """Return log K of ages in days, [H or 1, ...] -> [H, ...]."""
+        per_head = (-1, *[1] * (age_H.dim() - 1))
+        parts = [
+            log_weight_H.view(per_head) - rate_H.view(per_head) * age_H
+            for log_weight_H, rate_H in zip(self.log_weight_HM().unbind(1), self.rate_HM().unbind(1), strict=True)
+        ]
+        return reduce(torch.logaddexp, parts)
 
 
-def age_days(later_ms: Tensor, earlier_ms: Tensor) -> Tensor:
-    """Return later - earlier in fp32 days, never negative (clock skew)."""
-    return ((later_ms - earlier_ms).clamp(min=0).double() / MS_PER_DAY).float()
-
-
-def _logaddexp(parts_HMTL: Tensor) -> Tensor:
-    return parts_HMTL[:, 0] if parts_HMTL.shape[1] == 1 else torch.logaddexp(parts_HMTL[:, 0], parts_HMTL[:, 1])
+def age_days(later_ms: Tensor, earlier_ms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return later - earlier in days, never negative (clock skew)."""
+    return ((later_ms - earlier_ms).clamp(min=0).double() / MS_PER_DAY).to(dtype)

@@ -2,6 +2,9 @@
 
 Legend: N keys (one a distinct item), H heads, d head width, G groups, w = D / G group width, C codes.
 
+The codewords follow their keys in one of two ways: by the gradient of the codebook loss, or, with a decay, as moving averages of
+the keys assigned to them (then the loss is the commitment alone and the codewords are no optimizer's business).
+
 Group g quantizes the concatenation of its heads' keys with a codebook of its own; the heads of a group share the
 assignment. Search and losses stay in fp32 whatever autocast says: with off-centre keys bf16 flips most assignments.
 """
@@ -16,20 +19,29 @@ class GroupedQuantizer(nn.Module):
     """Codebooks of all groups.
 
     Attributes:
-        codebook_GCw: the codewords, trained by the codebook loss alone (the task's gradient goes straight through).
+        codebook_GCw: the codewords; the task's gradient goes straight through them to the keys.
         usage_GC: moving average of each code's share of the events.
         started: 0 until `start_from_keys` has run; before it, keys pass unquantized.
+        average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event count,
+            fp32 [G, C, w + 1].
+        step_GCk: with an `ema_decay` only: the same sums of the last training batch. Sum them over workers, then call `ema_step`.
     """
 
     usage_GC: Tensor
     started: Tensor
+    average_GCk: Tensor
+    step_GCk: Tensor
 
-    def __init__(self, groups: int, codes: int, group_width: int) -> None:
+    def __init__(self, groups: int, codes: int, group_width: int, ema_decay: float | None = None) -> None:
         super().__init__()
-        self.groups, self.codes, self.group_width = groups, codes, group_width
-        self.codebook_GCw = nn.Parameter(torch.randn(groups, codes, group_width) * group_width**-0.5)
+        self.groups, self.codes, self.group_width, self.ema_decay = groups, codes, group_width, ema_decay
+        words_GCw = torch.randn(groups, codes, group_width) * group_width**-0.5
+        self.codebook_GCw = nn.Parameter(words_GCw, requires_grad=ema_decay is None)
         self.register_buffer("usage_GC", torch.full((groups, codes), 1.0 / codes))
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
+        if ema_decay is not None:
+            self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones(groups, codes, 1)], -1))
+            self.register_buffer("step_GCk", torch.zeros(groups, codes, group_width + 1), persistent=False)
 
     @torch.no_grad()
     def search(self, keys_NHd: Tensor) -> Tensor:
@@ -64,12 +76,13 @@ class GroupedQuantizer(nn.Module):
             keys_GNw = self._grouped(keys_NHd.float())
             words_GNw = self.lookup(codes_NG)
             weight = weight_N.float() / weight_N.sum().clamp(min=1)
-            codebook_loss = ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
-            commitment_loss = ((keys_GNw - words_GNw.detach()).square().sum((0, 2)) * weight).sum()
+            loss = commitment * ((keys_GNw - words_GNw.detach()).square().sum((0, 2)) * weight).sum()
+            if self.ema_decay is None:
+                loss = loss + ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
             hard_GNw = keys_GNw + (words_GNw - keys_GNw).detach()
-        if self.training:
-            self._track_usage(codes_NG, weight)
-        return self._ungrouped(hard_GNw, keys_NHd), codebook_loss + commitment * commitment_loss, codes_NG
+            if self.training:
+                self._track(codes_NG, keys_GNw.detach(), weight_N.float())
+        return self._ungrouped(hard_GNw, keys_NHd), loss, codes_NG
 
     def quantized(self, codes_NG: Tensor, like_NHd: Tensor) -> Tensor:
         """Return codewords laid out as keys, [N, H, d]."""
@@ -87,42 +100,66 @@ class GroupedQuantizer(nn.Module):
             noise = torch.randn(self.codes, self.group_width, generator=generator).to(keys_NHd.device) * 1e-4
             self.codebook_GCw[g] = keys_GNw[g][picked.to(keys_NHd.device)] + noise
         for _ in range(iterations):
-            codes_NG = self.search(keys_NHd)
-            for g in range(self.groups):
-                count_C = torch.zeros(self.codes, device=keys_NHd.device).index_add_(
-                    0, codes_NG[:, g], torch.ones(n, device=keys_NHd.device)
-                )
-                total_Cw = torch.zeros_like(self.codebook_GCw[g]).index_add_(0, codes_NG[:, g], keys_GNw[g])
-                self.codebook_GCw[g] = torch.where(
-                    count_C[:, None] > 0, total_Cw / count_C.clamp(min=1)[:, None], self.codebook_GCw[g]
-                )
+            sums_GCk = self._sums(self.search(keys_NHd), keys_GNw, keys_GNw.new_ones(n))
+            count_GC1 = sums_GCk[..., -1:]
+            self.codebook_GCw.copy_(torch.where(count_GC1 > 0, sums_GCk[..., :-1] / count_GC1, self.codebook_GCw))
         self.usage_GC.fill_(1.0 / self.codes)
+        self._restart_averages(torch.ones_like(self.usage_GC, dtype=torch.bool))
         self.started.fill_(1)
+
+    @torch.no_grad()
+    def ema_step(self) -> None:
+        """Move averages and codewords by one batch, after its backward pass; `step_GCk` holds the sums of all workers."""
+        assert self.ema_decay is not None
+        events_G11 = self.step_GCk[..., -1:].sum(1, keepdim=True)
+        # In shares, an average code weighs 1 whatever the batch, and so does a restarted one.
+        even_GCk = self.step_GCk * (self.codes / events_G11.clamp(min=1))
+        self.average_GCk.lerp_(even_GCk, 1 - self.ema_decay)
+        # Both sums of an unused code decay alike, so its codeword stays, until there is nothing left to divide.
+        total_GCw, weight_GC1 = self.average_GCk[..., :-1], self.average_GCk[..., -1:]
+        self.codebook_GCw.copy_(torch.where(weight_GC1 > 1e-6, total_GCw / weight_GC1, self.codebook_GCw))
 
     @torch.no_grad()
     def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
         """Move codes used less than `threshold` of an even share to random keys, their usage reset; return how many."""
         keys_GNw = self._grouped(keys_NHd.float())
-        revived = 0
+        dead_GC = self.usage_GC < threshold / self.codes
         for g in range(self.groups):
-            dead = torch.nonzero(self.usage_GC[g] < threshold / self.codes).flatten()
-            if len(dead):
-                picked = torch.randint(keys_GNw.shape[1], (len(dead),), generator=generator).to(dead.device)
-                self.codebook_GCw[g, dead] = keys_GNw[g][picked]
-                self.usage_GC[g, dead] = 1.0 / self.codes
-                revived += len(dead)
-        return revived
+            dead = torch.nonzero(dead_GC[g]).flatten()
+            picked = torch.randint(keys_GNw.shape[1], (len(dead),), generator=generator).to(dead.device)
+            self.codebook_GCw[g, dead] = keys_GNw[g][picked]
+        self.usage_GC[dead_GC] = 1.0 / self.codes
+        self._restart_averages(dead_GC)
+        return int(dead_GC.sum())
 
     def perplexity_share(self) -> Tensor:
         """Return exp(entropy of usage) / C per group, float [G]; near 0 = collapsed, healthy above .5."""
         share = self.usage_GC / self.usage_GC.sum(1, keepdim=True)
         return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)) / self.codes
 
+    def dead_share(self, threshold: float = 0.02) -> Tensor:
+        """Return the share of codes used less than `threshold` of an even share per group, float [G]."""
+        return (self.usage_GC < threshold / self.codes).float().mean(1)
+
     @torch.no_grad()
-    def _track_usage(self, codes_NG: Tensor, weight_N: Tensor) -> None:
-        for g in range(self.groups):
-            share_C = torch.zeros(self.codes, device=weight_N.device).index_add_(0, codes_NG[:, g], weight_N)
-            self.usage_GC[g].lerp_(share_C, 0.05)
+    def _track(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> None:
+        sums_GCk = self._sums(codes_NG, keys_GNw, weight_N)
+        self.usage_GC.lerp_(sums_GCk[..., -1] / weight_N.sum().clamp(min=1), 0.05)
+        if self.ema_decay is not None:
+            self.step_GCk.copy_(sums_GCk)  # not added: a recomputed forward pass must not count twice
+
+    def _sums(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> Tensor:
+        """Sum weighted keys and, last, weights per code, fp32 [G, C, w + 1]."""
+        rows_GNk = torch.cat([keys_GNw, torch.ones_like(keys_GNw[..., :1])], -1) * weight_N[:, None]
+        sums_Xk = rows_GNk.new_zeros(self.groups * self.codes, self.group_width + 1)
+        row_GN = codes_NG.T + self.codes * torch.arange(self.groups, device=codes_NG.device)[:, None]
+        return sums_Xk.index_add_(0, row_GN.flatten(), rows_GNk.flatten(0, 1)).view(self.groups, self.codes, -1)
+
+    def _restart_averages(self, which_GC: Tensor) -> None:
+        """Set averages to the present codewords at the weight of an average code; else they would undo a revival."""
+        if self.ema_decay is not None:
+            restarted_GCk = torch.cat([self.codebook_GCw, torch.ones_like(self.codebook_GCw[..., :1])], -1)
+            self.average_GCk.copy_(torch.where(which_GC[..., None], restarted_GCk, self.average_GCk))
 
     def _grouped(self, keys_NHd: Tensor) -> Tensor:
         return keys_NHd.reshape(keys_NHd.shape[0], self.groups, self.group_width).transpose(0, 1)

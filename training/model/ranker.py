@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,14 @@ from torch import Tensor, nn
 from etl.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
-from training.model.attention import UserCache, build_cache, cache_attention, event_attention, mean_pooling
+from training.model.attention import cache_part, combine, event_attention, event_part, mean_pooling, window_part
+from training.model.cache import UserCache, build_cache
+from training.model.factored import factored_attention, prefers_factored
 from training.model.kernel import MixtureKernel, age_days
+from training.model.probe import AttentionErrors, attention_errors
 from training.model.quantizer import GroupedQuantizer
+from training.model.refined import index_events, refined_cache_part, refined_event_part
+from training.model.sdim import HashedAttention
 from training.vocabulary import ItemFeatures, Vocabulary
 
 MAX_LOG_SCALE = math.log(4.0)  # the theorem's bound grows with the logit scale: capped
@@ -91,6 +97,28 @@ class InteractionEncoder(nn.Module):
         return self.to_value(F.relu(self.feedback(self.bits) + self.watch(self.bucket)))
 
 
+class _Keys(NamedTuple):
+    """Keys of the N items: exact, at their codewords (straight-through), and their codes (None: not quantized)."""
+
+    exact_NHd: Tensor
+    hard_NHd: Tensor
+    codes_NG: Tensor | None
+
+
+class _User(NamedTuple):
+    """One user's part of a batch."""
+
+    events: slice
+    targets: slice
+    cut_offs: int
+
+
+def _users(batch: Batch) -> list[_User]:
+    events = [slice(a, b) for a, b in itertools.pairwise(batch.event_start)]
+    targets = [slice(a, b) for a, b in itertools.pairwise(batch.target_start)]
+    return [_User(*parts) for parts in zip(events, targets, batch.cut_offs, strict=True)]
+
+
 class Ranker(nn.Module):
     """VQL, or a baseline with the same embeddings and the same head."""
 
@@ -110,7 +138,9 @@ class Ranker(nn.Module):
             if config.kernel_components:
                 self.kernel = MixtureKernel(config.heads, config.half_life_days[: config.kernel_components])
         if config.interest == "vql":
-            self.quantizer = GroupedQuantizer(config.groups, config.codes, config.width // config.groups)
+            self.quantizer = GroupedQuantizer(config.groups, config.codes, config.width // config.groups, config.ema_decay)
+        if config.interest == "sdim":
+            self.hashed = HashedAttention(config.width)
         self.user_fields = nn.ModuleList(_embedding(rows, config.field_width // 4) for rows in sizes.user_fields)
         self.context = _embedding(sizes.contexts, config.field_width // 2)
         widths = [
@@ -125,37 +155,44 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits float [T] and the weighted quantization loss (0 for baselines and during warm-up)."""
         static_NS = self.items(batch.items)
-        value_NHd = self._heads(self.to_value(static_NS))
-        interaction_IHd = self._heads(self.interactions.table())
-        value_EHd = value_NHd[batch.event_item] + interaction_IHd[batch.event_interaction]
-        auxiliary = static_NS.new_zeros(())
-        key_NHd: Tensor | None = None
-        query_THd: Tensor | None = None
-        if self.config.interest != "mean_pooling":
-            key_NHd = self.keys(static_NS)
-            query_THd = self.queries(static_NS)[batch.target_item]
-            if self.quantizer is not None:
-                key_NHd, auxiliary = self._quantize(key_NHd, batch)
-        interest_THd = []
-        for user in range(len(batch.event_start) - 1):
-            events = slice(batch.event_start[user], batch.event_start[user + 1])
-            targets = slice(batch.target_start[user], batch.target_start[user + 1])
-            end_T, value_LHd = batch.target_end[targets], value_EHd[events]
-            if key_NHd is None or query_THd is None:
-                interest_THd.append(mean_pooling(value_LHd, end_T))
-            else:
-                interest_THd.append(
-                    event_attention(
-                        query_THd[targets],
-                        key_NHd[batch.event_item[events]],
-                        value_LHd,
-                        batch.event_time_ms[events],
-                        batch.target_time_ms[targets],
-                        end_T,
-                        self.kernel,
-                    )
-                )
-        return self.predict(torch.cat(interest_THd), static_NS, batch), auxiliary
+        value_EHd = self._values(static_NS, batch)
+        if self.config.interest == "mean_pooling":
+            parts = [mean_pooling(value_EHd[u.events], batch.target_end[u.targets]) for u in _users(batch)]
+            return self.predict(torch.cat(parts), static_NS, batch), static_NS.new_zeros(())
+        keys, auxiliary = self._keys_of(static_NS, batch)
+        query_THd = self.queries(static_NS)[batch.target_item]
+        parts = [self._attend(u, batch, query_THd[u.targets], keys, value_EHd[u.events]) for u in _users(batch)]
+        return self.predict(torch.cat(parts), static_NS, batch), auxiliary
+
+    def _attend(self, user: _User, batch: Batch, query_THd: Tensor, keys: _Keys, value_LHd: Tensor) -> Tensor:
+        """Return the interest of one user's targets, [T, H, d]: attention over his events, whatever form is the cheapest."""
+        config, item_L, end_T = self.config, batch.event_item[user.events], batch.target_end[user.targets]
+        times = batch.event_time_ms[user.events], batch.target_time_ms[user.targets]
+        if config.interest == "sdim":
+            signature_NX = self.hashed.signatures(keys.exact_NHd)
+            return self.hashed(signature_NX[batch.target_item[user.targets]], signature_NX[item_L], value_LHd, end_T)
+        if config.interest == "recent_attention":
+            key_LHd = keys.exact_NHd[item_L]
+            return window_part(query_THd, key_LHd, value_LHd, *times, end_T, self.kernel, config.recent_window).out_THd
+        if keys.codes_NG is None:
+            return event_attention(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel)
+        tail_T = (end_T - config.recent_window).clamp(min=0)  # the newest events have exact keys
+        if config.refine_k:
+            tail = refined_event_part(
+                query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel, config.refine_k
+            )  # fmt: skip
+        elif prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
+            tail = factored_attention(
+                query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel
+            )  # fmt: skip
+        elif config.recent_window:
+            tail = event_part(query_THd, keys.hard_NHd[item_L], value_LHd, *times, tail_T, self.kernel)
+        else:
+            return event_attention(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, self.kernel)
+        if not config.recent_window:
+            return tail.out_THd
+        head = window_part(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel, config.recent_window)
+        return combine(head, tail).out_THd
 
     def keys(self, static_NS: Tensor) -> Tensor:
         """Keys [N, H, d]: LayerNorm without gain per head, times d^-1/4, so that logits are bounded by sqrt(d)."""
@@ -184,50 +221,92 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def user_caches(self, batch: Batch, reference_time_ms: int) -> list[UserCache]:
-        """Return the cache of every user of the batch (VQL only), each over all his events in the batch."""
+        """Return the cache of every user of the batch (VQL only), each over all his events but the exact recent window."""
         assert self.quantizer is not None
         static_NS = self.items(batch.items)
-        codes_NG = self.quantizer.search(self.keys(static_NS))
-        value_NHd, interaction_IHd = self._heads(self.to_value(static_NS)), self._heads(self.interactions.table())
+        codes_NG, value_EHd = self.quantizer.search(self.keys(static_NS)), self._values(static_NS, batch)
         caches = []
-        for first, last in zip(batch.event_start, batch.event_start[1:], strict=False):
-            item = batch.event_item[first:last]
-            value_LHd = value_NHd[item] + interaction_IHd[batch.event_interaction[first:last]]
-            caches.append(
-                build_cache(
-                    codes_NG[item],
-                    value_LHd,
-                    batch.event_time_ms[first:last],
-                    reference_time_ms,
-                    self.config.codes,
-                    self.kernel,
-                )
-            )
+        for user in _users(batch):
+            old = slice(user.events.start, max(user.events.start, user.events.stop - self.config.recent_window))
+            codes_LG, times = codes_NG[batch.event_item[old]], batch.event_time_ms[old]
+            caches.append(build_cache(codes_LG, value_EHd[old], times, reference_time_ms, self.config.codes, self.kernel))
         return caches
 
     @torch.no_grad()
     def score_with_caches(self, batch: Batch, caches: list[UserCache]) -> Tensor:
-        """Return logits [T] from caches instead of events: the cost does not depend on the history's length."""
-        static_NS = self.items(batch.items)
-        query_THd, codebook_HCd = self.queries(static_NS)[batch.target_item], self.codebook_HCd()
+        """Return logits [T] from caches: plain VQL reads no event, and the cost does not depend on the history's length.
+
+        With an exact recent window or refined codes the batch's events are opened where these need them.
+        """
+        assert self.quantizer is not None
+        static_NS, codebook_HCd, config = self.items(batch.items), self.codebook_HCd(), self.config
+        query_EHd = self.queries(static_NS)
+        opened = bool(config.refine_k or config.recent_window)
+        key_NHd = self.keys(static_NS)
+        codes_NG = self.quantizer.search(key_NHd)
+        value_EHd = self._values(static_NS, batch) if opened else key_NHd
         interest_THd = []
-        for user, cache in enumerate(caches):
-            targets = slice(batch.target_start[user], batch.target_start[user + 1])
-            interest_THd.append(
-                cache_attention(query_THd[targets], codebook_HCd, cache, batch.target_time_ms[targets], self.kernel)
-            )
+        for user, cache in zip(_users(batch), caches, strict=True):
+            query_THd = query_EHd[batch.target_item[user.targets]]
+            target_ms = batch.target_time_ms[user.targets]
+            split = max(user.events.start, user.events.stop - config.recent_window)
+            old, new = slice(user.events.start, split), slice(split, user.events.stop)
+            if config.refine_k:
+                item_L = batch.event_item[old]
+                index = index_events(codes_NG[item_L], config.codes)
+                part = refined_cache_part(
+                    query_THd, codebook_HCd, cache, index, key_NHd[item_L], value_EHd[old], batch.event_time_ms[old], target_ms, self.kernel, config.refine_k
+                )  # fmt: skip
+            else:
+                part = cache_part(query_THd, codebook_HCd, cache, target_ms, self.kernel)
+            if config.recent_window:
+                ends = torch.full_like(target_ms, new.stop - new.start)
+                recent = window_part(
+                    query_THd, key_NHd[batch.event_item[new]], value_EHd[new], batch.event_time_ms[new], target_ms, ends, self.kernel, config.recent_window
+                )  # fmt: skip
+                part = combine(recent, part)
+            interest_THd.append(part.out_THd)
         return self.predict(torch.cat(interest_THd), static_NS, batch)
 
-    def _quantize(self, key_NHd: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def probe(self, batch: Batch) -> list[tuple[int, AttentionErrors]]:
+        """Return (events, errors) of each user's last target: quantized attention against exact, beside the bound (VQL only)."""
         assert self.quantizer is not None
+        static_NS = self.items(batch.items)
+        key_NHd, query_NHd = self.keys(static_NS), self.queries(static_NS)
+        hard_NHd = self.quantizer.quantized(self.quantizer.search(key_NHd), key_NHd)
+        found = []
+        for user in _users(batch):
+            last = user.targets.stop - 1
+            end = int(batch.target_end[last]) if user.targets.stop > user.targets.start else 0
+            if end == 0:
+                continue
+            events = slice(user.events.start, user.events.start + end)
+            item_L = batch.event_item[events]
+            bias = None if self.kernel is None else self.kernel.log_kernel(batch.target_time_ms[last : last + 1, None], batch.event_time_ms[events])
+            query_THd = query_NHd[batch.target_item[last : last + 1]]
+            found.append((end, attention_errors(query_THd, key_NHd[item_L], hard_NHd[item_L], bias)))
+        return found
+
+    def _values(self, static_NS: Tensor, batch: Batch) -> Tensor:
+        """Values [E, H, d]: the item's part and what the user did with it."""
+        value_NHd, interaction_IHd = self._heads(self.to_value(static_NS)), self._heads(self.interactions.table())
+        return value_NHd[batch.event_item] + interaction_IHd[batch.event_interaction]
+
+    def _keys_of(self, static_NS: Tensor, batch: Batch) -> tuple[_Keys, Tensor]:
+        """Return the keys of the batch's items, exact and quantized, and the weighted quantization loss."""
+        key_NHd = self.keys(static_NS)
+        if self.quantizer is None:
+            return _Keys(key_NHd, key_NHd, None), key_NHd.new_zeros(())
         if not bool(self.quantizer.started):
             # Warm-up: exact keys; the codebooks stay in the graph so that data-parallel workers agree on what has a gradient.
-            return key_NHd, 0.0 * self.quantizer.codebook_GCw.sum()
+            return _Keys(key_NHd, key_NHd, None), 0.0 * self.quantizer.codebook_GCw.sum()
         if not self.training:
-            return self.quantizer.quantized(self.quantizer.search(key_NHd), key_NHd), key_NHd.new_zeros(())
+            codes_NG = self.quantizer.search(key_NHd)
+            return _Keys(key_NHd, self.quantizer.quantized(codes_NG, key_NHd), codes_NG), key_NHd.new_zeros(())
         weight_N = torch.bincount(batch.event_item, minlength=key_NHd.shape[0])
-        hard_NHd, loss, _ = self.quantizer(key_NHd, weight_N, self.config.commitment)
-        return hard_NHd, self.config.codebook_weight * loss
+        hard_NHd, loss, codes_NG = self.quantizer(key_NHd, weight_N, self.config.commitment)
+        return _Keys(key_NHd, hard_NHd, codes_NG), self.config.codebook_weight * loss
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], self.config.heads, self.config.head_width)
