@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test test-slow lint up down lock clean
+.PHONY: help setup data run test test-slow bench-etl lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: setup ## the tests that take minutes, not more
 
 test-slow: setup ## every test, with the real scheduler, Spark and Ray
 	@$(PY) -m pytest
+
+bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
+	@$(PY) -m benchmarks.etl $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy
