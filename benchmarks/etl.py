@@ -1,6 +1,6 @@
 """Speed and size of the Spark jobs on a large simulated log, against their bars and against DuckDB on the same cores.
 
-    python -m benchmarks.etl                     # 20 M rows over 30 days; about 25 minutes on 2 quiet cores
+    python -m benchmarks.etl                     # 20 M rows over 30 days; about 15 minutes on 2 cores
     python -m benchmarks.etl --quick             # 200,000 rows, one round: does it work at all?
 
 Writes logs, publishes every day but the last, then times in turns: the events job of day 2 and of the last day, each with

@@ -13,6 +13,8 @@ from etl.errors import StageError
 from etl.raw import hashed_ids
 from etl.schemas import ITEMS, item_field_type, table_schema
 
+TABLE_ENTRIES_PER_ROW = 8  # a table of all ids in a span may have so many; ids that are hashes span too far
+
 
 def counted(events: pa.Table, first_evaluation_ms: int, fields: Mapping[str, FieldRule]) -> dict[str, pa.Table]:
     """Return what some events say of their items; `merged` joins such parts in any order.
@@ -36,12 +38,23 @@ def merged(parts: list[dict[str, pa.Table]]) -> dict[str, pa.Table]:
     result = {}
     for name, table in joined.items():
         if name == "":
-            summed = table.group_by("item_id").aggregate([("occurrences", "sum"), ("train_occurrences", "sum")])
-            result[name] = summed.select(["item_id", "occurrences_sum", "train_occurrences_sum"]).rename_columns(table.column_names).sort_by("item_id")
+            result[name] = _summed(table)
         else:
             latest = table.group_by(["item_id", "value"]).aggregate([("time_ms", "max")])
             result[name] = latest.select(["item_id", "value", "time_ms_max"]).rename_columns(table.column_names).sort_by("item_id")
     return result
+
+
+def _summed(table: pa.Table) -> pa.Table:
+    """Return the sums of each item, in item_id order; ids that lie close together are counted in one array."""
+    item = table["item_id"].to_numpy()
+    if not len(item) or int(item.max()) - int(item.min()) >= TABLE_ENTRIES_PER_ROW * len(item):
+        summed = table.group_by("item_id").aggregate([("occurrences", "sum"), ("train_occurrences", "sum")])
+        return summed.select(["item_id", "occurrences_sum", "train_occurrences_sum"]).rename_columns(table.column_names).sort_by("item_id")
+    first = int(item.min())
+    sums = [np.bincount(item - first, weights=table[name].to_numpy()).astype(np.int64) for name in ("occurrences", "train_occurrences")]
+    there = np.flatnonzero(sums[0])
+    return pa.table({"item_id": there + first, "occurrences": sums[0][there], "train_occurrences": sums[1][there]})
 
 
 def item_rows(counts: Mapping[str, pa.Table], files: list[pa.Table | None], definition: DatasetDefinition, source: str = "the raw folder") -> pa.Table:

@@ -193,7 +193,8 @@ def _tend_codebooks(
             keys_NHd = model.keys(model.items(batch.items))
             quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
         if worker.world > 1:
-            for tensor in (quantizer.codebook_GCw.data, quantizer.usage_GC, quantizer.started):
+            shared = [quantizer.codebook_GCw.data, quantizer.usage_GC, quantizer.started]
+            for tensor in [*shared, quantizer.average_GCk] if quantizer.ema_decay is not None else shared:
                 dist.broadcast(tensor, src=0)
 
 

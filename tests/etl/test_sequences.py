@@ -13,7 +13,7 @@ from etl.datasets import DatasetDefinition, History, dataset
 from etl.items import counted, item_rows, merged
 from etl.partitions import MS_PER_DAY, Window, day_number
 from etl.schemas import EVALUATION, EVENTS, TRAIN
-from etl.sequences import sequence_rows, watch_bucket
+from etl.sequences import item_indices, sequence_rows, watch_bucket
 
 DT = "2022-04-21"
 WINDOW = Window(DT, target_days=3, lookback_days=6)
@@ -92,6 +92,19 @@ def test_users_without_a_target_have_no_row():
     (table, counts), _ = build([(1, 10, FIRST_MS, 1), (2, 10, FIRST_MS + 5 * MS_PER_DAY, 1)])
     assert table["user_id"].to_pylist() == [2]
     assert counts["users"] == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.one_of(st.integers(0, 30), st.integers(-(2**62), 2**62)), min_size=1, max_size=30), draws=st.lists(st.integers(0, 10**6), max_size=50))
+def test_items_are_found_whether_their_ids_are_dense_or_hashes(ids, draws):
+    known = np.unique(np.array(ids, dtype=np.int64))
+    item = known[np.array(draws, dtype=np.int64) % len(known)]
+    assert (known[item_indices(item, known)] == item).all()
+    table = pa.table({"item_id": item, "event_time_ms": np.arange(len(item)), "x": item})
+    found = counted(table, 3, {})[""]
+    values, counts = np.unique(item, return_counts=True)
+    assert (found["item_id"].to_pylist(), found["occurrences"].to_pylist()) == (values.tolist(), counts.tolist())
+    assert sum(found["train_occurrences"].to_pylist()) == min(3, len(item))
 
 
 def test_watch_buckets():

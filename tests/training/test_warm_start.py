@@ -66,7 +66,7 @@ def test_another_configuration_does_not_fit(tmp_path):
     sequences = Sequences.from_arrow(rows)
     vocabulary = Vocabulary.build(items, fields_of(sequences), sequences.target_context, VocabularyConfig())
     older = Ranker(FieldSizes.of(vocabulary), CONFIG)
-    with pytest.raises(StageError, match="a warm start does not fit: .* is .*, in the older model"):
+    with pytest.raises(StageError, match=r"a warm start does not fit: .* is .*, in the older model"):
         inherit(Ranker(FieldSizes.of(vocabulary), dataclasses.replace(CONFIG, codes=16)), vocabulary, older, vocabulary)
 
 
