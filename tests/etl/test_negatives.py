@@ -89,7 +89,7 @@ def test_own_history_gives_items_of_the_users_past():
 
 def test_a_user_who_met_everything_gets_none_and_is_counted():
     rows = [(1, k % 3, FIRST_MS + 5 * MS_PER_DAY + k, 1) for k in range(9)]
-    found, figures, _ = sampled(rows, per_positive=1)
+    _, figures, _ = sampled(rows, per_positive=1)
     assert figures["negatives_missing"] > 0
     assert figures["negatives"] + figures["negatives_missing"] == 9
 
