@@ -142,6 +142,12 @@ def item_indices(item: np.ndarray, item_ids: np.ndarray) -> np.ndarray:
     return table[item - first]
 
 
+def cut_offs_ms(target_time_ms: np.ndarray, history: History) -> np.ndarray:
+    """Return the times before which an event has to lie to be seen, int64 [T]."""
+    start = target_time_ms // MS_PER_DAY * MS_PER_DAY if history.cutoff == "day_start" else target_time_ms
+    return start - history.availability_lag_ms
+
+
 def visible_ends(owner: np.ndarray, time_ms: np.ndarray, start: np.ndarray, target_owner: np.ndarray, target_time_ms: np.ndarray, history: History) -> np.ndarray:
     """Return, per target, how many events of its user's history it may see: those strictly before its cut-off.
 
@@ -149,10 +155,7 @@ def visible_ends(owner: np.ndarray, time_ms: np.ndarray, start: np.ndarray, targ
         owner: int64 [E], position of the event's user, ascending; time_ms: int64 [E], ascending within a user.
         start: int64 [U + 1], offsets of the users.
     """
-    cut = target_time_ms
-    if history.cutoff == "day_start":
-        cut = cut // MS_PER_DAY * MS_PER_DAY
-    cut = cut - history.availability_lag_ms
+    cut = cut_offs_ms(target_time_ms, history)
     # (user, time) as one ascending number, so that one search serves all users.
     base = int(min(time_ms.min(initial=0), cut.min(initial=0)))
     span = int(max(time_ms.max(initial=0), cut.max(initial=0))) - base + 1

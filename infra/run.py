@@ -146,14 +146,16 @@ class Run:
         self.dag_id = settings.dag_id(dataset)
         self.path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}"
         self.tasks: list[dict[str, Any]] = []
-        self.triggered = False
+        self.triggered = self.was_paused = False
         self.peak_gb = 0.0
 
     def trigger(self) -> None:
         conf = {"dt": self.dt, "raw": self.raw, **self.options}
-        self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
+        self.was_paused = bool(self.api.call("GET", f"/api/v2/dags/{self.dag_id}")["is_paused"])
+        # Before the DAG wakes: a feed that goes on gets yesterday's scheduled run at once, and only one run is active.
         self.api.call("POST", f"/api/v2/dags/{self.dag_id}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
         self.triggered = True
+        self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
 
     def follow(self, processes: dict[Service, int]) -> str:
         """Print what happens until the run ends; return its final state."""
@@ -183,7 +185,16 @@ class Run:
             time.sleep(1)
 
     def abandon(self) -> None:
-        """End a run that nobody follows any more; it would hold back the next one."""
+        """End a run that nobody follows any more; it would hold back the next one. A DAG that slept sleeps again.
+
+        Its schedule is the user's to start: scheduled runs that waited behind this one are taken back.
+        """
+        if self.triggered and self.was_paused:
+            with contextlib.suppress(Exception):
+                self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
+                waiting = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=queued&run_type=scheduled&limit=100")["dag_runs"]
+                for run in waiting:
+                    self.api.call("DELETE", f"/api/v2/dags/{self.dag_id}/dagRuns/{run['dag_run_id']}")
         if self.triggered:
             with contextlib.suppress(Exception):
                 if self.api.call("GET", self.path)["state"] not in ("success", "failed"):

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.datasets import DatasetDefinition
+from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality import stats
@@ -150,7 +150,7 @@ class Audit:
         parts = (self.store.read_file(file, columns) for file in files)
         window, by_position = _window(sequences), self.definition.targets.positions is not None
         row = stats.sequences_row(self.dt, parts, item_table, sequences.counts, window.lookback_days if by_position else window.target_days,
-                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY)
+                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY, _history(sequences))
         if row["item_index_out_of_range_count"] or row["unequal_length_count"]:
             return row, 0
         occurrences = item_table["train_occurrences"].to_numpy()
@@ -257,6 +257,12 @@ def _window(sequences: Manifest) -> Window:
     except KeyError as error:
         raise StageError(f"the manifest of sequences dt={sequences.dt} lacks the setting {error}",
                          "build sequences again with a new attempt") from error  # fmt: skip
+
+
+def _history(sequences: Manifest) -> History:
+    """Return what a target may see, as the manifest's settings say."""
+    settings = sequences.settings
+    return History.model_validate({"cutoff": settings["cutoff"], "availability_lag_ms": settings["availability_lag_ms"], "max_events": settings["max_events"]})
 
 
 def _stats_check(suite: str, rows: list[stats.Row]) -> Check:

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.datasets import History
 from etl.partitions import MS_PER_DAY, day_number
 from etl.quality.thresholds import EventThresholds
 from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS
+from etl.sequences import cut_offs_ms
 
 MS_PER_HOUR = 3_600_000
 NAN = float("nan")
@@ -93,6 +95,7 @@ def sequences_row(
     counts: Mapping[str, int],
     target_days: int,
     first_evaluation_ms: int | None,
+    history: History,
 ) -> Row:
     """Return the metrics of one partition of sequences and its items.
 
@@ -102,13 +105,14 @@ def sequences_row(
         counts: the reconciliation figures of the manifest of `sequences`.
         target_days: length of the target window, `dt` included.
         first_evaluation_ms: from here on targets are for evaluation; None where positions decide, not days.
+        history: the rule that decides what a target may see.
     """
     item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
     user_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
     sums: dict[str, int] = {}
     for part in parts:
-        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days, first_evaluation_ms)
+        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days, first_evaluation_ms, history)
         lengths.append(history_lengths)
         user_ids.append(_numpy(part["user_id"]))
         for name, value in metrics.items():
@@ -157,7 +161,7 @@ _SUMMED = (
 )
 
 
-def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_evaluation_ms: int | None) -> tuple[np.ndarray, dict[str, int]]:
+def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_evaluation_ms: int | None, history: History) -> tuple[np.ndarray, dict[str, int]]:
     """Return the history lengths and the summable metrics of one bucket of users."""
     lists = {name: part[name].combine_chunks() for name in (*HISTORY_LISTS, *TARGET_LISTS)}
     length = {name: _numpy(pc.list_value_length(column)) for name, column in lists.items()}
@@ -201,7 +205,7 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
     visible = in_range & (end > 0)
     # Every visible event counts, not the last alone: the running maximum holds even where a history is unsorted.
     latest_ms = _running_max(time_ms, history_length)
-    leaks = latest_ms[(start[user] + end - 1)[visible]] >= target_time_ms[visible]
+    leaks = latest_ms[(start[user] + end - 1)[visible]] >= cut_offs_ms(target_time_ms, history)[visible]
     return history_length, {
         **metrics,
         "train_positives": int((value["target_label"][split == TRAIN] == 1).sum()),

@@ -261,7 +261,7 @@ def test_nothing_staged_says_what_to_run(store: TableStore, reports: Path) -> No
 # ---- sequences and training input ----------------------------------------------------------------------------------
 
 TARGET_DAYS, LOOKBACK_DAYS = 2, 4
-SETTINGS = {"target_days": TARGET_DAYS, "lookback_days": LOOKBACK_DAYS, "evaluation_days": 1}
+SETTINGS = {"target_days": TARGET_DAYS, "lookback_days": LOOKBACK_DAYS, "evaluation_days": 1, "cutoff": "event", "availability_lag_ms": 0, "max_events": 100}
 
 
 def user_rows() -> dict[str, list]:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from etl.datasets import History
 from etl.partitions import MS_PER_DAY, day_number
 from etl.quality import stats
 from etl.quality.thresholds import EventThresholds
@@ -47,14 +48,15 @@ def falls(values: list[int]) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(users, st.sampled_from([None, DAY_MS, DAY_MS - 3]))
-def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | None) -> None:
+@given(users, st.sampled_from([None, DAY_MS, DAY_MS - 3]), st.sampled_from(["event", "day_start"]), st.sampled_from([0, 2]))
+def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | None, cutoff: str, lag: int) -> None:
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
-    row = stats.sequences_row(DT, [part.slice(0, 2), part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms)
+    row = stats.sequences_row(DT, [part.slice(0, 2), part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms,
+                              history=History(cutoff=cutoff, availability_lag_ms=lag))
     in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
-    assert row["leak_count"] == sum(any(time >= t for time in h[:end]) for h, t, end in in_range)
+    assert row["leak_count"] == sum(any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end]) for h, t, end in in_range)
     assert row["history_end_out_of_range_count"] == sum(len(targets) for _, targets in rows) - len(in_range)
     assert row["history_disorder_count"] == sum(falls(h) for h, _ in rows)
     assert row["target_disorder_count"] == sum(falls([t for t, *_ in targets]) for _, targets in rows)
