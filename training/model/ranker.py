@@ -181,7 +181,8 @@ class Ranker(nn.Module):
             tail = refined_event_part(
                 query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel, config.refine_k
             )  # fmt: skip
-        elif prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
+        # On a GPU its many small operations take longer than the products that they save (benchmarks/LOG.md).
+        elif value_LHd.device.type == "cpu" and prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
             tail = factored_attention(
                 query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel
             )  # fmt: skip
