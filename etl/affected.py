@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 
 from etl.cli import dataset_parser, definition_of, run_stage
 from etl.datasets import DatasetDefinition
-from etl.jobs.events import is_current
+from etl.errors import StageError
+from etl.jobs.events import why_stale
 from etl.partitions import add_days
 from etl.raw import RawLocation
 from etl.store import TableStore
@@ -40,19 +41,25 @@ def main() -> None:
     store = TableStore(args.warehouse, definition.name)
     stale = affected(store, definition, RawLocation(args.raw) if args.raw else None)
     if args.json:
-        print(json.dumps({"dataset": definition.name, "stale": [asdict(s) for s in stale], "backfill": backfill_days(stale)}))
+        print(json.dumps({"dataset": definition.name, "stale": [asdict(s) for s in stale], "backfill": backfill_days(stale, store)}))
     else:
-        print(table(stale, definition.name))
+        print(table(stale, store))
     sys.exit(1 if stale else 0)
 
 
 def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation | None) -> list[Stale]:
-    """Return every stale partition: events first, then by table and day."""
+    """Return every stale partition: events first, then by table and day.
+
+    Raises:
+        StageError: nothing is published there.
+    """
     found: list[Stale] = []
     events = {dt: manifest for dt in store.days("events") if (manifest := store.manifest("events", dt)) is not None}
+    if not events:
+        raise StageError(f"no day of {store.dataset} is published under {store.warehouse}", "correct --warehouse or --dataset, or run the stages first")
     if raw is not None:
         files = raw.logs(definition)
-        found = [Stale("events", dt, ("raw files came or changed",)) for dt, manifest in events.items() if not is_current(manifest, definition, raw, files, dt)]
+        found = [Stale("events", dt, (why,)) for dt, manifest in events.items() if (why := why_stale(manifest, definition, raw, files, dt))]
     digests = {f"events/dt={dt}": manifest.data_digest for dt, manifest in events.items()}
     old = {f"events/dt={stale.dt}" for stale in found}
     for name in TABLES:
@@ -70,10 +77,19 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
     return found
 
 
-def backfill_days(stale: list[Stale]) -> list[list[str]]:
-    """Return ranges [first, last] of days to run again; consecutive days make one range."""
+def backfill_days(stale: list[Stale], store: TableStore) -> list[list[str]]:
+    """Return ranges [first, last] of days to run again; consecutive days make one range.
+
+    A run builds the stale days of its lookback anew, so only days that lie in none need a run of their own.
+    """
+    days = {s.dt for s in stale if s.table != "events"}
+    covered = set(days)
+    for dt in days:
+        manifest = store.manifest("sequences", dt)
+        lookback = int(manifest.settings["lookback_days"]) if manifest is not None else 1
+        covered |= {add_days(dt, -back) for back in range(lookback)}
     ranges: list[list[str]] = []
-    for dt in sorted({s.dt for s in stale}):
+    for dt in sorted(days | {s.dt for s in stale if s.dt not in covered}):
         if ranges and add_days(ranges[-1][1], 1) == dt:
             ranges[-1][1] = dt
         else:
@@ -81,7 +97,7 @@ def backfill_days(stale: list[Stale]) -> list[list[str]]:
     return ranges
 
 
-def table(stale: list[Stale], dataset: str) -> str:
+def table(stale: list[Stale], store: TableStore) -> str:
     """Return the list for people, with the backfills that mend it."""
     if not stale:
         return "every published partition is what its inputs say"
@@ -89,9 +105,10 @@ def table(stale: list[Stale], dataset: str) -> str:
     for s in stale:
         more = f" and {len(s.because) - 1} more" if len(s.because) > 1 else ""
         lines.append(f"{s.table:<14}{s.dt:<12}{s.because[0]}{more}")
-    lines.append("\nbuild them again, oldest first (or in the Airflow UI: backfill, reprocess all runs):")
-    lines += [f"  airflow backfill create --dag-id vql_daily_{dataset} --from-date {first} --to-date {last} --reprocess-behavior completed"
-              for first, last in backfill_days(stale)]
+    ranges = backfill_days(stale, store)
+    lines.append(f"\nbuild again, oldest first: {', '.join(first if first == last else f'{first} .. {last}' for first, last in ranges)}")
+    lines.append("in the Airflow UI of `make up`: backfill with reprocessing; by hand: the stages of docs/stages.md with a new --attempt; or")
+    lines += [f"  airflow backfill create --dag-id vql_daily_{store.dataset} --from-date {first} --to-date {last} --reprocess-behavior completed" for first, last in ranges]
     return "\n".join(lines)
 
 

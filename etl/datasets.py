@@ -66,13 +66,13 @@ class NamedDays(_Model):
         pattern: regular expression with the groups `month` and `day`, and where the names have them `year`, `last_year`,
             `last_month`, `last_day`.
         year: for names without a year; names whose last day is before the first end in the next year.
-        zone: time zone of these days.
+        zone: time zone of these days; the one of `events.time` where nothing is said.
         late_minutes: a row may stand in a file so long after its time.
     """
 
     pattern: str
     year: int | None = None
-    zone: str = "UTC"
+    zone: str | None = None
     late_minutes: int = Setting(default=0, ge=0, le=1_440)
 
     @pydantic.model_validator(mode="after")
@@ -84,7 +84,7 @@ class NamedDays(_Model):
         allowed = {"year", "month", "day", "last_year", "last_month", "last_day"}
         if not {"month", "day"} <= groups or not groups <= allowed or ("year" not in groups and self.year is None):
             raise ValueError(f"pattern must have the groups month and day, may have {', '.join(sorted(allowed))}, and needs the group year or the field year")
-        _zone(self.zone)
+        _zone(self.zone or "UTC")
         return self
 
 
@@ -142,6 +142,8 @@ class Time(_Model):
     def _one_way(self) -> Time:
         if (self.unit is None) == (self.format is None):
             raise ValueError("give either unit (seconds, milliseconds, microseconds) or format (for example %Y-%m-%d %H:%M:%S)")
+        if self.format is not None and "%" not in self.format:
+            raise ValueError(f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S")
         if self.unit is not None and (self.year is not None or self.digits is not None):
             raise ValueError("year and digits belong to format")
         _zone(self.zone)
@@ -365,6 +367,16 @@ class DatasetDefinition(_Model):
                 raise ValueError(f"{where}: {column!r} is not among logs.columns: {', '.join(columns)}")
             if columns[column].type not in types:
                 raise ValueError(f"{where}: column {column!r} is of type {columns[column].type}; allowed: {', '.join(types)}")
+        for name, condition in events.signals.items():
+            wanted_values = condition.equals if isinstance(condition.equals, tuple) else (condition.equals,)
+            allowed = columns[condition.column].one_of
+            if condition.equals is not None and allowed is not None and not set(map(str, wanted_values)) <= set(map(str, allowed)):
+                raise ValueError(f"events.signals.{name}: {condition.equals!r} is not among logs.columns.{condition.column}.one_of: {', '.join(map(str, allowed))}")
+        if self.last_day is not None and self.last_day < self.first_day:
+            raise ValueError(f"last_day {self.last_day} is before first_day {self.first_day}")
+        window = self.window
+        if not window.evaluation_days < window.target_days <= window.lookback_days:
+            raise ValueError("window: needs evaluation_days < target_days <= lookback_days")
         for where in (events.user, events.item, events.time.column):
             if columns[where].optional:
                 raise ValueError(f"logs.columns.{where}: user, item and time cannot be optional")
@@ -485,7 +497,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _problem(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
     given = detail.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return (f"{where}: " if where else "") + message + shown

@@ -142,7 +142,10 @@ class RawLocation:
         Raises:
             StageError: there is none, or real and simulated rows would be mixed.
         """
-        files = self.matching(definition.logs.files, definition.logs.days_in_name)
+        days = definition.logs.days_in_name
+        if days is not None and days.zone is None:
+            days = days.model_copy(update={"zone": definition.events.time.zone})
+        files = self.matching(definition.logs.files, days)
         simulated = self.fs.get_file_info(f"{self.root}/{SIMULATED_MARKER}").type == pafs.FileType.File
         if simulated != definition.simulated:
             kind, wanted = ("simulated", f"{definition.name}_simulated") if simulated else ("not simulated", definition.name.removesuffix("_simulated"))
@@ -176,6 +179,8 @@ class RawLocation:
         except (OSError, pa.ArrowInvalid) as error:  # an archive that is none, or that breaks off within the header
             raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
         missing = [name for name in logs.columns if name not in found]
+        if missing and len(found) == 1 and len(logs.columns) > 1:
+            raise StageError(f"{file.name} in {self.uri} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}", "correct logs.delimiter of the definition")
         if missing:
             raise StageError(f"{file.name} in {self.uri} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
                              f"deliver the file with the columns {', '.join(logs.columns)}")
@@ -386,7 +391,7 @@ def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str 
         return None, None, None, None
     groups = {key: int(value) for key, value in match.groupdict().items() if value is not None}
     year = groups.get("year", days.year or 0)
-    zone = zoneinfo.ZoneInfo(days.zone)
+    zone = zoneinfo.ZoneInfo(days.zone or "UTC")
     try:
         first = dtm.date(year, groups["month"], groups["day"])
         last = dtm.date(groups.get("last_year", year), groups.get("last_month", first.month), groups.get("last_day", first.day))

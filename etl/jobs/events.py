@@ -69,6 +69,8 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         buckets = _buckets(published, [file for file in files if any(file.may_hold(day) for day in lookback)])
     settings = {"raw": raw.uri, "buckets": buckets, "definition": definition_digest(definition)}
     needed = [day for day in lookback if day == dt or not _is_there(published.get(day), listing[day], settings)]
+    if definition.logs.days_in_name and (undated := [file.name for file in files if file.first_utc_dt is None]):
+        log(f"note: logs.days_in_name finds no days in {len(undated)} name(s), such as {undated[0]}: they are opened for every day")
     relevant = [file for file in files if any(file.may_hold(day) for day in needed)]
     if not any(file.may_hold(dt) for file in relevant):
         raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {promised(files)}", "deliver that day's file, or choose another DT")
@@ -85,10 +87,14 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     return summary
 
 
-def is_current(manifest: Manifest, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], dt: str) -> bool:
-    """Whether a published day is still what its raw files hold, as the job would judge it."""
+def why_stale(manifest: Manifest, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], dt: str) -> str | None:
+    """Return why a published day is no longer what the job would build, None when it is."""
     settings = {"raw": raw.uri, "buckets": manifest.settings["buckets"], "definition": definition_digest(definition)}
-    return _is_there(manifest, _listing(files, dt), settings)
+    if _is_there(manifest, _listing(files, dt), settings):
+        return None
+    if manifest.settings.get("definition") != settings["definition"]:
+        return "the definition changed"
+    return "raw files came or changed" if manifest.settings.get("raw") == raw.uri else f"built from another raw folder: {manifest.settings.get('raw')}"
 
 
 def bucket_of(user_id: np.ndarray, buckets: int) -> np.ndarray:
@@ -245,8 +251,11 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     if not any(stat["events"] for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
         raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
-    for where, count in (reasons + elsewhere).most_common(5):
+    refused = reasons + elsewhere
+    for where, count in refused.most_common(5):
         log(f"refused: {where} ({count:,} rows)")
+    if len(refused) > 5:
+        log(f"refused: {len(refused) - 5} more kinds; the table quarantine has every row with its value")
     return by_day, summary
 
 

@@ -158,6 +158,11 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     os.utime(sorted((tmp_path / "raw").glob("log_standard_*.csv"))[-1], ns=(1, 1))
     from_raw = affected(store, dataset(NAME), place)  # another folder than the one built from: every day is stale
     assert {s.dt for s in from_raw if s.table == "events"} == set(store.days("events"))
+    assert all(s.because[0].startswith("built from another raw folder") for s in from_raw if s.table == "events")
+    changed_definition = dataset(NAME).model_copy(update={"logs": dataset(NAME).logs.model_copy(update={"repeats": "keep"})})
+    assert affected(store, changed_definition, RawLocation(str(raw)))[0].because == ("the definition changed",)
+    with pytest.raises(StageError, match="no day of kuairand_simulated is published"):
+        affected(TableStore(str(tmp_path / "typo"), NAME), dataset(NAME), None)
     os.utime(sorted(raw.glob("log_standard_*.csv"))[-1], ns=(1, 1))
     changed = [s.dt for s in affected(store, dataset(NAME), RawLocation(str(raw))) if s.table == "events"]
     assert DT in changed

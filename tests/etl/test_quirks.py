@@ -186,6 +186,35 @@ def test_parquet_logs_with_nulls_and_wrong_values_keep_row_numbers(tmp_path):
     assert json.loads(refused[0]["raw_text"])["item_id"] == 2
 
 
+def test_files_of_local_days_are_opened_for_every_utc_day_that_they_hold(tmp_path):
+    """Berlin's 3 March begins on the 2nd of UTC: the zone of the times is the zone of the names unless said otherwise."""
+    (tmp_path / "shop.yaml").write_text("""
+name: shop
+title: A shop
+first_day: 2024-03-01
+logs:
+  files: [shop-*.csv]
+  delimiter: ";"
+  days_in_name: {pattern: 'shop-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}
+  columns: {user: text, item: text, at: text}
+events:
+  user: user
+  item: item
+  time: {column: at, format: '%Y-%m-%d %H:%M:%S', zone: Europe/Berlin}
+  signals: {any: {column: user, equals: a}}
+targets: {label: any}
+""")
+    for day in ("02", "03", "04"):
+        (tmp_path / f"shop-2024-03-{day}.csv").write_text(f"user;item;at\na;x;2024-03-{day} 00:30:00\na;y;2024-03-{day} 12:00:00\n")
+    files = RawLocation(str(tmp_path)).logs(dataset(str(tmp_path / "shop.yaml")))
+    assert [f.name for f in files if f.may_hold("2024-03-03")] == ["shop-2024-03-03.csv", "shop-2024-03-04.csv"]
+    from etl.errors import StageError
+
+    comma = dataset(str(tmp_path / "shop.yaml")).logs.model_copy(update={"delimiter": ","})
+    with pytest.raises(StageError, match=r"has one column, 'user;item;at', when it is split at ','.*"):
+        RawLocation(str(tmp_path)).header(files[0], comma)
+
+
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Shanghai", "America/New_York"])
 def test_texts_as_times_in_their_zone(tmp_path, zone):
     import datetime as dtm
