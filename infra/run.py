@@ -139,13 +139,14 @@ class TaskLog:
 class Run:
     """One DAG run: triggered, followed to its end, and told."""
 
-    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int]) -> None:
+    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int], goes_on: bool) -> None:
         self.api, self.dataset, self.dt, self.raw, self.options = api, dataset, dt, raw, options
         self.run_id = f"run__{dataset}__{dt}__{dtm.datetime.now(dtm.UTC):%Y%m%dT%H%M%S}"
         self.attempt = attempt_name(dataset, dt, self.run_id, 0)
         self.dag_id = settings.dag_id(dataset)
         self.path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}"
         self.tasks: list[dict[str, Any]] = []
+        self.goes_on = goes_on  # the data set is a feed: its schedule has runs to come
         self.triggered = self.was_paused = False
         self.peak_gb = 0.0
 
@@ -185,11 +186,12 @@ class Run:
             time.sleep(1)
 
     def abandon(self) -> None:
-        """End a run that nobody follows any more; it would hold back the next one. A DAG that slept sleeps again.
+        """End a run that nobody follows any more; it would hold back the next one.
 
-        Its schedule is the user's to start: scheduled runs that waited behind this one are taken back.
+        The DAG of a feed that slept sleeps again: its schedule is the user's to start, so scheduled runs that waited behind
+        this one are taken back.
         """
-        if self.triggered and self.was_paused:
+        if self.triggered and self.was_paused and self.goes_on:
             with contextlib.suppress(Exception):
                 self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
                 waiting = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=queued&run_type=scheduled&limit=100")["dag_runs"]
@@ -303,7 +305,7 @@ def run_partition(children: dict[Service, int]) -> int:
     api.wait_for_dag(settings.dag_id(name), "vql_daily_own.py" if choice.own else "vql_daily.py", started, lambda: services.check_alive(airflow))
     if not shared:
         end_stale_runs(api, settings.dag_id(name))
-    run = Run(api, name, choice.dt, raw, options)
+    run = Run(api, name, choice.dt, raw, options, goes_on=choice.definition.last_day is None)
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")
