@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluation.metrics import auc
 from training.config import ModelConfig, TrainConfig
-from training.data import Joined, Sequences, UserBatches, split_targets
+from training.data import Sequences, UserBatches
 from training.loop import TrainingData, Worker, train_model
-from training.vocabulary import Vocabulary
 
 MODELS: dict[str, ModelConfig] = {
     "softmax_attention": ModelConfig(interest="softmax_attention"),
@@ -75,28 +75,18 @@ def run(folder: Path, name: str, seed: int, epochs: int, device: str) -> dict:
     """Train one model on one partition; return its figures on the evaluation targets."""
     items, sequences = pq.read_table(folder / "items.parquet"), Sequences.from_arrow(pq.read_table(folder / "sequences.parquet"))
     config = TrainConfig(models={name: MODELS[name]}, epochs=epochs, seed=seed)
-    fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-    vocabulary = Vocabulary.build(items, fields, sequences.target_context, config.vocabulary)
-    joined, split = Joined.of(sequences, items, vocabulary), split_targets(sequences, config.validation_share, seed)
+    data = TrainingData.of(sequences, items, config)
     began = time.perf_counter()
-    model, result = train_model(name, TrainingData(joined, vocabulary, split), config, Worker(device=device), lambda _: None)
+    model, result = train_model(name, data, config, Worker(device=device), lambda _: None)
     seconds = time.perf_counter() - began
-    batches = UserBatches(joined, 0, 1, users_per_step=32, seed=0)
+    batches = UserBatches(data.joined, 0, 1, users_per_step=32, seed=0)
     with torch.no_grad():
-        logit = torch.cat([model(batch.to(device))[0].float().cpu() for batch in batches.all_of(split.evaluation)])
-    label = torch.from_numpy(sequences.target_label[split.evaluation].astype(np.float32))
+        logit = torch.cat([model(batch.to(device))[0].float().cpu() for batch in batches.all_of(data.split.evaluation)])
+    label = torch.from_numpy(sequences.target_label[data.split.evaluation].astype(np.float32))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, label)
     figures = {"partition": folder.name, "seed": seed, "auc": auc(label.numpy(), logit.numpy()), "logloss": float(loss), "seconds": seconds,
                "best_epoch": result.best_epoch + 1, "epochs": result.epoch + 1}
     return figures | {key: value for key, value in result.metrics.items() if key.startswith(("perplexity", "dead", "probe"))}
-
-
-def auc(label: np.ndarray, score: np.ndarray) -> float:
-    """Return the area under the ROC curve, ties counted half (`evaluation.metrics` needs more than this machine may have)."""
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positives = int(label.sum())
-    return float((rank[label == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(label) - positives)))
 
 
 def table(found: dict[str, list[dict]]) -> str:

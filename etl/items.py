@@ -13,7 +13,7 @@ from etl.errors import StageError
 from etl.raw import hashed_ids
 from etl.schemas import ITEMS, item_field_type, table_schema
 
-TABLE_ENTRIES_PER_ROW = 8  # a table of all ids in a span may have so many; ids that are hashes span too far
+TABLE_ENTRIES_PER_EVENT = 8  # a table of all ids in a span may have so many; ids that are hashes span too far
 
 
 def counted(events: pa.Table, first_evaluation_ms: int, fields: Mapping[str, FieldRule]) -> dict[str, pa.Table]:
@@ -48,7 +48,7 @@ def merged(parts: list[dict[str, pa.Table]]) -> dict[str, pa.Table]:
 def _summed(table: pa.Table) -> pa.Table:
     """Return the sums of each item, in item_id order; ids that lie close together are counted in one array."""
     item = table["item_id"].to_numpy()
-    if not len(item) or int(item.max()) - int(item.min()) >= TABLE_ENTRIES_PER_ROW * len(item):
+    if not len(item) or int(item.max()) - int(item.min()) >= TABLE_ENTRIES_PER_EVENT * len(item):
         summed = table.group_by("item_id").aggregate([("occurrences", "sum"), ("train_occurrences", "sum")])
         return summed.select(["item_id", "occurrences_sum", "train_occurrences_sum"]).rename_columns(table.column_names).sort_by("item_id")
     first = int(item.min())

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from etl.datasets import DatasetDefinition, History, Positions
+from etl.items import TABLE_ENTRIES_PER_EVENT
 from etl.negatives import sample_negatives
 from etl.partitions import MS_PER_DAY, Window, day_number
 from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES
-
-TABLE_ENTRIES_PER_EVENT = 8  # a table of all ids in the items' span may have so many; ids that are hashes span too far
 
 
 def sequence_rows(

@@ -123,15 +123,9 @@ class TableStore:
         """Path of a staged partition below the dataset's folder."""
         return f"_staging/{attempt}/{table}/dt={dt}"
 
-    def clear_staging(self, attempt: str, table: str, dt: str) -> None:
-        """Drop what an earlier try of the same attempt left."""
-        path = f"{self.root}/{self.staging_dir(attempt, table, dt)}"
-        if self.fs.get_file_info(path).type != pafs.FileType.NotFound:
-            self.fs.delete_dir(path)
-
-    def clear_staged_days(self, attempt: str, table: str) -> None:
-        """Drop every staged day of `table` that an earlier try of the same attempt left."""
-        path = f"{self.root}/_staging/{attempt}/{table}"
+    def clear_staging(self, attempt: str, table: str, dt: str | None = None) -> None:
+        """Drop what an earlier try of the same attempt left of a day, or of every day of `table`."""
+        path = f"{self.root}/" + (f"_staging/{attempt}/{table}" if dt is None else self.staging_dir(attempt, table, dt))
         if self.fs.get_file_info(path).type != pafs.FileType.NotFound:
             self.fs.delete_dir(path)
 
@@ -259,6 +253,15 @@ class TableStore:
                 blocks[min(block.inputs)] = block
                 inside |= block.inputs.keys()
         return [blocks.get(name, m) for name, m in days.items() if name in blocks or name not in inside]
+
+    @staticmethod
+    def files_by_bucket(manifests: Sequence[Manifest]) -> dict[int, list[DataFile]]:
+        """Return the files of each bucket, in the manifests' order."""
+        files: dict[int, list[DataFile]] = {}
+        for manifest in manifests:
+            for file in manifest.files:
+                files.setdefault(file.bucket, []).append(file)
+        return files
 
     def input_name(self, manifest: Manifest) -> str:
         """Name of a partition among another manifest's `inputs`."""

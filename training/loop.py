@@ -8,14 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from etl.schemas import TRAIN
 from training.checkpoint import inherit
 from training.config import TrainConfig
-from training.data import Joined, Split, UserBatches
+from training.data import Joined, Sequences, Split, UserBatches, split_targets
 from training.model.probe import probe_by_length, probe_warnings
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
@@ -28,6 +30,16 @@ class TrainingData:
     joined: Joined
     vocabulary: Vocabulary
     split: Split
+
+    @staticmethod
+    def of(sequences: Sequences, items: pa.Table, config: TrainConfig, known: Vocabulary | None = None) -> TrainingData:
+        """Return the data of a partition with its vocabulary, or with a warm start's, which the partition appends to."""
+        fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
+        contexts = sequences.target_context[sequences.target_split == TRAIN]
+        make = Vocabulary.build if known is None else known.appended
+        vocabulary = make(items, fields, contexts, config.vocabulary)
+        split = split_targets(sequences, config.validation_share, config.seed)
+        return TrainingData(Joined.of(sequences, items, vocabulary), vocabulary, split)
 
     def hashed_event_share(self) -> float:
         """Return the share of the history events whose items share hashed rows."""

@@ -22,11 +22,10 @@ import torch
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
-from etl.schemas import TRAIN
 from etl.store import TableStore, code_version
 from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
-from training.data import Joined, Sequences, split_targets
+from training.data import Sequences
 from training.loop import EpochResult, TrainingData, Worker, train_model
 from training.registry import CHAMPION, Registry
 from training.scoring import request_of
@@ -176,13 +175,8 @@ def load_training_data(
     store = TableStore(warehouse, dataset)
     items, manifest = store.read(store.require("items", dt)), store.require("sequences", dt)
     sequences = Sequences.from_arrow(store.read(manifest))
-    fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-    contexts = sequences.target_context[sequences.target_split == TRAIN]
-    make = Vocabulary.build if known is None else known.appended
-    vocabulary = make(items, fields, contexts, config.vocabulary)
-    split = split_targets(sequences, config.validation_share, config.seed)
     cutoff = Cutoff(str(manifest.settings["cutoff"]), int(manifest.settings["availability_lag_ms"]))
-    return TrainingData(Joined.of(sequences, items, vocabulary), vocabulary, split), items, cutoff
+    return TrainingData.of(sequences, items, config, known), items, cutoff
 
 
 def _warm_start(wanted: str, dataset: str, dt: str) -> str | None:

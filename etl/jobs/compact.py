@@ -45,10 +45,7 @@ def compact(store: TableStore, days: list[str], attempt: str) -> Manifest:
     if len(layouts) > 1:
         raise StageError(f"the days {days[0]} .. {days[-1]} are cut into different numbers of buckets: {', '.join(sorted(layouts))}",
                          "build them again with one --buckets, then compact")
-    files: dict[int, list[DataFile]] = {}
-    for manifest in manifests:
-        for file in manifest.files:
-            files.setdefault(file.bucket, []).append(file)
+    files = store.files_by_bucket(manifests)
     warehouse, dataset, first = store.warehouse, store.dataset, days[0]
     store.clear_staging(attempt, "event_blocks", first)
     spark = spark_session(attempt)

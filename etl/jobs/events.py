@@ -76,7 +76,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {promised(files)}", "deliver that day's file, or choose another DT")
     log(f"building {len(needed)} day(s) {needed[0]} .. {needed[-1]} in {buckets} bucket(s) from {len(relevant)} file(s), {sum(f.size for f in relevant):,} bytes")
     for table in ("events", "quarantine"):
-        store.clear_staged_days(attempt, table)
+        store.clear_staging(attempt, table)
     spark = spark_session(attempt)
     try:
         stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)

@@ -61,10 +61,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
                          f"build events for {dt} again with one --buckets and --lookback-days {window.lookback_days}: it builds the other days anew")
     if not manifests[-1].rows:
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")
-    files: dict[int, list[DataFile]] = {}
-    for manifest in store.compacted(manifests):
-        for file in manifest.files:
-            files.setdefault(file.bucket, []).append(file)
+    files = store.files_by_bucket(store.compacted(manifests))
     buckets = sorted(files)
     users = _user_fields(raw, definition)
     item_files = [read_features(raw, rule) for rule in definition.items]

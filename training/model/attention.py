@@ -156,6 +156,14 @@ def cache_attention(
     return cache_part(query_THd, codebook_HCd, cache, target_time_ms_T, kernel).out_THd
 
 
+def straight_through(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
+    """Return keys at their codewords whose gradient goes to the exact keys (vql 3.3), [L, H, d]."""
+    heads = codebook_HCd.shape[0]
+    code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
+    word_LHd = codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]
+    return key_LHd + (word_LHd - key_LHd).detach()
+
+
 def code_logits(
     query_THd: Tensor,
     codebook_HCd: Tensor,

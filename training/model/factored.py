@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from etl.partitions import MS_PER_DAY
-from training.model.attention import NOTHING, Attended, combine, event_part
+from training.model.attention import NOTHING, Attended, combine, event_part, straight_through
 from training.model.cache import joined, tables
 from training.model.kernel import MixtureKernel, age_days
 
@@ -140,7 +140,7 @@ def _partial_segments(
     kernel: MixtureKernel | None,
 ) -> Attended:
     """Attention of every target over the events between its border and its cut-off."""
-    hard_LHd = key_LHd + (_codewords(codebook_HCd, codes_LG) - key_LHd).detach()
+    hard_LHd = straight_through(key_LHd, codebook_HCd, codes_LG)
     inside_T = (end_T > border_T).nonzero()[:, 0]
     outs, lses = [], []
     for rows in inside_T.split((border_T[inside_T].unique_consecutive(return_counts=True)[1]).tolist()):
@@ -159,12 +159,6 @@ def _partial_segments(
     out_THd = torch.zeros_like(query_THd).index_copy(0, inside_T, torch.cat(outs))
     lse_TH = query_THd.new_full(query_THd.shape[:2], NOTHING).index_copy(0, inside_T, torch.cat(lses))
     return Attended(out_THd, lse_TH)
-
-
-def _codewords(codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
-    heads = codebook_HCd.shape[0]
-    code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
-    return codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]
 
 
 class _CodeAttention(torch.autograd.Function):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.attention import Attended, code_logits, softmax_part
+from training.model.attention import Attended, code_logits, softmax_part, straight_through
 from training.model.cache import UserCache
 from training.model.kernel import MixtureKernel, age_days
 
@@ -41,8 +41,7 @@ def refined_event_part(
     """
     heads, length = query_THd.shape[1], len(key_LHd)
     code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
-    word_LHd = codebook_HCd.detach()[torch.arange(heads, device=code_HL.device)[:, None], code_HL].transpose(0, 1)
-    hard_LHd = key_LHd + (word_LHd - key_LHd).detach()
+    hard_LHd = straight_through(key_LHd, codebook_HCd, codes_LG)
     hidden_TL = torch.arange(length, device=code_HL.device) >= target_end_T[:, None]
     query_HTd = query_THd.transpose(0, 1)
     logit_HTL = query_HTd @ hard_LHd.permute(1, 2, 0)
