@@ -87,13 +87,16 @@ class TrainConfig:
         users_per_step: users in the batch of one step, all workers together: more workers do not change the batch.
         targets_per_user: targets of a user drawn each time he is visited.
         epochs: at most so many; an epoch is a pass over the users, or several where a pass has fewer steps than
-        min_epoch_steps: few users with many targets each are no small data set.
+            `min_epoch_steps`: few users with many targets each are no small data set.
         patience: epochs without a better validation log loss before the early stop.
         validation_share: share of training targets held out for the early stop.
         warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most two epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         seed: of weights, order and draws.
+        bf16: matrix products in bfloat16 (autocast); loss, softmax, code search and codebooks stay in fp32.
+        compiled: torch.compile the attention over all users and the head.
+        deterministic: only algorithms that give the same bits every time, on a GPU too; slower.
     """
 
     models: dict[str, ModelConfig] = field(default_factory=dict)
@@ -110,6 +113,9 @@ class TrainConfig:
     weight_decay: float = 1e-2
     gradient_clip: float = 1.0
     seed: int = 7
+    bf16: bool = False
+    compiled: bool = False
+    deterministic: bool = False
 
     @property
     def digest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,9 +98,14 @@ def train_model(
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
+    torch.use_deterministic_algorithms(config.deterministic)
     model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
     if warm_start is not None:
         inherit(model, data.vocabulary, *warm_start)
+    if config.compiled:
+        model.compile()
     parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
     batches = UserBatches(
@@ -126,7 +132,8 @@ def train_model(
         for batch in batches.epoch(data.split.train, epoch, config.targets_per_user, config.min_epoch_steps):
             batch = batch.to(worker.device)
             waited += time.perf_counter() - mark
-            logits, auxiliary = parallel(batch)
+            with torch.autocast(batch.target_label.device.type, torch.bfloat16, enabled=config.bf16):
+                logits, auxiliary = parallel(batch)
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label)
             optimizer.zero_grad(set_to_none=True)
             (loss + auxiliary).backward()

@@ -17,6 +17,7 @@ from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
 from training.data import Joined, Sequences, UserBatches, split_targets
 from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
 
@@ -86,6 +87,43 @@ def test_attention_models_learn_a_planted_long_term_interest_and_mean_pooling_ca
         found[name] = auc_of(data, model)
     assert found["vql"] > found["mean_pooling"] + 0.08, found
     assert found["softmax_attention"] > found["mean_pooling"] + 0.08, found
+
+
+@pytest.mark.parametrize("changes", [{"compiled": True}, {"bf16": True}, {"deterministic": True}], ids=lambda c: next(iter(c)))
+def test_compiled_bf16_and_deterministic_training_reach_what_the_plain_one_does(changes):
+    data = planted(users=48, length=60, topics=4, seed=4)
+    config = small_config(epochs=2, min_epoch_steps=12, warmup_steps=6)
+    plain, _ = train_model("vql", data, config, Worker(), lambda result: None)
+    other, result = train_model("vql", data, dataclasses.replace(config, **changes), Worker(), lambda result: None)
+    assert abs(auc_of(data, plain) - auc_of(data, other)) < 0.02
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    if "deterministic" in changes:
+        again, _ = train_model("vql", data, dataclasses.replace(config, **changes), Worker(), lambda result: None)
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), again.state_dict().values(), strict=True))
+        torch.use_deterministic_algorithms(False)
+
+
+def test_autocast_leaves_search_codebooks_softmax_and_loss_in_single_precision():
+    data = planted(users=8, length=30, topics=4, seed=5)
+    config = small_config()
+    model = Ranker(FieldSizes.of(data.vocabulary), config.models["vql"])
+    batch = next(UserBatches(data.joined, 0, 1, 8, 0).all_of(data.split.train)).to("cpu")
+    with torch.no_grad():
+        model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+        off_centre = model.keys(model.items(batch.items)) + 100.0  # in bf16 these would all be one key
+        plain = model.quantizer.search(off_centre)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.quantizer.search(off_centre), plain)
+        key = model.keys(model.items(batch.items))
+        _, loss, _ = model.quantizer(key, torch.ones(len(key)), 0.25)
+        assert key.dtype == loss.dtype == torch.float32
+        logits, auxiliary = model(batch)
+    assert auxiliary.dtype == torch.float32
+    (torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.target_label) + auxiliary).backward()
+    assert model.quantizer.codebook_GCw.grad.dtype == torch.float32
+    with torch.no_grad():
+        assert (model(batch)[0] - logits).abs().max() < 0.05
 
 
 def test_a_run_that_was_cut_continues_to_the_same_weights(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from etl.sequences import visible_ends
 from tests.training.conftest import DAY_MS, vocabulary_of
 from training.checkpoint import Cutoff, load_package, save_package
 from training.data import Joined, Sequences, UserBatches, make_batch, split_targets
+from training.model.blocks import block_attention
 from training.scoring import load_scorer, request_of
 
 ALL_MODELS = ("vql", "softmax_attention", "mean_pooling")
@@ -54,6 +56,27 @@ def test_a_batch_of_many_users_equals_each_user_alone(interest, loaded, make_mod
             ]
         )
     assert (together - alone).abs().max() <= 1e-5
+
+
+KINDS = [{"interest": name} for name in (*ALL_MODELS, "sdim")] + [
+    {"interest": "recent_attention", "recent_window": 5}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5}, {"kernel_components": 0, "refine_k": 3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_each(kind, loaded, make_model):
+    sequences, _, batches = loaded
+    model = make_model(**kind, dropout=0.0).train()
+    batch = next(batches.all_of(_all_targets(sequences))).to("cpu")
+    found = []
+    for attend in (block_attention, functools.partial(block_attention)):
+        model.block_attention = attend  # any other than the plain function is called for all users at once
+        model.zero_grad()
+        logits, auxiliary = model(batch)
+        (logits.square().sum() + auxiliary).backward()
+        found.append((logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).abs().max() <= 2e-5 * max(1.0, float(one.abs().max()))
 
 
 @pytest.mark.parametrize("interest", ALL_MODELS)

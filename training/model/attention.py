@@ -87,7 +87,7 @@ def event_attention(
         attn_mask=bias[None] if bias.dim() == 3 else bias,
         scale=1.0,
     )[0]
-    mixed_THd = mixed_HTd.transpose(0, 1)
+    mixed_THd = mixed_HTd.transpose(0, 1).to(out_THd.dtype)
     return mixed_THd if every else out_THd.index_put((seen.nonzero()[:, 0],), mixed_THd)
 
 
@@ -161,7 +161,7 @@ def straight_through(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) ->
     heads = codebook_HCd.shape[0]
     code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
     word_LHd = codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]
-    return key_LHd + (word_LHd - key_LHd).detach()
+    return word_LHd.detach() + (key_LHd - key_LHd.detach())  # the codeword to the bit: equal codes tie
 
 
 def code_logits(

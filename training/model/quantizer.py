@@ -79,7 +79,7 @@ class GroupedQuantizer(nn.Module):
             loss = commitment * ((keys_GNw - words_GNw.detach()).square().sum((0, 2)) * weight).sum()
             if self.ema_decay is None:
                 loss = loss + ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
-            hard_GNw = keys_GNw + (words_GNw - keys_GNw).detach()
+            hard_GNw = words_GNw.detach() + (keys_GNw - keys_GNw.detach())  # the codeword to the bit: equal codes tie
             if self.training:
                 self._track(codes_NG, keys_GNw.detach(), weight_N.float())
         return self._ungrouped(hard_GNw, keys_NHd), loss, codes_NG

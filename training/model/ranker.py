@@ -22,6 +22,7 @@ from etl.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.attention import cache_part, combine, event_attention, event_part, mean_pooling, window_part
+from training.model.blocks import Layout, block_attention
 from training.model.cache import UserCache, build_cache
 from training.model.factored import factored_attention, prefers_factored
 from training.model.kernel import MixtureKernel, age_days
@@ -125,6 +126,7 @@ class Ranker(nn.Module):
     def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.block_attention = block_attention
         self.items = ItemEncoder(sizes, config)
         self.interactions = InteractionEncoder(config)
         self.to_value = nn.Linear(self.items.width, config.width)
@@ -157,12 +159,55 @@ class Ranker(nn.Module):
         static_NS = self.items(batch.items)
         value_EHd = self._values(static_NS, batch)
         if self.config.interest == "mean_pooling":
-            parts = [mean_pooling(value_EHd[u.events], batch.target_end[u.targets]) for u in _users(batch)]
-            return self.predict(torch.cat(parts), static_NS, batch), static_NS.new_zeros(())
-        keys, auxiliary = self._keys_of(static_NS, batch)
-        query_THd = self.queries(static_NS)[batch.target_item]
-        parts = [self._attend(u, batch, query_THd[u.targets], keys, value_EHd[u.events]) for u in _users(batch)]
-        return self.predict(torch.cat(parts), static_NS, batch), auxiliary
+            interest_THd, auxiliary = self._mean(value_EHd, batch), static_NS.new_zeros(())
+        else:
+            keys, auxiliary = self._keys_of(static_NS, batch)
+            query_THd = self.queries(static_NS)[batch.target_item]
+            if self._all_users_at_once(value_EHd):
+                interest_THd = self._attend_all(batch, query_THd, keys, value_EHd)
+            else:
+                parts = [self._attend(u, batch, query_THd[u.targets], keys, value_EHd[u.events]) for u in _users(batch)]
+                interest_THd = torch.cat(parts)
+        return self.predict(interest_THd, static_NS, batch), auxiliary
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Let torch.compile build the pass over all users and the head; what depends on the batch's lists stays eager."""
+        self.block_attention = torch.compile(block_attention, dynamic=True)
+        self.head.compile(dynamic=True)
+
+    def _all_users_at_once(self, value_EHd: Tensor) -> bool:
+        """A CPU works through one user after another in its caches; a GPU, or compiled code, would wait for the launches."""
+        return value_EHd.device.type != "cpu" or self.block_attention is not block_attention
+
+    def _attend_all(self, batch: Batch, query_THd: Tensor, keys: _Keys, value_EHd: Tensor) -> Tensor:
+        """Return the interests of all users' targets, [T, H, d], in one pass; equal to `_attend` of each user."""
+        config, item_E, end_T = self.config, batch.event_item, batch.target_end
+        layout = Layout.of(batch.event_start, batch.target_start, value_EHd.device)
+        if config.interest == "sdim":
+            signature_NX = self.hashed.signatures(keys.exact_NHd)
+            return self.hashed.pooled(layout, signature_NX[batch.target_item], signature_NX[item_E], value_EHd, end_T)
+        times = batch.event_time_ms, batch.target_time_ms
+        recent_T = (end_T - config.recent_window).clamp(min=0)
+        exact_EHd = keys.exact_NHd.index_select(0, item_E)
+        if config.interest == "recent_attention":
+            return self.block_attention(layout, query_THd, exact_EHd, value_EHd, *times, end_T, self.kernel, first_T=recent_T)
+        if keys.codes_NG is None:
+            return self.block_attention(layout, query_THd, exact_EHd, value_EHd, *times, end_T, self.kernel)
+        hard_EHd = keys.hard_NHd.index_select(0, item_E)
+        if not (config.recent_window or config.refine_k):
+            return self.block_attention(layout, query_THd, hard_EHd, value_EHd, *times, end_T, self.kernel)
+        return self.block_attention(
+            layout, query_THd, hard_EHd, value_EHd, *times, end_T, self.kernel, exact_EHd=exact_EHd, exact_from_T=recent_T, refine=config.refine_k
+        )  # fmt: skip
+
+    def _mean(self, value_EHd: Tensor, batch: Batch) -> Tensor:
+        """Return the means of the visible values, [T, H, d]; for a GPU they are attention with equal logits."""
+        if not self._all_users_at_once(value_EHd):
+            return torch.cat([mean_pooling(value_EHd[u.events], batch.target_end[u.targets]) for u in _users(batch)])
+        layout = Layout.of(batch.event_start, batch.target_start, value_EHd.device)
+        nothing_THd = value_EHd.new_zeros(len(batch.target_end), *value_EHd.shape[1:])
+        times = batch.event_time_ms, batch.target_time_ms
+        return self.block_attention(layout, nothing_THd, value_EHd, value_EHd, *times, batch.target_end, None)
 
     def _attend(self, user: _User, batch: Batch, query_THd: Tensor, keys: _Keys, value_LHd: Tensor) -> Tensor:
         """Return the interest of one user's targets, [T, H, d]: attention over his events, whatever form is the cheapest."""
@@ -181,8 +226,7 @@ class Ranker(nn.Module):
             tail = refined_event_part(
                 query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel, config.refine_k
             )  # fmt: skip
-        # On a GPU its many small operations take longer than the products that they save (benchmarks/LOG.md).
-        elif value_LHd.device.type == "cpu" and prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
+        elif prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
             tail = factored_attention(
                 query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel
             )  # fmt: skip
@@ -292,7 +336,7 @@ class Ranker(nn.Module):
     def _values(self, static_NS: Tensor, batch: Batch) -> Tensor:
         """Values [E, H, d]: the item's part and what the user did with it."""
         value_NHd, interaction_IHd = self._heads(self.to_value(static_NS)), self._heads(self.interactions.table())
-        return value_NHd[batch.event_item] + interaction_IHd[batch.event_interaction]
+        return value_NHd.index_select(0, batch.event_item) + interaction_IHd.index_select(0, batch.event_interaction)
 
     def _keys_of(self, static_NS: Tensor, batch: Batch) -> tuple[_Keys, Tensor]:
         """Return the keys of the batch's items, exact and quantized, and the weighted quantization loss."""
@@ -314,6 +358,7 @@ class Ranker(nn.Module):
 
     def _normalised(self, flat: Tensor) -> Tensor:
         width = self.config.head_width
+        flat = flat.to(self.log_scale_H.dtype)  # autocast must not round what the codes are searched by
         return F.layer_norm(self._heads(flat), (width,)) * width**-0.25
 
     def _recency(self, batch: Batch) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.model.blocks import Layout
+
 TABLES, BITS = 16, 3  # the paper's 48 hash functions in groups of 3
 
 
@@ -38,3 +40,12 @@ class HashedAttention(nn.Module):
             same_TL = (target_TX[:, table, None] == event_LX[None, :, table]) & seen_TL
             total_TD = total_TD + F.normalize(same_TL.to(value_LD.dtype) @ value_LD, dim=-1)
         return (total_TD / TABLES).view(-1, heads, width)
+
+    def pooled(self, layout: Layout, target_TX: Tensor, event_EX: Tensor, value_EHd: Tensor, target_end_T: Tensor) -> Tensor:
+        """The same for the targets of all users at once."""
+        seen_NPB, value_NBD = layout.seen(target_end_T), layout.events(value_EHd).permute(1, 2, 0, 3).flatten(2)
+        total_TD = value_EHd.new_zeros(len(target_TX), value_NBD.shape[-1])
+        for table in range(TABLES):
+            same_NPB = (target_TX[:, table][layout.target_NP][..., None] == event_EX[:, table][layout.event_NB][:, None]) & seen_NPB
+            total_TD = total_TD + F.normalize(layout.summed((same_NPB.to(value_NBD.dtype) @ value_NBD)[None])[:, 0], dim=-1)
+        return (total_TD / TABLES).view(-1, *value_EHd.shape[1:])

@@ -1,0 +1,175 @@
+"""Attention of all users of a batch in one pass: histories cut into blocks of events, targets into tiles, none padded to the longest.
+
+On a GPU a loop over users is bound by its launches, whatever the histories' lengths (benchmarks/LOG.md); here the number of
+operations does not depend on the number of users. Every (block, tile) pair of one user is a row of batched products; the
+softmax of a target is joined over the blocks of its user by sums, with one maximum for all of them: the very softmax over
+his events. Time and memory grow with the events of the batch, not with users x the longest history.
+
+Legend: E events (flat), T targets (flat), N (block, tile) pairs, B events of a block, P targets of a tile, X tiles, H heads,
+d head width, K refined events.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etl.partitions import MS_PER_DAY
+from training.model.kernel import MixtureKernel
+
+BLOCK, TILE = 256, 64
+UNSEEN = 2**40  # a place behind every cut-off
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which events meet which targets.
+
+    Attributes:
+        event_NB, target_NP: int64, positions in the flat arrays; padding repeats a real position.
+        place_NB: int64, an event's position in its user's history; `UNSEEN` for padding.
+        tile_N: int64, tile of each pair; pairs of a tile are neighbours.
+        slot_T: int64, position of each target in the flattened [X, P].
+        tiles: X. blocks_a_tile: the most blocks that a tile meets.
+    """
+
+    event_NB: Tensor
+    target_NP: Tensor
+    place_NB: Tensor
+    tile_N: Tensor
+    slot_T: Tensor
+    tiles: int
+    blocks_a_tile: int
+
+    @staticmethod
+    def of(event_start: list[int], target_start: list[int], device: torch.device, block: int = BLOCK, tile: int = TILE) -> Layout:
+        """Lay out users whose events and targets lie between neighbouring starts."""
+        tile = max(1, min(tile, max((b - a for a, b in itertools.pairwise(target_start)), default=1)))
+        pairs: list[tuple[int, int, int, int, int]] = []  # first event, its place, events, first target, tile
+        slots: list[int] = []
+        tiles = most = 0
+        for (event, stop), (target, last) in zip(itertools.pairwise(event_start), itertools.pairwise(target_start), strict=True):
+            most = max(most, -(-(stop - event) // block))
+            for first in range(target, last, tile):
+                pairs += [(e, e - event, min(block, stop - e), first, tiles) for e in range(event, stop, block)]
+                slots += range(tiles * tile, tiles * tile + min(tile, last - first))
+                tiles += 1
+        table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 5).to(device, non_blocking=True)
+        event_N, place_N, count_N, target_N, tile_N = table.unbind(1)
+        step_B, step_P = torch.arange(block, device=device), torch.arange(tile, device=device)
+        real_NB = step_B < count_N[:, None]
+        return Layout(
+            event_NB=event_N[:, None] + torch.where(real_NB, step_B, 0),
+            target_NP=(target_N[:, None] + step_P).clamp(max=max(target_start[-1] - 1, 0)),
+            place_NB=torch.where(real_NB, place_N[:, None] + step_B, UNSEEN),
+            tile_N=tile_N.contiguous(),
+            slot_T=torch.tensor(slots, dtype=torch.long).to(device, non_blocking=True),
+            tiles=tiles,
+            blocks_a_tile=most,
+        )
+
+    def events(self, rows_EHd: Tensor) -> Tensor:
+        """Gather [E, H, d] -> [H, N, B, d]."""
+        return rows_EHd.index_select(0, self.event_NB.flatten()).unflatten(0, self.event_NB.shape).permute(2, 0, 1, 3)
+
+    def targets(self, rows_THd: Tensor) -> Tensor:
+        """Gather [T, H, d] -> [H, N, P, d]."""
+        return rows_THd.index_select(0, self.target_NP.flatten()).unflatten(0, self.target_NP.shape).permute(2, 0, 1, 3)
+
+    def seen(self, end_T: Tensor) -> Tensor:
+        """Return which events lie before each target's cut-off, bool [N, P, B]."""
+        return self.place_NB[:, None] < end_T[self.target_NP][..., None]
+
+    def summed(self, part_HNPx: Tensor) -> Tensor:
+        """Sum over the blocks of each tile, [H, N, P, x] -> one row a target, [T, H, x]."""
+        heads, _, tile, width = part_HNPx.shape
+        total_HXPx = part_HNPx.new_zeros(heads, self.tiles, tile, width).index_add(1, self.tile_N, part_HNPx)
+        return total_HXPx.flatten(1, 2).index_select(1, self.slot_T).transpose(0, 1)
+
+
+def block_attention(
+    layout: Layout,
+    query_THd: Tensor,
+    key_EHd: Tensor,
+    value_EHd: Tensor,
+    event_time_ms_E: Tensor,
+    target_time_ms_T: Tensor,
+    end_T: Tensor,
+    kernel: MixtureKernel | None,
+    *,
+    first_T: Tensor | None = None,
+    exact_EHd: Tensor | None = None,
+    exact_from_T: Tensor | None = None,
+    refine: int = 0,
+) -> Tensor:
+    """Softmax attention of every target over the events `first` (default 0) to `end` of its user, exact for every target.
+
+    Args:
+        key_EHd: keys of the events, at their codewords in VQL.
+        exact_EHd: exact keys, used for events from place `exact_from` on (exact recent window) and for the `refine` events of
+            the highest quantized logits before it, newer ones first among equals.
+
+    Returns:
+        [T, H, d] in the queries' precision; zeros for a target that may see no event.
+    """
+    if layout.event_NB.shape[0] == 0:
+        return torch.zeros_like(query_THd)
+    query_HNPd, value_HNBd = layout.targets(query_THd), layout.events(value_EHd)
+    logit_HNPB = (query_HNPd @ layout.events(key_EHd).transpose(2, 3)).to(query_THd.dtype)
+    bias_HNPB = None
+    if kernel is not None:
+        age_NPB = _age_days(layout, event_time_ms_E, target_time_ms_T, query_THd.dtype)
+        bias_HNPB = kernel.log_kernel_of_age(age_NPB[None]).to(logit_HNPB.dtype)
+    hidden_NPB = ~layout.seen(end_T)
+    if first_T is not None:
+        hidden_NPB = hidden_NPB | layout.seen(first_T)
+    if exact_EHd is not None:
+        exact_HNPB = (query_HNPd @ layout.events(exact_EHd).transpose(2, 3)).to(query_THd.dtype)
+        coarse_NPB = ~hidden_NPB if exact_from_T is None else ~hidden_NPB & layout.seen(exact_from_T)
+        chosen_HNPB = ~coarse_NPB[None]
+        if refine:
+            with torch.no_grad():
+                score_HNPB = logit_HNPB if bias_HNPB is None else logit_HNPB + bias_HNPB
+                chosen_HNPB = chosen_HNPB | _highest(layout, score_HNPB.masked_fill(~coarse_NPB, float("-inf")), refine)
+        logit_HNPB = torch.where(chosen_HNPB, exact_HNPB, logit_HNPB)
+    if bias_HNPB is not None:
+        logit_HNPB = logit_HNPB + bias_HNPB
+    logit_HNPB = logit_HNPB.masked_fill(hidden_NPB, float("-inf"))
+    with torch.no_grad():
+        index_HNP = layout.tile_N[None, :, None].expand(logit_HNPB.shape[:3])
+        empty_HXP = logit_HNPB.new_full((len(logit_HNPB), layout.tiles, logit_HNPB.shape[2]), float("-inf"))
+        top_HXP = empty_HXP.scatter_reduce(1, index_HNP, logit_HNPB.amax(-1), "amax")
+        top_HNP1 = torch.where(top_HXP.isinf(), 0.0, top_HXP)[:, layout.tile_N, :, None]
+    weight_HNPB = (logit_HNPB - top_HNP1).exp()
+    total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))
+    mixed_THd = layout.summed((weight_HNPB @ value_HNBd).to(query_THd.dtype))
+    return mixed_THd / torch.where(total_TH1 > 0, total_TH1, 1.0)
+
+
+def _age_days(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Ages in days, [N, P, B], never negative: from the block's newest event, so that no difference is taken in single precision."""
+    event_ms_NB = event_time_ms_E[layout.event_NB]
+    newest_ms_N1 = event_ms_NB.amax(1, keepdim=True)
+    before_NB = ((newest_ms_N1 - event_ms_NB).double() / MS_PER_DAY).to(dtype)
+    since_NP = ((target_time_ms_T[layout.target_NP] - newest_ms_N1).double() / MS_PER_DAY).to(dtype)
+    return (since_NP[..., None] + before_NB[:, None]).clamp(min=0)
+
+
+def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
+    """Mark each target's `count` highest scores over all blocks of its user, bool [H, N, P, B]."""
+    ranked_HNPB = score_HNPB.double() + 1e-12 * layout.place_NB[None, :, None]  # newer ones first among equals
+    ranked_HNPB = ranked_HNPB.masked_fill(score_HNPB.isinf(), float("-inf"))
+    each = min(count, ranked_HNPB.shape[-1])
+    heads, _, tile, _ = ranked_HNPB.shape
+    # Only a block's own best can be among the best of the user.
+    best_HNPK = ranked_HNPB.topk(each, dim=-1).values
+    start_X = torch.searchsorted(layout.tile_N, torch.arange(layout.tiles, device=layout.tile_N.device))
+    number_N = torch.arange(len(layout.tile_N), device=layout.tile_N.device) - start_X[layout.tile_N]
+    table_HXYPK = ranked_HNPB.new_full((heads, layout.tiles, layout.blocks_a_tile, tile, each), float("-inf"))
+    table_HXYPK[:, layout.tile_N, number_N] = best_HNPK
+    candidate_HXPK = table_HXYPK.permute(0, 1, 3, 2, 4).flatten(3)
+    least_HXP1 = candidate_HXPK.topk(min(count, candidate_HXPK.shape[-1]), dim=-1).values[..., -1:]
+    return (ranked_HNPB >= least_HXP1[:, layout.tile_N]) & ~ranked_HNPB.isinf()
