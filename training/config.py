@@ -24,7 +24,7 @@ class ModelConfig:
         field_width: width of the embeddings of small categorical fields.
         heads, head_width: attention heads and their width; D = heads * head_width.
         groups: groups of heads that share one assignment (divides `heads`).
-        codes: codewords per group.
+        codes: codewords per group; a tuple gives each group its own number (coarse and fine codebooks).
         kernel_components: exponentials in the temporal kernel, 0 = none.
         half_life_days: initial half-lives of the components, fast to slow.
         refine_k: events of the highest quantized logit that get their exact one, 0 = plain VQL.
@@ -41,7 +41,7 @@ class ModelConfig:
     heads: int = 4
     head_width: int = 16
     groups: int = 4
-    codes: int = 64
+    codes: int | tuple[int, ...] = 64
     kernel_components: int = 2
     half_life_days: tuple[float, ...] = (2.0, 180.0)
     refine_k: int = 0
@@ -57,6 +57,9 @@ class ModelConfig:
             raise StageError(f"unknown interest {self.interest!r}", f"use one of: {', '.join(INTERESTS)}")
         if self.heads % self.groups:
             raise StageError(f"{self.groups} groups do not divide {self.heads} heads", "choose groups that do")
+        if isinstance(self.codes, tuple):
+            if len(self.codes) != self.groups:
+                raise StageError(f"{len(self.codes)} codebook sizes for {self.groups} groups", "give one number for all groups or one for each")
         if self.interest == "recent_attention" and self.recent_window < 1:
             raise StageError("recent_attention without a recent_window sees nothing", "set recent_window, for example 200")
 

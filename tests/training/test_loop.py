@@ -94,7 +94,7 @@ def test_compiled_bf16_and_deterministic_training_reach_what_the_plain_one_does(
     data = planted(users=48, length=60, topics=4, seed=4)
     config = small_config(epochs=2, min_epoch_steps=12, warmup_steps=6)
     plain, _ = train_model("vql", data, config, Worker(), lambda result: None)
-    other, result = train_model("vql", data, dataclasses.replace(config, **changes), Worker(), lambda result: None)
+    other, _ = train_model("vql", data, dataclasses.replace(config, **changes), Worker(), lambda result: None)
     assert abs(auc_of(data, plain) - auc_of(data, other)) < 0.02
     assert all(p.dtype == torch.float32 for p in other.parameters())
     if "deterministic" in changes:

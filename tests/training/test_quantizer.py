@@ -176,3 +176,20 @@ def test_averages_take_no_gradient_and_no_codebook_loss_and_are_saved():
     assert quantizer.codebook_GCw.grad is None and keys.grad.abs().max() > 0
     assert "average_GCk" in quantizer.state_dict()
     assert "average_GCk" not in _quantizer().state_dict()
+
+
+def test_groups_may_have_codebooks_of_different_sizes():
+    torch.manual_seed(0)
+    quantizer = GroupedQuantizer(groups=3, codes=(2, 5, 16), group_width=4, ema_decay=0.9)
+    keys = torch.randn(400, 3, 4)
+    quantizer.start_from_keys(keys, torch.Generator().manual_seed(0))
+    quantizer.train()
+    for _ in range(3):
+        _, _, codes = quantizer(keys, torch.ones(400), 0.25)
+        quantizer.ema_step()
+        quantizer.revive(keys, torch.Generator().manual_seed(0))
+        assert codes.amax(0).tolist() == [1, 4, 15]
+    assert (quantizer.perplexity_share() > 0.5).all() and (quantizer.perplexity_share() <= 1).all()
+    assert quantizer.dead_share().tolist() == [0, 0, 0]
+    error = [(quantizer.lookup(codes)[g] - keys[:, g]).square().sum(-1).mean() for g in range(3)]
+    assert error[0] > error[1] > error[2]

@@ -11,6 +11,8 @@ assignment. Search and losses stay in fp32 whatever autocast says: with off-cent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class GroupedQuantizer(nn.Module):
         started: 0 until `start_from_keys` has run; before it, keys pass unquantized.
         average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event count,
             fp32 [G, C, w + 1].
+        spare_GC: rows of a group's codebook that are not codes, because another group has more.
         step_GCk: with an `ema_decay` only: the same sums of the last training batch. Sum them over workers, then call `ema_step`.
     """
 
@@ -31,17 +34,22 @@ class GroupedQuantizer(nn.Module):
     started: Tensor
     average_GCk: Tensor
     step_GCk: Tensor
+    sizes_G1: Tensor
+    spare_GC: Tensor
 
-    def __init__(self, groups: int, codes: int, group_width: int, ema_decay: float | None = None) -> None:
+    def __init__(self, groups: int, codes: int | Sequence[int], group_width: int, ema_decay: float | None = None) -> None:
         super().__init__()
-        self.groups, self.codes, self.group_width, self.ema_decay = groups, codes, group_width, ema_decay
-        words_GCw = torch.randn(groups, codes, group_width) * group_width**-0.5
+        sizes = [codes] * groups if isinstance(codes, int) else list(codes)
+        self.groups, self.codes, self.group_width, self.ema_decay = groups, max(sizes), group_width, ema_decay
+        words_GCw = torch.randn(groups, self.codes, group_width) * group_width**-0.5
+        self.register_buffer("sizes_G1", torch.tensor(sizes, dtype=torch.float32)[:, None], persistent=False)
+        self.register_buffer("spare_GC", torch.arange(self.codes) >= self.sizes_G1, persistent=False)
         self.codebook_GCw = nn.Parameter(words_GCw, requires_grad=ema_decay is None)
-        self.register_buffer("usage_GC", torch.full((groups, codes), 1.0 / codes))
+        self.register_buffer("usage_GC", self._even_usage())
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
         if ema_decay is not None:
-            self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones(groups, codes, 1)], -1))
-            self.register_buffer("step_GCk", torch.zeros(groups, codes, group_width + 1), persistent=False)
+            self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones_like(words_GCw[..., :1])], -1))
+            self.register_buffer("step_GCk", torch.zeros(groups, self.codes, group_width + 1), persistent=False)
 
     @torch.no_grad()
     def search(self, keys_NHd: Tensor) -> Tensor:
@@ -50,8 +58,9 @@ class GroupedQuantizer(nn.Module):
             keys_GNw = self._grouped(keys_NHd.float())
             centre_G1w = self.codebook_GCw.mean(1, keepdim=True)  # a common offset costs precision, not distance
             codes_GCw = self.codebook_GCw - centre_G1w
+            square_G1C = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf).unsqueeze(1)
             scores_GNC = torch.baddbmm(
-                codes_GCw.square().sum(-1).unsqueeze(1), keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0
+                square_G1C, keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0
             )
             return scores_GNC.argmin(-1).T.contiguous()
 
@@ -103,7 +112,7 @@ class GroupedQuantizer(nn.Module):
             sums_GCk = self._sums(self.search(keys_NHd), keys_GNw, keys_GNw.new_ones(n))
             count_GC1 = sums_GCk[..., -1:]
             self.codebook_GCw.copy_(torch.where(count_GC1 > 0, sums_GCk[..., :-1] / count_GC1, self.codebook_GCw))
-        self.usage_GC.fill_(1.0 / self.codes)
+        self.usage_GC.copy_(self._even_usage())
         self._restart_averages(torch.ones_like(self.usage_GC, dtype=torch.bool))
         self.started.fill_(1)
 
@@ -113,7 +122,7 @@ class GroupedQuantizer(nn.Module):
         assert self.ema_decay is not None
         events_G11 = self.step_GCk[..., -1:].sum(1, keepdim=True)
         # In shares, an average code weighs 1 whatever the batch, and so does a restarted one.
-        even_GCk = self.step_GCk * (self.codes / events_G11.clamp(min=1))
+        even_GCk = self.step_GCk * (self.sizes_G1[..., None] / events_G11.clamp(min=1))
         self.average_GCk.lerp_(even_GCk, 1 - self.ema_decay)
         # Both sums of an unused code decay alike, so its codeword stays, until there is nothing left to divide.
         total_GCw, weight_GC1 = self.average_GCk[..., :-1], self.average_GCk[..., -1:]
@@ -123,23 +132,29 @@ class GroupedQuantizer(nn.Module):
     def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
         """Move codes used less than `threshold` of an even share to random keys, their usage reset; return how many."""
         keys_GNw = self._grouped(keys_NHd.float())
-        dead_GC = self.usage_GC < threshold / self.codes
+        dead_GC = self._dead(threshold)
         for g in range(self.groups):
             dead = torch.nonzero(dead_GC[g]).flatten()
             picked = torch.randint(keys_GNw.shape[1], (len(dead),), generator=generator).to(dead.device)
             self.codebook_GCw[g, dead] = keys_GNw[g][picked]
-        self.usage_GC[dead_GC] = 1.0 / self.codes
+        self.usage_GC[dead_GC] = self._even_usage()[dead_GC]
         self._restart_averages(dead_GC)
         return int(dead_GC.sum())
 
     def perplexity_share(self) -> Tensor:
         """Return exp(entropy of usage) / C per group, float [G]; near 0 = collapsed, healthy above .5."""
         share = self.usage_GC / self.usage_GC.sum(1, keepdim=True)
-        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)) / self.codes
+        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)) / self.sizes_G1[:, 0]
 
     def dead_share(self, threshold: float = 0.02) -> Tensor:
         """Return the share of codes used less than `threshold` of an even share per group, float [G]."""
-        return (self.usage_GC < threshold / self.codes).float().mean(1)
+        return self._dead(threshold).sum(1) / self.sizes_G1[:, 0]
+
+    def _dead(self, threshold: float) -> Tensor:
+        return (self.usage_GC < threshold / self.sizes_G1) & ~self.spare_GC
+
+    def _even_usage(self) -> Tensor:
+        return torch.where(self.spare_GC, 0.0, 1.0 / self.sizes_G1)
 
     @torch.no_grad()
     def _track(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> None:

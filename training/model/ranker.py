@@ -252,9 +252,9 @@ class Ranker(nn.Module):
         assert self.quantizer is not None
         config = self.config
         words = self.quantizer.codebook_GCw.view(
-            config.groups, config.codes, config.heads // config.groups, config.head_width
+            config.groups, -1, config.heads // config.groups, config.head_width
         )
-        return words.transpose(1, 2).reshape(config.heads, config.codes, config.head_width)
+        return words.transpose(1, 2).reshape(config.heads, -1, config.head_width)
 
     def predict(self, interest_THd: Tensor, static_NS: Tensor, batch: Batch) -> Tensor:
         """Head: interest, target, their product, user fields and request context -> logit [T]."""
@@ -274,7 +274,7 @@ class Ranker(nn.Module):
         for user in _users(batch):
             old = slice(user.events.start, max(user.events.start, user.events.stop - self.config.recent_window))
             codes_LG, times = codes_NG[batch.event_item[old]], batch.event_time_ms[old]
-            caches.append(build_cache(codes_LG, value_EHd[old], times, reference_time_ms, self.config.codes, self.kernel))
+            caches.append(build_cache(codes_LG, value_EHd[old], times, reference_time_ms, self.quantizer.codes, self.kernel))
         return caches
 
     @torch.no_grad()
@@ -298,7 +298,7 @@ class Ranker(nn.Module):
             old, new = slice(user.events.start, split), slice(split, user.events.stop)
             if config.refine_k:
                 item_L = batch.event_item[old]
-                index = index_events(codes_NG[item_L], config.codes)
+                index = index_events(codes_NG[item_L], self.quantizer.codes)
                 part = refined_cache_part(
                     query_THd, codebook_HCd, cache, index, key_NHd[item_L], value_EHd[old], batch.event_time_ms[old], target_ms, self.kernel, config.refine_k
                 )  # fmt: skip
