@@ -40,6 +40,7 @@ class Simulation:
     Attributes:
         length_scale: factor on the real history lengths (log-normal, ln mean 8.97, sd 0.96).
         taste_sd: spread of a user's taste over topics, in logits.
+        taste_days: mean days after which a user's taste for a topic is drawn anew; 0 = it lasts.
     """
 
     users: int = 1_000
@@ -49,6 +50,7 @@ class Simulation:
     items: int = 4_000
     topics: int = 40
     taste_sd: float = 1.6
+    taste_days: float = 0.0
     seed: int = 7
     version: int = SIMULATOR_VERSION
 
@@ -169,7 +171,7 @@ def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Ge
     repeats = repeats[(repeats > 0) & (user[repeats] == user[repeats - 1])]
     item[repeats] = item[repeats - 1]
     taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
-    logit = -0.6 + taste[user, items["topic"][item]] + items["quality"][item]
+    logit = -0.6 + _taste_then(taste, user, items["topic"][item], (time_ms - first_ms) // MS_PER_DAY, simulation, rng) + items["quality"][item]
     probability = 1 / (1 + np.exp(-logit))
     click = rng.random(total) < probability
     duration = items["duration_ms"][item]
@@ -194,6 +196,17 @@ def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Ge
         "is_rand": np.zeros(total, np.int64), "tab": rng.choice([1, 0, 4, 2, 6], total, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
     }  # fmt: skip
     return columns, probability
+
+
+def _taste_then(taste: np.ndarray, user: np.ndarray, topic: np.ndarray, day: np.ndarray, simulation: Simulation, rng: np.random.Generator) -> np.ndarray:
+    """Return each event's taste on its day."""
+    if not simulation.taste_days:
+        return taste[user, topic]
+    by_day = [taste]
+    for _ in range(1, simulation.days):
+        anew = rng.random(taste.shape) < -np.expm1(-1 / simulation.taste_days)
+        by_day.append(np.where(anew, rng.normal(0, simulation.taste_sd, taste.shape), by_day[-1]))
+    return np.stack(by_day)[day, user, topic]
 
 
 def _hour_profile() -> np.ndarray:

@@ -93,7 +93,7 @@ class TrainConfig:
             `min_epoch_steps`: few users with many targets each are no small data set.
         patience: epochs without a better validation log loss before the early stop.
         validation_share: share of training targets held out for the early stop.
-        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most two epochs.
+        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most half of the epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         seed: of weights, order and draws.
@@ -110,7 +110,7 @@ class TrainConfig:
     min_epoch_steps: int = 50
     patience: int = 2
     validation_share: float = 0.05
-    warmup_steps: int = 100
+    warmup_steps: int = 300
     revive_every_steps: int = 50
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2

@@ -115,7 +115,8 @@ def train_model(
         max(1, config.users_per_step // worker.world),
         config.seed,
     )
-    warmup = min(config.warmup_steps, 2 * max(batches.steps_per_pass(data.split.train), config.min_epoch_steps))
+    steps = max(batches.steps_per_pass(data.split.train), config.min_epoch_steps)
+    warmup = min(config.warmup_steps, steps * max(1, config.epochs // 2))
     generator = torch.Generator().manual_seed(config.seed)
     best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
     if resume is not None:

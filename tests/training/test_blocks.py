@@ -35,11 +35,11 @@ def one_by_one(attend, starts):
 
 
 @settings(max_examples=40, deadline=None)
-@given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), block=st.integers(1, 9), tile=st.integers(1, 5))
-def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed, half_lives, block, tile):
+@given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), block=st.integers(1, 9), tile=st.integers(1, 5), most_pairs=st.integers(1, 40))
+def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed, half_lives, block, tile, most_pairs):
     query, key, value, times, at, end, _, _, kernel, starts = problem(users, seed, half_lives)
-    layout = Layout.of(*starts, query.device, block, tile)
-    together = block_attention(layout, query, key, value, times, at, end, kernel)
+    layouts = Layout.of(*starts, query.device, block, tile, most_pairs)
+    together = torch.cat([block_attention(layout, query, key, value, times, at, end, kernel) for layout in layouts])
     alone = one_by_one(lambda e, t: event_attention(query[t], key[e], value[e], times[e], at[t], end[t], kernel), starts)
     assert torch.allclose(together, alone, atol=1e-12)
     weight = torch.randn(together.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -63,14 +63,14 @@ def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, see
             part = event_part(query[t], hard[e], value[e], times[e], at[t], tail[t], kernel)
         return combine(window_part(query[t], key[e], value[e], times[e], at[t], end[t], kernel, window), part).out_THd if window else part.out_THd
 
-    layout = Layout.of(*starts, query.device, block=4, tile=3)
+    (layout,) = Layout.of(*starts, query.device, block=4, tile=3)
     together = block_attention(layout, query, hard, value, times, at, end, kernel, exact_EHd=key, exact_from_T=tail, refine=refine)
     assert torch.allclose(together, one_by_one(alone, starts), atol=1e-11)
 
 
 def test_the_number_of_rows_follows_the_events_and_not_the_longest_history():
     lengths = [100_000, *[10] * 99]
-    layout = Layout.of([0, *itertools.accumulate(lengths)], list(range(0, 64 * 101, 64)), torch.device("cpu"))
+    (layout,) = Layout.of([0, *itertools.accumulate(lengths)], list(range(0, 64 * 101, 64)), torch.device("cpu"))
     assert layout.event_NB.numel() <= sum(lengths) + 100 * 256
     assert layout.event_NB[layout.place_NB < 2**40].sort().values.tolist() == list(range(sum(lengths)))
 
@@ -78,5 +78,6 @@ def test_the_number_of_rows_follows_the_events_and_not_the_longest_history():
 @pytest.mark.parametrize("users", [[], [(0, 3)], [(3, 0)]])
 def test_users_without_events_or_without_targets_are_no_error(users):
     query, key, value, times, at, end, *_, starts = problem(users, 0, ())
-    out = block_attention(Layout.of(*starts, query.device), query, key, value, times, at, end, None)
+    (layout,) = Layout.of(*starts, query.device)
+    out = block_attention(layout, query, key, value, times, at, end, None)
     assert out.shape == query.shape and not out.any()

@@ -21,6 +21,7 @@ from etl.partitions import MS_PER_DAY
 from training.model.kernel import MixtureKernel
 
 BLOCK, TILE = 256, 64
+MOST_PAIRS = 4096  # a gigabyte of logits at four heads
 UNSEEN = 2**40  # a place behind every cut-off
 
 
@@ -32,7 +33,7 @@ class Layout:
         event_NB, target_NP: int64, positions in the flat arrays; padding repeats a real position.
         place_NB: int64, an event's position in its user's history; `UNSEEN` for padding.
         tile_N: int64, tile of each pair; pairs of a tile are neighbours.
-        slot_T: int64, position of each target in the flattened [X, P].
+        slot_T: int64, position of each of the layout's targets in the flattened [X, P].
         tiles: X. blocks_a_tile: the most blocks that a tile meets.
     """
 
@@ -45,25 +46,39 @@ class Layout:
     blocks_a_tile: int
 
     @staticmethod
-    def of(event_start: list[int], target_start: list[int], device: torch.device, block: int = BLOCK, tile: int = TILE) -> Layout:
-        """Lay out users whose events and targets lie between neighbouring starts."""
+    def of(event_start: list[int], target_start: list[int], device: torch.device, block: int = BLOCK, tile: int = TILE, most_pairs: int = MOST_PAIRS) -> list[Layout]:
+        """Lay out users whose events and targets lie between neighbouring starts.
+
+        Returns:
+            layouts of consecutive targets, one if there are no more than `most_pairs` pairs: their results are concatenated.
+        """
         tile = max(1, min(tile, max((b - a for a, b in itertools.pairwise(target_start)), default=1)))
+        layouts: list[Layout] = []
         pairs: list[tuple[int, int, int, int, int]] = []  # first event, its place, events, first target, tile
         slots: list[int] = []
         tiles = most = 0
         for (event, stop), (target, last) in zip(itertools.pairwise(event_start), itertools.pairwise(target_start), strict=True):
-            most = max(most, -(-(stop - event) // block))
             for first in range(target, last, tile):
-                pairs += [(e, e - event, min(block, stop - e), first, tiles) for e in range(event, stop, block)]
+                mine = [(e, e - event, min(block, stop - e), first, tiles) for e in range(event, stop, block)]
+                if pairs and len(pairs) + len(mine) > most_pairs:
+                    layouts.append(Layout._of(pairs, slots, tiles, most, target_start[-1], device, block, tile))
+                    mine = [(*pair[:4], 0) for pair in mine]
+                    pairs, slots, tiles, most = [], [], 0, 0
+                pairs += mine
                 slots += range(tiles * tile, tiles * tile + min(tile, last - first))
+                most = max(most, len(mine))
                 tiles += 1
+        return [*layouts, Layout._of(pairs, slots, tiles, most, target_start[-1], device, block, tile)]
+
+    @staticmethod
+    def _of(pairs: list[tuple[int, int, int, int, int]], slots: list[int], tiles: int, most: int, targets: int, device: torch.device, block: int, tile: int) -> Layout:
         table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 5).to(device, non_blocking=True)
         event_N, place_N, count_N, target_N, tile_N = table.unbind(1)
         step_B, step_P = torch.arange(block, device=device), torch.arange(tile, device=device)
         real_NB = step_B < count_N[:, None]
         return Layout(
             event_NB=event_N[:, None] + torch.where(real_NB, step_B, 0),
-            target_NP=(target_N[:, None] + step_P).clamp(max=max(target_start[-1] - 1, 0)),
+            target_NP=(target_N[:, None] + step_P).clamp(max=max(targets - 1, 0)),
             place_NB=torch.where(real_NB, place_N[:, None] + step_B, UNSEEN),
             tile_N=tile_N.contiguous(),
             slot_T=torch.tensor(slots, dtype=torch.long).to(device, non_blocking=True),
@@ -113,10 +128,10 @@ def block_attention(
             the highest quantized logits before it, newer ones first among equals.
 
     Returns:
-        [T, H, d] in the queries' precision; zeros for a target that may see no event.
+        the layout's targets, [T, H, d] in the queries' precision; zeros for a target that may see no event.
     """
     if layout.event_NB.shape[0] == 0:
-        return torch.zeros_like(query_THd)
+        return query_THd.new_zeros(len(layout.slot_T), *query_THd.shape[1:])
     query_HNPd, value_HNBd = layout.targets(query_THd), layout.events(value_EHd)
     logit_HNPB = (query_HNPd @ layout.events(key_EHd).transpose(2, 3)).to(query_THd.dtype)
     bias_HNPB = None

@@ -9,8 +9,10 @@ projected and searched once per step, never once per event. Values add what the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +116,10 @@ class _User(NamedTuple):
     cut_offs: int
 
 
+def _for_each_layout(attend: Callable[[Layout], Tensor], batch: Batch, value_EHd: Tensor) -> Tensor:
+    return torch.cat([attend(layout) for layout in Layout.of(batch.event_start, batch.target_start, value_EHd.device)])
+
+
 def _users(batch: Batch) -> list[_User]:
     events = [slice(a, b) for a, b in itertools.pairwise(batch.event_start)]
     targets = [slice(a, b) for a, b in itertools.pairwise(batch.target_start)]
@@ -182,32 +188,36 @@ class Ranker(nn.Module):
     def _attend_all(self, batch: Batch, query_THd: Tensor, keys: _Keys, value_EHd: Tensor) -> Tensor:
         """Return the interests of all users' targets, [T, H, d], in one pass; equal to `_attend` of each user."""
         config, item_E, end_T = self.config, batch.event_item, batch.target_end
-        layout = Layout.of(batch.event_start, batch.target_start, value_EHd.device)
         if config.interest == "sdim":
             signature_NX = self.hashed.signatures(keys.exact_NHd)
-            return self.hashed.pooled(layout, signature_NX[batch.target_item], signature_NX[item_E], value_EHd, end_T)
-        times = batch.event_time_ms, batch.target_time_ms
-        recent_T = (end_T - config.recent_window).clamp(min=0)
+            attend = functools.partial(self.hashed.pooled, target_TX=signature_NX[batch.target_item], event_EX=signature_NX[item_E], value_EHd=value_EHd, target_end_T=end_T)
+            return _for_each_layout(attend, batch, value_EHd)
         exact_EHd = keys.exact_NHd.index_select(0, item_E)
+        key_EHd, more = exact_EHd, {}
+        recent_T = (end_T - config.recent_window).clamp(min=0)
         if config.interest == "recent_attention":
-            return self.block_attention(layout, query_THd, exact_EHd, value_EHd, *times, end_T, self.kernel, first_T=recent_T)
-        if keys.codes_NG is None:
-            return self.block_attention(layout, query_THd, exact_EHd, value_EHd, *times, end_T, self.kernel)
-        hard_EHd = keys.hard_NHd.index_select(0, item_E)
-        if not (config.recent_window or config.refine_k):
-            return self.block_attention(layout, query_THd, hard_EHd, value_EHd, *times, end_T, self.kernel)
-        return self.block_attention(
-            layout, query_THd, hard_EHd, value_EHd, *times, end_T, self.kernel, exact_EHd=exact_EHd, exact_from_T=recent_T, refine=config.refine_k
-        )  # fmt: skip
+            more = {"first_T": recent_T}
+        elif keys.codes_NG is not None:
+            key_EHd = keys.hard_NHd.index_select(0, item_E)
+            if config.recent_window or config.refine_k:
+                more = {"exact_EHd": exact_EHd, "exact_from_T": recent_T, "refine": config.refine_k}
+        return _for_each_layout(
+            lambda layout: self.block_attention(
+                layout, query_THd, key_EHd, value_EHd, batch.event_time_ms, batch.target_time_ms, end_T, self.kernel, **more
+            ),
+            batch,
+            value_EHd,
+        )
 
     def _mean(self, value_EHd: Tensor, batch: Batch) -> Tensor:
         """Return the means of the visible values, [T, H, d]; for a GPU they are attention with equal logits."""
         if not self._all_users_at_once(value_EHd):
             return torch.cat([mean_pooling(value_EHd[u.events], batch.target_end[u.targets]) for u in _users(batch)])
-        layout = Layout.of(batch.event_start, batch.target_start, value_EHd.device)
         nothing_THd = value_EHd.new_zeros(len(batch.target_end), *value_EHd.shape[1:])
         times = batch.event_time_ms, batch.target_time_ms
-        return self.block_attention(layout, nothing_THd, value_EHd, value_EHd, *times, batch.target_end, None)
+        return _for_each_layout(
+            lambda layout: self.block_attention(layout, nothing_THd, value_EHd, value_EHd, *times, batch.target_end, None), batch, value_EHd
+        )
 
     def _attend(self, user: _User, batch: Batch, query_THd: Tensor, keys: _Keys, value_LHd: Tensor) -> Tensor:
         """Return the interest of one user's targets, [T, H, d]: attention over his events, whatever form is the cheapest."""

@@ -1,0 +1,107 @@
+"""Partitions that the claims are measured on: simulated ones, and the real rows at hand through the ETL's own stages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etl.datasets import dataset
+from etl.store import TableStore
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """Real rows below the folder of shared data."""
+
+    folder: str
+    definition: str
+    dt: str
+
+
+REAL = {
+    "kuairand": RealSet("kuairand", "kuairand", "2022-04-21"),
+    "movielens": RealSet("movielens_latest_small", "movielens", "2018-09-24"),
+    "buildroot": RealSet("gitlog_buildroot", "docs/definitions/buildroot.yaml", "2026-08-22"),
+}
+SIMULATED = {"simulated": 0.0, "drifting": 4.0}  # mean days that a taste lasts; 0 = for ever
+
+
+def prepare(out: Path, data: Path, sets: Sequence[str], seeds: int) -> None:
+    """Make the folders (items.parquet, sequences.parquet) that are not there yet: a simulated set has one a seed, a real set one."""
+    for name in sets:
+        if name in SIMULATED:
+            for seed in range(seeds):
+                _simulated(out / f"{name}_{seed}", seed, SIMULATED[name])
+        elif not (out / name / "sequences.parquet").exists():
+            real = REAL[name]
+            if (data / real.folder).is_dir():
+                _built(out / name, real, data / real.folder)
+            else:
+                print(f"{name}: left out, there is no {data / real.folder}")
+
+
+def _built(folder: Path, real: RealSet, raw: Path) -> Path:
+    """Build a real set's partition by the jobs and gates of the pipeline."""
+    with tempfile.TemporaryDirectory() as warehouse:
+        common = ["--dataset", real.definition, "--warehouse", warehouse, "--dt", real.dt, "--attempt", "claims"]
+        window = dataset(real.definition).window
+        lookback = ["--raw", str(raw.absolute()), "--lookback-days", str(window.lookback_days)]
+        reports = ["--reports", f"{warehouse}/reports"]
+        for stage, more in (
+            ("etl.jobs.events", lookback),
+            ("etl.quality.audit", ["--stage", "events", *reports]),
+            ("etl.jobs.sequences", [*lookback, "--target-days", str(window.target_days), "--evaluation-days", str(window.evaluation_days)]),
+            ("etl.quality.audit", ["--stage", "sequences", *reports]),
+        ):
+            print(f"{folder.name}: {stage}", flush=True)
+            subprocess.run([sys.executable, "-m", stage, *common, *more], check=True)
+        store = TableStore(warehouse, dataset(real.definition).name)
+        tables = {name: store.read_files(sorted(store.require(name, real.dt).files, key=lambda file: (file.bucket, file.path))) for name in ("items", "sequences")}
+    return _written(folder, tables["items"], tables["sequences"])
+
+
+def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
+    """Write a simulated partition of KuaiRand's layout through the functions that the jobs call, without Spark."""
+    if (folder / "sequences.parquet").exists():
+        return folder
+    from etl.items import counted, item_rows, merged
+    from etl.jobs.events import EVENT, events_schema, parse_split, write_day_bucket
+    from etl.partitions import MS_PER_DAY, Window, day_number, days_between
+    from etl.raw import RawLocation, read_features
+    from etl.sequences import sequence_rows
+    from etl.simulate import Simulation, write_simulation
+    from etl.store import DataFile
+
+    definition, dt = dataset("kuairand_simulated"), "2022-04-21"
+    window = Window(dt, 14, 14)
+    with tempfile.TemporaryDirectory() as work:
+        write_simulation(Simulation(seed=seed, taste_days=taste_days), Path(work) / "raw")
+        place, store = RawLocation(f"{work}/raw"), TableStore(f"{work}/w", definition.name)
+        days = frozenset(day_number(day) for day in days_between("2022-04-08", dt))
+        splits = place.splits(place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
+        rows = pa.concat_tables([t for split in splits for t in parse_split(place, split, definition, days, dt, 1)])
+        rows = rows.filter(pa.array(rows["kind"].to_numpy() == EVENT))
+        results = [write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, "a", day, 0) for day in sorted(days)]
+        events = store.read_files([DataFile(**r["events_file"]) for r in results]).select(events_schema(definition).names)
+        counts = merged([counted(events, day_number(window.first_evaluation_dt) * MS_PER_DAY, definition.events.item_fields)])
+        items = item_rows(counts, [read_features(place, rule) for rule in definition.items], definition)
+        users = read_features(place, definition.users[0])
+        assert users is not None
+        columns = [users[rule.column].to_pylist() for rule in definition.users[0].fields.values()]
+        fields = {int(user): list(values) for user, values in zip(users["user_id"].to_pylist(), zip(*columns, strict=True), strict=True)}
+        sequences, _ = sequence_rows(events, items["item_id"].to_numpy(), counts[""]["occurrences"].to_numpy(), fields, window, definition)
+    return _written(folder, items, sequences)
+
+
+def _written(folder: Path, items: pa.Table, sequences: pa.Table) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(items, folder / "items.parquet", compression="zstd")
+    pq.write_table(sequences, folder / "sequences.parquet", compression="zstd")
+    return folder
