@@ -16,7 +16,7 @@ from etl.sequences import visible_ends
 from tests.training.conftest import DAY_MS, vocabulary_of
 from training.checkpoint import Cutoff, load_package, save_package
 from training.data import Joined, Sequences, UserBatches, make_batch, split_targets
-from training.model.blocks import block_attention
+from training.model.blocks import Layout, block_attention
 from training.scoring import load_scorer, request_of
 
 ALL_MODELS = ("vql", "softmax_attention", "mean_pooling")
@@ -63,8 +63,9 @@ KINDS = [{"interest": name} for name in (*ALL_MODELS, "sdim")] + [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_each(kind, loaded, make_model):
+def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_each(kind, loaded, make_model, monkeypatch):
     sequences, _, batches = loaded
+    monkeypatch.setattr(Layout, "of", functools.partial(Layout.of, most_pairs=3, tile=8))  # several layouts a batch
     model = make_model(**kind, dropout=0.0).train()
     batch = next(batches.all_of(_all_targets(sequences))).to("cpu")
     found = []

@@ -159,7 +159,8 @@ class GroupedQuantizer(nn.Module):
     @torch.no_grad()
     def _track(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> None:
         sums_GCk = self._sums(codes_NG, keys_GNw, weight_N)
-        self.usage_GC.lerp_(sums_GCk[..., -1] / weight_N.sum().clamp(min=1), 0.05)
+        share_GC = sums_GCk[..., -1] / weight_N.sum().clamp(min=1)
+        self.usage_GC.lerp_(share_GC.to(self.usage_GC.dtype), 0.05)
         if self.ema_decay is not None:
             self.step_GCk.copy_(sums_GCk)  # not added: a recomputed forward pass must not count twice
 

@@ -42,9 +42,9 @@ class HashedAttention(nn.Module):
         return (total_TD / TABLES).view(-1, heads, width)
 
     def pooled(self, layout: Layout, target_TX: Tensor, event_EX: Tensor, value_EHd: Tensor, target_end_T: Tensor) -> Tensor:
-        """The same for the targets of all users at once."""
+        """The same for the layout's targets, of many users at once."""
         seen_NPB, value_NBD = layout.seen(target_end_T), layout.events(value_EHd).permute(1, 2, 0, 3).flatten(2)
-        total_TD = value_EHd.new_zeros(len(target_TX), value_NBD.shape[-1])
+        total_TD = value_EHd.new_zeros(len(layout.slot_T), value_NBD.shape[-1])
         for table in range(TABLES):
             same_NPB = (target_TX[:, table][layout.target_NP][..., None] == event_EX[:, table][layout.event_NB][:, None]) & seen_NPB
             total_TD = total_TD + F.normalize(layout.summed((same_NPB.to(value_NBD.dtype) @ value_NBD)[None])[:, 0], dim=-1)

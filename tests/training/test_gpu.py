@@ -1,0 +1,108 @@
+"""On a GPU: the same figures as on the CPU, compiled, in bf16 and deterministic. Needs neither Spark nor pydantic:
+
+    python -m pytest --noconftest tests/training/test_gpu.py
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.train_step import make_batch
+from training.config import ModelConfig
+from training.model.factored import factored_attention
+from training.model.kernel import MixtureKernel
+from training.model.ranker import FieldSizes, Ranker
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SIZES = FieldSizes((("id", 20_000), ("category", 50)), (), 1)
+KINDS = {"vql": ModelConfig(), "refined": ModelConfig(refine_k=8), "recent": ModelConfig(recent_window=20), "exact": ModelConfig(interest="softmax_attention"),
+         "sdim": ModelConfig(interest="sdim"), "mean": ModelConfig(interest="mean_pooling"), "recent_attention": ModelConfig(interest="recent_attention", recent_window=9)}  # fmt: skip
+
+
+def ranker(kind: str) -> tuple[Ranker, object]:
+    torch.manual_seed(0)
+    model = Ranker(SIZES, dataclasses.replace(KINDS[kind], dropout=0.0)).double()
+    batch = make_batch(users=5, length=700, targets=20, cut_offs=6)
+    batch = dataclasses.replace(batch, target_label=batch.target_label.astype(np.float64)).to("cpu")
+    if model.quantizer is not None:
+        with torch.no_grad():
+            model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+    return model.train(), batch
+
+
+def moved(batch, device: str):
+    move = lambda value: value.to(device) if isinstance(value, torch.Tensor) else value  # noqa: E731
+    items = type(batch.items)({name: rows.to(device) for name, rows in batch.items.rows.items()})
+    return dataclasses.replace(batch, items=items, **{name: move(getattr(batch, name)) for name in batch.__dataclass_fields__ if name != "items"})
+
+
+def step(model: Ranker, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    logits, auxiliary = model(batch)
+    (logits.float().square().mean() + auxiliary).backward()
+    return logits.detach().cpu(), [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gpu_pass_over_all_users_is_the_cpu_pass_over_each(kind):
+    model, batch = ranker(kind)
+    on_cpu = step(model, batch)
+    on_gpu = step(model.cuda(), moved(batch, "cuda"))
+    assert (on_cpu[0] - on_gpu[0]).abs().max() < 1e-5  # the codes are searched in fp32
+    for one, other in zip(on_cpu[1], on_gpu[1], strict=True):
+        assert (one - other).abs().max() <= 1e-5 * max(1.0, float(one.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["vql", "refined", "exact"])
+def test_compiled_is_eager(kind):
+    model, batch = ranker(kind)
+    model, batch = model.float().cuda(), moved(batch, "cuda")
+    eager = step(model, batch)
+    model.compile()
+    for _ in range(2):
+        compiled = step(model, batch)
+        assert (eager[0] - compiled[0]).abs().max() < 1e-4
+        for one, other in zip(eager[1], compiled[1], strict=True):
+            assert (one - other).abs().max() <= 1e-3 * max(1e-2, float(one.abs().max()))
+
+
+def test_bf16_stays_near_single_precision_with_fp32_search():
+    model, batch = ranker("vql")
+    model, batch = model.float().cuda(), moved(batch, "cuda")
+    plain, _ = step(model, batch)
+    keys = model.keys(model.items(batch.items))
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded, _ = step(model, batch)
+        assert model.keys(model.items(batch.items)).dtype == torch.float32
+        assert torch.equal(model.quantizer.search(keys), model.quantizer.search(keys.float()))
+    assert (plain - rounded.float()).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_steps_have_the_same_bits(kind, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model, batch = ranker(kind)
+    model, batch = model.float().cuda(), moved(batch, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = step(model, batch), step(model, batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_the_factored_pass_runs_on_a_gpu_too():
+    torch.manual_seed(0)
+    kernel = MixtureKernel(2, (1.0, 90.0)).double()
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731, B023
+        arguments = draw(9, 2, 4), draw(50, 2, 4), draw(2, 5, 4), torch.randint(5, (50, 2), generator=generator), draw(50, 2, 4)
+        times, ends = torch.arange(50) * 3_600_000, torch.randint(0, 51, (9,), generator=generator)
+        at = torch.full((9,), 10**9)
+        found.append(factored_attention(*(t.to(device) for t in (*arguments, times, at, ends)), kernel.to(device)).out_THd.cpu())
+    assert (found[0] - found[1]).abs().max() < 1e-12
