@@ -34,7 +34,7 @@ class Layout:
         place_NB: int64, an event's position in its user's history; `UNSEEN` for padding.
         tile_N: int64, tile of each pair; pairs of a tile are neighbours.
         slot_T: int64, position of each of the layout's targets in the flattened [X, P].
-        tiles: X. blocks_a_tile: the most blocks that a tile meets.
+        tiles: X.
     """
 
     event_NB: Tensor
@@ -43,7 +43,6 @@ class Layout:
     tile_N: Tensor
     slot_T: Tensor
     tiles: int
-    blocks_a_tile: int
 
     @staticmethod
     def of(event_start: list[int], target_start: list[int], device: torch.device, block: int = BLOCK, tile: int = TILE, most_pairs: int = MOST_PAIRS) -> list[Layout]:
@@ -56,22 +55,21 @@ class Layout:
         layouts: list[Layout] = []
         pairs: list[tuple[int, int, int, int, int]] = []  # first event, its place, events, first target, tile
         slots: list[int] = []
-        tiles = most = 0
+        tiles = 0
         for (event, stop), (target, last) in zip(itertools.pairwise(event_start), itertools.pairwise(target_start), strict=True):
             for first in range(target, last, tile):
                 mine = [(e, e - event, min(block, stop - e), first, tiles) for e in range(event, stop, block)]
                 if pairs and len(pairs) + len(mine) > most_pairs:
-                    layouts.append(Layout._of(pairs, slots, tiles, most, target_start[-1], device, block, tile))
+                    layouts.append(Layout._of(pairs, slots, tiles, target_start[-1], device, block, tile))
                     mine = [(*pair[:4], 0) for pair in mine]
-                    pairs, slots, tiles, most = [], [], 0, 0
+                    pairs, slots, tiles = [], [], 0
                 pairs += mine
                 slots += range(tiles * tile, tiles * tile + min(tile, last - first))
-                most = max(most, len(mine))
                 tiles += 1
-        return [*layouts, Layout._of(pairs, slots, tiles, most, target_start[-1], device, block, tile)]
+        return [*layouts, Layout._of(pairs, slots, tiles, target_start[-1], device, block, tile)]
 
     @staticmethod
-    def _of(pairs: list[tuple[int, int, int, int, int]], slots: list[int], tiles: int, most: int, targets: int, device: torch.device, block: int, tile: int) -> Layout:
+    def _of(pairs: list[tuple[int, int, int, int, int]], slots: list[int], tiles: int, targets: int, device: torch.device, block: int, tile: int) -> Layout:
         table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 5).to(device, non_blocking=True)
         event_N, place_N, count_N, target_N, tile_N = table.unbind(1)
         step_B, step_P = torch.arange(block, device=device), torch.arange(tile, device=device)
@@ -83,7 +81,6 @@ class Layout:
             tile_N=tile_N.contiguous(),
             slot_T=torch.tensor(slots, dtype=torch.long).to(device, non_blocking=True),
             tiles=tiles,
-            blocks_a_tile=most,
         )
 
     def events(self, rows_EHd: Tensor) -> Tensor:
@@ -173,6 +170,7 @@ def _age_days(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T: Tensor,
     return (since_NP[..., None] + before_NB[:, None]).clamp(min=0)
 
 
+@torch.compiler.disable
 def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
     """Mark each target's `count` highest scores over all blocks of its user, bool [H, N, P, B]."""
     ranked_HNPB = score_HNPB.double() + 1e-12 * layout.place_NB[None, :, None]  # newer ones first among equals
@@ -181,10 +179,15 @@ def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
     heads, _, tile, _ = ranked_HNPB.shape
     # Only a block's own best can be among the best of the user.
     best_HNPK = ranked_HNPB.topk(each, dim=-1).values
-    start_X = torch.searchsorted(layout.tile_N, torch.arange(layout.tiles, device=layout.tile_N.device))
-    number_N = torch.arange(len(layout.tile_N), device=layout.tile_N.device) - start_X[layout.tile_N]
-    table_HXYPK = ranked_HNPB.new_full((heads, layout.tiles, layout.blocks_a_tile, tile, each), float("-inf"))
-    table_HXYPK[:, layout.tile_N, number_N] = best_HNPK
-    candidate_HXPK = table_HXYPK.permute(0, 1, 3, 2, 4).flatten(3)
-    least_HXP1 = candidate_HXPK.topk(min(count, candidate_HXPK.shape[-1]), dim=-1).values[..., -1:]
+    count_X = torch.bincount(layout.tile_N, minlength=layout.tiles)
+    start_X = count_X.cumsum(0) - count_X
+    least_HXP1 = ranked_HNPB.new_full((heads, layout.tiles, tile, 1), torch.inf)
+    size_of_X = [1 << (count - 1).bit_length() if count else 0 for count in count_X.tolist()]
+    for size in set(size_of_X) - {0}:  # tiles that meet about as many blocks together, so that few are padding
+        tile_Y = torch.tensor([x for x, of in enumerate(size_of_X) if of == size], device=count_X.device)
+        step_S = torch.arange(size, device=count_X.device)
+        pair_YS = (start_X[tile_Y, None] + step_S).clamp(max=len(layout.tile_N) - 1)
+        candidate_HYSPK = best_HNPK[:, pair_YS].masked_fill((step_S >= count_X[tile_Y, None])[None, :, :, None, None], float("-inf"))
+        candidate_HYPK = candidate_HYSPK.transpose(2, 3).flatten(3)
+        least_HXP1[:, tile_Y] = candidate_HYPK.topk(min(count, candidate_HYPK.shape[-1]), dim=-1).values[..., -1:]
     return (ranked_HNPB >= least_HXP1[:, layout.tile_N]) & ~ranked_HNPB.isinf()
