@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from etl.schemas import TRAIN
 from training.checkpoint import inherit
 from training.config import TrainConfig
 from training.data import Joined, Sequences, Split, UserBatches, split_targets
-from training.model.probe import probe_by_length, probe_warnings
+from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
@@ -66,6 +66,7 @@ class EpochResult:
         metrics: of the epoch, the same on every worker.
         model_state, best_state: now, and at the best validation log loss so far.
         finished: no further epoch follows.
+        warnings: what the probe of the codebooks finds wrong, in words.
     """
 
     epoch: int
@@ -76,6 +77,7 @@ class EpochResult:
     best_logloss: float
     best_epoch: int
     finished: bool
+    warnings: list[str] = field(default_factory=list)
 
 
 def train_model(
@@ -162,10 +164,12 @@ def train_model(
             "data_wait_share": waited / seconds,
             "epoch_seconds": seconds,
         }
+        warnings: list[str] = []
         if model.quantizer is not None:
-            metrics |= _codebook_metrics(model, batches, data.split.validation, worker)
+            codebook, warnings = _codebook_metrics(model, batches, data.split.validation, worker)
+            metrics |= codebook
         result = EpochResult(
-            epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished
+            epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished, warnings
         )
         on_epoch(result)
         if finished:
@@ -219,8 +223,8 @@ def _tend_codebooks(
 
 
 @torch.no_grad()
-def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> dict[str, float]:
-    """Return how the codebook is used and, on a few users, how far attention over it is from exact attention.
+def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> tuple[dict[str, float], list[str]]:
+    """Return how the codebook is used and, on a few users, how far attention over it is from exact attention; and warnings.
 
     Of this worker's users: figures to look at, which nothing is decided by.
     """
@@ -229,13 +233,17 @@ def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, 
     metrics = {"perplexity_share": float(shares_G.mean()), "dead_share": float(model.quantizer.dead_share().mean())}
     batch = next(batches.all_of(targets), None)
     if batch is None or not bool(model.quantizer.started):
-        return metrics
-    probes = probe_by_length(model.eval().probe(batch.to(worker.device)))
+        return metrics, []
+    batch = batch.to(worker.device)
+    probes = probe_by_length(model.eval().probe(batch))
+    if model.quantizer.groups > 1 and len(batch.event_item):
+        codes_NG = model.quantizer.search(model.keys(model.items(batch.items)))
+        metrics["groups_shared_information"] = shared_information(codes_NG, torch.bincount(batch.event_item, minlength=len(codes_NG)))
     for probe in probes:
         span = f"probe_{probe.shortest}_to_{probe.longest - 1}_events"
         metrics |= {f"{span}/attention_error": probe.error, f"{span}/bound": probe.bound, f"{span}/key_error": probe.key_error}
-    metrics["probe_warnings"] = float(len(probe_warnings(probes, shares_G.cpu())))
-    return metrics
+    warnings = probe_warnings(probes, shares_G.cpu())
+    return metrics | {"probe_warnings": float(len(warnings))}, warnings
 
 
 @torch.no_grad()

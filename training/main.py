@@ -122,6 +122,8 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
             if metrics_log is not None:
                 figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
                 say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
+                for warning in result.warnings:
+                    say(f"{name} warning: {warning}")
                 metrics_log.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
             if on_report is not None:
                 on_report(

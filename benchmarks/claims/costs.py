@@ -30,11 +30,12 @@ USERS, TARGETS = 64, 64
 
 
 def measure(results: Path, device: str) -> None:
-    """Write latency.json (one CPU thread) and memory.json; where there is a GPU its allocator is asked, else autograd."""
+    """Write latency.json (one CPU thread) and memory.json, unless they are there; a GPU's allocator is asked, else autograd."""
     results.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
-    (results / "memory.json").write_text(json.dumps(about | {"rows": memory(device)}, indent=1))
-    (results / "latency.json").write_text(json.dumps(about | {"device": "one CPU thread", "rows": latency()}, indent=1))
+    on = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    for name, where, take in (("memory", on, lambda: memory(device)), ("latency", "one CPU thread", latency)):
+        if not (results / f"{name}.json").exists():
+            (results / f"{name}.json").write_text(json.dumps({"torch": torch.__version__, "device": where, "rows": take()}, indent=1))
 
 
 @torch.no_grad()

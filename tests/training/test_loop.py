@@ -126,6 +126,16 @@ def test_autocast_leaves_search_codebooks_softmax_and_loss_in_single_precision()
         assert (model(batch)[0] - logits).abs().max() < 0.05
 
 
+def test_a_collapsed_codebook_is_said_in_words():
+    data = planted(users=30, length=60, topics=4, seed=6)
+    config = small_config(epochs=3, warmup_steps=5, revive_every_steps=10**9)
+    config = dataclasses.replace(config, models={"vql": dataclasses.replace(config.models["vql"], codes=256)})  # four topics
+    said = []
+    train_model("vql", data, config, Worker(), lambda result: said.append((result.warnings, result.metrics["probe_warnings"])))
+    assert any("codes have collapsed" in warning for warning in said[-1][0])
+    assert all(len(words) == count for words, count in said)
+
+
 def test_a_run_that_was_cut_continues_to_the_same_weights(tmp_path):
     data = planted(users=20, length=60, topics=4, seed=2)
     config = small_config(epochs=3, patience=3, warmup_steps=2)
@@ -143,15 +153,16 @@ def test_a_run_that_was_cut_continues_to_the_same_weights(tmp_path):
     assert states[-1].metrics["validation_logloss"] == pytest.approx(result.metrics["validation_logloss"], abs=0.02)
 
 
-def _train_one_rank(rank: int, world: int, port: int, folder: str) -> None:
+def _train_one_rank(rank: int, world: int, port: int, folder: str, ema_decay: float | None) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     torch.set_num_threads(1)
     data = planted(users=32, length=50, topics=4, seed=3)
+    config = small_config(epochs=3, patience=6, revive_every_steps=3, warmup_steps=3, users_per_step=4)
     model, _ = train_model(
         "vql",
         data,
-        small_config(epochs=6, patience=6, revive_every_steps=3, warmup_steps=3, users_per_step=4),
+        dataclasses.replace(config, models={"vql": dataclasses.replace(config.models["vql"], ema_decay=ema_decay)}),
         Worker(rank, world),
         lambda result: None,
     )
@@ -159,9 +170,10 @@ def _train_one_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_end_with_bit_identical_codebooks_and_weights(tmp_path):
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_two_ranks_end_with_bit_identical_codebooks_and_weights(ema_decay, tmp_path):
     port = 20_000 + os.getpid() % 20_000
-    mp.spawn(_train_one_rank, args=(2, port, str(tmp_path)), nprocs=2)
+    mp.spawn(_train_one_rank, args=(2, port, str(tmp_path), ema_decay), nprocs=2)  # 150 steps
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     different = [name for name in first if not torch.equal(first[name], second[name])]
     # Usage averages are each rank's own between synchronisations; weights and codebooks are not.

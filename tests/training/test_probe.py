@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.model.probe import AttentionErrors, attention_errors, probe_by_length, probe_warnings
+from training.model.probe import AttentionErrors, attention_errors, probe_by_length, probe_warnings, shared_information
 
 torch.set_num_threads(1)
 
@@ -129,3 +129,13 @@ def test_warnings_name_what_is_wrong_and_nothing_else():
     assert "above its bound" in probe_warnings([_probe(bound=0.05)], even)[0]
     assert "grows with length" in probe_warnings([healthy, _probe(key_error=0.2, length=200)], even)[0]
     assert probe_warnings([healthy], torch.tensor([0.8, 0.1]))[0].startswith("group 1: codes have collapsed")
+
+
+def test_shared_information_says_whether_groups_partition_the_items_alike():
+    generator = torch.Generator().manual_seed(0)
+    codes, weight = torch.randint(8, (5_000, 3), generator=generator), torch.randint(1, 9, (5_000,), generator=generator)
+    assert shared_information(codes, weight) < 0.02
+    renamed = torch.stack([codes[:, 0], (codes[:, 0] + 3) % 8, 7 - codes[:, 0]], 1)
+    assert shared_information(renamed, weight) == pytest.approx(1.0)
+    assert shared_information(torch.stack([codes[:, 0], codes[:, 0], codes[:, 1]], 1), weight) == pytest.approx(1 / 3, abs=0.02)
+    assert shared_information(torch.zeros(9, 2, dtype=torch.long), torch.ones(9)) == 1.0

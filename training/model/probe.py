@@ -143,3 +143,28 @@ def probe_warnings(
         if share < collapsed
     ]
     return found
+
+
+def shared_information(codes_NG: Tensor, weight_N: Tensor) -> float:
+    """Return the mean normalised mutual information of the groups' assignments, 0 (independent) .. 1 (the same partition).
+
+    Groups that partition the items alike waste their codebooks: a product of codebooks has more cells than one.
+
+    Args:
+        codes_NG: int64 assignments of the items. weight_N: how often each occurs.
+    """
+    codes, groups = int(codes_NG.max()) + 1, codes_NG.shape[1]
+    share_N = weight_N.double() / weight_N.sum()
+
+    def entropy(cell_N: Tensor, cells: int) -> Tensor:
+        share = torch.zeros(cells, dtype=torch.float64, device=cell_N.device).index_add_(0, cell_N, share_N)
+        return -(share * share.clamp(min=1e-300).log()).sum()
+
+    single = [entropy(codes_NG[:, g], codes) for g in range(groups)]
+    found = []
+    for a in range(groups):
+        for b in range(a):
+            joint = entropy(codes_NG[:, a] * codes + codes_NG[:, b], codes * codes)
+            mean = (single[a] + single[b]) / 2
+            found.append(float((single[a] + single[b] - joint) / mean) if mean > 0 else 1.0)
+    return sum(found) / len(found) if found else 0.0
