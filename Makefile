@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test test-slow bench-etl lint up down lock clean
+.PHONY: help setup data run test test-slow bench-etl claims lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-slow: setup ## every test, with the real scheduler, Spark and Ray
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)
+
+claims: setup ## every claim of the method on one page (var/claims/index.html); what benchmarks/results/claims holds is not measured again
+	@$(PY) -m benchmarks.claims $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

@@ -23,7 +23,7 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "claims", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
 from matplotlib import pyplot as plt  # noqa: E402
 
-STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # 97.5 %, by degrees of freedom
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.776, 5: 2.571, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # 97.5 %, by degrees of freedom
 SETS = {
     "simulated": "simulated, lasting tastes", "drifting": "simulated, tastes that change", "kuairand": "KuaiRand rows", "movielens": "MovieLens small", "buildroot": "git log of Buildroot",
 }  # fmt: skip
@@ -189,8 +189,8 @@ def _codebooks(r: Results) -> str:
             rows.append([_name(name), str(model.groups), str(model.codes), str(r.difference("simulated", name)), f"{r.mean('simulated', name, 'key_error'):.3f}",
                          f"{r.mean('simulated', name, 'attention_error'):.3f}", f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'cache_bytes') / 1024:.1f}", f"{compression:.1f}"])  # fmt: skip
     table = _table(["model", "groups", "codes", "AUC minus exact", "key error", "L1 error", "perplexity / C", "KiB a user", "compression"], rows)
-    text = ("Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of his history; here histories have about 490 events, so a "
-            "ratio below 1 is no gain: at 10,000 events the same cache is twenty times smaller in comparison.")  # fmt: skip
+    text = ("Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of his history; here histories have about 490 events; "
+            "a cache has at most one entry a code, head and component, so at 10,000 events the same cache compresses twenty times more.")  # fmt: skip
     return _section("Codebook size, groups, compression", text, _figure(draw, 3), table)
 
 
@@ -356,7 +356,7 @@ def _figure(draw: Callable, columns: int) -> str:
     figure, axes = plt.subplots(1, columns, figsize=(3.9 * columns, 2.9), squeeze=False)
     draw(axes[0])
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=False)
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=False)
     plt.close(figure)
     text = buffer.getvalue()
     return f"<figure>{text[text.index('<svg') :]}</figure>"

@@ -1,0 +1,91 @@
+"""The claims page says what the figures say, and a claim that the figures refute is told as refuted."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.claims.page import Results, interval, write_page
+from benchmarks.claims.train import EPOCHS, grid, read
+from benchmarks.claims.variants import VARIANTS
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/claims"
+
+
+def verdict(page: Path, claim: str) -> str:
+    rows = re.findall(r"<tr><td>(.*?)</td><td>.*?</td><td class=\"\w+\">(.*?)</td></tr>", page.read_text())
+    (found,) = [said for title, said in rows if title.startswith(claim)]
+    return found
+
+
+def changed(tmp_path: Path, change) -> Path:
+    """Render the page from the measured results after `change` of each training."""
+    results = tmp_path / "results"
+    results.mkdir()
+    runs = [change(dict(run)) for run in read(RESULTS / "trainings.jsonl")]
+    (results / "trainings.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    for name in ("latency.json", "memory.json"):
+        (results / name).write_text((RESULTS / name).read_text())
+    return write_page(results, tmp_path / "page")
+
+
+def test_the_page_stands_alone_and_holds_every_section_and_five_runs_of_every_model(tmp_path):
+    page = changed(tmp_path, lambda run: run).read_text()
+    assert "<script" not in page and "https://" not in re.sub(r"http://www\.w3\.org\S*|xmlns\S*", "", page)
+    assert page.count("<figure>") == 5 and page.count("<section>") == 9
+    found = Results(RESULTS)
+    short = [(data_set, name) for name in VARIANTS for data_set in EPOCHS if VARIANTS[name].runs_on(data_set) and data_set != "buildroot" and len(found.runs(data_set, name)) < 5]
+    assert short == []
+
+
+def test_a_refuted_claim_is_told_as_refuted(tmp_path):
+    def worse(run):
+        if run["data_set"] == "simulated" and run["variant"] in ("vql", "vql_refined_64"):
+            run["auc"] -= 0.05
+        for row in run.get("by_length", []):
+            row["holds"] = False
+        return run
+
+    page = changed(tmp_path, worse)
+    assert verdict(page, "Plain VQL is within") == "fails"
+    assert verdict(page, "Refined VQL is within") == "fails"
+    assert verdict(page, "The bound of the theorem") == "fails"
+    assert verdict(page, "VQL beats recent 200") == "fails"
+
+
+def test_noise_is_told_as_noise(tmp_path):
+    def noisy(run):
+        if run["data_set"] == "simulated" and run["variant"] == "sdim":
+            run["auc"] = 0.783 + 0.05 * (-1) ** run["number"]
+        return run
+
+    assert verdict(changed(tmp_path, noisy), "VQL beats SDIM") == "cannot be told"
+
+
+def test_an_interval_is_students():
+    difference = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert difference.mean == 3 and difference.half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
+    assert difference.above and not difference.below and not interval([1.0]).above
+
+
+def test_a_grid_pairs_seeds_with_simulated_partitions():
+    runs = grid({"simulated": [Path("a"), Path("b")], "movielens": [Path("m")]}, 2, ("exact", "vql_ema"))
+    assert [(run.data_set, str(run.folder), run.variant, run.number) for run in runs] == [
+        ("simulated", "a", "exact", 0), ("simulated", "a", "vql_ema", 0), ("simulated", "b", "exact", 1), ("simulated", "b", "vql_ema", 1),
+        ("movielens", "m", "exact", 0), ("movielens", "m", "exact", 1)]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_whole_report_from_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.claims", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--sets", "simulated",
+               "--variants", "exact,vql,mean_pooling,vql_missing_50", "--seeds", "1", "--steps", "prepare,train,page"]  # fmt: skip
+    subprocess.run(command, check=True)
+    runs = read(tmp_path / "results/trainings.jsonl")
+    assert {run["variant"] for run in runs} == {"exact", "vql", "mean_pooling", "vql_missing_50"}
+    auc = {run["variant"]: run["auc"] for run in runs}
+    assert auc["vql"] > auc["vql_missing_50"] > auc["mean_pooling"]
+    subprocess.run(command, check=True)  # nothing left to train
+    assert len(read(tmp_path / "results/trainings.jsonl")) == 4
