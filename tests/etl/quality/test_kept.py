@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from etl.quality.kept import Outcome, StageOutcome, outcome_attempts, read_outcomes, read_rejected, read_stats, write_outcome, write_stats
+from etl.quality.kept import (
+    Outcome,
+    StageOutcome,
+    outcome_attempts,
+    read_outcomes,
+    read_rejected,
+    read_stats,
+    write_outcome,
+    write_stats,
+)
 from etl.store import TableStore
 
 DAYS = ("2022-04-08", "2022-04-09", "2022-04-11")
