@@ -17,11 +17,12 @@ EXIT_STAGE_ERROR = 2
 
 
 class _Dataset(argparse.Action):
-    """Read the definition that --dataset names: `args.definition`; `args.dataset` is its name."""
+    """Read the definition that --dataset names: `args.definition`; `args.dataset` is its name, `args.dataset_given` what was given."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         namespace.definition = dataset(str(values))
         namespace.dataset = namespace.definition.name
+        namespace.dataset_given = str(values)
 
 
 def dataset_parser(description: str | None) -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality import stats
+from etl.quality.report import written_after
 from etl.quality.thresholds import THRESHOLDS
 from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
 from etl.store import Manifest, TableStore
@@ -291,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs and results (default: %(default)s)")
     args = parser.parse_args(argv)
     audit = Audit(store_of(args), definition_of(args), args.dt, args.attempt, Path(args.reports))
-    getattr(audit, args.stage)()
+    with written_after(args.dataset_given, audit.store, args.dt, args.attempt, audit.reports):
+        getattr(audit, args.stage)()
 
 
 if __name__ == "__main__":
