@@ -45,7 +45,7 @@ class Reader(HTMLParser):
         self.attributes += attrs
 
     def handle_data(self, data: str) -> None:
-        if self.tags[-1] != "style":
+        if self.tags[-1:] != ["style"]:
             self.text += data
 
 
@@ -154,14 +154,14 @@ def test_the_index_has_the_newest_partition_and_attempt_first() -> None:
         made = partition(*gates, dt=dt, attempt=attempt, written_at_ms=at, data_docs={"/r/validations/events_days/b.html": "../../../d/b.html"})
         return f"partitions/{DATASET}/dt={dt}/{attempt}.html", summary(made)
 
-    entries = [entry("2022-04-20", "old", 9, gate("raw", None)), entry(DT, "first", 1, gate("events", "critical", outcome("critical"))),
-               entry(DT, "second", 2, gate("events", "warning", outcome("warning")))]  # fmt: skip
+    entries = [entry("2022-04-20", "day-before", 9, gate("raw", None)), entry(DT, "early", 1, gate("events", "critical", outcome("critical"))),
+               entry(DT, "late", 2, gate("events", "warning", outcome("warning")))]  # fmt: skip
     html = index_page(entries)
     page = Reader(html)
-    assert page.text.index("second") < page.text.index("first") < page.text.index("old")
+    assert page.text.index("late") < page.text.index("early") < page.text.index("day-before")
     assert page.text.index("warned") < page.text.index("stopped")
     assert "1 critical" in page.text
-    assert ("href", f"partitions/{DATASET}/dt={DT}/second.html") in page.attributes
+    assert ("href", f"partitions/{DATASET}/dt={DT}/late.html") in page.attributes
     assert ("href", f"partitions/{DATASET}/dt={DT}/../../../d/b.html") in page.attributes
     assert "No gate has run" in Reader(index_page([])).text
 
