@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
+from etl.identity import report_page
 
 if TYPE_CHECKING:
     from etl.quality.page import Quarantine
@@ -36,11 +37,6 @@ DAYS = 30  # days that a drawing shows
 SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4
 SAMPLED_FROM_ROWS = 200_000  # the sample is taken from the first of a partition's refused rows
 WRITTEN_WITHIN_SECONDS = 120
-
-
-def page_path(reports: Path, dataset: str, dt: str, attempt: str) -> Path:
-    """Return where the page of an attempt is."""
-    return reports / "partitions" / dataset / f"dt={dt}" / f"{attempt}.html"
 
 
 @contextmanager
@@ -66,7 +62,7 @@ def written_after(definition: str, store: TableStore, dt: str, attempt: str, rep
         stopped_by = f"{type(error).__name__}: {error}"
         raise
     finally:
-        _finish(child, stopped_by, page_path(reports.resolve(), store.dataset, dt, attempt))
+        _finish(child, stopped_by, report_page(reports.resolve(), store.dataset, dt, attempt))
 
 
 def _finish(child: subprocess.Popen[str], stopped_by: str, page: Path) -> None:
@@ -92,7 +88,7 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     from etl.quality.page import Partition, partition_page, summary
     from etl.quality.plots import draw
 
-    page = page_path(reports, store.dataset, dt, attempt)
+    page = report_page(reports, store.dataset, dt, attempt)
     outcomes = read_outcomes(store, dt, attempt)
     docs = dict.fromkeys(outcome.data_docs for gate in outcomes for outcome in gate.outcomes if outcome.data_docs)
     partition = Partition(
@@ -210,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         _load()
         args.stopped_by = sys.stdin.read()
     found = write(definition, store, args.dt, args.attempt, Path(args.reports).resolve(), args.stopped_by)
-    print(json.dumps(found, ensure_ascii=False) if args.json else page_path(Path(args.reports).resolve(), store.dataset, args.dt, args.attempt))
+    print(json.dumps(found, ensure_ascii=False) if args.json else report_page(Path(args.reports).resolve(), store.dataset, args.dt, args.attempt))
 
 
 def _load() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from etl.datasets import dataset
 from etl.errors import StageError
+from etl.identity import report_page
 from etl.partitions import add_days
 from etl.quality import report
 from etl.quality.kept import Outcome, StageOutcome, write_outcome, write_stats
@@ -217,7 +218,7 @@ def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore,
     write_outcome(store, gate("events", "critical", outcome("critical")))
     refuse(store, ["bad_time: 1"] * 30 + ["bad_id: 5"] * 2)
     found = report.write(dataset(DATASET), store, DT, ATTEMPT, tmp_path / "reports", "")
-    text = Reader(report.page_path(tmp_path / "reports", DATASET, DT, ATTEMPT).read_text()).text
+    text = Reader(report_page(tmp_path / "reports", DATASET, DT, ATTEMPT).read_text()).text
     assert found["verdict"] == "stopped"
     assert "7,777" in text
     assert "8,888" not in text  # another attempt's day
@@ -239,7 +240,7 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
 def test_the_page_is_written_when_a_gate_stops_and_the_gates_own_error_is_kept(store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StageError, match="no column user_id"), report.written_after(DATASET, store, DT, ATTEMPT, tmp_path):
         raise StageError("file a.parquet has no column user_id", "rebuild it")
-    page = report.page_path(tmp_path, DATASET, DT, ATTEMPT)
+    page = report_page(tmp_path, DATASET, DT, ATTEMPT)
     assert "no column user_id" in page.read_text()
     assert f"report: {page}" in capsys.readouterr().out
 
