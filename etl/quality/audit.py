@@ -399,9 +399,9 @@ def _history(sequences: Manifest) -> History:
     return History.model_validate({"cutoff": settings["cutoff"], "availability_lag_ms": settings["availability_lag_ms"], "max_events": settings["max_events"]})
 
 
-def audit_parser(description: str | None) -> argparse.ArgumentParser:
+def audit_parser(description: str | None, attempt_required: bool = True) -> argparse.ArgumentParser:
     """Return a parser of what every gate takes."""
-    parser = partition_parser(description)
+    parser = partition_parser(description, attempt_required)
     parser.add_argument("--stage", required=True, choices=GATES, help="which gate to run")
     parser.add_argument("--raw", help="stage raw: folder or URI of the raw logs")
     parser.add_argument("--runs", help="stage model_output: folder of runs")

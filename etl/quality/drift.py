@@ -119,7 +119,7 @@ def event_drift(
             if mask.any():
                 details[name] = f"{what} {', '.join(f'{h:02d}' for h in np.flatnonzero(mask))}"
         if found["hour_shift"]:
-            details["hour_shift"] = f"the day looks moved by {found['hour_shift']:+.0f} h: check the time zone of the raw times"
+            details["hour_shift"] = f"the day looks moved by about {found['hour_shift']:+.0f} h: check the time zone of the raw times"
 
     label = median_of(before, "label_rate", drift)
     if label > 0 and rows * label >= drift.min_positives:

@@ -33,7 +33,7 @@ def raw_files(limits: RawThresholds) -> list[Expectation]:
     """Expect this of each raw file that may hold the day: one row a file."""
     again = "have the file delivered again, whole and as agreed, then run again with a new attempt"
     columns = "have the file delivered with the columns of logs.columns, or, if the change is meant, change the definition"
-    other = "have the day's own file delivered; if the file is right, correct logs.days_in_name or events.time of the definition"
+    other = "have the day's own file delivered; if the file is right, correct the time zone in logs.days_in_name or events.time of the definition"
     return [
         *_zero_or_stop("empty_count", "No file is empty.", again),
         *_zero_or_stop("unreadable_count", "Every file can be read.", again),

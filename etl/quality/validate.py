@@ -142,7 +142,7 @@ def _outcome(check: Check, item: Any, page: str | None) -> Outcome:
     message = f"{column} is {_shown(observed)}, expected {meta.get('bounds', expected)}: {notes}"
     return Outcome(
         suite=check.suite, expectation=config.type, column=column, severity=str(config.severity.value), success=success, observed=observed,
-        expected=expected, remedy=str(meta.get("remedy", "")), message=message if success or not detail else f"{message} {_sentence(detail)}",
+        expected=expected, remedy=str(meta.get("remedy", "")), message=message if success or not detail else f"{message.rstrip('.')}; {detail}",
         data_docs=page)  # fmt: skip
 
 
@@ -164,10 +164,6 @@ def _shown(observed: Any) -> str:
     if not isinstance(observed, dict):
         return str(observed)
     return ", ".join(f"{'not known' if value is None else f'{value:.6g}'} ({key})" for key, value in observed.items())
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def _exception(info: dict[str, Any]) -> str | None:
