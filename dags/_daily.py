@@ -91,10 +91,11 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         hours_6 = dtm.timedelta(hours=6)
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
+            audit_raw = stage(task_id="audit_raw", module="etl.quality.audit", arguments=["--stage", "raw", *raw_files, *reports])
             build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback], pool="spark",
                                          execution_timeout=hours_6)
             audit_events = stage(task_id="audit_events", module="etl.quality.audit", arguments=["--stage", "events", *reports])
-            build_events >> audit_events
+            audit_raw >> build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
             build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window],
@@ -114,7 +115,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             audit_input >> train_models
 
         with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            stage(task_id="evaluate_models", module="evaluation.main", arguments=[*runs, *raw_files], pool="training")
+            stage(task_id="evaluate_models", module="evaluation.main", arguments=[*runs, *raw_files, *reports], pool="training")
 
         with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
             register_model = stage(task_id="register_model", module="evaluation.register", arguments=runs)

@@ -362,6 +362,8 @@ class Audit:
         return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
 
     def _nothing_staged(self, tables: str, job: str) -> StageError:
+        if self.attempt is None:
+            return StageError(f"{tables} of dt={self.dt} are not published under {self.store.warehouse}", "name the attempt that has staged them with --attempt, or run the stage first")
         return StageError(
             f"attempt {self.attempt} has no completely staged {tables} of dt={self.dt} under {self.store.warehouse}",
             f"run `python -m {job}` with the same --dt and --attempt first",

@@ -37,7 +37,7 @@ def as_json(outcome: StageOutcome, evidence: Evidence) -> str:
     """Return the outcome, and under `statistics` the metrics by stage and day; what is not measurable is null."""
     statistics = [{"stage": stage, "dt": dt, "metrics": {name: value if value == value else None for name, value in metrics.items() if not isinstance(value, str)}}
                   for stage, dt, metrics in evidence.statistics]  # fmt: skip
-    return json.dumps({**dataclasses.asdict(outcome), "statistics": statistics}, indent=1, ensure_ascii=False, allow_nan=False, default=float)
+    return json.dumps({**dataclasses.asdict(outcome), "attempt": outcome.attempt or None, "statistics": statistics}, indent=1, ensure_ascii=False, allow_nan=False, default=float)
 
 
 def as_text(outcome: StageOutcome) -> str:

@@ -39,17 +39,22 @@ BOT = 123_456
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Feed]:
+def session() -> Iterator[None]:
+    with one_spark_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clean(session: None, tmp_path_factory: pytest.TempPathFactory) -> Feed:
     """All days but the last, published through the real stages; partitions of sequences of the last three of them."""
     folder = tmp_path_factory.mktemp("feed")
-    with one_spark_session():
-        feed = Feed(folder, write_feed(folder), folder / "reports")
-        feed.build_events("base", YESTERDAY, DAYS - 1)
-        feed.audit("base", YESTERDAY).publish("events")
-        for dt in days_between(add_days(DT, -3), YESTERDAY):
-            feed.build_sequences("base", dt)
-            feed.audit("base", dt).publish("sequences")
-        yield feed
+    feed = Feed(folder, write_feed(folder), folder / "reports")
+    feed.build_events("base", YESTERDAY, DAYS - 1)
+    feed.audit("base", YESTERDAY).publish("events")
+    for dt in days_between(add_days(DT, -3), YESTERDAY):
+        feed.build_sequences("base", dt)
+        feed.audit("base", dt).publish("sequences")
+    return feed
 
 
 @pytest.fixture
@@ -410,16 +415,15 @@ def test_a_clean_day_passes_every_gate(feed: Feed) -> None:
 
 
 @pytest.mark.slow
-def test_ten_clean_days_one_after_the_other_raise_no_critical_and_at_most_one_warning(tmp_path: Path) -> None:
+def test_ten_clean_days_one_after_the_other_raise_no_critical_and_at_most_one_warning(session: None, tmp_path: Path) -> None:
     """The chain as the scheduler runs it, from the first day that has a window on."""
-    with one_spark_session():
-        feed = Feed(tmp_path, write_feed(tmp_path), tmp_path / "reports")
-        warnings = []
-        for dt in days_between(add_days(DT, -9), DT):
-            attempt = f"day-{dt}"
-            assert feed.run(attempt, dt) is None
-            warnings += [o.message for outcome in feed.outcomes(attempt, dt).values() for o in outcome.failed("warning")]
-        assert len(warnings) <= 1, warnings
+    feed = Feed(tmp_path, write_feed(tmp_path), tmp_path / "reports")
+    warnings = []
+    for dt in days_between(add_days(DT, -9), DT):
+        attempt = f"day-{dt}"
+        assert feed.run(attempt, dt) is None
+        warnings += [o.message for outcome in feed.outcomes(attempt, dt).values() for o in outcome.failed("warning")]
+    assert len(warnings) <= 1, warnings
 
 
 def test_the_first_day_of_a_feed_is_judged_by_absolute_bounds_alone(clean: Feed, tmp_path: Path) -> None:
