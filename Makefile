@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test test-slow bench-etl lint up down lock clean
+.PHONY: help setup data run test test-slow bench-etl validate lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ test-slow: setup ## every test, with the real scheduler, Spark and Ray
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)
+
+validate: setup ## look at one stage of a partition, change nothing: STAGE=events DT=YYYY-MM-DD DATASET=name ARGS="--attempt A --json"
+	@$(PY) -m etl.quality.check --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--dt "$$DT" --stage "$${STAGE:-events}" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

@@ -87,17 +87,19 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         stage = functools.partial(StageOperator, dataset=argument)
         raw_files = ["--raw", "{{ params.raw }}"]
         runs = ["--runs", settings.runs()]
-        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.audit", reports=str(settings.reports()))
+        reports = str(settings.reports())
+        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.audit", reports=reports)
         lookback = ["--lookback-days", "{{ params.lookback_days }}"]
         window = ["--target-days", "{{ params.target_days }}", *lookback,
                   "--evaluation-days", "{{ params.evaluation_days }}", "--max-history", "{{ params.max_history }}"]
         hours_6 = dtm.timedelta(hours=6)
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
+            audit_raw = gate(task_id="audit_raw", arguments=["--stage", "raw", *raw_files])
             build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback], pool="spark",
                                          execution_timeout=hours_6)
             audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
-            build_events >> audit_events
+            audit_raw >> build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
             build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window],
@@ -107,7 +109,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
 
         with TaskGroup("train", tooltip="Gate on the training input, a question when a gate warned, then Ray Train") as train:
             audit_input = gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
-            approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=str(settings.reports()), gate=audit_input.task_id)
+            approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id)
             train_models = stage(
                 task_id="train_models", module="training.main", pool="training", execution_timeout=hours_6,
                 arguments=[*runs, "--workers", "{{ params.workers }}", "--config", "{{ params.config }}",
@@ -116,7 +118,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             audit_input >> approve_warnings >> train_models
 
         with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            stage(task_id="evaluate_models", module="evaluation.main", arguments=[*runs, *raw_files], pool="training")
+            GateOperator(task_id="evaluate_models", module="evaluation.main", dataset=argument, reports=reports, arguments=[*runs, *raw_files],
+                         pool="training")
 
         with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
             register_model = stage(task_id="register_model", module="evaluation.register", arguments=runs)

@@ -33,11 +33,11 @@ def dataset_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def partition_parser(description: str | None) -> argparse.ArgumentParser:
+def partition_parser(description: str | None, attempt_required: bool = True) -> argparse.ArgumentParser:
     """Return a parser with --dataset, --warehouse, --dt and --attempt."""
     parser = dataset_parser(description)
     parser.add_argument("--dt", required=True, help="partition: a UTC day, YYYY-MM-DD")
-    parser.add_argument("--attempt", required=True, help="name of this attempt: the same over retries, new on reprocess")
+    parser.add_argument("--attempt", required=attempt_required, help="name of this attempt: the same over retries, new on reprocess")
     return parser
 
 

@@ -147,21 +147,17 @@ def index_page(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _gates(p: Partition) -> str:
-    ran = {gate.stage: gate for gate in p.outcomes}
     said = []
-    for stage in STAGES:
-        if stage in ran:
-            severity = ran[stage].max_severity
-            name = {"critical": STOPPED, "warning": WARNED}.get(str(severity), PASSED)
-            said.append(f'<span class="gate {_class(name)}">{_text(stage)}: {name}</span>')
-        elif ran:
-            said.append(f'<span class="gate">{_text(stage)}: -</span>')
+    for gate in p.outcomes:
+        name = {"critical": STOPPED, "warning": WARNED}.get(str(gate.max_severity), PASSED)
+        said.append(f'<span class="gate {_class(name)}">{_text(gate.stage)}: {name}</span>')
     return " ".join(said) or "none ran"
 
 
 def _failures(p: Partition) -> str:
     parts = ["<h2>What failed</h2>"]
-    if p.stopped_by and not p.failed("critical"):  # those say it themselves, below
+    critical = p.failed("critical")
+    if p.stopped_by and not (critical and all(outcome.message in p.stopped_by for _, outcome in critical)):  # those say it below
         parts.append(f'<pre class="stopped">{_text(p.stopped_by, limit=4000)}</pre>')
     rows = [_failure(stage, outcome, p.data_docs) for severity in ("critical", "warning") for stage, outcome in p.failed(severity)]
     columns = ("severity", "gate", "what", "observed", "expected", "what to do", "")

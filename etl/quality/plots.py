@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from etl.quality.thresholds import THRESHOLDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # stage -> metric -> day -> value; None is not measurable.
 Series = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
-BAND_DAYS = 14  # days before the partition whose lowest and highest value make the band
+BAND_DAYS = THRESHOLDS.drift.trailing_days  # days before the partition whose lowest and highest value make the band
 MOST_LINES = 8
 LOGARITHMIC_FROM = 20  # times the smallest value
 
@@ -46,29 +48,32 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Which metrics share a drawing: those of `stage` (any when None) whose whole name matches."""
+    """Which metrics share a drawing: those of `stage` whose whole name matches; a group is what their lines are called."""
 
     title: str
-    stage: str | None
+    stage: str
     pattern: str
     logarithmic: bool = False
 
 
 _PANELS = (
-    _Panel("Rows of raw files", "raw", r"rows|rows_read"),
+    _Panel("Raw files: bytes", "raw", r"bytes"),
     _Panel("Events: rows", "events", r"rows"),
     _Panel("Events: label rate", "events", r"label_rate"),
+    _Panel("Events: action rates", "events", r"action_rate_(?:is_)?(.*)", logarithmic=True),
+    _Panel("Events: drift against trailing days", "events", r".*_psi|label_kl"),
     _Panel("Events: quarantined and duplicate share of raw rows", "events", r"quarantine_share|duplicate_share"),
-    _Panel("Events: action rates", "events", r"action_rate_.*"),
-    _Panel("Events: users and items", "events", r"users|items", logarithmic=True),
-    _Panel("Events: repeated keys and largest user, share of rows", "events", r"(worst_hour_)?repeated_key_share|largest_user_share"),
-    _Panel("Sequences: history length, events", "sequences", r"history_length_p\d+", logarithmic=True),
-    _Panel("Sequences: label rates of targets", "sequences", r".*label_rate.*"),
+    _Panel("Events: repeated keys and largest user, share of rows", "events", r"(?:worst_hour_)?repeated_key_share|largest_user_share"),
+    _Panel("Events: rows of known users and items, share", "events", r"known_(user|item)_share"),
+    _Panel("Events: users", "events", r"users"),
+    _Panel("Events: watch time, ms", "events", r"watch_time_ms_(p\d+)", logarithmic=True),
+    _Panel("Sequences: history length, events", "sequences", r"history_length_(p\d+)", logarithmic=True),
+    _Panel("Sequences: label rates of targets", "sequences", r"(train|eval)_label_rate"),
+    _Panel("Sequences: targets", "sequences", r"(train|eval)_targets", logarithmic=True),
     _Panel("Sequences: truncated users, share", "sequences", r"truncated_user_share"),
-    _Panel("Sequences: targets", "sequences", r".*_targets", logarithmic=True),
-    _Panel("Drift against trailing days", None, r".*(psi|kl_divergence|_kl|drift).*"),
-    _Panel("Training input: differences to the evaluation day", "training_input", r".*(difference|unseen|novel).*"),
-    _Panel("Model output", "model_output", r".*(mean|std|p\d+|calibration|constant|share).*"),
+    _Panel("Training input: skew of the window to its evaluation day", "training_input", r".*_psi|label_kl|label_rate_difference"),
+    _Panel("Model output: calibration", "model_output", r"expected_ratio|ece"),
+    _Panel("Model output: scores", "model_output", r"score_(?:sd|p\d+)|constant_share"),
 )
 
 
@@ -83,29 +88,21 @@ def draw(series: Series, dt: str) -> list[Plot]:
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longview", "text.parse_math": False, "font.size": 8,
                                 "axes.unicode_minus": False}):  # fmt: skip
-        plots: list[Plot] = []
-        drawn: set[tuple[str, str]] = set()
-        for panel in _PANELS:
-            lines = _lines(series, panel, dt, drawn)
-            if lines:
-                plots.append(_over_days(panel, lines, dt))
+        # A window may reach back to days before the data begin: they are empty, and kept as such.
+        begin = min((day for day, rows in series.get("events", {}).get("rows", {}).items() if rows), default="")
+        plots = [_over_days(panel, lines, dt) for panel in _PANELS if (lines := _lines(series, panel, begin, dt))]
         if (profile := _hour_profile(series, dt)) is not None:
             plots.insert(2, profile)  # after the volumes
         return plots
 
 
-def _lines(series: Series, panel: _Panel, dt: str, drawn: set[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Return name -> day -> value of a panel's metrics that no panel before it has drawn."""
+def _lines(series: Series, panel: _Panel, begin: str, dt: str) -> dict[str, dict[str, float]]:
+    """Return name -> day -> value of a panel's metrics; the largest when there are more than a drawing holds."""
     found: dict[str, dict[str, float]] = {}
-    for stage, metrics in series.items():
-        if panel.stage not in (None, stage):
-            continue
-        for metric, values in sorted(metrics.items()):
-            known = {day: value for day, value in sorted(values.items()) if value is not None and day <= dt}
-            if known and (stage, metric) not in drawn and re.fullmatch(panel.pattern, metric):
-                drawn.add((stage, metric))
-                found[metric if panel.stage else f"{stage}: {metric}"] = known
-    # The largest values are the ones to see when there are more than a drawing holds.
+    for metric, values in sorted(series.get(panel.stage, {}).items()):
+        known = {day: value for day, value in sorted(values.items()) if value is not None and begin <= day <= dt}
+        if known and (match := re.fullmatch(panel.pattern, metric)):
+            found[match[match.lastindex or 0]] = known
     kept = sorted(found, key=lambda name: -max(found[name].values()))[:MOST_LINES]
     return {name: found[name] for name in found if name in kept}
 
@@ -117,7 +114,7 @@ def _over_days(panel: _Panel, lines: Mapping[str, Mapping[str, float]], dt: str)
     for values, colour in zip(lines.values(), _LINES, strict=False):
         axes.plot([at[day] for day in values], list(values.values()), color=colour, linewidth=1.2, marker=".", markersize=3)
         if dt in values:
-            axes.plot([at[dt]], [values[dt]], color=colour, marker="o", markersize=5, linestyle="none")
+            axes.plot([at[dt]], [values[dt]], color=colour, marker="o", markersize=5, linestyle="none", clip_on=False)
     before = _before(next(iter(lines.values())), dt)
     if len(lines) == 1 and len(before) > 1:
         axes.axhspan(min(before), max(before), color=_BAND, linewidth=0)
@@ -127,14 +124,21 @@ def _over_days(panel: _Panel, lines: Mapping[str, Mapping[str, float]], dt: str)
     if panel.logarithmic and 0 < LOGARITHMIC_FROM * min(shown) < max(shown):
         axes.set_yscale("log")
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.yaxis.set_major_formatter(_tick)
     axes.set_xlim(-0.5, len(days) - 0.5)
     step = -(-len(days) // 5)
     ticks = sorted(range(len(days) - 1, -1, -step))
     axes.set_xticks(ticks, [days[tick][5:] for tick in ticks])
-    return Plot(panel.title, _svg(figure, panel.title), tuple(lines) if len(lines) > 1 or panel.stage is None else ())
+    return Plot(panel.title, _svg(figure, panel.title), tuple(lines) if len(lines) > 1 else ())
+
+
+def _tick(value: float, _position: float) -> str:
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * unit or (abs(value) >= unit > 1e3):
+            return f"{value / unit:g}{letter}"
+    return f"{value:.4g}"
 
 
 def _before(values: Mapping[str, float | None], dt: str) -> list[float]:

@@ -52,6 +52,7 @@ import json, sys
 sys.stdin.read()
 print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
 '''
+TASKS = 11  # that run a stage
 APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
 DAG_ID = settings.dag_id("kuairand_simulated")
 DAG_PATH = f"/api/v2/dags/{DAG_ID}"
@@ -80,7 +81,7 @@ class Project:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(GATE if module == "etl.quality.audit" else STAGE)
-        for module in ("kept", "page", "plots", "report"):
+        for module in ("kept", "page", "plots", "report", "thresholds"):
             shutil.copy(settings.ROOT / "etl" / "quality" / f"{module}.py", root / "etl" / "quality")
         (root / "training" / "page.py").write_text(PAGE)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
@@ -115,7 +116,7 @@ class Project:
 
     def runs_of_backfill(self, dt: str) -> list[str]:
         runs = self.api.call("GET", f"{DAG_PATH}/dagRuns?run_type=backfill")["dag_runs"]
-        return [f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs if dt in run["dag_run_id"]]
+        return [f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs if run["logical_date"].startswith(dt)]
 
     def trigger(self, dt: str, **conf) -> str:
         """Start a manual run; return its path in the API."""
@@ -167,7 +168,7 @@ def test_make_run_from_nothing(project):
     broken.unlink()
     assert done.returncode == 0, done.stdout + done.stderr
     calls = project.calls()
-    assert len(calls) == 10
+    assert len(calls) == TASKS
     assert {of(call, "--dt") for call in calls} == {settings.SIMULATED_DT}
     assert {of(call, "--dataset") for call in calls} == {"kuairand_simulated"}
     assert len({of(call, "--attempt") for call in calls}) == 1
@@ -193,14 +194,14 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     project.backfill("2022-04-20", "2022-04-21")
     first = project.calls()
     assert sorted({of(call, "--dt") for call in first}) == ["2022-04-20", "2022-04-21"]
-    assert len(first) == 21
+    assert len(first) == 2 * TASKS + 1
     attempts = {of(call, "--attempt") for call in first}
     assert len(attempts) == 2
 
     # Reprocessing does all the work again, under new names.
     project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed")
     second = project.calls()
-    assert len(second) == 20
+    assert len(second) == 2 * TASKS
     again = {of(call, "--attempt") for call in second}
     assert again == {attempt.removesuffix("c0") + "c1" for attempt in attempts}
 
@@ -211,7 +212,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         done = project.python("-m", "infra.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
         assert done.returncode == 0, done.stdout + done.stderr
         calls = project.calls()
-        assert len(calls) == 10
+        assert len(calls) == TASKS
         assert {of(call, "--dataset") for call in calls} == {str(project.root / "var" / "definitions" / "shop.yaml")}
         assert {of(call, "--dt") for call in calls} == {"2023-02-01"}
         [attempt] = {of(call, "--attempt") for call in calls}
@@ -241,13 +242,13 @@ def test_a_warning_waits_for_a_person_before_training(project):
     assert "hours_covered is  11" in question["body"]  # all of it in one code mark
     assert project.link(run, LAST_GATE) in question["body"]
     called = project.calls()
-    assert [call[0] for call in called].count("etl.quality.audit") == 3
+    assert [call[0] for call in called].count("etl.quality.audit") == 4
     assert "training.main" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
     assert [call[0] for call in project.calls()] == ["training.main", "evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
     [attempt] = {of(call, "--attempt") for call in called}
-    for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL):
+    for task in ("ingest.audit_raw", "ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
         assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
 
     # Rejected, in a backfill: the run ends before training, and nothing is registered.
@@ -272,9 +273,9 @@ def test_a_warning_waits_for_a_person_before_training(project):
     project.fault("etl.quality.audit", 2, once=False)
     run = project.trigger("2022-04-19")
     assert project.ended(run) == "failed"
-    assert project.states(run)["ingest.audit_events"] == "failed"
-    assert "/runs/abc/artifacts/validation/" in project.link(run, "ingest.audit_events")
-    [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id=ingest.audit_events/attempt=1.log")
-    assert project.link(run, "ingest.audit_events") in log.read_text()
+    assert project.states(run)["ingest.audit_raw"] == "failed"
+    assert "/runs/abc/artifacts/validation/" in project.link(run, "ingest.audit_raw")
+    [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id=ingest.audit_raw/attempt=1.log")
+    assert project.link(run, "ingest.audit_raw") in log.read_text()
     (project.root / "fault.json").unlink()
     project.python("-m", "infra.stack", "down")

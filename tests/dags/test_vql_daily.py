@@ -26,13 +26,14 @@ pytestmark = pytest.mark.airflow
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
 EXPECTED_COMMANDS = {
+    "ingest.audit_raw": "etl.quality.audit --stage raw --raw /raw --reports REPORTS",
     "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK",
     "ingest.audit_events": "etl.quality.audit --stage events --reports REPORTS",
     "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY",
     "sequences.audit_sequences": "etl.quality.audit --stage sequences --reports REPORTS",
     "train.audit_training_input": "etl.quality.audit --stage training_input --reports REPORTS",
     "train.train_models": "training.main --runs RUNS --workers 2 --config default --warm-start none",
-    "evaluate.evaluate_models": "evaluation.main --runs RUNS --raw /raw",
+    "evaluate.evaluate_models": "evaluation.main --runs RUNS --raw /raw --reports REPORTS",
     "register.register_model": "evaluation.register --runs RUNS",
     "register.promote_model": "evaluation.promote --runs RUNS",
     "caches.build_user_caches": "training.caches --runs RUNS",

@@ -95,7 +95,7 @@ def test_a_failure_is_told_with_severity_values_bounds_remedy_and_its_data_docs_
     path = outcome("critical").data_docs
     gates = [gate("raw", None), gate("events", "critical", outcome("warning", column="hours_covered"), outcome("critical"), outcome("critical", True, "users"))]
     page = Reader(partition_page(partition(*gates, data_docs={path: "../../data docs/batch.html"}), [], "../../../index.html"))
-    for said in ("SIMULATED DATA", DATASET, DT, ATTEMPT, "raw: passed", "events: stopped", "sequences: -", "label_rate is 0.12", "0.25",
+    for said in ("SIMULATED DATA", DATASET, DT, ATTEMPT, "raw: passed", "events: stopped", "label_rate is 0.12", "0.25",
                  "look at the raw files of the day"):  # fmt: skip
         assert said in page.text
     assert page.text.index("critical") < page.text.index("hours_covered")  # the worst first
@@ -178,8 +178,8 @@ def test_statistics_are_drawn_over_days_in_the_colours_of_the_page() -> None:
               "sequences": {"history_length_p50": {DT: 10.0}, "history_length_p99": {DT: 9000.0}}}  # fmt: skip
     plots = {plot.title: plot for plot in draw(series, DT)}
     assert any("hour" in title for title in plots)
-    assert plots["Events: action rates"].lines == ("action_rate_click", "action_rate_like")
-    assert plots["Sequences: history length, events"].lines == ("history_length_p50", "history_length_p99")
+    assert plots["Events: action rates"].lines == ("click", "like")
+    assert plots["Sequences: history length, events"].lines == ("p50", "p99")
     for plot in plots.values():
         ElementTree.fromstring(plot.svg)
         assert not re.search(r"#0[1-4]0", plot.svg)  # a colour that the page was to choose
@@ -189,10 +189,9 @@ def test_statistics_are_drawn_over_days_in_the_colours_of_the_page() -> None:
     assert "04-21" in plots["Events: label rate"].svg  # the day is there even when it could not be measured
 
 
-def test_days_after_the_partition_are_not_drawn() -> None:
-    [plot] = draw({"events": {"rows": {DT: 5.0, "2022-04-20": 4.0, "2022-04-25": 9.0}}}, DT)
-    assert "04-20" in plot.svg
-    assert "04-25" not in plot.svg
+def test_days_after_the_partition_and_before_the_data_are_not_drawn() -> None:
+    [plot] = draw({"events": {"rows": {DT: 5.0, "2022-04-20": 0.0, "2022-04-19": 4.0, "2022-04-18": 0.0, "2022-04-25": 9.0}}}, DT)
+    assert {day for day in ("04-18", "04-19", "04-20", "04-21", "04-25") if day in plot.svg} == {"04-19", "04-20", "04-21"}
 
 
 def test_nothing_kept_draws_nothing() -> None:
