@@ -9,14 +9,16 @@ A stopped partition ends its run as FAILED: no training will.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 from etl.cli import log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.identity import report_page
-from training.tracking import attempt_run
+from training.tracking import attempt_run, set_tracking
 
 ARTIFACT_FOLDER = "validation"
 
@@ -46,6 +48,15 @@ def log_page(definition: DatasetDefinition, dt: str, attempt: str, page: Path) -
     return {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id, "artifact": f"{ARTIFACT_FOLDER}/{page.name}"}
 
 
+def _open_store(experiment: str) -> None:
+    """Load MLflow and open its store: seconds, and nothing that waits for the gate."""
+    with contextlib.suppress(Exception):  # told when the page is logged
+        set_tracking()
+        from mlflow import MlflowClient
+
+        MlflowClient().get_experiment_by_name(experiment)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Log the page of one attempt at one partition."""
     parser: argparse.ArgumentParser = partition_parser(__doc__)
@@ -54,11 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     page = report_page(Path(args.reports).resolve(), store_of(args).dataset, args.dt, args.attempt)
     if args.when_input_ends:
-        import mlflow  # noqa: F401
-
+        _open_store(args.dataset)
         sys.stdin.read()
     print(json.dumps(log_page(args.definition, args.dt, args.attempt, page)))
 
 
 if __name__ == "__main__":
     run_stage(main)
+    sys.stdout.flush()
+    os._exit(0)  # all is written; MLflow would take another second to leave

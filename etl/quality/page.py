@@ -331,7 +331,7 @@ b.passed, .verdict.passed b, .gate.passed { color: var(--good) } .gate { margin-
 .simulated { color: var(--odd); font-weight: 600 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
 th { text-align: left; color: var(--soft); font-weight: 600 } th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--rule); vertical-align: top }
-td.number { font-variant-numeric: tabular-nums } details { margin: 12px 0 } summary { cursor: pointer; color: var(--link) }
+td.number { font-variant-numeric: tabular-nums } td:first-child { white-space: nowrap } details { margin: 12px 0 } summary { cursor: pointer; color: var(--link) }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(390px, 1fr)); gap: 14px 10px; margin-top: 10px }
 figure { margin: 0; background: var(--shade); padding: 6px 6px 2px; display: flex; flex-direction: column; justify-content: space-between } figcaption { font-size: 12.5px; color: var(--soft); margin: 0 4px 2px }
 figcaption span { margin-right: 8px; font-size: 11.5px; white-space: nowrap }
