@@ -5,6 +5,7 @@ Pure functions; matplotlib is imported when something is drawn, never with this 
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import statistics
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # stage -> metric -> day -> value; None is not measurable.
 Series = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+_Lines = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 
 BAND_DAYS = THRESHOLDS.drift.trailing_days  # days before the partition whose lowest and highest value make the band
 MOST_LINES = 8
@@ -96,18 +98,20 @@ def draw(series: Series, dt: str) -> list[Plot]:
         return plots
 
 
-def _lines(series: Series, panel: _Panel, begin: str, dt: str) -> dict[str, dict[str, float]]:
-    """Return name -> day -> value of a panel's metrics; the largest when there are more than a drawing holds."""
+def _lines(series: Series, panel: _Panel, begin: str, dt: str) -> _Lines:
+    """Return (name, (day, value) ...) of a panel's metrics; the largest when there are more than a drawing holds."""
     found: dict[str, dict[str, float]] = {}
     for metric, values in sorted(series.get(panel.stage, {}).items()):
         known = {day: value for day, value in sorted(values.items()) if value is not None and begin <= day <= dt}
         if known and (match := re.fullmatch(panel.pattern, metric)):
             found[match[match.lastindex or 0]] = known
     kept = sorted(found, key=lambda name: -max(found[name].values()))[:MOST_LINES]
-    return {name: found[name] for name in found if name in kept}
+    return tuple((name, tuple(found[name].items())) for name in found if name in kept)
 
 
-def _over_days(panel: _Panel, lines: Mapping[str, Mapping[str, float]], dt: str) -> Plot:
+@functools.lru_cache(maxsize=len(_PANELS))  # what a gate does not change is drawn while it is at work
+def _over_days(panel: _Panel, values_of_lines: _Lines, dt: str) -> Plot:
+    lines = {name: dict(values) for name, values in values_of_lines}
     days = sorted({day for values in lines.values() for day in values} | {dt})
     at = {day: index for index, day in enumerate(days)}
     figure, axes = _figure()

@@ -12,6 +12,7 @@ What is drawn comes from what the gates keep (`etl.quality.kept`), so a page can
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -203,18 +204,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     store, definition = store_of(args), definition_of(args)
     if args.stopped_by == "-":
-        _load()
+        _draw_early(store, args.dt, args.attempt)
         args.stopped_by = sys.stdin.read()
     found = write(definition, store, args.dt, args.attempt, Path(args.reports).resolve(), args.stopped_by)
     print(json.dumps(found, ensure_ascii=False) if args.json else report_page(Path(args.reports).resolve(), store.dataset, args.dt, args.attempt))
 
 
-def _load() -> None:
-    """Import what drawing needs, while the gate is at work."""
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
-
+def _draw_early(store: TableStore, dt: str, attempt: str) -> None:
+    """Load what draws, and draw what the gate that is at work will not change: both take longer than all the rest."""
     import etl.quality.page  # noqa: F401
+    from etl.quality.plots import draw
+
+    with contextlib.suppress(OSError):  # told when the page is written
+        draw(_stats(store, dt, attempt), dt)
 
 
 if __name__ == "__main__":
