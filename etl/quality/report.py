@@ -131,8 +131,9 @@ def _stats(store: TableStore, dt: str, attempt: str) -> dict[str, dict[str, dict
     series: dict[str, dict[str, dict[str, float | None]]] = {}
     for stage in STAGES:
         rows = read_stats(store, stage, dt, DAYS).to_pylist()
-        rejected = read_rejected(store, stage, dt).to_pylist()
-        for row in [row for row in rows if row["dt"] != dt] + [row for row in (*rows, *rejected) if (row["dt"], row["attempt"]) == (dt, attempt)]:
+        own = [row for row in (*rows, *read_rejected(store, stage, dt).to_pylist()) if (row["dt"], row["attempt"]) == (dt, attempt)]
+        # A later partition measures the days of its window again, under its own name.
+        for row in [row for row in rows if row["dt"] != dt] + (own or [row for row in rows if row["dt"] == dt]):
             series.setdefault(stage, {}).setdefault(row["metric"], {})[row["dt"]] = row["value"]
     return series
 
