@@ -91,14 +91,13 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         hours_6 = dtm.timedelta(hours=6)
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
-            audit_raw = stage(task_id="audit_raw", module="etl.quality.audit", arguments=["--stage", "raw", *raw_files, *reports])
-            build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback], pool="spark",
+            build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback, *reports], pool="spark",
                                          execution_timeout=hours_6)
             audit_events = stage(task_id="audit_events", module="etl.quality.audit", arguments=["--stage", "events", *reports])
-            audit_raw >> build_events >> audit_events
+            build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
-            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window],
+            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window, *reports],
                                             pool="spark", execution_timeout=hours_6)
             audit_sequences = stage(task_id="audit_sequences", module="etl.quality.audit", arguments=["--stage", "sequences", *reports],
                                             outlets=[sequences_asset])
