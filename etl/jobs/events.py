@@ -50,22 +50,23 @@ def main() -> None:
     if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= args.max_bad_share <= 1:
         raise StageError(f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1", "correct them")
     with contextlib.ExitStack() as around:
-        may_read: Callable[[], object] = lambda: None  # noqa: E731
+        raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
         if args.reports:
             from etl.quality.beside import judging
 
-            may_read = around.enter_context(judging("events", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
-        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share, may_read)
+            raw_gate = around.enter_context(judging("events", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
+        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share, raw_gate)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))
 
 
 def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, lookback_days: int, buckets: int | None,
-                 max_bad_share: float, may_read: Callable[[], object] = lambda: None) -> dict[str, int]:
+                 max_bad_share: float, raw_gate: Callable[[bool], object] = lambda wait: None) -> dict[str, int]:
     """Stage all missing days and `dt` itself; return the reconciliation of the rows that were read.
 
     Args:
-        may_read: called when the session is up, before a file is read; raises when they must not be.
+        raw_gate: raises when the files must not be used; asked before the files are read, when it may have no answer yet, and,
+            told to wait for one, before anything counts as staged.
         buckets: user buckets of a day; None takes those of the published days, else sizes them by the raw bytes.
 
     Raises:
@@ -89,11 +90,12 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         store.clear_staging(attempt, table)
     spark = spark_session(attempt)
     try:
-        may_read()
+        raw_gate(False)
         stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)
     finally:
         spark.stop()
     by_day, summary = _reconciled(definition, raw, dt, needed, relevant, add_days(dt, 1 - lookback_days), max_bad_share, stats)
+    raw_gate(True)
     _write_manifests(store, definition, raw, attempt, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
     return summary
 

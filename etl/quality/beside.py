@@ -20,11 +20,12 @@ from etl.store import TableStore
 
 
 @contextmanager
-def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[], object]]:
+def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[bool], object]]:
     """Judge around the job of a stage (events or sequences).
 
     Yields:
-        what the job calls when its session is up, before it reads anything; it raises when the raw files do not pass.
+        what the job asks whether the raw files may be used: it raises when they do not pass. Asked not to wait, it says
+        nothing of a judgement that is still under way.
 
     Raises:
         StageError: a gate could not judge, or the raw files did not pass.
@@ -34,12 +35,12 @@ def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: R
     audit = Audit(store, definition, dt, attempt, reports, raw)
     if stage != "events":
         import_early()
-        yield lambda: None
+        yield lambda wait: None
     else:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             gate = pool.submit(audit.publish, "raw")
             try:
-                yield gate.result
+                yield lambda wait: gate.result() if wait or gate.done() else None
             except StageError:
                 gate.result()  # what it says of the file is nearer to the cause
                 raise
