@@ -95,14 +95,14 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         hours_6 = dtm.timedelta(hours=6)
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
-            audit_raw = gate(task_id="audit_raw", arguments=["--stage", "raw", *raw_files])
-            build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback], pool="spark",
-                                         execution_timeout=hours_6)
+            # Judges the raw files first: a day that they stop has its report here.
+            build_events = GateOperator(task_id="build_events", module="etl.jobs.events", dataset=argument, reports=reports, only_stopped=True,
+                                        arguments=[*raw_files, *lookback], pool="spark", execution_timeout=hours_6)
             audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
-            audit_raw >> build_events >> audit_events
+            build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
-            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window],
+            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window, "--reports", reports],
                                             pool="spark", execution_timeout=hours_6)
             audit_sequences = gate(task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[sequences_asset])
             build_sequences >> audit_sequences

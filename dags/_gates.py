@@ -46,36 +46,48 @@ class GateOperator(StageOperator):
 
     Args:
         reports: folder of the reports.
+        only_stopped: the stage writes a report only when it stops; a gate follows.
     """
 
     operator_extra_links = (ReportLink(),)
 
-    def __init__(self, *, reports: str, **kwargs: Any) -> None:
+    def __init__(self, *, reports: str, only_stopped: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.reports = reports
+        self.only_stopped = only_stopped
         self.report_url = ""
-        self._page_logger: subprocess.Popen[str] | None = None
+        self._logger: subprocess.Popen[str] | None = None
 
     def command(self, context: Mapping[str, Any]) -> list[str]:
         return [*super().command(context), "--reports", self.reports]
 
     def execute(self, context: Any) -> dict[str, str]:
-        command = [sys.executable, "-m", "training.page", *partition_arguments(context, self.dataset), "--reports", self.reports, "--when-input-ends"]
-        self._page_logger = subprocess.Popen(
-            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,
-        )  # fmt: skip
+        if not self.only_stopped:
+            self._start_logger(context)
         try:
-            return super().execute(context)
-        finally:
-            self._log_page(self._page_logger)
+            outcome = super().execute(context)
+        except AirflowException:
+            self._log_report(context)
+            raise
+        if not self.only_stopped:
+            self._log_report(context)
+        return outcome
 
     def on_kill(self) -> None:
         super().on_kill()
-        if self._page_logger is not None:
-            self._page_logger.kill()
+        if self._logger is not None:
+            self._logger.kill()
 
-    def _log_page(self, logger: subprocess.Popen[str]) -> None:
+    def _start_logger(self, context: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "training.page", *partition_arguments(context, self.dataset), "--reports", self.reports, "--when-input-ends"]
+        self._logger = subprocess.Popen(
+            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,
+        )  # fmt: skip
+        return self._logger
+
+    def _log_report(self, context: Any) -> None:
+        logger = self._logger or self._start_logger(context)
         try:
             output, _ = logger.communicate(timeout=LOGGED_WITHIN_SECONDS)
             *said, last = output.strip().splitlines() or [""]

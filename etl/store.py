@@ -237,6 +237,17 @@ class TableStore:
         return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None,
                              columns=None if columns is None else list(columns))
 
+    def content_digest(self, file: DataFile) -> str:
+        """Return the sha256 (hex) of a file's bytes as they are now; '' where it is gone."""
+        digest = hashlib.sha256()
+        try:
+            with self.fs.open_input_stream(f"{self.root}/{file.path}", compression=None) as stream:
+                while block := stream.read(8 << 20):
+                    digest.update(block)
+        except OSError:
+            return ""
+        return digest.hexdigest()
+
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.
 

@@ -15,6 +15,7 @@ and outcomes are kept below the warehouse (`etl.quality.kept`). `etl.quality.che
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -33,17 +34,22 @@ from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality import kept, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
+from etl.quality.gx import import_early
 from etl.quality.kept import StageOutcome
 from etl.quality.model_output import model_output_row
 from etl.quality.report import written_after
 from etl.quality.thresholds import THRESHOLDS
-from etl.quality.validate import Check, import_early, validate
+from etl.quality.validate import Check, validate
 from etl.raw import RawLocation
 from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
 from etl.store import Manifest, TableStore
 
 GATES = ("raw", "events", "sequences", "training_input", "model_output")
+STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
 SEVERITIES = ("critical", "warning", "info")  # the worst first
+
+
+Statistics = tuple[str, str, dict[str, float]]  # stage, day, metrics
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,10 @@ class Evidence:
     Attributes:
         checks: the rows of metrics and their suites.
         statistics: (stage, day, metrics) to keep for the days that follow.
-        publishes: (table, day) in the order of publication.
     """
 
     checks: Sequence[Check]
     statistics: Sequence[tuple[str, str, Mapping[str, Any]]]
-    publishes: Sequence[tuple[str, str]] = ()
 
 
 @dataclass
@@ -95,21 +99,27 @@ class Audit:
         if self._published_already(stage):
             log(f"{stage} dt={self.dt}: already published by attempt {self.attempt}, nothing to do")
             return None
-        import_early()
-        evidence = self.measure(stage)
-        outcome = self.judge(stage, evidence)
+        outcome, statistics = self._judged_ahead(stage) or self._judged_now(stage)
         stopped = outcome.max_severity == "critical"
         kept.write_outcome(self.store, outcome)
-        for of_stage, day, metrics in evidence.statistics:
-            numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
-            kept.write_stats(self.store, of_stage, day, self.attempt, numbers, rejected=stopped)
+        for of_stage, day, metrics in statistics:
+            kept.write_stats(self.store, of_stage, day, self.attempt, metrics, rejected=stopped)
         self._tell(outcome)
         if stopped:
             raise self._critical(outcome)
-        for table, day in evidence.publishes:
+        for table, day in self._staged(stage):
             manifest = self.store.publish(self.attempt, table, day)
             log(f"published {table} dt={day}: {manifest.rows} rows, data digest {manifest.data_digest[:16]}")
         return outcome
+
+    def judge_ahead(self, stage: str) -> None:
+        """Judge, in the process of the job that has staged it, what the gate will then publish or stop: the gate takes it over.
+
+        The gate does so only while the staged files are, byte for byte, those that were judged.
+        """
+        outcome, statistics = self._judged_now(stage)
+        self.store.write_text(self._ahead_path(stage), json.dumps({"digests": self._digests(stage), "outcome": json.loads(outcome.to_json()), "statistics": statistics}))
+        log(f"{stage} dt={self.dt}: judged beside the job; its gate tells and decides")
 
     def judge(self, stage: str, evidence: Evidence) -> StageOutcome:
         """Validate measured metrics; writes Data Docs, nothing else."""
@@ -170,31 +180,26 @@ class Audit:
                 definition.label_bit, len(definition.feedback_fields), limits, drift, definition.logs.repeats == "keep")  # fmt: skip
             memory = profile.memory_of(self._memory_days(day, tables)) if table.num_rows else None
             row |= profile.events_profile(table, definition.feedback_fields, fields, memory, limits)
-            numbers = {name: float(value) for name, value in row.items() if not isinstance(value, str)}
+            today = numbers(row)
             before = [known for back in days_before(day) if (known := known_days.get(back))]
-            found, told = event_drift(numbers, before, definition.feedback_fields, vocabularies, limits, drift)
+            found, told = event_drift(today, before, definition.feedback_fields, vocabularies, limits, drift)
             if row["largest_user_share"] > limits.max_user_share_critical:  # type: ignore[operator]
                 told["largest_user_share"] = told["bot_user_share"] = f"it is user {_most_frequent(table['user_id'])}"
             details |= {name: f"{details[name]}; {day}: {text}" if name in details else f"{day}: {text}" for name, text in told.items()}
             rows.append({**row, **found})
-            known_days[day] = numbers
+            known_days[day] = today
             tables[day] = table.select(profile.MEMORY_COLUMNS)
             for old in sorted(tables)[: -drift.memory_days]:
                 del tables[old]
-        every = sorted({day for name in ("quarantine", "events") for day in self._days(name)}, key=lambda day: (day == self.dt, day))
-        publishes = [(name, day) for day in every for name in ("quarantine", "events")
-                     if self.attempt and self.store.staged_manifest(self.attempt, name, day) is not None]  # fmt: skip
-        return Evidence([Check("events_days", _filled(rows), details=details)], [("events", str(row["dt"]), row) for row in rows], publishes)
+        return Evidence([Check("events_days", _filled(rows), details=details)], [("events", str(row["dt"]), row) for row in rows])
 
     def _sequences(self) -> Evidence:
         items, sequences = self._own("items", self.dt), self._own("sequences", self.dt)
         if items is None or sequences is None:
             raise self._nothing_staged("items and sequences", "etl.jobs.sequences")
-        publishes = [(name, self.dt) for name in ("items", "sequences")  # items first: sequences point into it
-                     if self.attempt and self.store.staged_manifest(self.attempt, name, self.dt) is not None]  # fmt: skip
         sequence_row, item_row, details = self._sequence_rows(items, sequences)
         checks = [Check("items", [item_row], details=details), Check("sequences", [sequence_row])]
-        return Evidence(checks, [("items", self.dt, item_row), ("sequences", self.dt, sequence_row)], publishes)
+        return Evidence(checks, [("items", self.dt, item_row), ("sequences", self.dt, sequence_row)])
 
     def _training_input(self) -> Evidence:
         items, sequences = self.store.require("items", self.dt), self.store.require("sequences", self.dt)
@@ -226,6 +231,43 @@ class Audit:
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
+    def _judged_now(self, stage: str) -> tuple[StageOutcome, list[Statistics]]:
+        import_early()
+        evidence = self.measure(stage)
+        outcome = self.judge(stage, evidence)
+        return outcome, [(of_stage, day, numbers(metrics)) for of_stage, day, metrics in evidence.statistics]
+
+    def _judged_ahead(self, stage: str) -> tuple[StageOutcome, list[Statistics]] | None:
+        """Return what the job has judged of the files that are staged now, None when it has not."""
+        text = self.store.read_text(self._ahead_path(stage)) if stage in STAGED_TABLES else None
+        if text is None:
+            return None
+        ahead = json.loads(text)
+        if ahead["digests"] != self._digests(stage) or not self._files_are_whole(stage):
+            return None
+        statistics = [(of_stage, day, {name: NAN if value is None else value for name, value in metrics.items()}) for of_stage, day, metrics in ahead["statistics"]]
+        return StageOutcome.from_json(json.dumps(ahead["outcome"])), statistics
+
+    def _ahead_path(self, stage: str) -> str:
+        assert self.attempt is not None
+        return f"{self.store.staging_dir(self.attempt, stage, self.dt)}/judged.json"
+
+    def _staged(self, stage: str) -> list[tuple[str, str]]:
+        """Return every (table, day) that this attempt has staged for a gate, in the order of publication."""
+        assert self.attempt is not None
+        tables = STAGED_TABLES.get(stage, ())
+        days = {day for table in tables for day in self.store.staged_days(self.attempt, table)} if stage == "events" else {self.dt}
+        return [(table, day) for day in sorted(days, key=lambda day: (day == self.dt, day)) for table in tables
+                if self.store.staged_manifest(self.attempt, table, day) is not None]  # fmt: skip
+
+    def _digests(self, stage: str) -> dict[str, str]:
+        return {f"{table}/dt={day}": manifest.data_digest for table, day in self._staged(stage) if (manifest := self._own(table, day))}
+
+    def _files_are_whole(self, stage: str) -> bool:
+        """Whether the bytes of every staged file are those of its manifest."""
+        files = [file for table, day in self._staged(stage) if (manifest := self._own(table, day)) for file in manifest.files]
+        return all(self.store.content_digest(file) == file.digest for file in files)
+
     def _sequence_rows(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, stats.Row, dict[str, str]]:
         """Return the metrics of a partition's sequences and of its items, and what more to say about them."""
         for manifest in (items, sequences):
@@ -237,7 +279,7 @@ class Audit:
         item_table = self.store.read_files(items.files, ["item_index", "item_id", "train_occurrences", *categories])
         files = sorted(sequences.files, key=lambda file: (file.bucket, file.path))
         window, by_position = _window(sequences), definition.targets.positions is not None
-        row = stats.sequences_row(self.dt, (self.store.read_file(file, columns) for file in files), item_table, sequences.counts,
+        row = stats.sequences_row(self.dt, [functools.partial(self.store.read_file, file, columns) for file in files], item_table, sequences.counts,
                                   window.lookback_days if by_position else window.target_days,
                                   None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY, _history(sequences))  # fmt: skip
         event_days = [day for day in window.event_days if (m := self.store.manifest("events", day)) is not None and m.rows]
@@ -255,8 +297,7 @@ class Audit:
                      "items_to_trailing": float(item_row["items"]) / usual_items if usual_items > 0 else NAN}  # fmt: skip
         details: dict[str, str] = {}
         if len(before) >= drift.min_trailing_days and item_table.num_rows >= THRESHOLDS.events.min_judged_rows:
-            numbers = {name: float(value) for name, value in item_row.items() if not isinstance(value, str)}
-            item_row["new_category_share"], item_row["field_psi"], details = vocabulary_drift(numbers, before, categories)
+            item_row["new_category_share"], item_row["field_psi"], details = vocabulary_drift(numbers(item_row), before, categories)
         return row, item_row, details
 
     def _tell(self, outcome: StageOutcome) -> None:
@@ -369,6 +410,11 @@ class Audit:
             f"attempt {self.attempt} has no completely staged {tables} of dt={self.dt} under {self.store.warehouse}",
             f"run `python -m {job}` with the same --dt and --attempt first",
         )
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row that are numbers."""
+    return {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
 
 
 def days_before(dt: str) -> list[str]:

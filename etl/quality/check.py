@@ -14,8 +14,8 @@ import sys
 
 from etl.cli import EXIT_STAGE_ERROR, run_stage
 from etl.quality.audit import SEVERITIES, Evidence, audit_of, audit_parser
+from etl.quality.gx import import_early
 from etl.quality.kept import StageOutcome
-from etl.quality.validate import import_early
 
 EXIT_WARNING = 3
 

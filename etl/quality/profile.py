@@ -34,7 +34,7 @@ class Memory:
     Attributes:
         user_id, item_id: int64, distinct and ascending.
         item_rows: int64, rows of each item.
-        item_duration_ms: int64, the latest known duration of each item; 0 where none is known.
+        item_duration_ms: int64, the largest duration that each item had; 0 where none is known.
         last_day_keys: uint64, ascending; see `row_keys`, of the latest day.
     """
 
@@ -61,14 +61,10 @@ def memory_of(days: Sequence[pa.Table]) -> Memory | None:
     days = [day for day in days if day.num_rows]
     if not days:
         return None
-    item = np.concatenate([day["item_id"].to_numpy() for day in days])
-    duration = np.concatenate([day["duration_ms"].to_numpy() for day in days])
-    item_id, where, rows = np.unique(item, return_inverse=True, return_counts=True)
-    latest = np.zeros(len(item_id), np.int64)
-    known = duration > 0
-    latest[where[known]] = duration[known]  # a later assignment wins
-    users = np.unique(np.concatenate([np.unique(day["user_id"].to_numpy()) for day in days]))
-    return Memory(users, item_id, rows, latest, np.unique(row_keys(days[-1])))
+    rows = pa.concat_tables([day.select(["user_id", "item_id", "duration_ms"]) for day in days])
+    items = rows.group_by("item_id").aggregate([("duration_ms", "max"), ("item_id", "count")]).sort_by("item_id")
+    users = np.sort(pc.unique(rows["user_id"]).to_numpy())
+    return Memory(users, items["item_id"].to_numpy(), items["item_id_count"].to_numpy(), items["duration_ms_max"].to_numpy(), np.sort(row_keys(days[-1])))
 
 
 def events_profile(events: pa.Table, signals: Sequence[str], fields: Mapping[str, str], memory: Memory | None, limits: EventThresholds) -> dict[str, float]:

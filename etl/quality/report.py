@@ -37,46 +37,35 @@ if TYPE_CHECKING:
 DAYS = 30  # days that a drawing shows
 SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4
 SAMPLED_FROM_ROWS = 200_000  # the sample is taken from the first of a partition's refused rows
-WRITTEN_WITHIN_SECONDS = 120
 
 
 @contextmanager
-def written_after(definition: str, store: TableStore, dt: str, attempt: str, reports: Path) -> Iterator[None]:
+def written_after(definition: str, store: TableStore, dt: str, attempt: str, reports: Path, only_stopped: bool = False) -> Iterator[None]:
     """Have the page written when the body ends, also when it raises; the page's own failure is told and costs nothing else.
 
-    A process of its own draws: it loads its libraries beside the gate and starts when its input ends, which tells it what
-    stopped the gate.
+    A process of its own writes it, and nobody waits for that: it loads its libraries beside the gate, goes on when its input
+    ends, which tells it what stopped the gate, and tells where the page is a second after the gate has ended.
 
     Args:
         definition: what the gate was given as --dataset.
+        only_stopped: write it only when the body raises.
     """
     command = [sys.executable, "-m", "etl.quality.report", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
                "--attempt", attempt, "--reports", str(reports), "--stopped-by", "-"]  # fmt: skip
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    writer = None if only_stopped else subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     stopped_by = ""
     try:
         yield
-    except StageError as error:
-        stopped_by = str(error)
-        raise
     except Exception as error:
-        stopped_by = f"{type(error).__name__}: {error}"
+        stopped_by = str(error) if isinstance(error, StageError) else f"{type(error).__name__}: {error}"
+        writer = writer or subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         raise
     finally:
-        _finish(child, stopped_by, report_page(reports.resolve(), store.dataset, dt, attempt))
-
-
-def _finish(child: subprocess.Popen[str], stopped_by: str, page: Path) -> None:
-    try:
-        _, said = child.communicate(stopped_by, timeout=WRITTEN_WITHIN_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        child.kill()
-        child.wait()
-        said = str(error)
-    if child.returncode == 0:
-        log(f"report: {page}")
-    else:
-        log(f"warning: the report {page} was not written: {said.strip()[-1000:]}")
+        if writer is not None and writer.stdin is not None:
+            sys.stdout.flush()  # before what the other process has to say
+            with contextlib.suppress(OSError):  # it has failed, and said so
+                writer.stdin.write(stopped_by)
+                writer.stdin.close()
 
 
 def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: str, reports: Path, stopped_by: str) -> dict[str, Any]:
@@ -200,15 +189,23 @@ def main(argv: list[str] | None = None) -> None:
     parser: argparse.ArgumentParser = partition_parser(__doc__)
     parser.add_argument("--reports", default="var/reports", help="local folder of the pages (default: %(default)s)")
     parser.add_argument("--stopped-by", default="", metavar="TEXT",
-                        help="what stopped the gate, when no failed expectation says it; - waits for standard input to end and takes it from there")  # fmt: skip
+                        help="what stopped the gate, when no failed expectation says it; - takes it from standard input, once that ends")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the summary of the page")
     args = parser.parse_args(argv)
     store, definition = store_of(args), definition_of(args)
+    reports = Path(args.reports).resolve()
+    page = report_page(reports, store.dataset, args.dt, args.attempt)
     if args.stopped_by == "-":
-        _draw_early(store, args.dt, args.attempt)
-        args.stopped_by = sys.stdin.read()
-    found = write(definition, store, args.dt, args.attempt, Path(args.reports).resolve(), args.stopped_by)
-    print(json.dumps(found, ensure_ascii=False) if args.json else report_page(Path(args.reports).resolve(), store.dataset, args.dt, args.attempt))
+        try:
+            _draw_early(store, args.dt, args.attempt)
+            write(definition, store, args.dt, args.attempt, reports, sys.stdin.read())
+        except Exception as error:
+            log(f"warning: the report {page} was not written: {type(error).__name__}: {error}")
+        else:
+            log(f"report: {page}")
+        return
+    found = write(definition, store, args.dt, args.attempt, reports, args.stopped_by)
+    print(json.dumps(found, ensure_ascii=False) if args.json else page)
 
 
 def _draw_early(store: TableStore, dt: str, attempt: str) -> None:

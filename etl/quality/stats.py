@@ -6,7 +6,9 @@ fractions of 1. Lists are handled through their offsets: nothing here loops over
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +22,10 @@ from etl.quality.thresholds import DriftThresholds, EventThresholds
 from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS
 from etl.sequences import cut_offs_ms
 
+MAX_THREADS = 4  # that measure buckets of sequences
 NEVER_NEGATIVE = ("user_id", "item_id", "watch_time_ms", "duration_ms")
 
+SPLITS = 1 + max(TRAIN, VALIDATION, EVALUATION)
 # Targets are counted by these, each in so many bins.
 SPECTRA = {"hour": 24, "context": 66, "history_length": 24}
 
@@ -100,7 +104,7 @@ def events_row(
 
 def sequences_row(
     dt: str,
-    parts: Iterable[pa.Table],
+    parts: Sequence[Callable[[], pa.Table]],
     items: pa.Table,
     counts: Mapping[str, int],
     target_days: int,
@@ -110,30 +114,34 @@ def sequences_row(
     """Return the metrics of one partition of sequences and its items.
 
     Args:
-        parts: the partition's users, one table a bucket, so that one bucket is in memory at a time.
+        parts: what reads the partition's users, one table a bucket.
         items: the item_index, item_id and train_occurrences columns of `items`.
         counts: the reconciliation figures of the manifest of `sequences`.
         target_days: length of the target window, `dt` included.
         first_evaluation_ms: from here on targets are for evaluation; None where positions decide, not days.
         history: the rule that decides what a target may see.
     """
-    item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
-    lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
-    user_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
+    item_index, item_id, occurrences = (_numpy(items[name]) for name in ("item_index", "item_id", "train_occurrences"))
+
+    def measured(part: Callable[[], pa.Table]) -> tuple[np.ndarray, np.ndarray, dict[str, int], Spectra]:
+        users = part()
+        history_lengths, metrics = _sequence_part(dt, users, len(item_index), target_days, first_evaluation_ms, history)
+        aligned = not metrics["unequal_length_count"]
+        metrics["unseen_eval_targets"] = unseen_eval_targets(users, occurrences) if aligned and not metrics["item_index_out_of_range_count"] else 0
+        return history_lengths, _numpy(users["user_id"]), metrics, target_spectra(users) if aligned else {}
+
+    # numpy and Arrow work outside the interpreter's lock; as many buckets are in memory as there are threads.
+    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        results = list(pool.map(measured, parts))
+    lengths = [np.zeros(0, np.int64), *(result[0] for result in results)]
+    user_ids = [np.zeros(0, np.int64), *(result[1] for result in results)]
     sums: dict[str, int] = {}
     spectra: Spectra = {}
-    unseen, occurrences = 0, _numpy(items["train_occurrences"])
-    for part in parts:
-        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days, first_evaluation_ms, history)
-        lengths.append(history_lengths)
-        if not metrics["unequal_length_count"]:
-            for key, counted in target_spectra(part).items():
-                spectra[key] = spectra.get(key, 0) + counted
-            if not metrics["item_index_out_of_range_count"]:
-                unseen += unseen_eval_targets(part, occurrences)
-        user_ids.append(_numpy(part["user_id"]))
+    for _, _, metrics, counted in results:
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
+        for key, counts_by_value in counted.items():
+            spectra[key] = spectra[key] + counts_by_value if key in spectra else counts_by_value
     length, user_id = np.concatenate(lengths), np.concatenate(user_ids)
     total = {name: sums.get(name, 0) for name in _SUMMED}
     targets = total["train_targets"] + total["validation_targets"] + total["eval_targets"]
@@ -151,7 +159,6 @@ def sequences_row(
             abs(counts.get(name, 0) - found[name])
             for name in ("users", "targets", "train_targets", "validation_targets", "eval_targets", "history_events")
         ),
-        "unseen_eval_targets": unseen,
         "train_label_rate": _share(total["train_positives"], total["train_targets"]),
         "eval_label_rate": _share(total["eval_positives"], total["eval_targets"]),
         **{f"{what}_skew_psi": _skew(spectra.get((what, TRAIN)), spectra.get((what, EVALUATION))) for what in SPECTRA},
@@ -161,6 +168,7 @@ def sequences_row(
 
 
 _SUMMED = (
+    "unseen_eval_targets",
     "train_targets",
     "validation_targets",
     "eval_targets",
@@ -237,9 +245,15 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
 def target_spectra(part: pa.Table) -> Spectra:
     """Count the targets of a bucket by split and, each on its own, UTC hour, context and length of the visible history."""
     split, time_ms, context, end = (_numpy(pc.list_flatten(part[f"target_{name}"])) for name in ("split", "time_ms", "context", "history_end"))
-    place = {"hour": time_ms % MS_PER_DAY // MS_PER_HOUR, "context": context.clip(-1, SPECTRA["context"] - 2) + 1,
-             "history_length": np.log2(end.clip(0) + 1).astype(np.int64).clip(0, SPECTRA["history_length"] - 1)}  # fmt: skip
-    return {(what, side): np.bincount(values[split == side], minlength=SPECTRA[what]) for what, values in place.items() for side in (TRAIN, EVALUATION)}
+    bits = np.log2(np.arange(1, int(end.max(initial=0)) + 2)).astype(np.int32).clip(0, SPECTRA["history_length"] - 1)
+    place = {"hour": time_ms // MS_PER_HOUR % SPECTRA["hour"], "context": context.astype(np.int32).clip(-1, SPECTRA["context"] - 2) + 1, "history_length": bits[end.clip(0)]}
+    known = (split >= 0) & (split < SPLITS)
+    found: Spectra = {}
+    for what, values in place.items():
+        both = values * SPLITS + split if known.all() else values[known] * SPLITS + split[known]
+        counted = np.bincount(both, minlength=SPECTRA[what] * SPLITS).reshape(-1, SPLITS)
+        found |= {(what, side): counted[:, side] for side in (TRAIN, EVALUATION)}
+    return found
 
 
 def _skew(train: np.ndarray | None, evaluation: np.ndarray | None) -> float:

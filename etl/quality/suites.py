@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from great_expectations.expectations.metadata_types import FailureSeverity
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
+UNKNOWN = "unknown_count"  # metrics of a row that must be known and are not
 
 _REBUILD = "rebuild the stage with a new attempt; if it fails again, the job that built it has a bug"
 _RAW = "look at the raw files of the day and at the reasons in table quarantine; then rebuild with a new attempt"
@@ -232,11 +233,16 @@ def build_suite(name: str, thresholds: Thresholds) -> ExpectationSuite:
         "training_input": lambda: training_input(thresholds.training_input),
         "model_output": lambda: model_output(thresholds.model_output),
     }
-    return gx.ExpectationSuite(name=name, expectations=expectations[name]())
+    found = expectations[name]()
+    if any((expectation.meta or {}).get("must_be_known") for expectation in found):
+        # One for all of them: an expectation costs more than a metric.
+        found.append(_band(UNKNOWN, CRITICAL, "Every metric that decides is known.", _REBUILD, low=0, high=0))
+    return gx.ExpectationSuite(name=name, expectations=found)
 
 
 def _band(
-    metric: str, severity: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False
+    metric: str, severity: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False,
+    must_be_known: bool = False,
 ) -> Expectation:
     import great_expectations.expectations as gxe
 
@@ -246,7 +252,7 @@ def _band(
     return gxe.ExpectColumnValuesToBeBetween(
         description=f"{severity}: {metric} is {' and '.join(bounds)}. {notes}",
         column=metric, min_value=low, max_value=high, strict_min=strict, strict_max=strict,
-        severity=_severity(severity), notes=notes, meta={"remedy": remedy, "bounds": " and ".join(bounds)})  # fmt: skip
+        severity=_severity(severity), notes=notes, meta={"remedy": remedy, "bounds": " and ".join(bounds), "must_be_known": must_be_known})  # fmt: skip
 
 
 def _graded(metric: str, notes: str, remedy: str, warning: tuple[float | None, float | None], critical: tuple[float | None, float | None]) -> list[Expectation]:
@@ -257,13 +263,13 @@ def _graded(metric: str, notes: str, remedy: str, warning: tuple[float | None, f
 def _stop(
     metric: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False
 ) -> list[Expectation]:
-    """Expect a metric within critical bounds, and known: a bound alone holds for a null."""
-    import great_expectations.expectations as gxe
+    """Expect a metric within critical bounds, and known (see UNKNOWN): a bound alone holds for a null."""
+    return [_band(metric, CRITICAL, notes, remedy, low, high, strict, must_be_known=True)]
 
-    known = gxe.ExpectColumnValuesToNotBeNull(
-        column=metric, severity=_severity(CRITICAL), notes="The metric is known.", meta={"remedy": remedy, "bounds": "known"},
-        description=f"{CRITICAL}: {metric} is known.")  # fmt: skip
-    return [known, _band(metric, CRITICAL, notes, remedy, low, high, strict)]
+
+def must_be_known(suite: ExpectationSuite) -> list[str]:
+    """Return the metrics of a suite that must be known, too."""
+    return [str(expectation.column) for expectation in suite.expectations if (expectation.meta or {}).get("must_be_known")]  # type: ignore[attr-defined]
 
 
 def _zero_or_stop(metric: str, notes: str, remedy: str) -> list[Expectation]:

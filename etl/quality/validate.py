@@ -7,18 +7,16 @@
 from __future__ import annotations
 
 import fcntl
-import importlib
 import math
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etl.quality.gx import great_expectations
 from etl.quality.kept import Outcome
-from etl.quality.suites import build_suite
+from etl.quality.suites import UNKNOWN, build_suite, must_be_known
 from etl.quality.thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -45,12 +43,6 @@ class Check:
     details: Mapping[str, str] = field(default_factory=dict)
 
 
-def import_early() -> None:
-    """Begin to import Great Expectations beside whatever else there is to do: it takes seconds, most of a gate's own time."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read at import
-    threading.Thread(target=importlib.import_module, args=("great_expectations",), daemon=True).start()
-
-
 def validate(checks: Sequence[Check], run_name: str, reports: Path | None) -> list[Outcome]:
     """Validate rows of metrics; gate on the severities of what failed.
 
@@ -58,13 +50,23 @@ def validate(checks: Sequence[Check], run_name: str, reports: Path | None) -> li
         run_name: names the run on its pages.
         reports: folder of reports, for Data Docs; a second process waits while this one writes below it. None: no pages.
     """
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    great_expectations()
     if reports is not None:
         reports = reports.resolve()
         reports.mkdir(parents=True, exist_ok=True)
+    checks = [_with_unknown(check) for check in checks]
     with _lock(reports / ".gx.lock") if reports is not None else nullcontext():
         results, pages = _run(checks, run_name, reports)
     return [_outcome(check, item, page) for check, result, page in zip(checks, results, pages, strict=True) for item in result.results]
+
+
+def _with_unknown(check: Check) -> Check:
+    """Count in each row the metrics that must be known and are not."""
+    names = must_be_known(build_suite(check.suite, THRESHOLDS))
+    unknown = [[name for name in names if _known(row[name]) is None] for row in check.rows]
+    rows = [{**row, UNKNOWN: len(missing)} for row, missing in zip(check.rows, unknown, strict=True)]
+    told = {UNKNOWN: f"not known: {', '.join(sorted({name for missing in unknown for name in missing}))}"}
+    return replace(check, rows=rows, details={**check.details, **told})
 
 
 def _run(checks: Sequence[Check], run_name: str, reports: Path | None) -> tuple[list[Any], list[str | None]]:
@@ -79,11 +81,12 @@ def _run(checks: Sequence[Check], run_name: str, reports: Path | None) -> tuple[
     for check in checks:
         asset = source.add_dataframe_asset(check.suite)
         suite = context.suites.add_or_update(build_suite(check.suite, THRESHOLDS))
+        frame = pd.DataFrame(check.rows)
         definition = context.validation_definitions.add_or_update(
             gx.ValidationDefinition(name=check.suite, data=asset.add_batch_definition_whole_dataframe("frame"), suite=suite))
         checkpoint = context.checkpoints.add_or_update(
             gx.Checkpoint(name=check.suite, validation_definitions=[definition], result_format="BASIC"))  # fmt: skip
-        run = checkpoint.run(batch_parameters={"dataframe": pd.DataFrame(check.rows)}, run_id=RunIdentifier(run_name=run_name))
+        run = checkpoint.run(batch_parameters={"dataframe": frame}, run_id=RunIdentifier(run_name=run_name))
         [(identifier, result)] = run.run_results.items()
         results.append(result)
         identifiers.append(identifier)

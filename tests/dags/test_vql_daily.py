@@ -26,10 +26,9 @@ pytestmark = pytest.mark.airflow
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
 EXPECTED_COMMANDS = {
-    "ingest.audit_raw": "etl.quality.audit --stage raw --raw /raw --reports REPORTS",
-    "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK",
+    "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK --reports REPORTS",
     "ingest.audit_events": "etl.quality.audit --stage events --reports REPORTS",
-    "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY",
+    "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY --reports REPORTS",
     "sequences.audit_sequences": "etl.quality.audit --stage sequences --reports REPORTS",
     "train.audit_training_input": "etl.quality.audit --stage training_input --reports REPORTS",
     "train.train_models": "training.main --runs RUNS --workers 2 --config default --warm-start none",

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets import dataset
-from etl.errors import StageError
 from etl.identity import report_page
 from etl.partitions import add_days
 from etl.quality import report
@@ -236,19 +235,40 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
     assert found["failed"]["warning"] == ["events: label_rate is 0.12, at least 0.25 was expected"]
 
 
-def test_the_page_is_written_when_a_gate_stops_and_the_gates_own_error_is_kept(store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(StageError, match="no column user_id"), report.written_after(DATASET, store, DT, ATTEMPT, tmp_path):
-        raise StageError("file a.parquet has no column user_id", "rebuild it")
+def gate_of(tmp_path: Path, body: str, reports: Path, more: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a gate with its report in a process of its own, until both have ended."""
+    code = (
+        "from pathlib import Path\nfrom etl.errors import StageError\nfrom etl.quality.report import written_after\nfrom etl.store import TableStore\n"
+        f"store = TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\n"
+        f"with written_after({DATASET!r}, store, {DT!r}, {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(report.__file__).parents[2], capture_output=True, text=True, timeout=120)
+
+
+def test_the_page_is_written_when_a_gate_stops_and_the_gates_own_error_is_kept(tmp_path: Path) -> None:
+    for more in ("", ", only_stopped=True"):
+        done = gate_of(tmp_path, "raise StageError('file a.parquet has no column user_id', 'rebuild it')", tmp_path, more)
+        page = report_page(tmp_path, DATASET, DT, ATTEMPT)
+        assert done.returncode == 1
+        assert "StageError: file a.parquet has no column user_id" in done.stderr
+        assert "no column user_id" in page.read_text()
+        assert f"report: {page}" in done.stdout
+        page.unlink()
+
+
+def test_a_gate_that_holds_has_its_page_and_a_job_only_when_it_stops(tmp_path: Path) -> None:
     page = report_page(tmp_path, DATASET, DT, ATTEMPT)
-    assert "no column user_id" in page.read_text()
-    assert f"report: {page}" in capsys.readouterr().out
+    assert gate_of(tmp_path, "pass", tmp_path, ", only_stopped=True").stdout == ""
+    assert not page.exists()
+    assert gate_of(tmp_path, "pass", tmp_path).returncode == 0
+    assert page.exists()
 
 
-def test_a_report_that_cannot_be_written_costs_the_gate_nothing_and_is_told(store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_cannot_be_written_costs_the_gate_nothing_and_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with report.written_after(DATASET, store, DT, ATTEMPT, tmp_path / "file"):
-        pass
-    assert "warning: the report" in capsys.readouterr().out
+    done = gate_of(tmp_path, "pass", tmp_path / "file")
+    assert done.returncode == 0
+    assert "warning: the report" in done.stdout
 
 
 def test_a_gate_loads_no_drawing_library() -> None:
