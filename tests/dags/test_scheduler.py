@@ -52,7 +52,7 @@ import json, sys
 sys.stdin.read()
 print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
 '''
-TASKS = 11  # that run a stage
+TASKS = 10  # that run a stage
 APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
 DAG_ID = settings.dag_id("kuairand_simulated")
 DAG_PATH = f"/api/v2/dags/{DAG_ID}"
@@ -242,13 +242,13 @@ def test_a_warning_waits_for_a_person_before_training(project):
     assert "hours_covered is  11" in question["body"]  # all of it in one code mark
     assert project.link(run, LAST_GATE) in question["body"]
     called = project.calls()
-    assert [call[0] for call in called].count("etl.quality.audit") == 4
+    assert [call[0] for call in called].count("etl.quality.audit") == 3
     assert "training.main" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
     assert [call[0] for call in project.calls()] == ["training.main", "evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
     [attempt] = {of(call, "--attempt") for call in called}
-    for task in ("ingest.audit_raw", "ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
+    for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
         assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
 
     # Rejected, in a backfill: the run ends before training, and nothing is registered.
@@ -269,13 +269,15 @@ def test_a_warning_waits_for_a_person_before_training(project):
         assert [call[0] for call in project.calls()].count("training.caches") == 1
         (project.root / "warn").unlink(missing_ok=True)
 
-    # A gate that stops has the button, too, and names the page in its log.
-    project.fault("etl.quality.audit", 2, once=False)
-    run = project.trigger("2022-04-19")
-    assert project.ended(run) == "failed"
-    assert project.states(run)["ingest.audit_raw"] == "failed"
-    assert "/runs/abc/artifacts/validation/" in project.link(run, "ingest.audit_raw")
-    [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id=ingest.audit_raw/attempt=1.log")
-    assert project.link(run, "ingest.audit_raw") in log.read_text()
+    # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
+    for module, task in (("etl.quality.audit", "ingest.audit_events"), ("etl.jobs.events", "ingest.build_events")):
+        project.fault(module, 2, once=False)
+        run = project.trigger("2022-04-19")
+        assert project.ended(run) == "failed"
+        assert project.states(run)[task] == "failed"
+        link = project.link(run, task)
+        assert "/runs/abc/artifacts/validation/" in link
+        [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id={task}/attempt=1.log")
+        assert link in log.read_text()
     (project.root / "fault.json").unlink()
     project.python("-m", "infra.stack", "down")
