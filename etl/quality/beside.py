@@ -7,6 +7,7 @@ command of its own, then publishes or stops without judging the same bytes again
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.quality.audit import Audit
-from etl.quality.gx import import_early
+from etl.quality.gx import great_expectations
 from etl.raw import RawLocation
 from etl.store import TableStore
 
@@ -30,18 +31,32 @@ def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: R
     Raises:
         StageError: a gate could not judge, or the raw files did not pass.
     """
-    import pyspark.sql  # noqa: F401  before the import that does without it
-
     audit = Audit(store, definition, dt, attempt, reports, raw)
-    if stage != "events":
-        import_early()
-        yield lambda wait: None
-    else:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            gate = pool.submit(audit.publish, "raw")
-            try:
-                yield lambda wait: gate.result() if wait or gate.done() else None
-            except StageError:
-                gate.result()  # what it says of the file is nearer to the cause
-                raise
+    over = threading.Event()
+
+    def first() -> None:
+        _once_java_runs(over)
+        if stage == "events":
+            audit.publish("raw")
+        else:
+            great_expectations()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        gate = pool.submit(first)
+        try:
+            yield lambda wait: gate.result() if wait or gate.done() else None
+        except StageError:
+            over.set()
+            gate.result()  # what it says of the file is nearer to the cause
+            raise
+        finally:
+            over.set()
     audit.judge_ahead(stage)
+
+
+def _once_java_runs(over: threading.Event) -> None:
+    """Wait until this process waits for Spark, so that the import does not keep it from starting it; or until it is over."""
+    from pyspark import SparkContext
+
+    while SparkContext._gateway is None and not over.wait(0.05):
+        pass

@@ -14,7 +14,7 @@ import threading
 from types import ModuleType
 
 # Tried and done without; what the process has imported already stays as it is.
-NOT_NEEDED = ("pyspark", "sqlalchemy", "boto3", "botocore", "google", "azure", "snowflake", "trino", "pyathena", "databricks")
+NOT_NEEDED = ("pyspark", "pyspark.ml", "sqlalchemy", "boto3", "botocore", "google", "azure", "snowflake", "trino", "pyathena", "databricks")
 # Imported by its modules, used by expectations that the suites do not have.
 RARELY_NEEDED = ("scipy.stats",)
 
