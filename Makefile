@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test test-slow bench-etl claims lint up down lock clean
+.PHONY: help setup data run test test-slow bench-etl claims validate lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, aga
 
 claims: setup ## every claim of the method on one page (var/claims/index.html); what benchmarks/results/claims holds is not measured again
 	@$(PY) -m benchmarks.claims $(ARGS)
+
+validate: setup ## look at one stage of a partition, change nothing: STAGE=events DT=YYYY-MM-DD DATASET=name ARGS="--attempt A --json"
+	@$(PY) -m etl.quality.check --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--dt "$$DT" --stage "$${STAGE:-events}" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

@@ -55,6 +55,16 @@ def attempt_of(context: Mapping[str, Any], dataset: str, dt: str) -> str:
     return attempt_name(dataset, dt, run.run_id, getattr(run, "clear_number", 0) or 0)
 
 
+def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
+    """Return the arguments that every stage takes, for one run.
+
+    Args:
+        dataset: name of a built-in data set, or the path of a definition.
+    """
+    dt = partition_of(context)
+    return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", attempt_of(context, definition_name(dataset), dt)]
+
+
 class StageOperator(BaseOperator):
     """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
 
@@ -79,10 +89,7 @@ class StageOperator(BaseOperator):
 
     def command(self, context: Mapping[str, Any]) -> list[str]:
         """Return the command line of this task for one run."""
-        dt = partition_of(context)
-        partition = ["--dataset", self.dataset, "--warehouse", settings.warehouse(), "--dt", dt,
-                     "--attempt", attempt_of(context, definition_name(self.dataset), dt)]
-        return [sys.executable, "-m", self.module, *partition, *map(str, self.arguments)]
+        return [sys.executable, "-m", self.module, *partition_arguments(context, self.dataset), *map(str, self.arguments)]
 
     def execute(self, context: Any) -> dict[str, str]:
         command = self.command(context)
@@ -90,7 +97,7 @@ class StageOperator(BaseOperator):
         tail: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self._process = subprocess.Popen(
             command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             assert self._process.stdout is not None
@@ -99,7 +106,7 @@ class StageOperator(BaseOperator):
                 self.log.info("%s", tail[-1])
             code = self._process.wait()
         finally:
-            self.on_kill()
+            self._end_stage()
         if code != 0:
             message = f"{self.module} exited with code {code}: {_reason(tail)}"
             raise (AirflowFailException if code == EXIT_STAGE_ERROR else AirflowException)(message)
@@ -109,6 +116,9 @@ class StageOperator(BaseOperator):
         return outcome
 
     def on_kill(self) -> None:
+        self._end_stage()
+
+    def _end_stage(self) -> None:
         """End the stage and everything that it started."""
         process = self._process
         if process is None:
@@ -145,7 +155,7 @@ def _signal_group(pid: int, signum: int) -> None:
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Linux ends the stage when the task's process is killed, so that a retry never meets the stage that it replaces."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGTERM)

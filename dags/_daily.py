@@ -8,6 +8,7 @@ import functools
 from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, TaskGroup, chain
 
 from dags._common import StageOperator
+from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from etl.datasets import DatasetDefinition
 from infra import settings
 
@@ -50,7 +51,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         end_date=_midnight(definition.last_day) if definition.last_day else None,
         catchup=False,
         max_active_runs=1,  # a day's model is judged against the champion of the days before
-        dagrun_timeout=dtm.timedelta(hours=12),
+        dagrun_timeout=dtm.timedelta(hours=12) + ANSWERED_WITHIN,
         tags=["longview", "vql", name],
         owner_links=links,
         default_args={
@@ -77,6 +78,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
                                  description="Most recent events kept of each user."),
             "warm_start": Param("none", type="string", enum=["none", "champion"], title="Warm start",
                                 description="champion: begin with the weights of the model in service, if it is of an earlier day."),
+            "on_warning": Param(settings.CONTINUE, type="string", enum=[settings.CONTINUE, settings.APPROVE], title="When a gate warns",
+                                description="approve: the run waits before training until a person approves or rejects it."),
             "workers": Param(settings.WORKERS, type="integer", minimum=1, maximum=64, title="Training workers",
                              description="Ray Train workers."),
         },
@@ -84,37 +87,39 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         stage = functools.partial(StageOperator, dataset=argument)
         raw_files = ["--raw", "{{ params.raw }}"]
         runs = ["--runs", settings.runs()]
-        reports = ["--reports", str(settings.reports())]
+        reports = str(settings.reports())
+        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.audit", reports=reports)
         lookback = ["--lookback-days", "{{ params.lookback_days }}"]
         window = ["--target-days", "{{ params.target_days }}", *lookback,
                   "--evaluation-days", "{{ params.evaluation_days }}", "--max-history", "{{ params.max_history }}"]
         hours_6 = dtm.timedelta(hours=6)
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
-            build_events = stage(task_id="build_events", module="etl.jobs.events", arguments=[*raw_files, *lookback], pool="spark",
-                                         execution_timeout=hours_6)
-            audit_events = stage(task_id="audit_events", module="etl.quality.audit", arguments=["--stage", "events", *reports])
+            # Judges the raw files first: a day that they stop has its report here.
+            build_events = GateOperator(task_id="build_events", module="etl.jobs.events", dataset=argument, reports=reports, only_stopped=True,
+                                        arguments=[*raw_files, *lookback], pool="spark", execution_timeout=hours_6)
+            audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
             build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
-            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window],
+            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window, "--reports", reports],
                                             pool="spark", execution_timeout=hours_6)
-            audit_sequences = stage(task_id="audit_sequences", module="etl.quality.audit", arguments=["--stage", "sequences", *reports],
-                                            outlets=[sequences_asset])
+            audit_sequences = gate(task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[sequences_asset])
             build_sequences >> audit_sequences
 
-        with TaskGroup("train", tooltip="Gate on the training input, then Ray Train") as train:
-            audit_input = stage(task_id="audit_training_input", module="etl.quality.audit",
-                                        arguments=["--stage", "training_input", *reports])
+        with TaskGroup("train", tooltip="Gate on the training input, a question when a gate warned, then Ray Train") as train:
+            audit_input = gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
+            approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id)
             train_models = stage(
                 task_id="train_models", module="training.main", pool="training", execution_timeout=hours_6,
                 arguments=[*runs, "--workers", "{{ params.workers }}", "--config", "{{ params.config }}",
                            "--warm-start", "{{ params.warm_start }}"],
             )  # fmt: skip
-            audit_input >> train_models
+            audit_input >> approve_warnings >> train_models
 
         with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            stage(task_id="evaluate_models", module="evaluation.main", arguments=[*runs, *raw_files], pool="training")
+            GateOperator(task_id="evaluate_models", module="evaluation.main", dataset=argument, reports=reports, arguments=[*runs, *raw_files],
+                         pool="training")
 
         with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
             register_model = stage(task_id="register_model", module="evaluation.register", arguments=runs)

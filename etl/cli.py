@@ -17,11 +17,12 @@ EXIT_STAGE_ERROR = 2
 
 
 class _Dataset(argparse.Action):
-    """Read the definition that --dataset names: `args.definition`; `args.dataset` is its name."""
+    """Read the definition that --dataset names: `args.definition`; `args.dataset` is its name, `args.dataset_given` what was given."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         namespace.definition = dataset(str(values))
         namespace.dataset = namespace.definition.name
+        namespace.dataset_given = str(values)
 
 
 def dataset_parser(description: str | None) -> argparse.ArgumentParser:
@@ -32,11 +33,11 @@ def dataset_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def partition_parser(description: str | None) -> argparse.ArgumentParser:
+def partition_parser(description: str | None, attempt_required: bool = True) -> argparse.ArgumentParser:
     """Return a parser with --dataset, --warehouse, --dt and --attempt."""
     parser = dataset_parser(description)
     parser.add_argument("--dt", required=True, help="partition: a UTC day, YYYY-MM-DD")
-    parser.add_argument("--attempt", required=True, help="name of this attempt: the same over retries, new on reprocess")
+    parser.add_argument("--attempt", required=attempt_required, help="name of this attempt: the same over retries, new on reprocess")
     return parser
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 ATTEMPT_PATTERN = re.compile(r"^(?P<dataset>[a-z0-9_]+)-(?P<dt>\d{4}-\d{2}-\d{2})-(?P<run>[0-9a-f]{8})-c(?P<clear>\d+)$")
 
@@ -20,3 +21,8 @@ def attempt_name(dataset: str, dt: str, dag_run_id: str, clear_number: int) -> s
     """
     run_hash = hashlib.sha256(dag_run_id.encode()).hexdigest()[:8]
     return f"{dataset}-{dt}-{run_hash}-c{clear_number}"
+
+
+def report_page(reports: Path, dataset: str, dt: str, attempt: str) -> Path:
+    """Return where the report of an attempt at a partition is (`etl.quality.report` writes it)."""
+    return reports / "partitions" / dataset / f"dt={dt}" / f"{attempt}.html"

@@ -154,6 +154,22 @@ class RawLocation:
             raise StageError(f"no log file in {self.uri}: nothing matches {', '.join(definition.logs.files)}", "put the published log files there, or correct --raw")
         return files
 
+    def column_names(self, file: RawFile, logs: Logs) -> tuple[str, ...]:
+        """Return the columns that a log file names, or those of its first line where it names none.
+
+        Raises:
+            StageError: the file is empty.
+            OSError, pa.ArrowInvalid: it cannot be read.
+        """
+        if logs.format == "parquet":
+            return tuple(pq.read_schema(file.path, filesystem=self.fs).names)
+        with self._open(file) as stream:
+            first = b"" if file.size == 0 else _first_line(stream)
+        if not first.strip():
+            raise StageError(f"{file.name} in {self.uri} is empty", "deliver the file again, or remove it")
+        # Names may be quoted where values are not.
+        return tuple(next(csv.reader([first.decode("utf-8", "replace").lstrip("\ufeff").rstrip("\r\n").replace("\0", "")], delimiter=logs.delimiter), []))
+
     def header(self, file: RawFile, logs: Logs) -> tuple[str, ...]:
         """Return the columns of a log file, in its order.
 
@@ -161,23 +177,14 @@ class RawLocation:
             StageError: the file cannot be read, is empty, or lacks a declared column.
         """
         try:
-            if logs.format == "parquet":
-                found = tuple(pq.read_schema(file.path, filesystem=self.fs).names)
-            else:
-                with self._open(file) as stream:
-                    first = b"" if file.size == 0 else _first_line(stream)
-                if not first.strip():
-                    raise StageError(f"{file.name} in {self.uri} is empty", "deliver the file again, or remove it")
-                # Names may be quoted where values are not.
-                cells = next(csv.reader([first.decode("utf-8", "replace").lstrip("\ufeff").rstrip("\r\n").replace("\0", "")], delimiter=logs.delimiter), [])
-                if not logs.header:
-                    if len(cells) != len(logs.columns):
-                        raise StageError(f"{file.name} in {self.uri} has {len(cells)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
-                                         "correct logs.columns or logs.delimiter of the definition, or set header: true")
-                    return tuple(logs.columns)
-                found = tuple(cells)
+            found = self.column_names(file, logs)
         except (OSError, pa.ArrowInvalid) as error:  # an archive that is none, or that breaks off within the header
             raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
+        if logs.format == "csv" and not logs.header:
+            if len(found) != len(logs.columns):
+                raise StageError(f"{file.name} in {self.uri} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
+                                 "correct logs.columns or logs.delimiter of the definition, or set header: true")
+            return tuple(logs.columns)
         missing = [name for name in logs.columns if name not in found]
         if missing and len(found) == 1 and len(logs.columns) > 1:
             raise StageError(f"{file.name} in {self.uri} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}", "correct logs.delimiter of the definition")
@@ -236,10 +243,9 @@ class RawLocation:
                 yield _checked(table, np.arange(row, row + table.num_rows), _parquet_refusals(table, row, logs), None, definition)
             return
         for body, first_row, broken in self._lines(split, logs):
-            rows, row_number, lines, refused = parse_lines(body, first_row, split.header, logs)
-            chunk = _checked(rows, row_number, _with_times(refused, split.header, definition), lines, definition)
+            chunk = checked_lines(body, first_row, split.header, definition)
             if broken is not None:
-                chunk.refused.append(Refused(first_row + len(row_number) + len(refused), broken, b""))
+                chunk.refused.append(Refused(first_row + len(chunk.time_ms) + len(chunk.refused), broken, b""))
             yield chunk
 
     def _parquet_tables(self, split: Split, logs: Logs) -> Iterator[tuple[pa.Table, int]]:
@@ -460,6 +466,12 @@ def _text_hash(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     distinct = np.array(encoded.dictionary.to_pylist(), dtype=object)
     return pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()] if len(distinct) else np.zeros(0, np.uint64)
+
+
+def checked_lines(body: bytes, first_row: int, header: tuple[str, ...], definition: DatasetDefinition) -> Chunk:
+    """Return whole lines of a text log, typed and checked against the definition; row numbers count from `first_row`."""
+    rows, row_number, lines, refused = parse_lines(body, first_row, header, definition.logs)
+    return _checked(rows, row_number, _with_times(refused, header, definition), lines, definition)
 
 
 def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lines: pa.Array | None, definition: DatasetDefinition) -> Chunk:

@@ -144,16 +144,16 @@ class TableStore:
                        use_dictionary=dictionary, column_encoding=encodings)
         body = sink.getvalue()
         path = f"{self.staging_dir(attempt, table, dt)}/bucket={bucket:03d}/part.parquet"
-        self._write(path, body)
+        self.write_bytes(path, body)
         return DataFile(bucket, rows.num_rows, body.size, hashlib.sha256(body).hexdigest(), path)
 
     def write_staged_manifest(self, manifest: Manifest) -> None:
         """Write the manifest of a staged partition; the last act of the stage that built it."""
-        self._write_text(f"{self.staging_dir(manifest.attempt, manifest.table, manifest.dt)}/manifest.json", manifest.to_json())
+        self.write_text(f"{self.staging_dir(manifest.attempt, manifest.table, manifest.dt)}/manifest.json", manifest.to_json())
 
     def staged_manifest(self, attempt: str, table: str, dt: str) -> Manifest | None:
         """Return the manifest of a completely staged partition, else None."""
-        text = self._read_text(f"{self.staging_dir(attempt, table, dt)}/manifest.json")
+        text = self.read_text(f"{self.staging_dir(attempt, table, dt)}/manifest.json")
         return Manifest.from_json(text) if text is not None else None
 
     def staged_days(self, attempt: str, table: str) -> list[str]:
@@ -188,8 +188,8 @@ class TableStore:
             files.append(DataFile(file.bucket, file.rows, file.bytes, file.digest, final))
         published = Manifest(**{**_shallow(staged), "files": tuple(files)})
         folder = f"_manifests/{table}/dt={dt}"
-        self._write_text(f"{folder}/{published.data_digest}.json", published.to_json())
-        self._write_text(f"{folder}/current.json", published.to_json())
+        self.write_text(f"{folder}/{published.data_digest}.json", published.to_json())
+        self.write_text(f"{folder}/current.json", published.to_json())
         self.clear_staging(attempt, table, dt)
         return published
 
@@ -199,7 +199,7 @@ class TableStore:
 
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""
-        text = self._read_text(f"_manifests/{table}/dt={dt}/current.json")
+        text = self.read_text(f"_manifests/{table}/dt={dt}/current.json")
         return Manifest.from_json(text) if text is not None else None
 
     def days(self, table: str) -> list[str]:
@@ -237,6 +237,17 @@ class TableStore:
         return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None,
                              columns=None if columns is None else list(columns))
 
+    def content_digest(self, file: DataFile) -> str:
+        """Return the sha256 (hex) of a file's bytes as they are now; '' where it is gone."""
+        digest = hashlib.sha256()
+        try:
+            with self.fs.open_input_stream(f"{self.root}/{file.path}", compression=None) as stream:
+                while block := stream.read(8 << 20):
+                    digest.update(block)
+        except OSError:
+            return ""
+        return digest.hexdigest()
+
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.
 
@@ -269,10 +280,11 @@ class TableStore:
 
     # ---- small files ---------------------------------------------------------------------------------------------
 
-    def _write(self, path: str, body: pa.Buffer | bytes) -> None:
+    def write_bytes(self, path: str, body: pa.Buffer | bytes) -> None:
+        """Write one small file below the data set's folder; a reader sees the old one or the whole new one."""
         full = f"{self.root}/{path}"
         self._make_dir(full.rsplit("/", 1)[0])
-        # A reader never sees half a file: local file systems rename, object stores show an object only when complete.
+        # Local file systems rename, object stores show an object only when complete.
         local = isinstance(self.fs, pafs.LocalFileSystem)
         target = f"{full}.{uuid.uuid4().hex}.tmp" if local else full
         with self.fs.open_output_stream(target) as stream:
@@ -285,10 +297,11 @@ class TableStore:
         if self.fs.type_name not in OBJECT_STORES:
             self.fs.create_dir(path, recursive=True)
 
-    def _write_text(self, path: str, text: str) -> None:
-        self._write(path, text.encode())
+    def write_text(self, path: str, text: str) -> None:
+        self.write_bytes(path, text.encode())
 
-    def _read_text(self, path: str) -> str | None:
+    def read_text(self, path: str) -> str | None:
+        """Return a small file below the data set's folder, None where there is none."""
         full = f"{self.root}/{path}"
         if self.fs.get_file_info(full).type != pafs.FileType.File:
             return None

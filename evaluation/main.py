@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import SIMULATED_MARKER
 from etl.errors import StageError
+from etl.quality.audit import Audit
+from etl.quality.report import written_after
 from etl.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
 from training.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
@@ -29,6 +31,7 @@ def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
     parser.add_argument("--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC")
+    parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs (default: %(default)s)")
     args = parser.parse_args()
     simulated = definition_of(args).simulated
     store = store_of(args)
@@ -57,6 +60,9 @@ def main() -> None:
     write_json(run_dir / "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
     _log_to_mlflow(args, run_dir, evaluation, targets, scores)
+    # Last: what stops the registration is told with everything that explains it already logged.
+    with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
+        Audit(store, definition_of(args), args.dt, args.attempt, Path(args.reports), run_dir=run_dir).publish("model_output")
 
 
 def read_training(run_dir: Path) -> dict:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
-from etl.store import code_version
+from etl.quality.kept import read_outcomes
+from etl.store import TableStore, code_version
 from evaluation.main import read_training, write_json
 from training.registry import CHALLENGER, Registry, unreachable
 from training.tracking import ATTEMPT_TAG, attempt_run
@@ -26,6 +27,7 @@ def main() -> None:
     store = store_of(args)
     run_dir = Path(args.runs).absolute() / args.attempt
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
+    _require_sound_scores(store, args.dt, args.attempt)
     primary = next(row for row in evaluation["models"] if row["name"] == training["primary"])
     registry = Registry(args.dataset)
     version = registry.version_of_attempt(args.attempt)
@@ -106,6 +108,18 @@ def _is_tracking_failure(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, (MlflowException, OSError))
+
+
+def _require_sound_scores(store: TableStore, dt: str, attempt: str) -> None:
+    """Refuse an attempt whose scores the gate has stopped: the evaluation ended with an error, but left its files.
+
+    Raises:
+        StageError: it has.
+    """
+    for outcome in read_outcomes(store, dt, attempt):
+        if outcome.stage == "model_output" and outcome.max_severity == "critical":
+            failed = outcome.failed("critical")
+            raise StageError(f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy)
 
 
 if __name__ == "__main__":

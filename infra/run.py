@@ -20,11 +20,12 @@ from typing import Any
 
 from etl.datasets import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
 from etl.errors import StageError
-from etl.identity import attempt_name
+from etl.identity import attempt_name, report_page
 from etl.partitions import parse_dt
 from infra import services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
+WAITING = "awaiting_input"
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
 LOG_LINES = 30
 MEMORY_EVERY_SECONDS = 6
@@ -93,13 +94,17 @@ def register(own: Path) -> bool:
 
 
 def choose_options() -> dict[str, str | int]:
-    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, EVALUATION_DAYS, MAX_HISTORY and WORKERS."""
+    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, EVALUATION_DAYS, MAX_HISTORY, WORKERS and ON_WARNING."""
     options: dict[str, str | int] = {}
     if config := os.environ.get("CONFIG"):
         known = sorted(p.stem for p in (settings.ROOT / "training" / "configs").glob("*.py") if p.stem != "__init__")
         if config not in known:
             raise InfraError(f"unknown training configuration CONFIG={config}", f"use one of: {', '.join(known)}")
         options["config"] = config
+    if on_warning := os.environ.get("ON_WARNING"):
+        if on_warning not in (settings.CONTINUE, settings.APPROVE):
+            raise InfraError(f"unknown ON_WARNING={on_warning}", f"give {settings.CONTINUE}, or {settings.APPROVE} to wait for a person when a gate warns")
+        options["on_warning"] = on_warning
     for name in ("target_days", "lookback_days", "evaluation_days", "max_history", "workers"):
         if text := os.environ.get(name.upper()):
             if not text.isascii() or not text.isdigit():
@@ -172,9 +177,11 @@ class Run:
                                 key=lambda task: task["start_date"] or "9")
             for task in self.tasks:
                 now = (task["state"] or "", task["try_number"])
-                if task["state"] in ("running", "up_for_retry", *FINISHED) and shown.get(task["task_id"]) != now:
+                if task["state"] in ("running", "up_for_retry", WAITING, *FINISHED) and shown.get(task["task_id"]) != now:
                     shown[task["task_id"]] = now
                     say(f"{task['task_id']:<30} {task['state']}{_seconds(task)}")
+                    if task["state"] == WAITING:
+                        say(f"{'':<30}   a gate warned: approve or reject at {self._page(task)}/required_actions")
                     last_line, quiet_since = "", time.monotonic()
             for task in self.tasks:
                 if task["state"] == "running" and (lines := TaskLog(self.dag_id, self.run_id, task).progress()):
@@ -184,6 +191,12 @@ class Run:
             if state in ("success", "failed"):
                 return state
             time.sleep(1)
+
+    def _report(self) -> Path:
+        return report_page(settings.reports(), self.dataset, self.dt, self.attempt)
+
+    def _page(self, task: dict[str, Any]) -> str:
+        return f"{settings.airflow_url()}/dags/{self.dag_id}/runs/{self.run_id}/tasks/{task['task_id']}"
 
     def abandon(self) -> None:
         """End a run that nobody follows any more; it would hold back the next one.
@@ -207,9 +220,14 @@ class Run:
             log = TaskLog(self.dag_id, self.run_id, task)
             print(f"\nFAILED  {task['task_id']}  (try {task['try_number']}); the end of {log.path}:\n")
             print("\n".join(f"    {line}" for line in log.lines()[-LOG_LINES:]))
-        print(f"\nerror: the run {self.run_id} failed\n  remedy: mend what the log says, then repeat `make run`; published tables are kept")
+        print(f"\nreport of the partition: {self._report()}")
+        print(f"error: the run {self.run_id} failed\n  remedy: mend what the log says, then repeat `make run`; published tables are kept")
 
     def tell_success(self) -> None:
+        if skipped := [task["task_id"] for task in self.tasks if task["state"] == "skipped"]:
+            print(f"\nrejected: a person refused to train on this partition; not run: {', '.join(skipped)}")
+            print(f"  report         {self._report()}")
+            return
         folder = Path(settings.runs()) / self.attempt
         evaluation, registration = _json(folder / "evaluation.json"), _json(folder / "registration.json")
         print(f"\n{self.dataset}  dt={self.dt}  attempt {self.attempt}" + ("   SIMULATED DATA" if evaluation.get("simulated") else ""))
@@ -235,7 +253,8 @@ class Run:
             aliases = ", ".join(registration.get("aliases") or []) or "none"
             print(f"  MLflow run     {registration.get('run_id')}  {registration.get('run_url') or ''}")
             print(f"  model          {registration.get('model_name')} version {registration.get('version')}, aliases: {aliases}")
-        print(f"  Data Docs      {settings.reports() / 'data_docs'}")
+        print(f"  report         {self._report()}")
+        print(f"  all partitions {settings.reports() / 'index.html'}")
         print(f"  checkpoints    {folder}")
         print("  Airflow and MLflow in the browser: make up")
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
 WORKERS = 2
+CONTINUE, APPROVE = "continue", "approve"  # what a run does before training when a gate warned
 
 
 def dag_id(dataset: str) -> str:
@@ -75,6 +76,12 @@ def airflow_url() -> str:
 
 def mlflow_url() -> str:
     return f"http://127.0.0.1:{mlflow_port()}"
+
+
+def mlflow_artifact_url(experiment_id: str, run_id: str, artifact: str) -> str:
+    """Return the page of MLflow that shows an artifact: of its own server, or of the one that keeps the database."""
+    server = tracking_uri() if tracking_uri().startswith("http") else mlflow_url()
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{artifact}"
 
 
 def _port(variable: str, default: int) -> int:

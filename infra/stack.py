@@ -44,7 +44,7 @@ def up() -> None:
     print(f"""
 Airflow    {settings.airflow_url()}/dags   (no login: it listens on 127.0.0.1 only)
 MLflow     {settings.mlflow_url()}
-Data Docs  {settings.reports() / "data_docs"}
+reports    {settings.reports() / "index.html"}   (every partition, with its Data Docs)
 logs       {settings.airflow_home() / "logs"}
 stop       make down""")
 

@@ -7,11 +7,13 @@ order or twice have the same bytes. Every raw row read is counted as an event, a
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -41,21 +43,32 @@ def main() -> None:
     parser.add_argument("--buckets", type=int, default=None,
                         help=f"user buckets of a day (default: those of the days that are there, else one for each {BUCKET_BYTES >> 20} MiB of raw logs)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop when more than this share of the rows is refused")
+    parser.add_argument("--reports", help="folder of reports: judge the raw files first and the staged days last, in this process, and write the pages there")
     args = parser.parse_args()
-    definition, store = definition_of(args), store_of(args)
+    definition, store, raw = definition_of(args), store_of(args), RawLocation(args.raw)
     lookback_days = args.lookback_days if args.lookback_days is not None else definition.window.lookback_days
     if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= args.max_bad_share <= 1:
         raise StageError(f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1", "correct them")
-    summary = build_events(store, definition, RawLocation(args.raw), args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share)
+    with contextlib.ExitStack() as around:
+        raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
+        if args.reports:
+            from etl.quality.beside import judging
+            from etl.quality.report import written_after
+
+            around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
+            raw_gate = around.enter_context(judging("events", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
+        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share, raw_gate)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))
 
 
 def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, lookback_days: int, buckets: int | None,
-                 max_bad_share: float) -> dict[str, int]:
+                 max_bad_share: float, raw_gate: Callable[[bool], object] = lambda wait: None) -> dict[str, int]:
     """Stage all missing days and `dt` itself; return the reconciliation of the rows that were read.
 
     Args:
+        raw_gate: raises when the files must not be used; asked before the files are read, when it may have no answer yet, and,
+            told to wait for one, before anything counts as staged.
         buckets: user buckets of a day; None takes those of the published days, else sizes them by the raw bytes.
 
     Raises:
@@ -79,10 +92,12 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         store.clear_staging(attempt, table)
     spark = spark_session(attempt)
     try:
+        raw_gate(False)
         stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)
     finally:
         spark.stop()
     by_day, summary = _reconciled(definition, raw, dt, needed, relevant, add_days(dt, 1 - lookback_days), max_bad_share, stats)
+    raw_gate(True)
     _write_manifests(store, definition, raw, attempt, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
     return summary
 

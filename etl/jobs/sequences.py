@@ -6,8 +6,10 @@ target sees the events strictly earlier than itself: exposures of one page share
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--max-history", type=int, help="latest events that a target may see")
     parser.add_argument("--history-cutoff", choices=("event", "day_start"), help="what a target may see: all before it, or all before its day")
     parser.add_argument("--availability-lag-ms", type=int, help="an event is known only so long after its time")
+    parser.add_argument("--reports", help="folder of reports: judge what was staged, in this process, and write the pages there")
     parser.epilog = "What is not given is as the data set's definition says."
     args = parser.parse_args()
     definition, store = definition_of(args), store_of(args)
@@ -43,7 +46,13 @@ def main() -> None:
     if (args.max_history or 1) < 1 or (args.availability_lag_ms or 0) < 0:
         raise StageError("--max-history must be at least 1 and --availability-lag-ms at least 0", "correct them")
     definition = definition.model_copy(update={"history": definition.history.model_copy(update={n: v for n, v in history.items() if v is not None})})
-    counts = build_sequences(store, definition, RawLocation(args.raw), window, args.attempt)
+    raw = RawLocation(args.raw)
+    with contextlib.ExitStack() as around:
+        if args.reports:
+            from etl.quality.beside import judging
+
+            around.enter_context(judging("sequences", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
+        counts = build_sequences(store, definition, raw, window, args.attempt)
     log("  ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 

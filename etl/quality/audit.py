@@ -1,21 +1,27 @@
-"""Gate between build and publication: validate what an attempt has staged, then publish it, or stop and publish nothing.
+"""Gate between build and use: validate what an attempt has staged, then publish it, or stop and publish nothing.
 
-    python -m etl.quality.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A \\
-        --stage events|sequences|training_input [--reports DIR]
+    python -m etl.quality.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --stage S [--reports DIR] [--raw R] [--runs RUNS]
 
+raw              validates the raw files that may hold the day (--raw), before anything is built from them
 events           validates every staged day of `events`; publishes `quarantine` and `events`, the partition's day last
 sequences        validates staged `items` and `sequences`; publishes `items`, then `sequences`
 training_input   validates that published `sequences` are complete and made of what is published now; publishes nothing
+model_output     validates the scores of the attempt's primary model (--runs); the evaluation calls it before it ends
 
-A failed critical expectation stops the stage, whatever else holds; warnings are logged and publication goes on.
+A failed critical expectation stops the stage, whatever else holds; warnings are logged and publication goes on. Statistics
+and outcomes are kept below the warehouse (`etl.quality.kept`). `etl.quality.check` looks and changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,175 +32,310 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number
-from etl.quality import stats
+from etl.quality import kept, profile, raw_stats, stats
+from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
+from etl.quality.gx import import_early
+from etl.quality.kept import StageOutcome
+from etl.quality.model_output import model_output_row
+from etl.quality.report import written_after
 from etl.quality.thresholds import THRESHOLDS
+from etl.quality.validate import Check, validate
+from etl.raw import RawLocation
 from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
 from etl.store import Manifest, TableStore
 
-if TYPE_CHECKING:
-    from etl.quality.validate import Check, Report
-
-STAGES = ("events", "sequences", "training_input")
-_EVENT_KEY_COLUMNS = ("user_id", "item_id", "event_time_ms", "feedback")
+GATES = ("raw", "events", "sequences", "training_input", "model_output")
+STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
+SEVERITIES = ("critical", "warning", "info")  # the worst first
 
 
+Statistics = tuple[str, str, dict[str, float]]  # stage, day, metrics
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a gate has measured.
+
+    Attributes:
+        checks: the rows of metrics and their suites.
+        statistics: (stage, day, metrics) to keep for the days that follow.
+    """
+
+    checks: Sequence[Check]
+    statistics: Sequence[tuple[str, str, Mapping[str, Any]]]
+
+
+@dataclass
 class Audit:
-    """One gate run: an attempt at one partition.
+    """One gate run at one partition.
 
-    Args:
+    Attributes:
         store: the data set's tables.
         definition: the data set.
         dt: the partition.
-        attempt: the attempt whose staged tables are judged.
-        reports: local folder for Data Docs and results.
+        attempt: the attempt whose staged tables are judged; None: what is published.
+        reports: local folder for Data Docs; None: no pages.
+        raw: the raw logs, for gate raw.
+        run_dir: the attempt's folder of runs, for gate model_output.
     """
 
-    def __init__(self, store: TableStore, definition: DatasetDefinition, dt: str, attempt: str, reports: Path) -> None:
-        self.store = store
-        self.definition = definition
-        self.dt = dt
-        self.attempt = attempt
-        self.reports = reports
+    store: TableStore
+    definition: DatasetDefinition
+    dt: str
+    attempt: str | None
+    reports: Path | None = None
+    raw: RawLocation | None = None
+    run_dir: Path | None = None
 
-    # ---- the three gates -----------------------------------------------------------------------------------------
+    # ---- one gate, two ways --------------------------------------------------------------------------------------
 
-    def events(self) -> None:
-        """Validate and publish the staged days of `events`.
+    def publish(self, stage: str) -> StageOutcome | None:
+        """Validate, keep what was found, and publish; None when this attempt has published already.
 
         Raises:
             StageError: nothing to audit, an unreadable table, or a failed critical expectation.
         """
-        staged = {day: manifest for day in self.store.staged_days(self.attempt, "events") if (manifest := self._own("events", day))}
-        if self._own("events", self.dt) is None:
+        assert self.attempt is not None
+        if self._published_already(stage):
+            log(f"{stage} dt={self.dt}: already published by attempt {self.attempt}, nothing to do")
+            return None
+        outcome, statistics = self._judged_ahead(stage) or self._judged_now(stage)
+        stopped = outcome.max_severity == "critical"
+        kept.write_outcome(self.store, outcome)
+        for of_stage, day, metrics in statistics:
+            kept.write_stats(self.store, of_stage, day, self.attempt, metrics, rejected=stopped)
+        self._tell(outcome)
+        if stopped:
+            raise self._critical(outcome)
+        for table, day in self._staged(stage):
+            manifest = self.store.publish(self.attempt, table, day)
+            log(f"published {table} dt={day}: {manifest.rows} rows, data digest {manifest.data_digest[:16]}")
+        return outcome
+
+    def judge_ahead(self, stage: str) -> None:
+        """Judge, in the process of the job that has staged it, what the gate will then publish or stop: the gate takes it over.
+
+        The gate does so only while the staged files are, byte for byte, those that were judged.
+        """
+        outcome, statistics = self._judged_now(stage)
+        self.store.write_text(self._ahead_path(stage), json.dumps({"digests": self._digests(stage), "outcome": json.loads(outcome.to_json()), "statistics": statistics}))
+        log(f"{stage} dt={self.dt}: judged beside the job; its gate tells and decides")
+
+    def judge(self, stage: str, evidence: Evidence) -> StageOutcome:
+        """Validate measured metrics; writes Data Docs, nothing else."""
+        outcomes = validate(evidence.checks, f"{self.attempt or 'published'}-{stage}", self.reports)
+        failed = {outcome.severity for outcome in outcomes if not outcome.success}
+        worst = next((severity for severity in SEVERITIES if severity in failed), None)
+        return StageOutcome(self.definition.name, self.definition.simulated, self.dt, self.attempt or "", stage, round(time.time() * 1_000), worst, tuple(outcomes))
+
+    def measure(self, stage: str) -> Evidence:
+        """Return the metrics of a stage.
+
+        Raises:
+            StageError: nothing to audit, or an unreadable table.
+        """
+        measures = {"raw": self._raw, "events": self._events, "sequences": self._sequences, "training_input": self._training_input, "model_output": self._model_output}
+        return measures[stage]()
+
+    # ---- the gates -----------------------------------------------------------------------------------------------
+
+    def _raw(self) -> Evidence:
+        if self.raw is None:
+            raise StageError("the gate of raw files needs to know where they are", "give their folder or URI with --raw")
+        files = self.raw.logs(self.definition)
+        mine = [file for file in files if file.may_hold(self.dt)]
+        found = [raw_stats.file_findings(self.raw, file, files, self.definition, THRESHOLDS.raw) for file in mine]
+        details: dict[str, str] = {}
+        for findings in found:
+            for name, text in findings.details.items():
+                details[name] = f"{details[name]}; {text}" if name in details else text
+        day = raw_stats.day_row(self.dt, files, THRESHOLDS.drift)
+        checks = [Check("raw_day", [day], details={"files": f"no log file in {self.raw.uri} covers dt={self.dt}"})]
+        if found:
+            checks.append(Check("raw_files", [findings.metrics for findings in found], key="file", details=details))
+        worst = {name: max((value for f in found if isinstance(value := f.metrics[name], int | float) and not np.isnan(value)), default=NAN)
+                 for name in ("refused_share", "outside_named_days_share", "sampled_lines")}  # fmt: skip
+        return Evidence(checks, [("raw", self.dt, {**day, **worst})])
+
+    def _events(self) -> Evidence:
+        staged = {day: manifest for day in self._days("events") if (manifest := self._own("events", day))}
+        if self.dt not in staged:
             raise self._nothing_staged("events", "etl.jobs.events")
-        if not staged:
-            log(f"events dt={self.dt}: already published by attempt {self.attempt}, nothing to do")
-            return
+        definition, limits, drift = self.definition, THRESHOLDS.events, THRESHOLDS.drift
+        fields = {name: rule.kind for name, rule in definition.events.item_fields.items()}
+        vocabularies = ["context", *(name for name, kind in fields.items() if kind == "category")]
+        first = min(staged)
+        known_days = dict(zip(days_before(first), self._statistics("events", first, drift.trailing_days), strict=True))
+        tables: dict[str, pa.Table] = {}
         rows: list[stats.Row] = []
-        frame: pa.Table | None = None
-        about: dict[str, Any] = {}
-        limits = THRESHOLDS.events
-        for day, manifest in staged.items():
+        details: dict[str, str] = {}
+        for day, manifest in sorted(staged.items()):
             self._check_files(manifest)
-            day_columns = None if day == self.dt else _EVENT_KEY_COLUMNS
-            table = self.store.read(manifest, day_columns)
+            table = self.store.read(manifest, [*EVENTS.names, *(name for name in vocabularies if name != "context")])
             quarantine = self._own("quarantine", day)
             if quarantine is not None:
                 self._check_files(quarantine)
-            rows.append(
-                stats.events_row(
-                    day, day == self.dt, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
-                    self.definition.label_bit, len(self.definition.feedback_fields), limits, self.definition.logs.repeats == "keep")
-            )  # fmt: skip
-            if day == self.dt:
-                step = -(-max(table.num_rows, 1) // limits.frame_max_rows)
-                table = table.select(EVENTS.names)
-                frame = table.take(np.arange(0, table.num_rows, step)) if step > 1 else table
-                about = {"frame_rows": frame.num_rows, "frame_every_nth_row": step}
-                if step > 1:
-                    log(f"events dt={day}: the row-wise suite sees every {step}th of {table.num_rows} rows")
-        checks = [_stats_check("events_days", rows)]
-        if frame is not None:
-            checks.append(_frame_check("events_frame", frame))
-        self._gate("events", checks, about)
-        days = {day for table_name in ("quarantine", "events") for day in self.store.staged_days(self.attempt, table_name)}
-        for day in sorted(days, key=lambda day: (day == self.dt, day)):
-            for table_name in ("quarantine", "events"):
-                if self.store.staged_manifest(self.attempt, table_name, day) is not None:
-                    self._publish(table_name, day)
+            row = stats.events_row(
+                day, day == self.dt, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
+                definition.label_bit, len(definition.feedback_fields), limits, drift, definition.logs.repeats == "keep")  # fmt: skip
+            memory = profile.memory_of(self._memory_days(day, tables)) if table.num_rows else None
+            row |= profile.events_profile(table, definition.feedback_fields, fields, memory, limits)
+            today = numbers(row)
+            before = [known for back in days_before(day) if (known := known_days.get(back))]
+            found, told = event_drift(today, before, definition.feedback_fields, vocabularies, limits, drift)
+            if row["largest_user_share"] > limits.max_user_share_critical:  # type: ignore[operator]
+                told["largest_user_share"] = told["bot_user_share"] = f"it is user {_most_frequent(table['user_id'])}"
+            details |= {name: f"{details[name]}; {day}: {text}" if name in details else f"{day}: {text}" for name, text in told.items()}
+            rows.append({**row, **found})
+            known_days[day] = today
+            tables[day] = table.select(profile.MEMORY_COLUMNS)
+            for old in sorted(tables)[: -drift.memory_days]:
+                del tables[old]
+        return Evidence([Check("events_days", _filled(rows), details=details)], [("events", str(row["dt"]), row) for row in rows])
 
-    def sequences(self) -> None:
-        """Validate and publish the staged `items` and `sequences` of the partition.
-
-        Raises:
-            StageError: nothing to audit, an unreadable table, or a failed critical expectation.
-        """
+    def _sequences(self) -> Evidence:
         items, sequences = self._own("items", self.dt), self._own("sequences", self.dt)
         if items is None or sequences is None:
             raise self._nothing_staged("items and sequences", "etl.jobs.sequences")
-        staged = [name for name in ("items", "sequences") if self.store.staged_manifest(self.attempt, name, self.dt) is not None]
-        if not staged:
-            log(f"sequences dt={self.dt}: already published by attempt {self.attempt}, nothing to do")
-            return
-        row, _ = self._sequences_row(items, sequences)
-        self._gate("sequences", [_stats_check("sequences", [row])], {})
-        for table_name in staged:  # items first: sequences point into it
-            self._publish(table_name, self.dt)
+        sequence_row, item_row, details = self._sequence_rows(items, sequences)
+        checks = [Check("items", [item_row], details=details), Check("sequences", [sequence_row])]
+        return Evidence(checks, [("items", self.dt, item_row), ("sequences", self.dt, sequence_row)])
 
-    def training_input(self) -> None:
-        """Validate what a training of the partition is about to read.
-
-        Raises:
-            StageError: not published, stale, or a failed critical expectation.
-        """
+    def _training_input(self) -> Evidence:
         items, sequences = self.store.require("items", self.dt), self.store.require("sequences", self.dt)
-        row, unseen = self._sequences_row(items, sequences)
+        for manifest in (items, sequences):
+            self._check_files(manifest)
         days = _window(sequences).event_days
         current = {day: m.data_digest for day in days if (m := self.store.manifest("events", day)) is not None}
         inputs = {day: sequences.inputs[name] for day in days if (name := f"events/dt={day}") in sequences.inputs}
-        checks = [
-            _stats_check("training_window", stats.window_rows(days, inputs, current)),
-            _stats_check("training_input", [stats.training_input_row(row, unseen, items.attempt != sequences.attempt)]),
-        ]
-        self._gate("training_input", checks, {"sequences": sequences.data_digest, "sequences_attempt": sequences.attempt})
+        # Published files never change: what gate sequences measured of this attempt still holds.
+        measured = kept.read_stats(self.store, "sequences", self.dt, 1).to_pylist()
+        if measured and all(row["attempt"] == sequences.attempt for row in measured):
+            row: Mapping[str, Any] = {m["metric"]: NAN if m["value"] is None else m["value"] for m in measured}
+        else:
+            row = self._sequence_rows(items, sequences)[0]
+        found = stats.training_input_row(row, self.dt, items.attempt != sequences.attempt, THRESHOLDS.training_input.min_judged_targets)
+        window = stats.window_rows(days, inputs, current)
+        return Evidence([Check("training_window", window), Check("training_input", [found])], [("training_input", self.dt, found)])
+
+    def _model_output(self) -> Evidence:
+        if self.run_dir is None or not (self.run_dir / "evaluation.json").exists():
+            raise StageError(f"no evaluation of attempt {self.attempt} to judge: {self.run_dir or 'no folder of runs'}", "give --runs, and run evaluation.main with the same --attempt first")
+        evaluation = json.loads((self.run_dir / "evaluation.json").read_text())
+        primary = json.loads((self.run_dir / "training.json").read_text())["primary"]
+        scores = pq.read_table(self.run_dir / "scores.parquet", columns=["label", primary])
+        [auc] = [row["auc"] for row in evaluation["models"] if row["name"] == primary]
+        trailing = [day for day in self._statistics("model_output", self.dt, THRESHOLDS.drift.trailing_days) if day]
+        row = model_output_row(self.dt, scores["label"].to_numpy(), scores[primary].to_numpy(), NAN if auc is None else auc, trailing, THRESHOLDS.model_output, THRESHOLDS.drift)
+        return Evidence([Check("model_output", [row])], [("model_output", self.dt, row)])
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
-    def _sequences_row(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, int]:
-        """Return the metrics of a partition, and its evaluation targets of items that no training day showed."""
+    def _judged_now(self, stage: str) -> tuple[StageOutcome, list[Statistics]]:
+        import_early()
+        evidence = self.measure(stage)
+        outcome = self.judge(stage, evidence)
+        return outcome, [(of_stage, day, numbers(metrics)) for of_stage, day, metrics in evidence.statistics]
+
+    def _judged_ahead(self, stage: str) -> tuple[StageOutcome, list[Statistics]] | None:
+        """Return what the job has judged of the files that are staged now, None when it has not."""
+        text = self.store.read_text(self._ahead_path(stage)) if stage in STAGED_TABLES else None
+        if text is None:
+            return None
+        ahead = json.loads(text)
+        if ahead["digests"] != self._digests(stage) or not self._files_are_whole(stage):
+            return None
+        statistics = [(of_stage, day, {name: NAN if value is None else value for name, value in metrics.items()}) for of_stage, day, metrics in ahead["statistics"]]
+        return StageOutcome.from_json(json.dumps(ahead["outcome"])), statistics
+
+    def _ahead_path(self, stage: str) -> str:
+        assert self.attempt is not None
+        return f"{self.store.staging_dir(self.attempt, stage, self.dt)}/judged.json"
+
+    def _staged(self, stage: str) -> list[tuple[str, str]]:
+        """Return every (table, day) that this attempt has staged for a gate, in the order of publication."""
+        assert self.attempt is not None
+        tables = STAGED_TABLES.get(stage, ())
+        days = {day for table in tables for day in self.store.staged_days(self.attempt, table)} if stage == "events" else {self.dt}
+        return [(table, day) for day in sorted(days, key=lambda day: (day == self.dt, day)) for table in tables
+                if self.store.staged_manifest(self.attempt, table, day) is not None]  # fmt: skip
+
+    def _digests(self, stage: str) -> dict[str, str]:
+        return {f"{table}/dt={day}": manifest.data_digest for table, day in self._staged(stage) if (manifest := self._own(table, day))}
+
+    def _files_are_whole(self, stage: str) -> bool:
+        """Whether the bytes of every staged file are those of its manifest."""
+        files = [file for table, day in self._staged(stage) if (manifest := self._own(table, day)) for file in manifest.files]
+        return all(self.store.content_digest(file) == file.digest for file in files)
+
+    def _sequence_rows(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, stats.Row, dict[str, str]]:
+        """Return the metrics of a partition's sequences and of its items, and what more to say about them."""
         for manifest in (items, sequences):
             self._check_files(manifest)
+        definition, drift = self.definition, THRESHOLDS.drift
         columns = ["user_id", *stats.HISTORY_LISTS, *stats.TARGET_LISTS]
-        item_table = self.store.read(items, ["item_index", "item_id", "train_occurrences"])
+        fields = {name: rule.kind for name, rule in definition.item_fields.items()}
+        categories = [name for name, kind in fields.items() if kind == "category"]
+        item_table = self.store.read_files(items.files, ["item_index", "item_id", "train_occurrences", *categories])
         files = sorted(sequences.files, key=lambda file: (file.bucket, file.path))
-        parts = (self.store.read_file(file, columns) for file in files)
-        window, by_position = _window(sequences), self.definition.targets.positions is not None
-        row = stats.sequences_row(self.dt, parts, item_table, sequences.counts, window.lookback_days if by_position else window.target_days,
-                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY, _history(sequences))
-        if row["item_index_out_of_range_count"] or row["unequal_length_count"]:
-            return row, 0
-        occurrences = item_table["train_occurrences"].to_numpy()
-        short = (self.store.read_file(file, ["target_item_index", "target_split"]) for file in files)
-        return row, sum(stats.unseen_eval_targets(part, occurrences) for part in short)
+        window, by_position = _window(sequences), definition.targets.positions is not None
+        row = stats.sequences_row(self.dt, [functools.partial(self.store.read_file, file, columns) for file in files], item_table, sequences.counts,
+                                  window.lookback_days if by_position else window.target_days,
+                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY, _history(sequences))  # fmt: skip
+        event_days = [day for day in window.event_days if (m := self.store.manifest("events", day)) is not None and m.rows]
+        row["event_days"] = len(event_days)
+        # Histories grow while the first days of a feed come in: like is compared with like.
+        trailing = [day for day in self._statistics("sequences", self.dt, drift.trailing_days) if day.get("event_days") == len(event_days)]
+        for name in ("users", "targets", "train_label_rate", *(f"history_length_p{q}" for q in (50, 90, 99))):
+            usual = median_of(trailing, name, drift)
+            judged = row["targets"] >= drift.min_rows  # type: ignore[operator]
+            row[f"{name}_to_trailing"] = float(row[name]) / usual if judged and usual > 0 else NAN
+        item_row = stats.items_row(self.dt, item_table, items.counts.get("without_fields", 0), fields, bool(definition.items))
+        before = [day for day in self._statistics("items", self.dt, drift.trailing_days) if day]
+        usual_items = median_of([day for day in before if day.get("event_days") == len(event_days)], "items", drift)
+        item_row |= {"event_days": len(event_days), "new_category_share": NAN, "field_psi": NAN,
+                     "items_to_trailing": float(item_row["items"]) / usual_items if usual_items > 0 else NAN}  # fmt: skip
+        details: dict[str, str] = {}
+        if len(before) >= drift.min_trailing_days and item_table.num_rows >= THRESHOLDS.events.min_judged_rows:
+            item_row["new_category_share"], item_row["field_psi"], details = vocabulary_drift(numbers(item_row), before, categories)
+        return row, item_row, details
 
-    def _gate(self, stage: str, checks: list[Check], about: dict[str, Any]) -> None:
-        """Validate and raise on the worst severity; Great Expectations' own `success` ignores severities.
+    def _tell(self, outcome: StageOutcome) -> None:
+        """Log warnings and the sum."""
+        for severity in SEVERITIES[1:]:
+            for failed in outcome.failed(severity):
+                log(f"{severity}: stage {outcome.stage} dt={self.dt}: {failed.message}")
+        counts = ", ".join(f"{len(outcome.failed(severity))} {severity}" for severity in SEVERITIES)
+        pages = ", ".join(dict.fromkeys(o.data_docs for o in outcome.outcomes if o.data_docs)) or "not written"
+        log(f"{outcome.stage} dt={self.dt}: {len(outcome.outcomes)} expectations, failed: {counts}; Data Docs {pages}")
 
-        Raises:
-            StageError: a critical expectation failed.
-        """
-        from etl.quality.suites import CRITICAL, INFO, WARNING
-        from etl.quality.validate import validate
+    def _critical(self, outcome: StageOutcome) -> StageError:
+        failed = outcome.failed("critical")
+        lines = "".join(f"\n  {o.message} [{o.expectation} of suite {o.suite}]\n    see {o.data_docs or 'no page'}" for o in failed)
+        consequence = {"raw": "nothing was built", "training_input": "training must not start", "model_output": "the model must not be registered"}
+        return StageError(f"stage {outcome.stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, "
+                          f"{consequence.get(outcome.stage, 'nothing was published')}{lines}", "; ".join(dict.fromkeys(o.remedy for o in failed)))  # fmt: skip
 
-        about = {"dataset": self.definition.name, "simulated": self.definition.simulated, "dt": self.dt, **about}
-        report = validate(checks, stage, self.attempt, self.reports, about)
-        for severity in (WARNING, INFO):
-            for outcome in report.failed(severity):
-                log(f"{severity}: stage {stage} dt={self.dt}: {outcome}")
-        log(f"{stage} dt={self.dt}: {_summary(report)}; Data Docs {self._page(report)}; results {report.path}")
-        if report.max_severity_failure == CRITICAL:
-            failed = report.failed(CRITICAL)
-            lines = "".join(f"\n  {outcome}\n    see {outcome.page}" for outcome in failed)
-            remedies = "; ".join(dict.fromkeys(outcome.remedy for outcome in failed))
-            published = "training must not start" if stage == "training_input" else "nothing was published"
-            raise StageError(
-                f"stage {stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, {published}{lines}",
-                remedies,
-            )
+    def _published_already(self, stage: str) -> bool:
+        """Whether this attempt has staged nothing more of what the gate publishes."""
+        assert self.attempt is not None
+        if stage == "events":
+            return not self.store.staged_days(self.attempt, "events") and self._own("events", self.dt) is not None
+        if stage == "sequences":
+            tables = ("items", "sequences")
+            return all(self._own(name, self.dt) for name in tables) and not any(self.store.staged_manifest(self.attempt, name, self.dt) for name in tables)
+        return False
 
-    @staticmethod
-    def _page(report: Report) -> str:
-        return ", ".join(dict.fromkeys(outcome.page for outcome in report.outcomes))
-
-    def _publish(self, table: str, day: str) -> None:
-        manifest = self.store.publish(self.attempt, table, day)
-        log(f"published {table} dt={day}: {manifest.rows} rows, data digest {manifest.data_digest[:16]}")
+    def _days(self, table: str) -> list[str]:
+        return self.store.staged_days(self.attempt, table) if self.attempt and self.store.staged_days(self.attempt, table) else [self.dt]
 
     def _own(self, table: str, day: str) -> Manifest | None:
-        """Return what this attempt has staged, else what it has published, else None.
+        """Return what this attempt has staged, else what it has published, else None; without an attempt what is published.
 
         A publication that was cut short has moved some files already; their paths are given where they are now.
         """
+        if self.attempt is None:
+            return self.store.manifest(table, day)
         staged = self.store.staged_manifest(self.attempt, table, day)
         if staged is None:
             current = self.store.manifest(table, day)
@@ -205,11 +346,30 @@ class Audit:
             files.append(replace(file, path=self.store.published_path(table, day, file)) if gone else file)
         return replace(staged, files=tuple(files))
 
+    def _staged_or_published(self, day: str) -> Manifest | None:
+        """Return a day of events as this attempt has staged it, else as it is published."""
+        staged = self.store.staged_manifest(self.attempt, "events", day) if self.attempt else None
+        return staged or self.store.manifest("events", day)
+
     def _trailing_rows(self, day: str) -> list[int]:
-        """Return the row counts of the days before `day`: as staged by this attempt, else as published."""
-        before = [add_days(day, -back) for back in range(1, THRESHOLDS.events.trailing_days + 1)]
-        manifests = [self.store.staged_manifest(self.attempt, "events", d) or self.store.manifest("events", d) for d in before]
-        return [manifest.rows for manifest in manifests if manifest is not None]
+        """Return the row counts of the days before `day` that are known."""
+        return [manifest.rows for before in days_before(day) if (manifest := self._staged_or_published(before)) is not None]
+
+    def _memory_days(self, day: str, read: Mapping[str, pa.Table]) -> list[pa.Table]:
+        """Return the last days with events before `day`, oldest first; `read` holds some of them already."""
+        tables: list[pa.Table] = []
+        for before in reversed(days_before(day)):
+            manifest = self._staged_or_published(before)
+            if manifest is not None and manifest.rows and len(tables) < THRESHOLDS.drift.memory_days:
+                tables.append(read[before] if before in read else self.store.read(manifest, profile.MEMORY_COLUMNS))
+        return tables[::-1]
+
+    def _statistics(self, stage: str, dt: str, days: int) -> list[dict[str, float]]:
+        """Return the kept metrics of the `days` days before `dt`, oldest first; an empty one where none are kept."""
+        found: dict[str, dict[str, float]] = {day: {} for day in days_before(dt)}
+        for row in kept.read_stats(self.store, stage, add_days(dt, -1), days).to_pylist():
+            found[row["dt"]][row["metric"]] = NAN if row["value"] is None else row["value"]
+        return list(found.values())
 
     def _check_files(self, manifest: Manifest) -> None:
         """Compare every file with its table's contract: columns, types and number of rows.
@@ -244,10 +404,33 @@ class Audit:
         return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
 
     def _nothing_staged(self, tables: str, job: str) -> StageError:
+        if self.attempt is None:
+            return StageError(f"{tables} of dt={self.dt} are not published under {self.store.warehouse}", "name the attempt that has staged them with --attempt, or run the stage first")
         return StageError(
             f"attempt {self.attempt} has no completely staged {tables} of dt={self.dt} under {self.store.warehouse}",
             f"run `python -m {job}` with the same --dt and --attempt first",
         )
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row that are numbers."""
+    return {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
+
+
+def days_before(dt: str) -> list[str]:
+    """Return the trailing days of a day, oldest first."""
+    return [add_days(dt, -back) for back in range(THRESHOLDS.drift.trailing_days, 0, -1)]
+
+
+def _filled(rows: Sequence[stats.Row]) -> list[stats.Row]:
+    """Give every row every metric: days differ in the values of their fields."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, NAN) for name in names} for row in rows]
+
+
+def _most_frequent(values: pa.ChunkedArray) -> int:
+    distinct, counts = np.unique(values.to_numpy(), return_counts=True)
+    return int(distinct[np.argmax(counts)])
 
 
 def _window(sequences: Manifest) -> Window:
@@ -265,33 +448,29 @@ def _history(sequences: Manifest) -> History:
     return History.model_validate({"cutoff": settings["cutoff"], "availability_lag_ms": settings["availability_lag_ms"], "max_events": settings["max_events"]})
 
 
-def _stats_check(suite: str, rows: list[stats.Row]) -> Check:
-    import pandas as pd
-
-    from etl.quality.validate import Check
-
-    return Check(suite, pd.DataFrame(rows))
-
-
-def _frame_check(suite: str, table: pa.Table) -> Check:
-    from etl.quality.validate import Check
-
-    return Check(suite, table.to_pandas(), per_day=False)
+def audit_parser(description: str | None, attempt_required: bool = True) -> argparse.ArgumentParser:
+    """Return a parser of what every gate takes."""
+    parser = partition_parser(description, attempt_required)
+    parser.add_argument("--stage", required=True, choices=GATES, help="which gate to run")
+    parser.add_argument("--raw", help="stage raw: folder or URI of the raw logs")
+    parser.add_argument("--runs", help="stage model_output: folder of runs")
+    return parser
 
 
-def _summary(report: Report) -> str:
-    failed = {severity: len(report.failed(severity)) for severity in ("critical", "warning", "info")}
-    return f"{len(report.outcomes)} expectations, failed: " + ", ".join(f"{count} {name}" for name, count in failed.items())
+def audit_of(args: argparse.Namespace, reports: Path | None) -> Audit:
+    """Return the gate that a command line names."""
+    run_dir = Path(args.runs).absolute() / (args.attempt or "") if args.runs else None
+    return Audit(store_of(args), definition_of(args), args.dt, args.attempt, reports, RawLocation(args.raw) if args.raw else None, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Audit one stage of one partition."""
-    parser: argparse.ArgumentParser = partition_parser(__doc__)
-    parser.add_argument("--stage", required=True, choices=STAGES, help="which gate to run")
-    parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs and results (default: %(default)s)")
+    parser = audit_parser(__doc__)
+    parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs (default: %(default)s)")
     args = parser.parse_args(argv)
-    audit = Audit(store_of(args), definition_of(args), args.dt, args.attempt, Path(args.reports))
-    getattr(audit, args.stage)()
+    audit = audit_of(args, Path(args.reports))
+    with written_after(args.dataset_given, audit.store, args.dt, args.attempt, Path(args.reports)):
+        audit.publish(args.stage)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ fractions of 1. Lists are handled through their offsets: nothing here loops over
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +16,21 @@ import pyarrow.compute as pc
 
 from etl.datasets import History
 from etl.partitions import MS_PER_DAY, day_number
-from etl.quality.thresholds import EventThresholds
-from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS
+from etl.quality.drift import NAN, kl, psi
+from etl.quality.profile import MS_PER_HOUR, event_keys, value_shares
+from etl.quality.thresholds import DriftThresholds, EventThresholds
+from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS
 from etl.sequences import cut_offs_ms
 
-MS_PER_HOUR = 3_600_000
-NAN = float("nan")
+MAX_THREADS = 4  # that measure buckets of sequences
+NEVER_NEGATIVE = ("user_id", "item_id", "watch_time_ms", "duration_ms")
+
+SPLITS = 1 + max(TRAIN, VALIDATION, EVALUATION)
+# Targets are counted by these, each in so many bins.
+SPECTRA = {"hour": 24, "context": 66, "history_length": 24}
 
 Row = dict[str, float | str]
+Spectra = dict[tuple[str, int], np.ndarray]
 
 HISTORY_LISTS = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
 TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_context", "target_split", "target_history_end")
@@ -37,32 +46,33 @@ def events_row(
     label_bit: int | None,
     feedback_bits: int,
     limits: EventThresholds,
+    drift: DriftThresholds,
     repeats_kept: bool = False,
 ) -> Row:
     """Return the metrics of one day of events; what an empty day cannot have is not a number.
 
     Args:
         is_partition_day: the day is the partition itself, not a day of its lookback.
-        events: the day, with the columns user_id, item_id, event_time_ms and feedback.
+        events: the day, all columns of the contract.
         counts: the reconciliation figures of its manifest.
         quarantine_rows: rows of the day's quarantine table.
         trailing_rows: row counts of the known days before it.
         label_bit: bit of `feedback` that is the label; None where negatives are sampled: no label rate.
         feedback_bits: bits of `feedback` that are in use.
-        limits: how many rows, users and trailing days it takes to judge.
+        limits, drift: how many rows, users and trailing days it takes to judge.
         repeats_kept: the data set keeps repeated rows, so they are no sign of a fault.
     """
     rows = events.num_rows
     user, time_ms, feedback = (_numpy(events[name]) for name in ("user_id", "event_time_ms", "feedback"))
     rows_read, duplicates = counts.get("rows_read", 0), counts.get("duplicates", 0)
     quarantined = counts.get("quarantined", 0)
-    keys = events.group_by(["user_id", "item_id", "event_time_ms"]).aggregate([])
-    hour_rows = np.unique(time_ms // MS_PER_HOUR, return_counts=True)[1]
-    hour_keys = np.unique(_numpy(keys["event_time_ms"]) // MS_PER_HOUR, return_counts=True)[1]  # of the same hours
+    first_of_key = np.unique(event_keys(events), return_index=True)[1]
+    hours, hour_rows = np.unique(time_ms // MS_PER_HOUR, return_counts=True)
+    hour_keys = np.bincount(np.searchsorted(hours, time_ms[first_of_key] // MS_PER_HOUR), minlength=len(hours))
     hour_repeated = (1 - hour_keys / hour_rows)[hour_rows >= limits.min_hour_rows]
     rows_by_user = np.unique(user, return_counts=True)[1]
     filled = [count for count in trailing_rows if count > 0]
-    median = float(np.median(filled)) if len(filled) >= limits.min_trailing_days else NAN
+    median = float(np.median(filled)) if len(filled) >= drift.min_trailing_days else NAN
     dense = median >= limits.min_judged_rows
     judged = rows >= limits.min_judged_rows and len(rows_by_user) >= limits.min_judged_users
     return {
@@ -76,21 +86,25 @@ def events_row(
         "quarantine_rows_difference_count": abs(quarantine_rows - quarantined),
         "duplicate_share": _share(duplicates, rows_read) if rows_read >= limits.min_judged_rows else 0.0,
         "quarantine_share": _share(quarantined, rows_read),
-        "repeated_key_share": 0.0 if repeats_kept or not judged else _share(rows - keys.num_rows, rows),
+        "repeated_key_share": 0.0 if repeats_kept or not judged else _share(rows - len(first_of_key), rows),
         "worst_hour_repeated_key_share": 0.0 if repeats_kept else float(hour_repeated.max(initial=0)),
         "label_rate": _share(int(((feedback >> label_bit) & 1).sum()), rows) if judged and label_bit is not None else NAN,
+        "null_count": sum(events[name].null_count for name in EVENTS.names),
+        "negative_count": sum(int(pc.sum(pc.less(events[name], 0)).as_py() or 0) for name in NEVER_NEGATIVE),
+        "context_out_of_range_count": int(pc.sum(pc.less(events["context"], -1)).as_py() or 0),
         "outside_day_count": int((time_ms // MS_PER_DAY != day_number(dt)).sum()),
         "feedback_out_of_range_count": int(((feedback < 0) | (feedback >= 1 << feedback_bits)).sum()),
         "hours_covered": len(hour_rows) if judged else NAN,
         "users": len(rows_by_user) if rows and (dense or judged) else NAN,
-        "largest_user_share": _share(int(rows_by_user.max(initial=0)), rows) if judged else NAN,
+        "largest_user_share": (largest := _share(int(rows_by_user.max(initial=0)), rows)) if judged else NAN,
+        "bot_user_share": largest if judged and len(rows_by_user) >= limits.min_users_for_bots else NAN,
         "rows_to_trailing_median": rows / median if rows and dense else NAN,
     }
 
 
 def sequences_row(
     dt: str,
-    parts: Iterable[pa.Table],
+    parts: Sequence[Callable[[], pa.Table]],
     items: pa.Table,
     counts: Mapping[str, int],
     target_days: int,
@@ -100,23 +114,34 @@ def sequences_row(
     """Return the metrics of one partition of sequences and its items.
 
     Args:
-        parts: the partition's users, one table a bucket, so that one bucket is in memory at a time.
+        parts: what reads the partition's users, one table a bucket.
         items: the item_index, item_id and train_occurrences columns of `items`.
         counts: the reconciliation figures of the manifest of `sequences`.
         target_days: length of the target window, `dt` included.
         first_evaluation_ms: from here on targets are for evaluation; None where positions decide, not days.
         history: the rule that decides what a target may see.
     """
-    item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
-    lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
-    user_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
+    item_index, item_id, occurrences = (_numpy(items[name]) for name in ("item_index", "item_id", "train_occurrences"))
+
+    def measured(part: Callable[[], pa.Table]) -> tuple[np.ndarray, np.ndarray, dict[str, int], Spectra]:
+        users = part()
+        history_lengths, metrics = _sequence_part(dt, users, len(item_index), target_days, first_evaluation_ms, history)
+        aligned = not metrics["unequal_length_count"]
+        metrics["unseen_eval_targets"] = unseen_eval_targets(users, occurrences) if aligned and not metrics["item_index_out_of_range_count"] else 0
+        return history_lengths, _numpy(users["user_id"]), metrics, target_spectra(users) if aligned else {}
+
+    # numpy and Arrow work outside the interpreter's lock; as many buckets are in memory as there are threads.
+    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        results = list(pool.map(measured, parts))
+    lengths = [np.zeros(0, np.int64), *(result[0] for result in results)]
+    user_ids = [np.zeros(0, np.int64), *(result[1] for result in results)]
     sums: dict[str, int] = {}
-    for part in parts:
-        history_lengths, metrics = _sequence_part(dt, part, len(item_index), target_days, first_evaluation_ms, history)
-        lengths.append(history_lengths)
-        user_ids.append(_numpy(part["user_id"]))
+    spectra: Spectra = {}
+    for _, _, metrics, counted in results:
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
+        for key, counts_by_value in counted.items():
+            spectra[key] = spectra[key] + counts_by_value if key in spectra else counts_by_value
     length, user_id = np.concatenate(lengths), np.concatenate(user_ids)
     total = {name: sums.get(name, 0) for name in _SUMMED}
     targets = total["train_targets"] + total["validation_targets"] + total["eval_targets"]
@@ -136,12 +161,14 @@ def sequences_row(
         ),
         "train_label_rate": _share(total["train_positives"], total["train_targets"]),
         "eval_label_rate": _share(total["eval_positives"], total["eval_targets"]),
+        **{f"{what}_skew_psi": _skew(spectra.get((what, TRAIN)), spectra.get((what, EVALUATION))) for what in SPECTRA},
         "truncated_user_share": _share(counts.get("truncated_users", 0), len(user_id)),
         **{f"history_length_p{q}": float(np.percentile(length, q)) if len(length) else 0.0 for q in (50, 90, 99)},
     }
 
 
 _SUMMED = (
+    "unseen_eval_targets",
     "train_targets",
     "validation_targets",
     "eval_targets",
@@ -215,6 +242,44 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
     }
 
 
+def target_spectra(part: pa.Table) -> Spectra:
+    """Count the targets of a bucket by split and, each on its own, UTC hour, context and length of the visible history."""
+    split, time_ms, context, end = (_numpy(pc.list_flatten(part[f"target_{name}"])) for name in ("split", "time_ms", "context", "history_end"))
+    bits = np.log2(np.arange(1, int(end.max(initial=0)) + 2)).astype(np.int32).clip(0, SPECTRA["history_length"] - 1)
+    place = {"hour": time_ms // MS_PER_HOUR % SPECTRA["hour"], "context": context.astype(np.int32).clip(-1, SPECTRA["context"] - 2) + 1, "history_length": bits[end.clip(0)]}
+    known = (split >= 0) & (split < SPLITS)
+    found: Spectra = {}
+    for what, values in place.items():
+        both = values * SPLITS + split if known.all() else values[known] * SPLITS + split[known]
+        counted = np.bincount(both, minlength=SPECTRA[what] * SPLITS).reshape(-1, SPLITS)
+        found |= {(what, side): counted[:, side] for side in (TRAIN, EVALUATION)}
+    return found
+
+
+def _skew(train: np.ndarray | None, evaluation: np.ndarray | None) -> float:
+    """Return the PSI of evaluation targets against training targets; nan where a side has none."""
+    if train is None or evaluation is None or not train.sum() or not evaluation.sum():
+        return NAN
+    return psi(train / train.sum(), evaluation / evaluation.sum())
+
+
+def items_row(dt: str, items: pa.Table, without_fields: int, fields: Mapping[str, str], judged: bool) -> Row:
+    """Return the metrics of `items` of a partition.
+
+    Args:
+        items: the table with its fields.
+        without_fields: items of which no field is known, as its manifest counts them.
+        fields: name -> kind of the item fields.
+        judged: there are item files that should describe them.
+    """
+    rows = items.num_rows
+    return {
+        "dt": dt, "items": rows, "without_fields_share": _share(without_fields, rows) if judged else NAN,
+        "train_unseen_share": _share(int((_numpy(items["train_occurrences"]) == 0).sum()), rows),
+        **{name: share for field, kind in fields.items() if kind == "category" for name, share in value_shares(field, items[field]).items()},
+    }  # fmt: skip
+
+
 def window_rows(days: Sequence[str], inputs: Mapping[str, str], current: Mapping[str, str]) -> list[Row]:
     """Return one row a day of the window: was it read, and is what was read still the current data?
 
@@ -233,22 +298,27 @@ def window_rows(days: Sequence[str], inputs: Mapping[str, str], current: Mapping
     ]
 
 
-def training_input_row(sequences_stats: Row, unseen_eval_targets: int, mixed: bool) -> Row:
+def training_input_row(sequences_stats: Mapping[str, float], dt: str, mixed: bool, min_judged_targets: int) -> Row:
     """Return the metrics of a published partition that a training is about to read.
 
     Args:
-        sequences_stats: the partition's `sequences_row`.
-        unseen_eval_targets: evaluation targets whose item no training day showed.
+        sequences_stats: the partition's `sequences_row` with `unseen_eval_targets`.
         mixed: `items` and `sequences` come from different attempts.
+        min_judged_targets: sides with fewer targets are not compared.
     """
-    row = {name: sequences_stats[name] for name in ("dt", "users", "items", "train_targets", "eval_targets")}
-    rates = {name: float(sequences_stats[name]) for name in ("train_label_rate", "eval_label_rate")}
+    kept = {name: float(sequences_stats[name]) for name in ("users", "items", "train_targets", "eval_targets", "train_label_rate", "eval_label_rate")}
+    train, evaluation = kept["train_label_rate"], kept["eval_label_rate"]
+    judged = min(kept["train_targets"], kept["eval_targets"]) >= min_judged_targets
+    both = np.array([[1 - train, train], [1 - evaluation, evaluation]])
     return {
-        **row,
-        **rates,
+        "dt": dt,
+        **kept,
         "mixed_attempts_count": int(mixed),
-        "label_rate_difference": abs(rates["train_label_rate"] - rates["eval_label_rate"]),
-        "unseen_eval_item_share": _share(unseen_eval_targets, int(sequences_stats["eval_targets"])),
+        "label_rate_difference": abs(train - evaluation),
+        "label_rate_ratio": min(train, evaluation) / max(train, evaluation) if judged and max(train, evaluation) > 0 else NAN,
+        "label_kl": kl(*both) if judged else NAN,
+        **{f"{what}_skew_psi": float(sequences_stats[f"{what}_skew_psi"]) if judged else NAN for what in SPECTRA},
+        "unseen_eval_item_share": _share(float(sequences_stats["unseen_eval_targets"]), kept["eval_targets"]),
     }
 
 

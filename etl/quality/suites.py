@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from etl.quality.thresholds import EventThresholds, SequenceThresholds, Thresholds, TrainingInputThresholds
-from etl.schemas import EVENTS
+from etl.quality.thresholds import (
+    DriftThresholds,
+    EventThresholds,
+    ModelOutputThresholds,
+    RawThresholds,
+    SequenceThresholds,
+    Thresholds,
+    TrainingInputThresholds,
+)
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuite
@@ -17,16 +24,48 @@ if TYPE_CHECKING:
     from great_expectations.expectations.metadata_types import FailureSeverity
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
+UNKNOWN = "unknown_count"  # metrics of a row that must be known and are not
 
 _REBUILD = "rebuild the stage with a new attempt; if it fails again, the job that built it has a bug"
-_PANDAS_TYPES = {"int64": "int64", "int16": "int16", "bool": "bool"}
+_RAW = "look at the raw files of the day and at the reasons in table quarantine; then rebuild with a new attempt"
 
 
-def events_days(limits: EventThresholds) -> list[Expectation]:
-    """Expect this of the stats table of events: one row a staged day."""
-    arrived = "check that the raw logs of the day have arrived"
-    raw = "look at the raw files of the day and at the reasons in table quarantine; then rebuild with a new attempt"
+def raw_files(limits: RawThresholds) -> list[Expectation]:
+    """Expect this of each raw file that may hold the day: one row a file."""
+    again = "have the file delivered again, whole and as agreed, then run again with a new attempt"
+    columns = "have the file delivered with the columns of logs.columns, or, if the change is meant, change the definition"
+    other = "have the day's own file delivered; if the file is right, correct the time zone in logs.days_in_name or events.time of the definition"
     return [
+        *_zero_or_stop("empty_count", "No file is empty.", again),
+        *_zero_or_stop("unreadable_count", "Every file can be read.", again),
+        *_zero_or_stop("missing_column_count", "Every file has the declared columns.", columns),
+        *_zero_or_stop("cut_count", "Every file ends with a whole line.", again),
+        *_zero_or_stop("copy_count", "No two files hold the same bytes.", other),
+        *_graded("refused_share", "Nearly all sampled lines are rows.", "correct the file, or events.time and logs.columns of the definition if the logs have changed",
+                 (None, limits.max_refused_share_warning), (None, limits.max_refused_share_critical)),
+        *_graded("outside_named_days_share", "Rows are of the days that the file's name promises.", other,
+                 (None, limits.max_outside_share_warning), (None, limits.max_outside_share_critical)),
+    ]  # fmt: skip
+
+
+def raw_day(limits: RawThresholds) -> list[Expectation]:
+    """Expect this of all raw files that may hold the day: one row."""
+    arrived = "check that all files of the day have arrived whole, then run again with a new attempt"
+    return [
+        *_stop("files", "A raw file may hold the day.", "deliver the day's file, or choose another --dt", low=1),
+        *_graded("bytes_to_trailing_median", "The day's files are about as large as those of the days before.", arrived,
+                 (limits.min_bytes_ratio_warning, limits.max_bytes_ratio_warning), (limits.min_bytes_ratio_critical, None)),
+    ]  # fmt: skip
+
+
+def events_days(limits: EventThresholds, drift: DriftThresholds) -> list[Expectation]:
+    """Expect this of the statistics of events: one row a staged day."""
+    raw = _RAW
+    arrived = "check that the raw logs of the day have arrived"
+    return [
+        *_zero_or_stop("null_count", "No column of the contract has nulls.", _REBUILD),
+        *_zero_or_stop("negative_count", "Ids, watch times and durations are not negative.", _REBUILD),
+        *_zero_or_stop("context_out_of_range_count", "Contexts are -1 (unknown) or more.", _REBUILD),
         *_zero_or_stop("unreconciled_count", "Raw rows read = events + duplicates + quarantined.", _REBUILD),
         *_zero_or_stop("manifest_rows_difference_count", "The manifest's count of events is the table's.", _REBUILD),
         *_zero_or_stop("quarantine_rows_difference_count", "Every quarantined row is in table quarantine.", _REBUILD),
@@ -47,36 +86,61 @@ def events_days(limits: EventThresholds) -> list[Expectation]:
                high=limits.max_hour_repeated_key_share_critical),
         _band("hours_covered", WARNING, "Most hours of the day have events.", raw, low=limits.min_hours_covered),
         _band("largest_user_share", WARNING, "No user dominates the day.", raw, high=limits.max_user_share),
+        _band("bot_user_share", CRITICAL, "Among many users, none dominates the day.", "find out who it is; remove a bot's rows from the raw logs, then rebuild with a new attempt",
+              high=limits.max_user_share_critical),
+        _band("odd_empty_hour_count", WARNING, "No hour is empty between two full ones.", arrived, high=0),
         _band("users", WARNING, "More than one user was active.", raw, low=limits.min_users),
         _band("rows_to_trailing_median", WARNING, "The day is about as large as the days before it.", raw,
               limits.min_rows_ratio, limits.max_rows_ratio),
+        *_events_drift(drift, arrived),
     ]  # fmt: skip
 
 
-def events_frame() -> list[Expectation]:
-    """Expect this of the rows of the partition's own day."""
-    import great_expectations.expectations as gxe
-
-    meta = {"remedy": _REBUILD}
+def _events_drift(drift: DriftThresholds, arrived: str) -> list[Expectation]:
+    """Expect this of a day against the days before it; what cannot be judged is null and passes."""
+    logging = "ask the makers of the logs what has changed; if the change is meant, raise the threshold, else have the day delivered again"
+    zone = "check the clock and the time zone of the raw times (events.time of the definition), then have the day delivered again"
+    ids = "check how user and item ids are made: they no longer mean what they meant the day before; then have the day delivered again"
     return [
-        gxe.ExpectTableColumnsToMatchOrderedList(
-            column_list=EVENTS.names, severity=_severity(CRITICAL), meta=meta, notes="The contract's columns.",
-            description=f"{CRITICAL}: the contract's columns, in its order."),
-        *[gxe.ExpectColumnValuesToBeOfType(column=field.name, type_=_PANDAS_TYPES[str(field.type)], severity=_severity(CRITICAL),
-                                           notes="The contract's type.", meta=meta) for field in EVENTS],
-        *[gxe.ExpectColumnValuesToNotBeNull(column=name, severity=_severity(CRITICAL), notes="No column of events has nulls.",
-                                            meta=meta) for name in EVENTS.names],
-        _band("user_id", CRITICAL, "Identities are not negative.", _REBUILD, low=0),
-        _band("item_id", CRITICAL, "Identities are not negative.", _REBUILD, low=0),
-        _band("feedback", CRITICAL, "Feedback is a bit set.", _REBUILD, low=0),
-        _band("watch_time_ms", CRITICAL, "Watch times are not negative.", _REBUILD, low=0),
-        _band("duration_ms", CRITICAL, "Durations are not negative; 0 is no duration.", _REBUILD, low=0),
-        _band("context", CRITICAL, "-1 is the unknown context.", _REBUILD, low=-1),
+        _band("missing_hour_count", CRITICAL, "No hour is without events that has them on other days.", arrived, high=0),
+        _band("thin_hour_count", WARNING, "No hour has far fewer events than on other days.", arrived, high=0),
+        _band("hour_shift", CRITICAL, "The hour profile is not another day's, turned round.", zone, low=0, high=0),
+        *_graded("hour_psi", "The hour profile is that of the days before (PSI).", zone, (None, drift.hour_psi_warning), (None, drift.hour_psi_critical)),
+        *_graded("label_rate_to_trailing", "The label rate is that of the days before.", logging, drift.label_rate_ratio_warning, drift.label_rate_ratio_critical),
+        _band("label_kl", WARNING, "The label's distribution is that of the days before (KL).", logging, high=drift.label_kl_warning),
+        _band("vanished_signal_count", CRITICAL, "Every signal of the days before still occurs.", logging, high=0),
+        *_graded("action_mix_psi", "The mix of signals is that of the days before (PSI).", logging, (None, drift.action_mix_psi_warning), (None, drift.action_mix_psi_critical)),
+        _band("new_category_share", WARNING, "Fields have the values of the days before.", logging, high=drift.new_category_share),
+        _band("field_psi", WARNING, "Values of fields are as frequent as on the days before (PSI).", logging, high=drift.field_psi_warning),
+        *_graded("known_user_share_drop", "As many rows as before are of known users.", ids, (None, drift.known_user_drop_warning), (None, drift.known_user_drop_critical)),
+        *_graded("known_item_share_drop", "As many rows as before are of known items (novelty).", ids, (None, drift.known_item_drop_warning), (None, drift.known_item_drop_critical)),
+        *_graded("item_popularity_drop", "Items that were popular still are.", ids, (None, drift.item_popularity_drop_warning), (None, drift.item_popularity_drop_critical)),
+        *_graded("duration_mismatch_rise", "An item has the duration that it had.", ids, (None, drift.duration_mismatch_rise_warning), (None, drift.duration_mismatch_rise_critical)),
+        *_graded("repeated_day_share", "The day is not the day before, delivered again.", arrived, (None, drift.repeated_day_share_warning), (None, drift.repeated_day_share_critical)),
+        _band("largest_user_share_rise", WARNING, "No user takes far more of the day than before.", _RAW, high=drift.largest_user_share_rise),
+        _band("watch_p50_to_trailing", WARNING, "The median watch time is that of the days before.", logging, *drift.watch_ratio),
+        *_graded("rows_to_trailing_extremes", "The day is not smaller than the smallest of steady days, nor larger than the largest.", arrived,
+                 (None, drift.rows_to_extremes_warning), (drift.rows_to_extremes_critical, None)),
     ]  # fmt: skip
 
 
-def sequences(limits: SequenceThresholds) -> list[Expectation]:
-    """Expect this of the stats table of sequences and items: one row."""
+def items(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expectation]:
+    """Expect this of the statistics of items: one row."""
+    files = "check that the item files are those of the logs (their ids and their day), then build sequences again with a new attempt"
+    look = "look for a change of the catalogue or of its export"
+    return [
+        *_stop("items", "The window shows items.", _REBUILD, low=1),
+        *_graded("without_fields_share", "The item files describe the items.", files,
+                 (None, limits.max_items_without_fields_share_warning), (None, limits.max_items_without_fields_share_critical)),
+        _band("train_unseen_share", INFO, "Recorded: items that no training day showed.", look, high=0.5),
+        _band("items_to_trailing", WARNING, "About as many items as in the partitions before.", look, limits.min_users_ratio, limits.max_users_ratio),
+        _band("new_category_share", WARNING, "Item fields have the values of the partitions before.", look, high=drift.new_category_share),
+        _band("field_psi", WARNING, "Values of item fields are as frequent as in the partitions before (PSI).", look, high=drift.field_psi_warning),
+    ]  # fmt: skip
+
+
+def sequences(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expectation]:
+    """Expect this of the statistics of sequences: one row."""
     look = "compare with the partitions before it; the events of the window are the likely cause"
     empty = "check that events of every day of the window are published and that the target window covers them"
     return [
@@ -101,6 +165,11 @@ def sequences(limits: SequenceThresholds) -> list[Expectation]:
         _band("truncated_user_share", WARNING, "Most histories are complete.", "raise --max-history",
               high=limits.max_truncated_user_share),
         *[_band(f"history_length_p{q}", INFO, "Recorded: events in a user's history.", look, low=1) for q in (50, 90, 99)],
+        *[_band(f"history_length_p{q}_to_trailing", WARNING, "Histories are as long as in partitions with as many days.", look, *drift.length_ratio)
+          for q in (50, 90, 99)],
+        *[_band(f"{what}_to_trailing", WARNING, "About as many as in partitions with as many days.", look, limits.min_users_ratio, limits.max_users_ratio)
+          for what in ("users", "targets")],
+        *_graded("train_label_rate_to_trailing", "The label rate is that of the partitions before.", look, drift.label_rate_ratio_warning, drift.label_rate_ratio_critical),
     ]  # fmt: skip
 
 
@@ -123,27 +192,57 @@ def training_input(limits: TrainingInputThresholds) -> list[Expectation]:
         *_stop("eval_targets", "There is something to evaluate on.", again, low=1),
         _band("label_rate_difference", WARNING, "Training days and evaluation day have about the same label rate.", drift,
               high=limits.max_label_rate_difference),
+        _band("label_rate_ratio", CRITICAL, "Training days and evaluation day have comparable label rates.", drift, low=limits.min_label_rate_ratio),
+        _band("hour_skew_psi", WARNING, "Targets of the evaluation day are of the hours of the training days (PSI).", drift, high=limits.max_hour_psi),
+        _band("context_skew_psi", WARNING, "Targets of the evaluation day are of the contexts of the training days (PSI).", drift, high=limits.max_context_psi),
+        _band("history_length_skew_psi", INFO, "Recorded: how visible histories differ between training days and evaluation day (PSI).", drift,
+              high=limits.max_history_length_psi),
         _band("unseen_eval_item_share", INFO, "Recorded: evaluation targets whose item no training day showed.", drift,
               high=limits.max_unseen_item_share),
     ]  # fmt: skip
 
 
+def model_output(limits: ModelOutputThresholds) -> list[Expectation]:
+    """Expect this of the scores of the model that would be registered: one row."""
+    model = "look at the training's metrics for a loss that diverged; train again with a new attempt"
+    data = "compare the label rates of training days and evaluation day (gate training_input), then train again with a new attempt"
+    return [
+        *_stop("targets", "There are scores.", model, low=1),
+        *_zero_or_stop("not_a_number_count", "Every score is a number.", model),
+        *_zero_or_stop("out_of_range_count", "Every score is a probability.", model),
+        *_graded("constant_share", "Scores differ.", model, (None, limits.max_constant_share_warning), (None, limits.max_constant_share_critical)),
+        _band("score_sd", CRITICAL, "Scores differ by more than rounding.", model, low=limits.min_score_sd),
+        *_graded("expected_ratio", "Probabilities add up to the positives (calibration in the mean).", data, limits.expected_ratio_warning, limits.expected_ratio_critical),
+        _band("ece", WARNING, "Probabilities are those observed (calibration by bins).", data, high=limits.max_ece),
+        _band("auc", WARNING, "The model orders targets better than chance.", model, low=0.5),
+        _band("score_psi", WARNING, "Scores are distributed as on the days before (PSI).", data, high=limits.score_psi_warning),
+    ]  # fmt: skip
+
+
 def build_suite(name: str, thresholds: Thresholds) -> ExpectationSuite:
-    """Return a suite by name: events_days, events_frame, sequences, training_window or training_input."""
+    """Return a suite by name: that of the function that lists its expectations."""
     import great_expectations as gx
 
     expectations = {
-        "events_days": lambda: events_days(thresholds.events),
-        "events_frame": lambda: events_frame(),
-        "sequences": lambda: sequences(thresholds.sequences),
+        "raw_files": lambda: raw_files(thresholds.raw),
+        "raw_day": lambda: raw_day(thresholds.raw),
+        "events_days": lambda: events_days(thresholds.events, thresholds.drift),
+        "items": lambda: items(thresholds.sequences, thresholds.drift),
+        "sequences": lambda: sequences(thresholds.sequences, thresholds.drift),
         "training_window": training_window,
         "training_input": lambda: training_input(thresholds.training_input),
+        "model_output": lambda: model_output(thresholds.model_output),
     }
-    return gx.ExpectationSuite(name=name, expectations=expectations[name]())
+    found = expectations[name]()
+    if any((expectation.meta or {}).get("must_be_known") for expectation in found):
+        # One for all of them: an expectation costs more than a metric.
+        found.append(_band(UNKNOWN, CRITICAL, "Every metric that decides is known.", _REBUILD, low=0, high=0))
+    return gx.ExpectationSuite(name=name, expectations=found)
 
 
 def _band(
-    metric: str, severity: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False
+    metric: str, severity: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False,
+    must_be_known: bool = False,
 ) -> Expectation:
     import great_expectations.expectations as gxe
 
@@ -153,19 +252,24 @@ def _band(
     return gxe.ExpectColumnValuesToBeBetween(
         description=f"{severity}: {metric} is {' and '.join(bounds)}. {notes}",
         column=metric, min_value=low, max_value=high, strict_min=strict, strict_max=strict,
-        severity=_severity(severity), notes=notes, meta={"remedy": remedy})  # fmt: skip
+        severity=_severity(severity), notes=notes, meta={"remedy": remedy, "bounds": " and ".join(bounds), "must_be_known": must_be_known})  # fmt: skip
+
+
+def _graded(metric: str, notes: str, remedy: str, warning: tuple[float | None, float | None], critical: tuple[float | None, float | None]) -> list[Expectation]:
+    """Expect a metric within (low, high), a warning beyond the one pair and critical beyond the other; an unknown one passes."""
+    return [_band(metric, CRITICAL, notes, remedy, *critical), _band(metric, WARNING, notes, remedy, *warning)]
 
 
 def _stop(
     metric: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False
 ) -> list[Expectation]:
-    """Expect a metric within critical bounds, and known: a bound alone holds for a null."""
-    import great_expectations.expectations as gxe
+    """Expect a metric within critical bounds, and known (see UNKNOWN): a bound alone holds for a null."""
+    return [_band(metric, CRITICAL, notes, remedy, low, high, strict, must_be_known=True)]
 
-    known = gxe.ExpectColumnValuesToNotBeNull(
-        column=metric, severity=_severity(CRITICAL), notes="The metric is known.", meta={"remedy": remedy},
-        description=f"{CRITICAL}: {metric} is known.")  # fmt: skip
-    return [known, _band(metric, CRITICAL, notes, remedy, low, high, strict)]
+
+def must_be_known(suite: ExpectationSuite) -> list[str]:
+    """Return the metrics of a suite that must be known, too."""
+    return [str(expectation.column) for expectation in suite.expectations if (expectation.meta or {}).get("must_be_known")]  # type: ignore[attr-defined]
 
 
 def _zero_or_stop(metric: str, notes: str, remedy: str) -> list[Expectation]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,24 @@ if fault.exists():
         print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
         sys.exit(code)
 '''
+# A gate keeps a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
+GATE = STAGE + '''
+if (root / "warn").exists():
+    from etl.cli import partition_parser, store_of
+    from etl.quality.kept import Outcome, StageOutcome, write_outcome
+    parser = partition_parser("")
+    parser.add_argument("--stage")
+    args, _ = parser.parse_known_args()
+    odd = Outcome("events_days", "between", "hours_covered", "warning", False, 11, 12, "look", "hours_covered is `11`", None)
+    write_outcome(store_of(args), StageOutcome(args.dataset, True, args.dt, args.attempt, args.stage, 1, "warning", (odd,)))
+'''
+PAGE = '''
+import json, sys
+sys.stdin.read()
+print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
+'''
+TASKS = 10  # that run a stage
+APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
 DAG_ID = settings.dag_id("kuairand_simulated")
 DAG_PATH = f"/api/v2/dags/{DAG_ID}"
 
@@ -61,7 +80,10 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(STAGE)
+            path.write_text(GATE if module == "etl.quality.audit" else STAGE)
+        for module in ("kept", "page", "plots", "report", "thresholds"):
+            shutil.copy(settings.ROOT / "etl" / "quality" / f"{module}.py", root / "etl" / "quality")
+        (root / "training" / "page.py").write_text(PAGE)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -83,14 +105,50 @@ class Project:
     def fault(self, module: str, code: int, once: bool) -> None:
         (self.root / "fault.json").write_text(json.dumps([module, code, once]))
 
-    def backfill(self, first: str, last: str, **body) -> None:
-        answer = self.api.call("POST", "/api/v2/backfills", {
+    def start_backfill(self, first: str, last: str, **body) -> int:
+        return self.api.call("POST", "/api/v2/backfills", {
             "dag_id": DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body,
-        })  # fmt: skip
+        })["id"]  # fmt: skip
+
+    def backfill(self, first: str, last: str, **body) -> None:
+        identity = self.start_backfill(first, last, **body)
+        self.wait_for(lambda: self.api.call("GET", f"/api/v2/backfills/{identity}")["completed_at"])
+
+    def runs_of_backfill(self, dt: str) -> list[str]:
+        runs = self.api.call("GET", f"{DAG_PATH}/dagRuns?run_type=backfill")["dag_runs"]
+        return [f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs if run["logical_date"].startswith(dt)]
+
+    def trigger(self, dt: str, **conf) -> str:
+        """Start a manual run; return its path in the API."""
+        run = self.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"dt": dt, **conf}})
+        return f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+
+    def ended(self, run: str) -> str:
+        """Return the final state of a run."""
+        return self.wait_for(lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None)
+
+    def states(self, run: str) -> dict[str, str | None]:
+        return {task["task_id"]: task["state"] for task in self.api.call("GET", f"{run}/taskInstances")["task_instances"]}
+
+    def question(self, run: str) -> dict:
+        """Return what a run that waits for a person shows him."""
+        self.wait_for(lambda: self.states(run).get(APPROVAL) == "awaiting_input")
+        return self.api.call("GET", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails")
+
+    def answer(self, run: str, option: str) -> None:
+        self.api.call("PATCH", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails", {"chosen_options": [option], "params_input": {}})
+
+    def link(self, run: str, task: str) -> str | None:
+        """Return where the report's button on the page of a task leads."""
+        return self.api.call("GET", f"{run}/taskInstances/{task}/links")["extra_links"]["Partition report"]
+
+    @staticmethod
+    def wait_for(found):
         deadline = time.monotonic() + 200
-        while self.api.call("GET", f"/api/v2/backfills/{answer['id']}")["completed_at"] is None:
+        while not (value := found()):
             assert time.monotonic() < deadline
             time.sleep(1)
+        return value
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +168,7 @@ def test_make_run_from_nothing(project):
     broken.unlink()
     assert done.returncode == 0, done.stdout + done.stderr
     calls = project.calls()
-    assert len(calls) == 10
+    assert len(calls) == TASKS
     assert {of(call, "--dt") for call in calls} == {settings.SIMULATED_DT}
     assert {of(call, "--dataset") for call in calls} == {"kuairand_simulated"}
     assert len({of(call, "--attempt") for call in calls}) == 1
@@ -136,14 +194,14 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     project.backfill("2022-04-20", "2022-04-21")
     first = project.calls()
     assert sorted({of(call, "--dt") for call in first}) == ["2022-04-20", "2022-04-21"]
-    assert len(first) == 21
+    assert len(first) == 2 * TASKS + 1
     attempts = {of(call, "--attempt") for call in first}
     assert len(attempts) == 2
 
     # Reprocessing does all the work again, under new names.
     project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed")
     second = project.calls()
-    assert len(second) == 20
+    assert len(second) == 2 * TASKS
     again = {of(call, "--attempt") for call in second}
     assert again == {attempt.removesuffix("c0") + "c1" for attempt in attempts}
 
@@ -154,7 +212,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         done = project.python("-m", "infra.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
         assert done.returncode == 0, done.stdout + done.stderr
         calls = project.calls()
-        assert len(calls) == 10
+        assert len(calls) == TASKS
         assert {of(call, "--dataset") for call in calls} == {str(project.root / "var" / "definitions" / "shop.yaml")}
         assert {of(call, "--dt") for call in calls} == {"2023-02-01"}
         [attempt] = {of(call, "--attempt") for call in calls}
@@ -168,3 +226,58 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     down = project.python("-m", "infra.stack", "down")
     assert "api-server" in down.stdout
     assert not project.api.healthy()
+
+
+def test_a_warning_waits_for_a_person_before_training(project):
+    up = project.python("-m", "infra.stack", "up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    project.api.call("PATCH", f"{DAG_PATH}?update_mask=is_paused", {"is_paused": False})
+    project.calls()
+
+    # Approved: what warned and the report are shown, nothing trains meanwhile, then all the rest runs.
+    (project.root / "warn").touch()
+    run = project.trigger("2022-04-20", on_warning="approve")
+    question = project.question(run)
+    assert "2022-04-20" in question["subject"]
+    assert "hours_covered is  11" in question["body"]  # all of it in one code mark
+    assert project.link(run, LAST_GATE) in question["body"]
+    called = project.calls()
+    assert [call[0] for call in called].count("etl.quality.audit") == 3
+    assert "training.main" not in [call[0] for call in called]
+    project.answer(run, "Approve")
+    assert project.ended(run) == "success"
+    assert [call[0] for call in project.calls()] == ["training.main", "evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
+    [attempt] = {of(call, "--attempt") for call in called}
+    for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
+        assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
+
+    # Rejected, in a backfill: the run ends before training, and nothing is registered.
+    backfill = project.start_backfill("2022-04-18", "2022-04-18", dag_run_conf={"on_warning": "approve"})
+    [run] = project.wait_for(lambda: project.runs_of_backfill("2022-04-18"))
+    project.question(run)
+    project.answer(run, "Reject")
+    assert project.ended(run) == "success"
+    project.wait_for(lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"])
+    assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences"}
+    states = project.states(run)
+    assert {task for task, state in states.items() if state == "skipped"} == {
+        "train.train_models", "evaluate.evaluate_models", "register.register_model", "register.promote_model", "caches.build_user_caches"}  # fmt: skip
+
+    # A warning that nobody is to be asked about, and an approval without a warning, wait for nobody.
+    for conf in ({}, {"on_warning": "approve"}):
+        assert project.ended(project.trigger("2022-04-19", **conf)) == "success"
+        assert [call[0] for call in project.calls()].count("training.caches") == 1
+        (project.root / "warn").unlink(missing_ok=True)
+
+    # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
+    for module, task in (("etl.quality.audit", "ingest.audit_events"), ("etl.jobs.events", "ingest.build_events")):
+        project.fault(module, 2, once=False)
+        run = project.trigger("2022-04-19")
+        assert project.ended(run) == "failed"
+        assert project.states(run)[task] == "failed"
+        link = project.link(run, task)
+        assert "/runs/abc/artifacts/validation/" in link
+        [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id={task}/attempt=1.log")
+        assert link in log.read_text()
+    (project.root / "fault.json").unlink()
+    project.python("-m", "infra.stack", "down")

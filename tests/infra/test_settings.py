@@ -285,7 +285,7 @@ def test_no_index_address_is_written_down():
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny")],
+    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny"), ("ON_WARNING", "ask", "give continue, or approve")],
 )
 def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value, says):
     monkeypatch.setenv(name, value)
@@ -294,6 +294,6 @@ def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value,
 
 
 def test_options_are_typed(monkeypatch):
-    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("EVALUATION_DAYS", "2"), ("MAX_HISTORY", "")):
+    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("EVALUATION_DAYS", "2"), ("MAX_HISTORY", ""), ("ON_WARNING", "approve")):
         monkeypatch.setenv(name, value)
-    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9, "evaluation_days": 2}
+    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9, "evaluation_days": 2, "on_warning": "approve"}

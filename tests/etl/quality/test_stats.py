@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from etl.datasets import History
 from etl.partitions import MS_PER_DAY, day_number
 from etl.quality import stats
-from etl.quality.thresholds import EventThresholds
-from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
+from etl.quality.thresholds import DriftThresholds, EventThresholds
+from etl.schemas import EVALUATION, EVENTS, SEQUENCES, TRAIN, VALIDATION
 
 DT = "2022-04-21"
 DAY_MS = day_number(DT) * MS_PER_DAY
@@ -53,7 +53,7 @@ def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | N
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
-    row = stats.sequences_row(DT, [part.slice(0, 2), part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms,
+    row = stats.sequences_row(DT, [lambda: part.slice(0, 2), lambda: part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms,
                               history=History(cutoff=cutoff, availability_lag_ms=lag))
     in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
     assert row["leak_count"] == sum(any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end]) for h, t, end in in_range)
@@ -76,14 +76,16 @@ def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | N
 def events_of(rows: int, users: int) -> pa.Table:
     """Return events of one day, of so many users, half of them with bit 0."""
     index = np.arange(rows)
-    return pa.table({"user_id": index % users, "item_id": index, "event_time_ms": DAY_MS + index, "feedback": pa.array(index % 2, pa.int16())})
+    zeros = np.zeros(rows, np.int64)
+    return pa.table({"user_id": index % users, "item_id": index, "event_time_ms": DAY_MS + index, "feedback": index % 2, "watch_time_ms": zeros,
+                     "duration_ms": zeros, "context": zeros, "is_random": zeros.astype(bool)}).cast(EVENTS)
 
 
-SMALL = EventThresholds(min_trailing_days=3, min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
+SMALL = EventThresholds(min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
 
 
 def row_of(events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventThresholds = SMALL, **changes) -> stats.Row:
-    arguments = {"label_bit": 0, "feedback_bits": 8, "limits": limits, **changes}
+    arguments = {"label_bit": 0, "feedback_bits": 8, "limits": limits, "drift": DriftThresholds(), **changes}
     return stats.events_row(DT, True, events, {"rows_read": events.num_rows}, 0, trailing, **arguments)
 
 
@@ -120,7 +122,7 @@ def test_a_day_after_sparse_days_is_not_judged_by_what_is_missing() -> None:
 
 def test_a_share_of_duplicates_needs_rows() -> None:
     limits = EventThresholds(min_judged_rows=200)
-    share = lambda read: stats.events_row(DT, True, events_of(1, 1), {"rows_read": read, "duplicates": 50}, 0, [], 0, 8, limits)["duplicate_share"]  # noqa: E731
+    share = lambda read: stats.events_row(DT, True, events_of(1, 1), {"rows_read": read, "duplicates": 50}, 0, [], 0, 8, limits, DriftThresholds())["duplicate_share"]  # noqa: E731
     assert share(199) == 0
     assert share(200) == 0.25
 

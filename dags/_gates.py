@@ -1,0 +1,174 @@
+"""The tasks around a gate: the gate with a link to its report, and the question to a person before training."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dtm
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import BaseOperatorLink
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from dags._common import StageOperator, end_with_parent, partition_arguments
+from infra import settings
+
+LOGGED_WITHIN_SECONDS = 90
+ANSWERED_WITHIN = dtm.timedelta(days=2)
+WARNINGS_SHOWN = 20
+
+
+class ReportLink(BaseOperatorLink):
+    """A button on the task's page: the report of the partition, in MLflow.
+
+    Airflow asks for the address when the task ends, well or not, keeps it as an XCom and knows the button from the DAG
+    itself: no plugin has to be installed.
+    """
+
+    name = "Partition report"
+
+    @property
+    def xcom_key(self) -> str:
+        return "partition_report"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        return getattr(operator, "report_url", "")
+
+
+class GateOperator(StageOperator):
+    """Run a gate; then log its report, which it writes well or not, to MLflow, and say where it is.
+
+    MLflow is loaded beside the gate, and nothing of it fails the task.
+
+    Args:
+        reports: folder of the reports.
+        only_stopped: the stage writes a report only when it stops; a gate follows.
+    """
+
+    operator_extra_links = (ReportLink(),)
+
+    def __init__(self, *, reports: str, only_stopped: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.reports = reports
+        self.only_stopped = only_stopped
+        self.report_url = ""
+        self._logger: subprocess.Popen[str] | None = None
+
+    def command(self, context: Mapping[str, Any]) -> list[str]:
+        return [*super().command(context), "--reports", self.reports]
+
+    def execute(self, context: Any) -> dict[str, str]:
+        if not self.only_stopped:
+            self._start_logger(context)
+        try:
+            outcome = super().execute(context)
+        except AirflowException:
+            self._log_report(context)
+            raise
+        if not self.only_stopped:
+            self._log_report(context)
+        return outcome
+
+    def on_kill(self) -> None:
+        super().on_kill()
+        if self._logger is not None:
+            self._logger.kill()
+
+    def _start_logger(self, context: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "training.page", *partition_arguments(context, self.dataset), "--reports", self.reports, "--when-input-ends"]
+        self._logger = subprocess.Popen(
+            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,
+        )  # fmt: skip
+        return self._logger
+
+    def _log_report(self, context: Any) -> None:
+        logger = self._logger or self._start_logger(context)
+        try:
+            output, _ = logger.communicate(timeout=LOGGED_WITHIN_SECONDS)
+            *said, last = output.strip().splitlines() or [""]
+            found = json.loads(last)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            logger.kill()
+            self.log.warning("the report is not in MLflow: %s", error)
+            return
+        for line in said:
+            self.log.info("%s", line)
+        if found.get("run_id"):
+            self.report_url = settings.mlflow_artifact_url(found["experiment_id"], found["run_id"], found["artifact"])
+            self.log.info("report in MLflow: %s", self.report_url)
+
+
+class WarningApproval(ApprovalOperator):
+    """Ask a person before training when a gate of the run warned and the run's parameter `on_warning` is `approve`.
+
+    Otherwise the task ends at once, and what follows runs. A rejected run skips everything that follows.
+
+    Args:
+        dataset: name of a built-in data set, or the path of a definition.
+        reports: folder of the reports.
+        gate: id of the last gate, which knows where the report is.
+    """
+
+    operator_extra_links = (ReportLink(),)
+    template_fields: Sequence[str] = ()
+
+    def __init__(self, *, dataset: str, reports: str, gate: str, **kwargs: Any) -> None:
+        super().__init__(subject="Train in spite of warnings?", response_timeout=ANSWERED_WITHIN, ignore_downstream_trigger_rules=True, **kwargs)
+        self.dataset = dataset
+        self.reports = reports
+        self.gate = gate
+        self.report_url = ""
+
+    def execute(self, context: Any) -> Any:
+        self.report_url = self._find_report_url(context)
+        if context["params"]["on_warning"] != settings.APPROVE:
+            self.log.info("on_warning=%s: warnings are told and training goes on", context["params"]["on_warning"])
+            return None
+        found = self._summary(context)
+        warnings = found["failed"]["warning"]
+        if not warnings:
+            self.log.info("no gate of this run warned: nothing to approve")
+            return None
+        self.subject = f"Train {found['dataset']} {found['dt']} in spite of {len(warnings)} warning(s)?"
+        self.body = _body(found, warnings, self.report_url)
+        self.log.info("%s\n%s", self.subject, self.body)
+        return super().execute(context)
+
+    def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
+        self.report_url = self._find_report_url(context)
+        return super().execute_complete(context, event)
+
+    def process_trigger_event_error(self, event: dict[str, Any]) -> None:
+        if event["error_type"] == "timeout":  # asking the same once more would hold the next days back as long again
+            raise AirflowFailException(f"nobody answered within {ANSWERED_WITHIN}, so nothing was trained. "
+                                       "remedy: clear this task with its downstream tasks to be asked again")
+        super().process_trigger_event_error(event)
+
+    def _find_report_url(self, context: Any) -> str:
+        return context["ti"].xcom_pull(task_ids=self.gate, key=ReportLink().xcom_key) or ""
+
+    def _summary(self, context: Any) -> dict[str, Any]:
+        command = [sys.executable, "-m", "etl.quality.report", *partition_arguments(context, self.dataset), "--reports", self.reports, "--json"]
+        done = subprocess.run(command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        with contextlib.suppress(ValueError, IndexError):
+            if done.returncode == 0:
+                return json.loads(done.stdout.strip().splitlines()[-1])
+        raise AirflowException(f"what the gates found cannot be read: {(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def _body(found: Mapping[str, Any], warnings: Sequence[str], report_url: str) -> str:
+    """Return the question's text in Markdown; what the gates say stands in code marks, as data may be quoted in it."""
+    lines = [f"The gates of attempt `{found['attempt']}` warn of:", ""]
+    lines += [f"* `{warning.replace('`', ' ')}`" for warning in (" ".join(warning.split()) for warning in warnings[:WARNINGS_SHOWN])]
+    if len(warnings) > WARNINGS_SHOWN:
+        lines.append(f"* and {len(warnings) - WARNINGS_SHOWN} more")
+    lines += ["", f"[Partition report]({report_url})" if report_url else "The report is among the pages of `make up`.", "",
+              "**Approve** trains on this partition. **Reject** ends the run before training: nothing is trained or registered; what was "
+              f"published stays. Without an answer within {ANSWERED_WITHIN.days} days the run fails."]  # fmt: skip
+    return "\n".join(lines)

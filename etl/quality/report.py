@@ -1,0 +1,221 @@
+"""Writes the page of an attempt at a partition, and the index of all of them; a gate has it written when it ends, well or not.
+
+    python -m etl.quality.report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--stopped-by TEXT] [--json]
+
+    <reports>/index.html                                       every partition and attempt, newest first
+    <reports>/partitions/<dataset>/dt=D/<attempt>.html         what the gates found; statistics over days; refused rows
+    <reports>/partitions/<dataset>/dt=D/<attempt>.json         the same in short: `etl.quality.page.summary`
+
+What is drawn comes from what the gates keep (`etl.quality.kept`), so a page can be written again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etl.cli import definition_of, log, partition_parser, run_stage, store_of
+from etl.datasets import DatasetDefinition
+from etl.errors import StageError
+from etl.identity import report_page
+
+if TYPE_CHECKING:
+    from etl.quality.page import Quarantine
+    from etl.store import Manifest, TableStore
+
+DAYS = 30  # days that a drawing shows
+SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4
+SAMPLED_FROM_ROWS = 200_000  # the sample is taken from the first of a partition's refused rows
+
+
+@contextmanager
+def written_after(definition: str, store: TableStore, dt: str, attempt: str, reports: Path, only_stopped: bool = False) -> Iterator[None]:
+    """Have the page written when the body ends, also when it raises; the page's own failure is told and costs nothing else.
+
+    A process of its own writes it, and nobody waits for that: it loads its libraries beside the gate, goes on when its input
+    ends, which tells it what stopped the gate, and tells where the page is a second after the gate has ended.
+
+    Args:
+        definition: what the gate was given as --dataset.
+        only_stopped: write it only when the body raises.
+    """
+    command = [sys.executable, "-m", "etl.quality.report", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
+               "--attempt", attempt, "--reports", str(reports), "--stopped-by", "-"]  # fmt: skip
+    writer = None if only_stopped else subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    stopped_by = ""
+    try:
+        yield
+    except Exception as error:
+        stopped_by = str(error) if isinstance(error, StageError) else f"{type(error).__name__}: {error}"
+        writer = writer or subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        raise
+    finally:
+        if writer is not None and writer.stdin is not None:
+            sys.stdout.flush()  # before what the other process has to say
+            with contextlib.suppress(OSError):  # it has failed, and said so
+                writer.stdin.write(stopped_by)
+                writer.stdin.close()
+
+
+def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: str, reports: Path, stopped_by: str) -> dict[str, Any]:
+    """Write the page and its summary, then the index; return the summary.
+
+    Args:
+        stopped_by: what stopped the gate beside a failed expectation; '' for nothing.
+    """
+    from etl.quality.kept import read_outcomes
+    from etl.quality.page import Partition, partition_page, summary
+    from etl.quality.plots import draw
+
+    page = report_page(reports, store.dataset, dt, attempt)
+    outcomes = read_outcomes(store, dt, attempt)
+    docs = dict.fromkeys(outcome.data_docs for gate in outcomes for outcome in gate.outcomes if outcome.data_docs)
+    partition = Partition(
+        dataset=store.dataset,
+        simulated=definition.simulated,
+        dt=dt,
+        attempt=attempt,
+        outcomes=outcomes,
+        stopped_by=stopped_by,
+        stats=_stats(store, dt, attempt),
+        quarantine=_quarantine(store, dt, attempt),
+        data_docs={path: _relative(path, page.parent) for path in docs},
+        written_at_ms=time.time_ns() // 1_000_000,
+    )
+    found = summary(partition)
+    html = partition_page(partition, draw(partition.stats, dt), os.path.relpath(reports / "index.html", page.parent))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(reports / ".index.lock"):
+        _replace(page, html)
+        _replace(page.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False))
+        write_index(reports)
+    return found
+
+
+def write_index(reports: Path) -> None:
+    """Write `<reports>/index.html` from the summaries that lie below it."""
+    from etl.quality.page import index_page
+
+    entries = []
+    for path in sorted(reports.glob("partitions/*/dt=*/*.json")):
+        entries.append((str(path.with_suffix(".html").relative_to(reports)), json.loads(path.read_text())))
+    _replace(reports / "index.html", index_page(entries))
+
+
+def _stats(store: TableStore, dt: str, attempt: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return stage -> metric -> day -> value: of the days before as kept, of the day itself as this attempt measured it."""
+    from etl.quality.kept import STAGES, read_rejected, read_stats
+
+    series: dict[str, dict[str, dict[str, float | None]]] = {}
+    for stage in STAGES:
+        rows = read_stats(store, stage, dt, DAYS).to_pylist()
+        own = [row for row in (*rows, *read_rejected(store, stage, dt).to_pylist()) if (row["dt"], row["attempt"]) == (dt, attempt)]
+        # A later partition measures the days of its window again, under its own name.
+        for row in [row for row in rows if row["dt"] != dt] + (own or [row for row in rows if row["dt"] == dt]):
+            series.setdefault(stage, {}).setdefault(row["metric"], {})[row["dt"]] = row["value"]
+    return series
+
+
+def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
+    """Return the refused rows of the day, as staged by this attempt, else as published."""
+    from etl.quality.page import Quarantine
+
+    manifest = store.staged_manifest(attempt, "quarantine", dt) or store.manifest("quarantine", dt)
+    if manifest is None:
+        return None
+    reasons: Counter[str] = Counter()
+    sample: list[dict[str, Any]] = []
+    taken: Counter[str] = Counter()
+    scanned = 0
+    for batch in _batches(store, manifest, ["reason"]):
+        reasons.update(_code(text) for text in batch["reason"].to_pylist())
+    for batch in _batches(store, manifest, ["source_file", "row_number", "reason", "raw_text"]):
+        for row in batch.to_pylist():
+            code = _code(row["reason"])
+            if taken[code] < SAMPLE_ROWS_A_REASON and len(sample) < SAMPLE_ROWS:
+                taken[code] += 1
+                sample.append(row)
+        scanned += batch.num_rows
+        if scanned >= SAMPLED_FROM_ROWS or len(sample) == SAMPLE_ROWS:
+            break
+    return Quarantine(manifest.rows, dict(reasons), sample)
+
+
+def _batches(store: TableStore, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    for file in manifest.files:
+        with pq.ParquetFile(f"{store.root}/{file.path}", filesystem=store.fs) as parquet:
+            yield from parquet.iter_batches(columns=list(columns))
+
+
+def _code(reason: str) -> str:
+    """Return the machine-readable part of a reason: what stands before its first ': '."""
+    return reason.partition(": ")[0]
+
+
+def _relative(path: str, folder: Path) -> str:
+    return os.path.relpath(path, folder.resolve())
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Let one process at a time write the index: partitions of a backfill end side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the page of one attempt at one partition."""
+    parser: argparse.ArgumentParser = partition_parser(__doc__)
+    parser.add_argument("--reports", default="var/reports", help="local folder of the pages (default: %(default)s)")
+    parser.add_argument("--stopped-by", default="", metavar="TEXT",
+                        help="what stopped the gate, when no failed expectation says it; - takes it from standard input, once that ends")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the summary of the page")
+    args = parser.parse_args(argv)
+    store, definition = store_of(args), definition_of(args)
+    reports = Path(args.reports).resolve()
+    page = report_page(reports, store.dataset, args.dt, args.attempt)
+    if args.stopped_by == "-":
+        try:
+            _draw_early(store, args.dt, args.attempt)
+            write(definition, store, args.dt, args.attempt, reports, sys.stdin.read())
+        except Exception as error:
+            log(f"warning: the report {page} was not written: {type(error).__name__}: {error}")
+        else:
+            log(f"report: {page}")
+        return
+    found = write(definition, store, args.dt, args.attempt, reports, args.stopped_by)
+    print(json.dumps(found, ensure_ascii=False) if args.json else page)
+
+
+def _draw_early(store: TableStore, dt: str, attempt: str) -> None:
+    """Load what draws, and draw what the gate that is at work will not change: both take longer than all the rest."""
+    import etl.quality.page  # noqa: F401
+    from etl.quality.plots import draw
+
+    with contextlib.suppress(OSError):  # told when the page is written
+        draw(_stats(store, dt, attempt), dt)
+
+
+if __name__ == "__main__":
+    run_stage(main)

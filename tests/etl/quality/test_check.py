@@ -1,0 +1,83 @@
+"""Validating by hand: the gate's own result, as an exit code and as JSON, and nothing changed.
+
+    .venv/bin/python -m pytest tests/etl/quality/test_check.py -q
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from etl.errors import StageError
+from etl.quality import check, kept
+from etl.store import TableStore
+from tests.etl.quality.test_audit import (
+    DATASET,
+    DT,
+    all_zero_labels,
+    events_table,
+    failures,
+    run,
+    set_column,
+    stage_events,
+)
+
+
+def bot() -> object:
+    table = events_table()
+    user = table["user_id"].to_numpy()
+    return set_column(table, "user_id", np.where(user < 11, 0, user))
+
+
+def files(store: TableStore) -> set[str]:
+    return {str(path) for path in Path(store.warehouse).rglob("*") if path.is_file()}
+
+
+def arguments(store: TableStore, *more: str) -> list[str]:
+    return ["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json", *more]
+
+
+@pytest.mark.parametrize(("table", "code", "severity"), [(events_table, 0, None), (bot, 3, "warning"), (all_zero_labels, 2, "critical")])
+def test_a_check_says_what_the_gate_will_say_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], table, code: int, severity: str | None) -> None:
+    store = TableStore(str(tmp_path / "warehouse"), DATASET)
+    stage_events(store, "tried", table=table())
+    before = files(store)
+    assert check.main(arguments(store, "--attempt", "tried")) == code
+    found = json.loads(capsys.readouterr().out)
+    assert files(store) == before
+    assert found["max_severity"] == severity
+    if severity == "critical":
+        with pytest.raises(StageError):
+            run(store, "events", "tried", tmp_path / "reports")
+    else:
+        run(store, "events", "tried", tmp_path / "reports")
+    for each in ("critical", "warning", "info"):
+        assert {o["column"] for o in found["outcomes"] if not o["success"] and o["severity"] == each} == failures(store, "tried", "events", each)
+    [outcome] = kept.read_outcomes(store, DT, "tried")
+    assert [o["observed"] for o in found["outcomes"]] == [o.observed for o in outcome.outcomes]
+    [statistics] = found["statistics"]
+    assert (statistics["dt"], statistics["metrics"]["rows"]) == (DT, 960)
+
+
+def test_without_an_attempt_the_published_day_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = TableStore(str(tmp_path / "warehouse"), DATASET)
+    with pytest.raises(StageError, match="not published"):
+        check.main(arguments(store))
+    stage_events(store, "first")
+    run(store, "events", "first", tmp_path / "reports")
+    capsys.readouterr()
+    assert check.main(arguments(store)) == 0
+    assert json.loads(capsys.readouterr().out)["attempt"] is None
+
+
+def test_standard_output_is_json_alone(tmp_path: Path) -> None:
+    store = TableStore(str(tmp_path / "warehouse"), DATASET)
+    stage_events(store, "tried", table=all_zero_labels())
+    done = subprocess.run([sys.executable, "-m", "etl.quality.check", *arguments(store, "--attempt", "tried")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["stage"] == "events"
