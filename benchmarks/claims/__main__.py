@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.claims.train import grid, train_missing
+from benchmarks.claims.train import grid, missing, train
 from benchmarks.claims.variants import VARIANTS
 
 STEPS = ("prepare", "train", "measure", "page")
@@ -39,13 +39,14 @@ def main() -> None:
     for given, known in ((steps, STEPS), (sets, SETS), (variants, tuple(VARIANTS))):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    trainings = args.results / "trainings.jsonl"
+    runs = missing(grid(sets, args.out, args.seeds, variants), trainings)
     if "prepare" in steps:
         from benchmarks.claims.partitions import prepare
 
-        prepare(args.out, args.data, sets, args.seeds)
-    if "train" in steps:
-        folders = {name: sorted(path.parent for path in args.out.glob(f"{name}*/sequences.parquet")) for name in sets}
-        train_missing(grid({name: found for name, found in folders.items() if found}, args.seeds, variants), args.results / "trainings.jsonl", args.jobs, args.device)
+        prepare(args.out, args.data, sorted({run.data_set for run in runs}), args.seeds)
+    if "train" in steps and runs:
+        train([run for run in runs if (run.folder / "sequences.parquet").exists()], trainings, args.jobs, args.device)
     if "measure" in steps:
         from benchmarks.claims.costs import measure
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.claims.variants import SIMULATED
 from etl.datasets import dataset
 from etl.store import TableStore
 
@@ -30,7 +31,6 @@ REAL = {
     "movielens": RealSet("movielens_latest_small", "movielens", "2018-09-24"),
     "buildroot": RealSet("gitlog_buildroot", "docs/definitions/buildroot.yaml", "2026-08-22"),
 }
-SIMULATED = {"simulated": 0.0, "drifting": 4.0}  # mean days that a taste lasts; 0 = for ever
 
 
 def prepare(out: Path, data: Path, sets: Sequence[str], seeds: int) -> None:

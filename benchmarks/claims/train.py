@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.claims.length import attention_error_by_length, heavy_tails, logit_scales
-from benchmarks.claims.variants import VARIANTS
+from benchmarks.claims.variants import SIMULATED, VARIANTS
 from evaluation.metrics import auc, gauc, logloss
 from training.config import TrainConfig
 from training.data import Sequences, UserBatches
@@ -44,31 +44,31 @@ class Run:
         return self.data_set, self.variant, self.number
 
 
-def grid(sets: dict[str, list[Path]], seeds: int, variants: Sequence[str]) -> list[Run]:
-    """Return every run, those of a partition together: its data is read once a process."""
-    runs = []
-    for data_set, folders in sets.items():
-        for number in range(seeds):
-            folder = folders[number % len(folders)]
-            runs += [Run(data_set, folder, name, number) for name in variants if VARIANTS[name].runs_on(data_set)]
-    return runs
+def grid(sets: Sequence[str], out: Path, seeds: int, variants: Sequence[str]) -> list[Run]:
+    """Return every run, those of a partition together: its data is read once a process. A simulated set has a partition a seed."""
+    folder = lambda name, number: out / (f"{name}_{number}" if name in SIMULATED else name)  # noqa: E731
+    return [Run(s, folder(s, number), name, number) for s in sets for number in range(seeds) for name in variants if VARIANTS[name].runs_on(s)]
 
 
-def train_missing(runs: list[Run], results: Path, jobs: int, device: str) -> None:
-    """Train what `results` does not hold yet and append to it."""
+def missing(runs: list[Run], results: Path) -> list[Run]:
+    """Return the runs that the results do not hold yet."""
     done = {(r["data_set"], r["variant"], r["number"]) for r in read(results)}
-    missing = [run for run in runs if run.key not in done]
-    print(f"{len(runs)} trainings, {len(runs) - len(missing)} of them done; {jobs} at a time on {device}", flush=True)
+    return [run for run in runs if run.key not in done]
+
+
+def train(runs: list[Run], results: Path, jobs: int, device: str) -> None:
+    """Train and append to the results."""
+    print(f"{len(runs)} trainings, {jobs} at a time on {device}", flush=True)
     began = time.perf_counter()
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as out:
-        for count, figures in enumerate(_each(missing, jobs, device), 1):
+        for count, figures in enumerate(_each(runs, jobs, device), 1):
             out.write(json.dumps(figures) + "\n")
             out.flush()
             spent = time.perf_counter() - began
             name = f"{figures['data_set']} {figures['number']} {figures['variant']}"
             said = f"AUC {figures['auc']:.4f}" if "auc" in figures else figures["failed"]
-            print(f"[{count}/{len(missing)}, {spent / count * (len(missing) - count):.0f} s to go] {name}: {said}", flush=True)
+            print(f"[{count}/{len(runs)}, {spent / count * (len(runs) - count):.0f} s to go] {name}: {said}", flush=True)
 
 
 def read(results: Path) -> list[dict]:

@@ -13,6 +13,8 @@ from training.loop import TrainingData
 from training.model.ranker import Ranker
 from training.vocabulary import ItemFeatures
 
+SIMULATED = {"simulated": 0.0, "drifting": 4.0}  # mean days that a taste lasts; 0 = for ever
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -20,6 +22,7 @@ class Variant:
 
     Attributes:
         everywhere: trained on the real sets too, not on the simulated alone.
+        short: not on the git log, whose history of 85,478 events takes minutes a training on a CPU.
         drifting: trained on the simulated sets whose tastes change.
         alter: what is done to the training data.
         warmup_steps: steps before the codebooks start.
@@ -28,11 +31,14 @@ class Variant:
     model: ModelConfig
     everywhere: bool = False
     drifting: bool = False
+    short: bool = False
     ranker: type[Ranker] = Ranker
     alter: Callable[[TrainingData], TrainingData] | None = None
     warmup_steps: int = TrainConfig.warmup_steps
 
     def runs_on(self, data_set: str) -> bool:
+        if data_set == "buildroot":
+            return self.everywhere and not self.short
         return {"simulated": True, "drifting": self.drifting}.get(data_set, self.everywhere)
 
 
@@ -72,11 +78,11 @@ VARIANTS: dict[str, Variant] = {
     "vql_uneven_codes": Variant(ModelConfig(codes=(16, 32, 80, 128))),
     **{f"vql_refined_{k}": Variant(ModelConfig(refine_k=k), everywhere=k == 64, drifting=k == 64) for k in (4, 16, 64)},
     "vql_16_codes_refined_64": Variant(ModelConfig(codes=16, refine_k=64)),
-    "vql_recent_50": Variant(ModelConfig(recent_window=50), everywhere=True, drifting=True),
+    "vql_recent_50": Variant(ModelConfig(recent_window=50), everywhere=True, short=True, drifting=True),
     # temporal kernels
-    "exact_no_kernel": Variant(replace(EXACT, kernel_components=0), everywhere=True, drifting=True),
+    "exact_no_kernel": Variant(replace(EXACT, kernel_components=0), everywhere=True, short=True, drifting=True),
     "vql_no_kernel": Variant(ModelConfig(kernel_components=0), everywhere=True, drifting=True),
-    "vql_1_exponential": Variant(ModelConfig(kernel_components=1), everywhere=True, drifting=True),
+    "vql_1_exponential": Variant(ModelConfig(kernel_components=1), everywhere=True, short=True, drifting=True),
     "vql_3_exponentials": Variant(ModelConfig(kernel_components=3, half_life_days=THREE_HALF_LIVES), drifting=True),
     "vql_kernel_outside": Variant(ModelConfig(), drifting=True, ranker=alternates.KernelOutside),
     "vql_periodic_kernel": Variant(ModelConfig(), drifting=True, ranker=alternates.PeriodicKernel),
