@@ -52,11 +52,11 @@ def main() -> None:
     with contextlib.ExitStack() as around:
         raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
         if args.reports:
-            from etl.quality.beside import judging
+            from etl.quality.beside import judging_events
             from etl.quality.report import written_after
 
             around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
-            raw_gate = around.enter_context(judging("events", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
+            raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))
         summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share, raw_gate)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))

@@ -7,8 +7,7 @@ target sees the events strictly earlier than itself: exposures of one page share
 from __future__ import annotations
 
 import contextlib
-import json
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.items import counted, feature_ids, item_rows, merged
 from etl.partitions import MS_PER_DAY, Window, day_number
+from etl.quality.stats import SEQUENCE_COLUMNS, Bucket, SequenceRules, measured_bucket
 from etl.raw import RawLocation, read_features
 from etl.schemas import SEQUENCES, schema_fingerprint
 from etl.sequences import sequence_rows
@@ -48,16 +48,21 @@ def main() -> None:
     definition = definition.model_copy(update={"history": definition.history.model_copy(update={n: v for n, v in history.items() if v is not None})})
     raw = RawLocation(args.raw)
     with contextlib.ExitStack() as around:
+        take_measures: Callable[[Sequence[Bucket]], None] | None = None
         if args.reports:
-            from etl.quality.beside import judging
+            from etl.quality.beside import judging_sequences
 
-            around.enter_context(judging("sequences", store, definition, raw, args.dt, args.attempt, Path(args.reports)))
-        counts = build_sequences(store, definition, raw, window, args.attempt)
+            take_measures = around.enter_context(judging_sequences(store, definition, args.dt, args.attempt, Path(args.reports)))
+        counts = build_sequences(store, definition, raw, window, args.attempt, take_measures)
     log("  ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 
-def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLocation, window: Window, attempt: str) -> dict[str, int]:
+def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLocation, window: Window, attempt: str,
+                    take_measures: Callable[[Sequence[Bucket]], None] | None = None) -> dict[str, int]:
     """Stage `items` and `sequences` of a partition; return the counts of `sequences`.
+
+    Args:
+        take_measures: takes what each task has measured of the file that it staged, read back; None: nothing is measured.
 
     Raises:
         StageError: a day of the window is not published.
@@ -92,23 +97,30 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
             events = TableStore(warehouse, dataset).read_files(work, columns)
             return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()}
 
-        def build(task: tuple[int, list[DataFile]]) -> str:
+        rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)
+        measuring = take_measures is not None
+
+        def build(task: tuple[int, list[DataFile]]) -> tuple[DataFile | None, dict[str, int], Bucket | None]:
             bucket, work = task
             here = TableStore(warehouse, dataset)
             rows, counts = sequence_rows(here.read_files(work), known.value, seen.value, user_table.value, window, definition)
-            file = asdict(here.write_file(attempt, "sequences", dt, bucket, rows)) if rows.num_rows else None
-            return json.dumps({"file": file, "counts": counts})
+            file = here.write_file(attempt, "sequences", dt, bucket, rows) if rows.num_rows else None
+            if file is None or not measuring:
+                return file, counts, None
+            return file, counts, measured_bucket(here.read_file(file, SEQUENCE_COLUMNS), trained.value, rules)
 
         parts = context.parallelize([files[b] for b in buckets], len(buckets)).map(count).collect()
         totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in parts])
         items = item_rows(totals, item_files, definition, raw.uri)
         item_file = store.write_file(attempt, "items", dt, 0, items)
         known, seen = context.broadcast(items["item_id"].to_numpy()), context.broadcast(totals[""]["occurrences"].to_numpy())
-        user_table = context.broadcast(users)
-        results = [json.loads(text) for text in context.parallelize([(b, files[b]) for b in buckets], len(buckets)).map(build).collect()]
+        user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
+        results = context.parallelize([(b, files[b]) for b in buckets], len(buckets)).map(build).collect()
     finally:
         spark.stop()
-    counts = {name: sum(r["counts"][name] for r in results) for name in results[0]["counts"]}
+    counts = {name: sum(counted[name] for _, counted, _ in results) for name in results[0][1]}
+    if take_measures is not None:
+        take_measures([measured for _, _, measured in results if measured is not None])
     if counts["negatives_missing"]:
         log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
     inputs = {store.input_name(m): m.data_digest for m in manifests}
@@ -118,7 +130,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     known_fields = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
     item_counts = {"items": items.num_rows, "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
     for name, schema, found, figures in (("items", items.schema, (item_file,), item_counts),
-                                         ("sequences", SEQUENCES, tuple(DataFile(**r["file"]) for r in results if r["file"]), counts)):
+                                         ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
         store.write_staged_manifest(Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
     return counts
 

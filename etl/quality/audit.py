@@ -15,8 +15,9 @@ and outcomes are kept below the warehouse (`etl.quality.kept`). `etl.quality.che
 from __future__ import annotations
 
 import argparse
-import functools
+import concurrent.futures
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, Window, add_days, day_number
+from etl.partitions import Window, add_days
 from etl.quality import kept, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
 from etl.quality.gx import import_early
@@ -42,10 +43,11 @@ from etl.quality.thresholds import THRESHOLDS
 from etl.quality.validate import Check, validate
 from etl.raw import RawLocation
 from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
-from etl.store import Manifest, TableStore
+from etl.store import DataFile, Manifest, TableStore
 
 GATES = ("raw", "events", "sequences", "training_input", "model_output")
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
+MAX_THREADS = 4  # that measure buckets of sequences
 SEVERITIES = ("critical", "warning", "info")  # the worst first
 
 
@@ -77,6 +79,7 @@ class Audit:
         reports: local folder for Data Docs; None: no pages.
         raw: the raw logs, for gate raw.
         run_dir: the attempt's folder of runs, for gate model_output.
+        buckets: what the job's tasks have measured of the sequences that they staged.
     """
 
     store: TableStore
@@ -86,6 +89,7 @@ class Audit:
     reports: Path | None = None
     raw: RawLocation | None = None
     run_dir: Path | None = None
+    buckets: Sequence[stats.Bucket] | None = None
 
     # ---- one gate, two ways --------------------------------------------------------------------------------------
 
@@ -273,15 +277,11 @@ class Audit:
         for manifest in (items, sequences):
             self._check_files(manifest)
         definition, drift = self.definition, THRESHOLDS.drift
-        columns = ["user_id", *stats.HISTORY_LISTS, *stats.TARGET_LISTS]
         fields = {name: rule.kind for name, rule in definition.item_fields.items()}
         categories = [name for name, kind in fields.items() if kind == "category"]
         item_table = self.store.read_files(items.files, ["item_index", "item_id", "train_occurrences", *categories])
-        files = sorted(sequences.files, key=lambda file: (file.bucket, file.path))
-        window, by_position = _window(sequences), definition.targets.positions is not None
-        row = stats.sequences_row(self.dt, [functools.partial(self.store.read_file, file, columns) for file in files], item_table, sequences.counts,
-                                  window.lookback_days if by_position else window.target_days,
-                                  None if by_position else day_number(window.first_evaluation_dt) * MS_PER_DAY, _history(sequences))  # fmt: skip
+        window = _window(sequences)
+        row = stats.sequences_row(self.dt, self._buckets_of(sequences, window, item_table["train_occurrences"].to_numpy()), item_table, sequences.counts)
         event_days = [day for day in window.event_days if (m := self.store.manifest("events", day)) is not None and m.rows]
         row["event_days"] = len(event_days)
         # Histories grow while the first days of a feed come in: like is compared with like.
@@ -299,6 +299,19 @@ class Audit:
         if len(before) >= drift.min_trailing_days and item_table.num_rows >= THRESHOLDS.events.min_judged_rows:
             item_row["new_category_share"], item_row["field_psi"], details = vocabulary_drift(numbers(item_row), before, categories)
         return row, item_row, details
+
+    def _buckets_of(self, sequences: Manifest, window: Window, train_occurrences: np.ndarray) -> Sequence[stats.Bucket]:
+        """Return what is measured of each staged file: by the job's tasks, else here."""
+        if self.buckets is not None:
+            return self.buckets
+        rules = stats.SequenceRules.of(window, self.definition.targets.positions is not None, _history(sequences))
+
+        def measured(file: DataFile) -> stats.Bucket:
+            return stats.measured_bucket(self.store.read_file(file, stats.SEQUENCE_COLUMNS), train_occurrences, rules)
+
+        # numpy and Arrow work outside the interpreter's lock; as many buckets are in memory as there are threads.
+        with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            return list(pool.map(measured, sequences.files))
 
     def _tell(self, outcome: StageOutcome) -> None:
         """Log warnings and the sum."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.quality.audit import Audit
 from etl.quality.gx import great_expectations
+from etl.quality.stats import Bucket
 from etl.raw import RawLocation
 from etl.store import TableStore
 
 
 @contextmanager
-def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[bool], object]]:
-    """Judge around the job of a stage (events or sequences).
+def judging_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[bool], object]]:
+    """Judge the raw files before, and the staged days after the events job.
 
     Yields:
         what the job asks whether the raw files may be used: it raises when they do not pass. Asked not to wait, it says
@@ -32,26 +33,49 @@ def judging(stage: str, store: TableStore, definition: DatasetDefinition, raw: R
         StageError: a gate could not judge, or the raw files did not pass.
     """
     audit = Audit(store, definition, dt, attempt, reports, raw)
+    with _while_spark_starts(lambda: audit.publish("raw")) as gate:
+        yield lambda wait: gate.result() if wait or gate.done() else None
+    audit.judge_ahead("events")
+
+
+@contextmanager
+def judging_sequences(store: TableStore, definition: DatasetDefinition, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[Sequence[Bucket]], None]]:
+    """Judge what the sequences job has staged.
+
+    Yields:
+        what takes the measures that the job's tasks have made of the files that they staged.
+
+    Raises:
+        StageError: the gate could not judge.
+    """
+    audit = Audit(store, definition, dt, attempt, reports)
+
+    def take(buckets: Sequence[Bucket]) -> None:
+        audit.buckets = buckets
+
+    with _while_spark_starts(great_expectations):
+        yield take
+    audit.judge_ahead("sequences")
+
+
+@contextmanager
+def _while_spark_starts(work: Callable[[], object]) -> Iterator[concurrent.futures.Future]:
     over = threading.Event()
 
-    def first() -> None:
+    def later() -> object:
         _once_java_runs(over)
-        if stage == "events":
-            audit.publish("raw")
-        else:
-            great_expectations()
+        return work()
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        gate = pool.submit(first)
+        future = pool.submit(later)
         try:
-            yield lambda wait: gate.result() if wait or gate.done() else None
+            yield future
         except StageError:
             over.set()
-            gate.result()  # what it says of the file is nearer to the cause
+            future.result()  # what it says of the file is nearer to the cause
             raise
         finally:
             over.set()
-    audit.judge_ahead(stage)
 
 
 def _once_java_runs(over: threading.Event) -> None:

@@ -23,7 +23,7 @@ SEVERITIES = ("critical", "warning", "info")
 _SAFE = "/="  # in addresses, besides letters and digits
 
 _SAID = {
-    STOPPED: "Stopped: a gate refused this attempt; what it refused is not published.",
+    STOPPED: "Stopped: a gate refused this attempt; what it refused is neither published nor used.",
     WARNED: "Passed with warnings: odd, and published.",
     PASSED: "Passed: every gate that ran held.",
     UNKNOWN: "No gate has judged this attempt.",

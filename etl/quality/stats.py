@@ -6,23 +6,21 @@ fractions of 1. Lists are handled through their offsets: nothing here loops over
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.datasets import History
-from etl.partitions import MS_PER_DAY, day_number
+from etl.partitions import MS_PER_DAY, Window, day_number
 from etl.quality.drift import NAN, kl, psi
 from etl.quality.profile import MS_PER_HOUR, event_keys, value_shares
 from etl.quality.thresholds import DriftThresholds, EventThresholds
 from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS
 from etl.sequences import cut_offs_ms
 
-MAX_THREADS = 4  # that measure buckets of sequences
 NEVER_NEGATIVE = ("user_id", "item_id", "watch_time_ms", "duration_ms")
 
 SPLITS = 1 + max(TRAIN, VALIDATION, EVALUATION)
@@ -34,6 +32,8 @@ Spectra = dict[tuple[str, int], np.ndarray]
 
 HISTORY_LISTS = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
 TARGET_LISTS = ("target_item_index", "target_time_ms", "target_label", "target_context", "target_split", "target_history_end")
+
+SEQUENCE_COLUMNS = ("user_id", *HISTORY_LISTS, *TARGET_LISTS)
 
 
 def events_row(
@@ -102,46 +102,74 @@ def events_row(
     }
 
 
-def sequences_row(
-    dt: str,
-    parts: Sequence[Callable[[], pa.Table]],
-    items: pa.Table,
-    counts: Mapping[str, int],
-    target_days: int,
-    first_evaluation_ms: int | None,
-    history: History,
-) -> Row:
-    """Return the metrics of one partition of sequences and its items.
+@dataclass(frozen=True)
+class SequenceRules:
+    """What sequences of a partition must keep to.
 
-    Args:
-        parts: what reads the partition's users, one table a bucket.
-        items: the item_index, item_id and train_occurrences columns of `items`.
-        counts: the reconciliation figures of the manifest of `sequences`.
+    Attributes:
         target_days: length of the target window, `dt` included.
         first_evaluation_ms: from here on targets are for evaluation; None where positions decide, not days.
         history: the rule that decides what a target may see.
     """
-    item_index, item_id, occurrences = (_numpy(items[name]) for name in ("item_index", "item_id", "train_occurrences"))
 
-    def measured(part: Callable[[], pa.Table]) -> tuple[np.ndarray, np.ndarray, dict[str, int], Spectra]:
-        users = part()
-        history_lengths, metrics = _sequence_part(dt, users, len(item_index), target_days, first_evaluation_ms, history)
-        aligned = not metrics["unequal_length_count"]
-        metrics["unseen_eval_targets"] = unseen_eval_targets(users, occurrences) if aligned and not metrics["item_index_out_of_range_count"] else 0
-        return history_lengths, _numpy(users["user_id"]), metrics, target_spectra(users) if aligned else {}
+    dt: str
+    target_days: int
+    first_evaluation_ms: int | None
+    history: History
 
-    # numpy and Arrow work outside the interpreter's lock; as many buckets are in memory as there are threads.
-    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        results = list(pool.map(measured, parts))
-    lengths = [np.zeros(0, np.int64), *(result[0] for result in results)]
-    user_ids = [np.zeros(0, np.int64), *(result[1] for result in results)]
+    @staticmethod
+    def of(window: Window, by_position: bool, history: History) -> SequenceRules:
+        if by_position:
+            return SequenceRules(window.dt, window.lookback_days, None, history)
+        return SequenceRules(window.dt, window.target_days, day_number(window.first_evaluation_dt) * MS_PER_DAY, history)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What is measured of one bucket of users; buckets add up.
+
+    Attributes:
+        user_id, history_length: int64 [users].
+        sums: metrics that are sums.
+        spectra: targets counted by split and value.
+    """
+
+    user_id: np.ndarray
+    history_length: np.ndarray
+    sums: Mapping[str, int]
+    spectra: Spectra
+
+
+def measured_bucket(users: pa.Table, train_occurrences: np.ndarray, rules: SequenceRules) -> Bucket:
+    """Measure every list of one bucket of users.
+
+    Args:
+        users: the columns SEQUENCE_COLUMNS.
+        train_occurrences: int64, of each item of the partition.
+    """
+    history_length, sums = _sequence_sums(users, len(train_occurrences), rules)
+    aligned = not sums["unequal_length_count"]
+    sums["unseen_eval_targets"] = unseen_eval_targets(users, train_occurrences) if aligned and not sums["item_index_out_of_range_count"] else 0
+    return Bucket(_numpy(users["user_id"]), history_length, sums, target_spectra(users) if aligned else {})
+
+
+def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: Mapping[str, int]) -> Row:
+    """Return the metrics of one partition of sequences and its items.
+
+    Args:
+        items: the item_index and item_id columns of `items`.
+        counts: the reconciliation figures of the manifest of `sequences`.
+    """
+    item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
+    lengths = [np.zeros(0, np.int64), *(bucket.history_length for bucket in buckets)]
+    user_ids = [np.zeros(0, np.int64), *(bucket.user_id for bucket in buckets)]
     sums: dict[str, int] = {}
     spectra: Spectra = {}
-    for _, _, metrics, counted in results:
-        for name, value in metrics.items():
+    for bucket in buckets:
+        for name, value in bucket.sums.items():
             sums[name] = sums.get(name, 0) + value
-        for key, counts_by_value in counted.items():
-            spectra[key] = spectra[key] + counts_by_value if key in spectra else counts_by_value
+        for key, counted in bucket.spectra.items():
+            spectra[key] = spectra[key] + counted if key in spectra else counted
     length, user_id = np.concatenate(lengths), np.concatenate(user_ids)
     total = {name: sums.get(name, 0) for name in _SUMMED}
     targets = total["train_targets"] + total["validation_targets"] + total["eval_targets"]
@@ -188,7 +216,7 @@ _SUMMED = (
 )
 
 
-def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_evaluation_ms: int | None, history: History) -> tuple[np.ndarray, dict[str, int]]:
+def _sequence_sums(part: pa.Table, items: int, rules: SequenceRules) -> tuple[np.ndarray, dict[str, int]]:
     """Return the history lengths and the summable metrics of one bucket of users."""
     lists = {name: part[name].combine_chunks() for name in (*HISTORY_LISTS, *TARGET_LISTS)}
     length = {name: _numpy(pc.list_value_length(column)) for name, column in lists.items()}
@@ -202,11 +230,11 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
     start = np.concatenate([[0], np.cumsum(history_length)])[:-1]  # of each user's history, in `time_ms`
     target_time_ms, end = value["target_time_ms"], value["target_history_end"]
     day = target_time_ms // MS_PER_DAY
-    last_day = day_number(dt)
+    last_day = day_number(rules.dt)
     split = value["target_split"]
     wrong = (split != TRAIN) & (split != VALIDATION) & (split != EVALUATION)
-    if first_evaluation_ms is not None and len(split) == len(target_time_ms):
-        wrong |= (split == EVALUATION) != (target_time_ms >= first_evaluation_ms)
+    if rules.first_evaluation_ms is not None and len(split) == len(target_time_ms):
+        wrong |= (split == EVALUATION) != (target_time_ms >= rules.first_evaluation_ms)
     metrics = {
         "history_events": len(time_ms),
         "train_targets": int((split == TRAIN).sum()),
@@ -223,7 +251,7 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
         "watch_bucket_out_of_range_count": int(
             ((value["history_watch_bucket"] < 0) | (value["history_watch_bucket"] >= WATCH_BUCKETS)).sum()
         ),
-        "target_outside_window_count": int(((day > last_day) | (day <= last_day - target_days)).sum()),
+        "target_outside_window_count": int(((day > last_day) | (day <= last_day - rules.target_days)).sum()),
     }
     if unequal.any():  # the lists of a user do not line up: what joins them has no meaning
         return history_length, {**metrics, "train_positives": 0, "eval_positives": 0}
@@ -232,7 +260,7 @@ def _sequence_part(dt: str, part: pa.Table, items: int, target_days: int, first_
     visible = in_range & (end > 0)
     # Every visible event counts, not the last alone: the running maximum holds even where a history is unsorted.
     latest_ms = _running_max(time_ms, history_length)
-    leaks = latest_ms[(start[user] + end - 1)[visible]] >= cut_offs_ms(target_time_ms, history)[visible]
+    leaks = latest_ms[(start[user] + end - 1)[visible]] >= cut_offs_ms(target_time_ms, rules.history)[visible]
     return history_length, {
         **metrics,
         "train_positives": int((value["target_label"][split == TRAIN] == 1).sum()),

@@ -74,18 +74,18 @@ def _run(checks: Sequence[Check], run_name: str, reports: Path | None) -> tuple[
     import great_expectations as gx
     import pandas as pd
     from great_expectations.core.run_identifier import RunIdentifier
+    from great_expectations.data_context.types.resource_identifiers import ExpectationSuiteIdentifier
 
     context = _context(reports)
     source = context.data_sources.add_or_update_pandas("partitions")
     results, identifiers = [], []
     for check in checks:
         asset = source.add_dataframe_asset(check.suite)
-        suite = context.suites.add_or_update(build_suite(check.suite, THRESHOLDS))
+        suite = build_suite(check.suite, THRESHOLDS)
+        definition = gx.ValidationDefinition(name=check.suite, data=asset.add_batch_definition_whole_dataframe("frame"), suite=suite)
+        # Adds or updates the suite and the definition, too: done one by one, each would go through the suite again.
+        checkpoint = context.checkpoints.add_or_update(gx.Checkpoint(name=check.suite, validation_definitions=[definition], result_format="BASIC"))
         frame = pd.DataFrame(check.rows)
-        definition = context.validation_definitions.add_or_update(
-            gx.ValidationDefinition(name=check.suite, data=asset.add_batch_definition_whole_dataframe("frame"), suite=suite))
-        checkpoint = context.checkpoints.add_or_update(
-            gx.Checkpoint(name=check.suite, validation_definitions=[definition], result_format="BASIC"))  # fmt: skip
         run = checkpoint.run(batch_parameters={"dataframe": frame}, run_id=RunIdentifier(run_name=run_name))
         [(identifier, result)] = run.run_results.items()
         results.append(result)
@@ -93,15 +93,9 @@ def _run(checks: Sequence[Check], run_name: str, reports: Path | None) -> tuple[
     if reports is None:
         return results, [None] * len(results)
     # Once for all suites: building writes the index anew each time.
-    context.build_data_docs(site_names=[SITE], resource_identifiers=[*identifiers, *(i for i in map(_suite_identifier, results) if i)])
+    context.build_data_docs(site_names=[SITE], resource_identifiers=[*identifiers, *(ExpectationSuiteIdentifier(check.suite) for check in checks)])
     sites = [context.get_docs_sites_urls(resource_identifier=identifier, site_name=SITE) for identifier in identifiers]
     return results, [site["site_url"].removeprefix("file://") for [site] in sites]
-
-
-def _suite_identifier(result: Any) -> Any:
-    from great_expectations.data_context.types.resource_identifiers import ExpectationSuiteIdentifier
-
-    return ExpectationSuiteIdentifier(result.suite_name)
 
 
 def _context(reports: Path | None) -> Any:

@@ -382,6 +382,23 @@ def test_a_stage_error_fails_without_retry_and_says_why(tmp_path, monkeypatch):
         execute()
 
 
+@pytest.mark.parametrize(("code", "raised"), [("print('fine')", None), ("import sys; sys.exit(2)", AirflowFailException), ("import sys; sys.exit(1)", AirflowException)])
+def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(tmp_path, monkeypatch, code, raised):
+    from dags._common import StageOperator
+    from dags._gates import GateOperator, ReportLink
+
+    script = tmp_path / "gate.py"
+    script.write_text(code)
+    monkeypatch.setattr(StageOperator, "command", lambda self, context: [sys.executable, str(script), "--dt", "2022-04-21", "--attempt", "a"])
+    gate = GateOperator(task_id="gate", module="gate", dataset="kuairand", reports=str(tmp_path / "no reports"))
+    if raised is None:
+        assert gate.execute(context_of(dt="2022-04-21"))["attempt"] == "a"
+    else:
+        with pytest.raises(raised):
+            gate.execute(context_of(dt="2022-04-21"))
+    assert ReportLink().get_link(gate, ti_key=None) == ""
+
+
 @pytest.mark.parametrize("code", ["raise ValueError('odd')", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
 def test_other_failures_may_be_retried(tmp_path, monkeypatch, code):
     _, execute = run_code(tmp_path, monkeypatch, code)

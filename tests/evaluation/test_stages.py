@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from etl.errors import StageError
 from evaluation import promote
@@ -66,6 +68,18 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert run.info.status == "FINISHED"
     assert run.data.metrics["vql/auc"] == pytest.approx(evaluation["models"][0]["auc"])
     assert run.data.tags["data.snapshot_digest"] == version.tags["data.snapshot_digest"]
+
+
+def test_scores_that_are_no_numbers_stop_the_evaluation_and_the_registration(stages):
+    stages.train(FIRST)
+    [path] = (stages.runs / FIRST / "models" / "vql").glob("*.safetensors")
+    weights = load_file(path)
+    save_file({name: torch.full_like(w, float("nan")) if w.is_floating_point() else w for name, w in weights.items()}, path)
+    with pytest.raises(StageError, match=r"must not be registered[\s\S]*not_a_number_count"):
+        stages.run("main", FIRST)
+    with pytest.raises(StageError, match="gate model_output stopped attempt"):
+        stages.run("register", FIRST)
+    assert Registry(DATASET).aliases() == {}
 
 
 def test_second_promotion_keeps_the_old_champion_for_rollback(stages, lenient, same_process):

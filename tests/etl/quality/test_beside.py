@@ -64,6 +64,18 @@ def test_the_gate_publishes_what_the_job_has_judged_without_judging_again(feed: 
     assert not list(Path(feed.store.root).rglob("judged.json"))
 
 
+def test_what_tasks_measure_is_what_the_gate_measures(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed.build_events(ATTEMPT)
+    feed.audit(ATTEMPT).publish("events")
+    run_job(feed, sequences_job, monkeypatch)
+    ahead = feed.audit(ATTEMPT)._judged_ahead("sequences")
+    assert ahead is not None
+    measured = {stage: audit_module.numbers(metrics) for stage, _, metrics in feed.audit(ATTEMPT).measure("sequences").statistics}
+    assert [stage for stage, _, _ in ahead[1]] == list(measured)
+    for stage, _, metrics in ahead[1]:
+        assert metrics == pytest.approx(measured[stage], nan_ok=True)
+
+
 def test_a_fault_found_beside_the_job_is_stopped_by_its_gate(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
     changed("time_ms", rotated(8))(feed)
     run_job(feed, events_job, monkeypatch)  # its work is done; whether it may be used is the gate's to say

@@ -53,8 +53,9 @@ def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | N
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
-    row = stats.sequences_row(DT, [lambda: part.slice(0, 2), lambda: part.slice(2)], items, {}, target_days=2, first_evaluation_ms=first_evaluation_ms,
-                              history=History(cutoff=cutoff, availability_lag_ms=lag))
+    rules = stats.SequenceRules(DT, 2, first_evaluation_ms, History(cutoff=cutoff, availability_lag_ms=lag))
+    buckets = [stats.measured_bucket(users, items["train_occurrences"].to_numpy(), rules) for users in (part.slice(0, 2), part.slice(2))]
+    row = stats.sequences_row(DT, buckets, items, {})
     in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
     assert row["leak_count"] == sum(any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end]) for h, t, end in in_range)
     assert row["history_end_out_of_range_count"] == sum(len(targets) for _, targets in rows) - len(in_range)
