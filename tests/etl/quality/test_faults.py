@@ -426,12 +426,26 @@ def test_ten_clean_days_one_after_the_other_raise_no_critical_and_at_most_one_wa
     assert len(warnings) <= 1, warnings
 
 
-def test_the_first_day_of_a_feed_is_judged_by_absolute_bounds_alone(clean: Feed, tmp_path: Path) -> None:
-    feed = Feed(tmp_path, clean.definition, clean.reports)
+def first_day_of(clean: Feed, folder: Path) -> Feed:
+    """Return a feed that begins: no warehouse, and one day's file."""
+    feed = Feed(folder, clean.definition, clean.reports)
     feed.raw.mkdir()
     for path in clean.raw.iterdir():
         if not path.name.startswith("log_") or path.name == log_name(FIRST):
             (feed.raw / path.name).hardlink_to(path)
+    return feed
+
+
+def test_a_missing_hour_of_the_first_day_is_told(clean: Feed, tmp_path: Path) -> None:
+    feed = first_day_of(clean, tmp_path)
+    feed.change_log(lambda table: table.filter(pa.array(~in_hour(table, 9))), FIRST)
+    feed.build_events("today", FIRST, 2)
+    feed.audit("today", FIRST).publish("events")
+    assert [o.column for o in feed.outcomes("today", FIRST)["events"].failed("warning")] == ["odd_empty_hour_count"]
+
+
+def test_the_first_day_of_a_feed_is_judged_by_absolute_bounds_alone(clean: Feed, tmp_path: Path) -> None:
+    feed = first_day_of(clean, tmp_path)
     feed.audit("today", FIRST).publish("raw")
     feed.build_events("today", FIRST, 2)
     feed.audit("today", FIRST).publish("events")
