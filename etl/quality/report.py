@@ -196,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     reports = Path(args.reports).resolve()
     page = report_page(reports, store.dataset, args.dt, args.attempt)
     if args.stopped_by == "-":
+        os.nice(10)  # the gate goes first
         try:
             _draw_early(store, args.dt, args.attempt)
             write(definition, store, args.dt, args.attempt, reports, sys.stdin.read())
