@@ -208,7 +208,7 @@ class ModelOutputThresholds:
     min_judged_targets: int = 200
     max_constant_share_warning: float = 0.2
     max_constant_share_critical: float = 0.5
-    min_score_sd: float = 0.005
+    min_score_sd: float = 0.001
     expected_ratio_warning: tuple[float, float] = (0.7, 1.4)
     expected_ratio_critical: tuple[float, float] = (0.33, 3.0)
     max_ece: float = 0.15
