@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etl.partitions import MS_PER_DAY
-from training.model.attention import event_attention
+from training.model.attention import event_attention, straight_through_codes
 from training.model.factored import factored_attention
 from training.model.kernel import MixtureKernel
 
@@ -44,7 +44,6 @@ def passes(targets: int, cut_offs: int, half_lives: tuple[float, ...]) -> dict[s
         end_T = choices[torch.arange(targets) * len(choices) // targets]
     target_times = times[end_T - 1] + 1000
     kernel = MixtureKernel(HEADS, half_lives) if half_lives else None
-    code_LH = codes_LG.repeat_interleave(HEADS // GROUPS, dim=1)
 
     def exact() -> Tensor:
         if kernel is None and cut_offs == 1:  # nothing to mask: the fastest form there is
@@ -53,7 +52,7 @@ def passes(targets: int, cut_offs: int, half_lives: tuple[float, ...]) -> dict[s
         return event_attention(query_THd, key_LHd, value_LHd, times, target_times, end_T, kernel)
 
     def item_level() -> Tensor:
-        hard_LHd = key_LHd + (codebook_HCd[torch.arange(HEADS), code_LH] - key_LHd).detach()
+        hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
         return event_attention(query_THd, hard_LHd, value_LHd, times, target_times, end_T, kernel)
 
     def factored() -> Tensor:

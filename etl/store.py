@@ -239,14 +239,10 @@ class TableStore:
 
     def content_digest(self, file: DataFile) -> str:
         """Return the sha256 (hex) of a file's bytes as they are now; '' where it is gone."""
-        digest = hashlib.sha256()
         try:
-            with self.fs.open_input_stream(f"{self.root}/{file.path}", compression=None) as stream:
-                while block := stream.read(8 << 20):
-                    digest.update(block)
+            return sha256_of(self.fs, f"{self.root}/{file.path}")
         except OSError:
             return ""
-        return digest.hexdigest()
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.
@@ -307,6 +303,19 @@ class TableStore:
             return None
         with self.fs.open_input_stream(full) as stream:
             return stream.read().decode()
+
+
+def sha256_of(fs: pafs.FileSystem, path: str) -> str:
+    """Return the sha256 (hex) of a file's bytes, as they lie there: nothing is unpacked.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with fs.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _shallow(manifest: Manifest) -> dict:

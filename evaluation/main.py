@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import SIMULATED_MARKER
 from etl.errors import StageError
+from etl.local_files import replace_text
 from etl.quality.audit import Audit
 from etl.quality.report import written_after
 from etl.store import Manifest, TableStore
@@ -144,9 +144,7 @@ def table(evaluation: dict) -> str:
 
 def write_json(path: Path, value: dict) -> None:
     """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_without_nan(value), indent=1, allow_nan=False))
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False))
 
 
 def _length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list[dict]:

@@ -57,9 +57,8 @@ class ModelConfig:
             raise StageError(f"unknown interest {self.interest!r}", f"use one of: {', '.join(INTERESTS)}")
         if self.heads % self.groups:
             raise StageError(f"{self.groups} groups do not divide {self.heads} heads", "choose groups that do")
-        if isinstance(self.codes, tuple):
-            if len(self.codes) != self.groups:
-                raise StageError(f"{len(self.codes)} codebook sizes for {self.groups} groups", "give one number for all groups or one for each")
+        if isinstance(self.codes, tuple) and len(self.codes) != self.groups:
+            raise StageError(f"{len(self.codes)} codebook sizes for {self.groups} groups", "give one number for all groups or one for each")
         if self.interest == "recent_attention" and self.recent_window < 1:
             raise StageError("recent_attention without a recent_window sees nothing", "set recent_window, for example 200")
 

@@ -22,6 +22,7 @@ import torch
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
+from etl.local_files import replace_text
 from etl.store import TableStore, code_version
 from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
@@ -82,7 +83,7 @@ def main() -> None:
         "seed": config.seed,
         "mlflow_run_id": job["mlflow_run_id"],
     }
-    _write_atomically(run_dir / "training.json", json.dumps(summary, indent=1))
+    replace_text(run_dir / "training.json", json.dumps(summary, indent=1))
     log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
 
 
@@ -283,7 +284,7 @@ def _ray_worker(job: dict) -> None:
 
     summaries = train_all(job, Worker(rank, world, device), report, resume)
     if rank == 0:
-        _write_atomically(Path(job["run_dir"]) / "models" / "summaries.json", json.dumps(summaries))
+        replace_text(Path(job["run_dir"]) / "models" / "summaries.json", json.dumps(summaries))
 
 
 def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:
@@ -313,12 +314,6 @@ def _narrowed(config: TrainConfig, models: str | None, seed: int | None) -> Trai
             raise StageError(f"unknown model {unknown[0]!r} in --models", f"use some of: {', '.join(config.models)}")
         config = replace(config, models={name: config.models[name] for name in wanted})
     return config if seed is None else replace(config, seed=seed)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The claims report: every claim of the method, measured on the data at hand, on one page.
 
-    python -m benchmarks.claims                       # all steps; hours on two CPU cores, half an hour on one GPU
+    python -m benchmarks.claims                       # all steps; hours on two CPU cores, some twelve minutes on one GPU
     python -m benchmarks.claims --steps page          # the page again, from results that are there
     python -m benchmarks.claims --seeds 1 --variants exact,vql --sets simulated --steps prepare,train,page
 

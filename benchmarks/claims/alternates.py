@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from training.config import ModelConfig
 from training.data import Batch
-from training.model.blocks import Layout, _age_days, block_attention
+from training.model.blocks import Layout, age_days_of_pairs, block_attention
 from training.model.kernel import MixtureKernel
 from training.model.quantizer import GroupedQuantizer
 from training.model.ranker import FieldSizes, Ranker
@@ -182,7 +182,7 @@ def _attention_times_kernel(
     logit_HNPB = layout.targets(query_THd) @ layout.events(key_EHd).transpose(2, 3)
     # Logits are bounded by 4 sqrt(d), so their exponentials need no maximum.
     weight_HNPB = logit_HNPB.exp() * layout.seen(end_T)
-    kernel_HNPB = kernel.log_kernel_of_age(_age_days(layout, event_ms_E, target_ms_T, query_THd.dtype)[None]).exp()
+    kernel_HNPB = kernel.log_kernel_of_age(age_days_of_pairs(layout, event_ms_E, target_ms_T, query_THd.dtype)[None]).exp()
     total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))
     return layout.summed((weight_HNPB * kernel_HNPB) @ layout.events(value_EHd)) / total_TH1.clamp(min=1e-12)
 

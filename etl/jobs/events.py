@@ -26,7 +26,7 @@ from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of
 from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
 from etl.schemas import EVENTS, QUARANTINE, event_field_type, schema_fingerprint, table_schema
 from etl.spark import spark_session
-from etl.store import DataFile, Manifest, TableStore, code_version
+from etl.store import DataFile, Manifest, TableStore, code_version, sha256_of
 
 EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
 BYTES_PER_TASK = 128 << 20
@@ -413,11 +413,7 @@ def _file_name(line: str) -> str:
 def _file_digest(raw: RawLocation, file: RawFile) -> str:
     if file.size > HASHED_BYTES:
         return f"size:{file.size}"
-    digest = hashlib.sha256()
-    with raw.fs.open_input_stream(file.path, compression=None) as stream:
-        while block := stream.read(8 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{sha256_of(raw.fs, file.path)}"
 
 
 def _spark_schema(schema: pa.Schema):

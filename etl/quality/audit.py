@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from etl.partitions import Window, add_days
 from etl.quality import kept, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
 from etl.quality.gx import import_early
-from etl.quality.kept import StageOutcome
+from etl.quality.kept import SEVERITIES, StageOutcome
 from etl.quality.model_output import model_output_row
 from etl.quality.report import written_after
 from etl.quality.thresholds import THRESHOLDS
@@ -48,7 +48,6 @@ from etl.store import DataFile, Manifest, TableStore
 GATES = ("raw", "events", "sequences", "training_input", "model_output")
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
 MAX_THREADS = 4  # that measure buckets of sequences
-SEVERITIES = ("critical", "warning", "info")  # the worst first
 
 
 Statistics = tuple[str, str, dict[str, float]]  # stage, day, metrics
@@ -122,7 +121,7 @@ class Audit:
         The gate does so only while the staged files are, byte for byte, those that were judged.
         """
         outcome, statistics = self._judged_now(stage)
-        self.store.write_text(self._ahead_path(stage), json.dumps({"digests": self._digests(stage), "outcome": json.loads(outcome.to_json()), "statistics": statistics}))
+        self.store.write_text(self._ahead_path(stage), json.dumps({"digests": self._digests(stage), "outcome": asdict(outcome), "statistics": statistics}))
         log(f"{stage} dt={self.dt}: judged beside the job; its gate tells and decides")
 
     def judge(self, stage: str, evidence: Evidence) -> StageOutcome:
@@ -250,7 +249,7 @@ class Audit:
         if ahead["digests"] != self._digests(stage) or not self._files_are_whole(stage):
             return None
         statistics = [(of_stage, day, {name: NAN if value is None else value for name, value in metrics.items()}) for of_stage, day, metrics in ahead["statistics"]]
-        return StageOutcome.from_json(json.dumps(ahead["outcome"])), statistics
+        return StageOutcome.from_dict(ahead["outcome"]), statistics
 
     def _ahead_path(self, stage: str) -> str:
         assert self.attempt is not None
@@ -335,7 +334,7 @@ class Audit:
         if stage == "events":
             return not self.store.staged_days(self.attempt, "events") and self._own("events", self.dt) is not None
         if stage == "sequences":
-            tables = ("items", "sequences")
+            tables = STAGED_TABLES[stage]
             return all(self._own(name, self.dt) for name in tables) and not any(self.store.staged_manifest(self.attempt, name, self.dt) for name in tables)
         return False
 

@@ -13,9 +13,9 @@ import json
 import sys
 
 from etl.cli import EXIT_STAGE_ERROR, run_stage
-from etl.quality.audit import SEVERITIES, Evidence, audit_of, audit_parser
+from etl.quality.audit import Evidence, audit_of, audit_parser
 from etl.quality.gx import import_early
-from etl.quality.kept import StageOutcome
+from etl.quality.kept import SEVERITIES, StageOutcome
 
 EXIT_WARNING = 3
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from etl.partitions import add_days, days_between
 from etl.store import TableStore
 
+SEVERITIES = ("critical", "warning", "info")  # the worst first
 STAGES = ("raw", "events", "items", "sequences", "training_input", "model_output")
 
 # One row is one metric of one day; a vector is several metrics with a suffix (hour_share_00 .. hour_share_23).
@@ -85,7 +86,10 @@ class StageOutcome:
 
     @staticmethod
     def from_json(text: str) -> StageOutcome:
-        raw = json.loads(text)
+        return StageOutcome.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> StageOutcome:
         return StageOutcome(**{**raw, "outcomes": tuple(Outcome(**outcome) for outcome in raw["outcomes"])})
 
 

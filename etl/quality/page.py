@@ -14,12 +14,11 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from etl.quality.kept import STAGES, Outcome, StageOutcome
-from etl.quality.plots import BAND_DAYS, Plot, Series
+from etl.quality.kept import SEVERITIES, STAGES, Outcome, StageOutcome
+from etl.quality.plots import BAND_DAYS, Plot, Series, values_before
 
 STOPPED, WARNED, PASSED, UNKNOWN = "stopped", "warned", "passed", "not judged"
 MOST_CHARACTERS = 300  # of one raw row or observed value
-SEVERITIES = ("critical", "warning", "info")
 _SAFE = "/="  # in addresses, besides letters and digits
 
 _SAID = {
@@ -217,7 +216,7 @@ def _statistics(p: Partition) -> str:
         for metric, values in sorted(p.stats.get(stage, {}).items()):
             if p.dt not in values:
                 continue
-            before = [value for day in sorted(values) if day < p.dt and (value := values[day]) is not None][-BAND_DAYS:]
+            before = values_before(values, p.dt)
             spread = f"{_number(min(before))} to {_number(max(before))}" if before else "no days before"
             rows.append(f"<tr><td>{_text(stage)}</td><td><code>{_text(metric)}</code></td><td class=number>{_number(values[p.dt])}</td>"
                         f"<td class=number>{spread}</td></tr>")  # fmt: skip

@@ -119,7 +119,7 @@ def _over_days(panel: _Panel, values_of_lines: _Lines, dt: str) -> Plot:
         axes.plot([at[day] for day in values], list(values.values()), color=colour, linewidth=1.2, marker=".", markersize=3)
         if dt in values:
             axes.plot([at[dt]], [values[dt]], color=colour, marker="o", markersize=5, linestyle="none", clip_on=False)
-    before = _before(next(iter(lines.values())), dt)
+    before = values_before(next(iter(lines.values())), dt)
     if len(lines) == 1 and len(before) > 1:
         axes.axhspan(min(before), max(before), color=_BAND, linewidth=0)
         axes.axhline(statistics.median(before), color=_INK, linewidth=0.5, linestyle="--", alpha=0.5)
@@ -145,7 +145,7 @@ def _tick(value: float, _position: float) -> str:
     return f"{value:.4g}"
 
 
-def _before(values: Mapping[str, float | None], dt: str) -> list[float]:
+def values_before(values: Mapping[str, float | None], dt: str) -> list[float]:
     """Return the known values on the BAND_DAYS days before `dt` that have one."""
     return [value for day in sorted(values) if day < dt and (value := values[day]) is not None][-BAND_DAYS:]
 
@@ -158,7 +158,7 @@ def _hour_profile(series: Series, dt: str) -> Plot | None:
         return None
     title = "Events: share of the day by UTC hour"
     figure, axes = _figure()
-    before = [_before(values, dt) for values in hours]
+    before = [values_before(values, dt) for values in hours]
     if all(len(values) > 1 for values in before):
         axes.fill_between(range(24), [min(values) for values in before], [max(values) for values in before], color=_BAND, linewidth=0)
         axes.plot(range(24), [statistics.median(values) for values in before], color=_INK, linewidth=0.5, linestyle="--", alpha=0.5)

@@ -6,7 +6,6 @@ A file costs three small reads, whatever its size; only files of equal size are 
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from etl.partitions import MS_PER_DAY, add_days, day_number
 from etl.quality.drift import NAN
 from etl.quality.thresholds import DriftThresholds, RawThresholds
 from etl.raw import Chunk, RawFile, RawLocation, Split, checked_lines, line_pattern
+from etl.store import sha256_of
 
 PARQUET_MAGIC = b"PAR1"
 
@@ -144,17 +144,8 @@ def _copy_of(raw: RawLocation, file: RawFile, others: Sequence[RawFile]) -> RawF
     same = [other for other in others if other.size == file.size and other.name != file.name]
     if not same:
         return None
-    digest = content_digest(raw, file)
-    return next((other for other in same if content_digest(raw, other) == digest), None)
-
-
-def content_digest(raw: RawLocation, file: RawFile) -> str:
-    """Return the sha256 of a file's bytes (hex)."""
-    digest = hashlib.sha256()
-    with raw.fs.open_input_stream(file.path, compression=None) as stream:
-        while block := stream.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    digest = sha256_of(raw.fs, file.path)
+    return next((other for other in same if sha256_of(raw.fs, other.path) == digest), None)
 
 
 def _missing_columns(raw: RawLocation, file: RawFile, logs: Logs) -> dict[str, list[str]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -29,6 +28,7 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.identity import report_page
+from etl.local_files import one_at_a_time, replace_text
 
 if TYPE_CHECKING:
     from etl.quality.page import Quarantine
@@ -96,9 +96,9 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     found = summary(partition)
     html = partition_page(partition, draw(partition.stats, dt), os.path.relpath(reports / "index.html", page.parent))
     page.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(reports / ".index.lock"):
-        _replace(page, html)
-        _replace(page.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False))
+    with one_at_a_time(reports / ".index.lock"):
+        replace_text(page, html)
+        replace_text(page.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False))
         write_index(reports)
     return found
 
@@ -110,7 +110,7 @@ def write_index(reports: Path) -> None:
     entries = []
     for path in sorted(reports.glob("partitions/*/dt=*/*.json")):
         entries.append((str(path.with_suffix(".html").relative_to(reports)), json.loads(path.read_text())))
-    _replace(reports / "index.html", index_page(entries))
+    replace_text(reports / "index.html", index_page(entries))
 
 
 def _stats(store: TableStore, dt: str, attempt: str) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -167,21 +167,6 @@ def _code(reason: str) -> str:
 
 def _relative(path: str, folder: Path) -> str:
     return os.path.relpath(path, folder.resolve())
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time write the index: partitions of a backfill end side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> None:

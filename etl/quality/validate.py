@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etl.local_files import one_at_a_time
 from etl.quality.gx import great_expectations
 from etl.quality.kept import Outcome
 from etl.quality.suites import UNKNOWN, build_suite, must_be_known
@@ -53,9 +53,8 @@ def validate(checks: Sequence[Check], run_name: str, reports: Path | None) -> li
     great_expectations()
     if reports is not None:
         reports = reports.resolve()
-        reports.mkdir(parents=True, exist_ok=True)
     checks = [_with_unknown(check) for check in checks]
-    with _lock(reports / ".gx.lock") if reports is not None else nullcontext():
+    with one_at_a_time(reports / ".gx.lock") if reports is not None else nullcontext():
         results, pages = _run(checks, run_name, reports)
     return [_outcome(check, item, page) for check, result, page in zip(checks, results, pages, strict=True) for item in result.results]
 
@@ -117,14 +116,6 @@ def _context(reports: Path | None) -> Any:
     }
     context.variables.save()
     return context
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time change the context: partitions of a backfill are audited side by side."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _outcome(check: Check, item: Any, page: str | None) -> Outcome:

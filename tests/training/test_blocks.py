@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.model.attention import combine, event_attention, event_part, straight_through, window_part
+from training.model.attention import combine, event_attention, event_part, straight_through_codes, window_part
 from training.model.blocks import Layout, block_attention
 from training.model.kernel import MixtureKernel
 from training.model.refined import refined_event_part
@@ -53,7 +53,7 @@ def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed,
 @given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), window=st.integers(0, 6), refine=st.integers(0, 12))
 def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, seed, half_lives, window, refine):
     query, key, value, times, at, end, codes, book, kernel, starts = problem(users, seed, half_lives)
-    hard = straight_through(key, book, codes) if len(key) else key
+    hard = straight_through_codes(key, book, codes) if len(key) else key
     tail = (end - window).clamp(min=0)
 
     def alone(e, t):

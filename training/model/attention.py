@@ -15,6 +15,7 @@ from torch import Tensor
 from training.model.cache import UserCache
 from training.model.cache import build_cache as build_cache
 from training.model.kernel import MixtureKernel, age_days
+from training.model.quantizer import straight_through
 
 NOTHING = -1e30  # log of the weight of no event: finite, so that no gradient meets inf - inf
 
@@ -156,12 +157,12 @@ def cache_attention(
     return cache_part(query_THd, codebook_HCd, cache, target_time_ms_T, kernel).out_THd
 
 
-def straight_through(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
+def straight_through_codes(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
     """Return keys at their codewords whose gradient goes to the exact keys (vql 3.3), [L, H, d]."""
     heads = codebook_HCd.shape[0]
     code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
     word_LHd = codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]
-    return word_LHd.detach() + (key_LHd - key_LHd.detach())  # the codeword to the bit: equal codes tie
+    return straight_through(key_LHd, word_LHd)
 
 
 def code_logits(

@@ -133,7 +133,7 @@ def block_attention(
     logit_HNPB = (query_HNPd @ layout.events(key_EHd).transpose(2, 3)).to(query_THd.dtype)
     bias_HNPB = None
     if kernel is not None:
-        age_NPB = _age_days(layout, event_time_ms_E, target_time_ms_T, query_THd.dtype)
+        age_NPB = age_days_of_pairs(layout, event_time_ms_E, target_time_ms_T, query_THd.dtype)
         bias_HNPB = kernel.log_kernel_of_age(age_NPB[None]).to(logit_HNPB.dtype)
     hidden_NPB = ~layout.seen(end_T)
     if first_T is not None:
@@ -161,7 +161,7 @@ def block_attention(
     return mixed_THd / torch.where(total_TH1 > 0, total_TH1, 1.0)
 
 
-def _age_days(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T: Tensor, dtype: torch.dtype) -> Tensor:
+def age_days_of_pairs(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T: Tensor, dtype: torch.dtype) -> Tensor:
     """Ages in days, [N, P, B], never negative: from the block's newest event, so that no difference is taken in single precision."""
     event_ms_NB = event_time_ms_E[layout.event_NB]
     newest_ms_N1 = event_ms_NB.amax(1, keepdim=True)
@@ -182,7 +182,7 @@ def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
     count_X = torch.bincount(layout.tile_N, minlength=layout.tiles)
     start_X = count_X.cumsum(0) - count_X
     least_HXP1 = ranked_HNPB.new_full((heads, layout.tiles, tile, 1), torch.inf)
-    size_of_X = [1 << (count - 1).bit_length() if count else 0 for count in count_X.tolist()]
+    size_of_X = [1 << (blocks - 1).bit_length() if blocks else 0 for blocks in count_X.tolist()]
     for size in set(size_of_X) - {0}:  # tiles that meet about as many blocks together, so that few are padding
         tile_Y = torch.tensor([x for x, of in enumerate(size_of_X) if of == size], device=count_X.device)
         step_S = torch.arange(size, device=count_X.device)

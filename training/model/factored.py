@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from etl.partitions import MS_PER_DAY
-from training.model.attention import NOTHING, Attended, combine, event_part, straight_through
+from training.model.attention import NOTHING, Attended, combine, event_part, straight_through_codes
 from training.model.cache import joined, tables
 from training.model.kernel import MixtureKernel, age_days
 
@@ -140,7 +140,7 @@ def _partial_segments(
     kernel: MixtureKernel | None,
 ) -> Attended:
     """Attention of every target over the events between its border and its cut-off."""
-    hard_LHd = straight_through(key_LHd, codebook_HCd, codes_LG)
+    hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
     inside_T = (end_T > border_T).nonzero()[:, 0]
     outs, lses = [], []
     for rows in inside_T.split((border_T[inside_T].unique_consecutive(return_counts=True)[1]).tolist()):

@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 
+def straight_through(key: Tensor, word: Tensor) -> Tensor:
+    """Return codewords whose gradient goes to the keys (vql 3.3): the codewords to the bit, so that equal codes tie."""
+    return word.detach() + (key - key.detach())
+
+
 class GroupedQuantizer(nn.Module):
     """Codebooks of all groups.
 
@@ -88,7 +93,7 @@ class GroupedQuantizer(nn.Module):
             loss = commitment * ((keys_GNw - words_GNw.detach()).square().sum((0, 2)) * weight).sum()
             if self.ema_decay is None:
                 loss = loss + ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
-            hard_GNw = words_GNw.detach() + (keys_GNw - keys_GNw.detach())  # the codeword to the bit: equal codes tie
+            hard_GNw = straight_through(keys_GNw, words_GNw)
             if self.training:
                 self._track(codes_NG, keys_GNw.detach(), weight_N.float())
         return self._ungrouped(hard_GNw, keys_NHd), loss, codes_NG

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.attention import Attended, code_logits, softmax_part, straight_through
+from training.model.attention import Attended, code_logits, softmax_part, straight_through_codes
 from training.model.cache import UserCache
 from training.model.kernel import MixtureKernel, age_days
 
@@ -41,7 +41,7 @@ def refined_event_part(
     """
     heads, length = query_THd.shape[1], len(key_LHd)
     code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
-    hard_LHd = straight_through(key_LHd, codebook_HCd, codes_LG)
+    hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
     hidden_TL = torch.arange(length, device=code_HL.device) >= target_end_T[:, None]
     query_HTd = query_THd.transpose(0, 1)
     logit_HTL = query_HTd @ hard_LHd.permute(1, 2, 0)
