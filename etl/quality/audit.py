@@ -293,6 +293,7 @@ class Audit:
         before = [day for day in self._statistics("items", self.dt, drift.trailing_days) if day]
         usual_items = median_of([day for day in before if day.get("event_days") == len(event_days)], "items", drift)
         item_row |= {"event_days": len(event_days), "new_category_share": NAN, "field_psi": NAN,
+                     "without_fields_share_rise": float(item_row["without_fields_share"]) - median_of(before, "without_fields_share", drift),
                      "items_to_trailing": float(item_row["items"]) / usual_items if usual_items > 0 else NAN}  # fmt: skip
         details: dict[str, str] = {}
         if len(before) >= drift.min_trailing_days and item_table.num_rows >= THRESHOLDS.events.min_judged_rows:

@@ -132,6 +132,8 @@ def items(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expectatio
         *_stop("items", "The window shows items.", _REBUILD, low=1),
         *_graded("without_fields_share", "The item files describe the items.", files,
                  (None, limits.max_items_without_fields_share_warning), (None, limits.max_items_without_fields_share_critical)),
+        *_graded("without_fields_share_rise", "The item files describe as many of the items as in the partitions before.", files,
+                 (None, limits.max_items_without_fields_rise_warning), (None, limits.max_items_without_fields_rise_critical)),
         _band("train_unseen_share", INFO, "Recorded: items that no training day showed.", look, high=0.5),
         _band("items_to_trailing", WARNING, "About as many items as in the partitions before.", look, limits.min_users_ratio, limits.max_users_ratio),
         _band("new_category_share", WARNING, "Item fields have the values of the partitions before.", look, high=drift.new_category_share),

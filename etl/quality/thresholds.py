@@ -156,7 +156,9 @@ class SequenceThresholds:
     Attributes:
         min_label_rate, max_label_rate: of the training and of the evaluation targets; a warning.
         max_truncated_user_share: users whose history was cut at the limit; a warning.
-        max_items_without_fields_share_*: items that no item file describes; judged where there are item files.
+        max_items_without_fields_share_*: items that no item file describes; judged where there are item files. Item files that
+            describe few of the items are ordinary (a warning); critical only where they describe none.
+        max_items_without_fields_rise_*: that share above its trailing median: an item file that no longer fits the logs.
         min_users_ratio, max_users_ratio: users and items over those of trailing partitions; warnings.
     """
 
@@ -164,7 +166,9 @@ class SequenceThresholds:
     max_label_rate: float = 0.98
     max_truncated_user_share: float = 0.5
     max_items_without_fields_share_warning: float = 0.2
-    max_items_without_fields_share_critical: float = 0.8
+    max_items_without_fields_share_critical: float = 0.999
+    max_items_without_fields_rise_warning: float = 0.1
+    max_items_without_fields_rise_critical: float = 0.3
     min_users_ratio: float = 0.5
     max_users_ratio: float = 2.0
 

@@ -305,7 +305,8 @@ def items_table() -> pa.Table:
 
 
 def stage_sequences(
-    store: TableStore, attempt: str, rows: dict[str, list] | None = None, items: pa.Table | None = None, settings: dict[str, int] = SETTINGS
+    store: TableStore, attempt: str, rows: dict[str, list] | None = None, items: pa.Table | None = None, settings: dict[str, int] = SETTINGS,
+    without_fields: int = 0,
 ) -> Manifest:
     table = pa.table(rows or user_rows(), schema=SEQUENCES)
     split = table["target_split"].combine_chunks().flatten().to_pylist()
@@ -313,7 +314,7 @@ def stage_sequences(
     inputs = {f"events/dt={day}": m.data_digest for day in days if (m := store.manifest("events", day)) is not None}
     counts = {"users": USERS, "targets": 3 * USERS, "train_targets": split.count(TRAIN), "validation_targets": split.count(VALIDATION),
               "eval_targets": split.count(EVALUATION), "history_events": 4 * USERS, "truncated_users": 0}  # fmt: skip
-    stage_table(store, attempt, "items", DT, [items_table() if items is None else items])
+    stage_table(store, attempt, "items", DT, [items_table() if items is None else items], counts={"without_fields": without_fields})
     return stage_table(store, attempt, "sequences", DT, [table.slice(0, 7), table.slice(7)], counts=counts, inputs=inputs,
                        settings=settings)  # fmt: skip
 
@@ -509,6 +510,16 @@ def test_fields_of_the_data_set_belong_to_the_contract_of_items(store: TableStor
     with pytest.raises(StageError, match=r"table items.*no column author_id \(int64\)"):
         run(store, "sequences", "lacking-item-field", reports)
     assert store.manifest("items", DT) is None
+
+
+def test_item_files_that_describe_few_items_are_ordinary_and_such_that_describe_none_are_not(store: TableStore, reports: Path) -> None:
+    stage_sequences(store, "few", without_fields=ITEM_COUNT - 1)
+    run(store, "sequences", "few", reports)
+    assert failures(store, "few", "sequences", "warning") == {"without_fields_share"}
+    stage_sequences(store, "none", without_fields=ITEM_COUNT)
+    with pytest.raises(StageError, match=r"without_fields_share is 1 .*item files"):
+        run(store, "sequences", "none", reports)
+    assert store.require("items", DT).attempt == "few"
 
 
 def test_repeats_that_the_data_set_keeps_are_no_fault(tmp_path: Path, reports: Path) -> None:

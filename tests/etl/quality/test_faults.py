@@ -316,6 +316,9 @@ def change_item_file(feed: Feed, change: Callable[[pa.Table], pa.Table]) -> None
 FEATURES = [
     Fault("item file of another numbering", lambda feed: change_item_file(feed, lambda items: set_column(items, "video_id", items["video_id"].to_numpy() + 50_000)),
           "sequences", "without_fields_share", ("item files",)),
+    Fault("half of the item file's ids of another numbering", lambda feed: change_item_file(feed, lambda items: set_column(
+        items, "video_id", np.where(np.arange(items.num_rows) % 2 == 0, items["video_id"].to_numpy() + 50_000, items["video_id"].to_numpy()))),
+          "sequences", "without_fields_share_rise", ("item files",)),
     Fault("an item field with a new category", lambda feed: change_item_file(feed, lambda items: set_column(
         items, "video_type", np.where(np.arange(items.num_rows) % 20 == 0, "LIVE", items["video_type"].to_numpy(zero_copy_only=False)))),
           "sequences", "new_category_share", ("item_type has the new value(s) LIVE",), "warning"),
