@@ -7,15 +7,21 @@ given by its path. `docs/datasets.md` explains every field; the models below are
 from __future__ import annotations
 
 import datetime as dtm
+import difflib
+import math
 import re
+import typing
 import zoneinfo
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field as Setting
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from etl.definition_checks import delimiter_problem, glob_problem, inconsistencies, time_problems
+from etl.definition_yaml import read_yaml
 from etl.errors import StageError
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
@@ -24,17 +30,95 @@ MAX_SIGNALS = 8  # bits of `feedback` that the model embeds
 MILLISECONDS = {"milliseconds": 1, "seconds": 1_000, "minutes": 60_000}
 
 
-class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+def _day(given: Any) -> Any:
+    """Return a day written YYYY-MM-DD as a date; pydantic alone would take seconds since 1970 and times of day, too."""
+    if isinstance(given, str) and re.fullmatch(r"(19|20|21)[0-9]{2}-[0-9]{2}-[0-9]{2}", given):
+        try:
+            return dtm.date.fromisoformat(given)
+        except ValueError:
+            pass
+    if type(given) is dtm.date:
+        return given
+    raise ValueError("a day of the years 1900 to 2199 is wanted, written YYYY-MM-DD")
 
-    @pydantic.model_validator(mode="before")
+
+def _value(given: Any) -> Any:
+    """Return what a raw column may hold; what it must be is decided by the column's type."""
+    if isinstance(given, bool) or given is None:
+        raise ValueError(f"a number or a text is wanted, not {'null' if given is None else str(given).lower()}; write a text in quotes, as it stands in the files")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise ValueError("a number is wanted that is finite")
+    if not isinstance(given, int | float | str):
+        raise ValueError("a number or a text is wanted, or a list of them, such as [a, b]")
+    return given
+
+
+def _values(given: Any) -> Any:
+    """Return one value, or several as a tuple."""
+    if given is None or not isinstance(given, list | tuple):
+        return given if given is None else _value(given)
+    if not given:
+        raise ValueError("an empty list allows nothing")
+    return tuple(_value(value) for value in given)
+
+
+def _checked(problem: Callable[[str], str | None]) -> pydantic.AfterValidator:
+    def check(given: str) -> str:
+        if (said := problem(given)) is not None:
+            raise ValueError(said)
+        return given
+
+    return pydantic.AfterValidator(check)
+
+
+Name = Annotated[str, Setting(min_length=1)]
+Day = Annotated[dtm.date, pydantic.BeforeValidator(_day)]
+Glob = Annotated[str, _checked(glob_problem)]
+Delimiter = Annotated[str, Setting(min_length=1, max_length=1), _checked(delimiter_problem)]
+Signals = Annotated[tuple[Name, ...], Setting(min_length=1)]
+Year = Annotated[int, Setting(ge=1_900, le=2_199)]
+Bound = Annotated[int | float, pydantic.BeforeValidator(lambda given: _value(given) if not isinstance(given, str) else _not_a_number())]
+
+
+def _not_a_number() -> Any:
+    raise ValueError("a number is wanted, in plain decimal digits and without quotes")
+
+
+class _Model(pydantic.BaseModel):
+    """Strict: a number is no text and no truth value is a number; what YAML reads is what counts."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in data:
-                if name not in cls.model_fields:
-                    raise ValueError(f"unknown field {name!r}; allowed: {', '.join(cls.model_fields)}")
-        return data
+    def _known_fields(cls, data: Any, handler: pydantic.ModelWrapValidatorHandler) -> Any:
+        """Tell unknown fields together with everything that is wrong with the known ones."""
+        if not isinstance(data, dict):
+            return handler(data)
+        allowed = cls.model_fields
+        unknown = [_unknown_field(str(name), list(allowed), value) for name, value in data.items() if name not in allowed]
+        known = {name: tuple(value) if isinstance(value, list) and _holds_tuple(allowed[name].annotation) else value for name, value in data.items() if name in allowed}
+        if not unknown:
+            return handler(known)
+        try:
+            handler(known)
+        except pydantic.ValidationError as error:
+            unknown += [InitErrorDetails(type=_custom(detail["type"], detail["msg"]), loc=detail["loc"], input=detail["input"]) for detail in error.errors()]
+        raise pydantic.ValidationError.from_exception_data(cls.__name__, unknown)
+
+
+def _unknown_field(name: str, allowed: list[str], value: Any) -> InitErrorDetails:
+    near = difflib.get_close_matches(name, allowed, 1)
+    said = f"unknown field {name!r}; allowed: {', '.join(allowed)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return InitErrorDetails(type=_custom("unknown_field", said), loc=(name,), input=value)
+
+
+def _custom(kind: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{said}", {"said": message})  # type: ignore[arg-type]
+
+
+def _holds_tuple(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple or any(_holds_tuple(part) for part in typing.get_args(annotation))
 
 
 class Column(_Model):
@@ -48,9 +132,9 @@ class Column(_Model):
     """
 
     type: Literal["integer", "decimal", "text"]
-    min: float | None = None
-    max: float | None = None
-    one_of: tuple[int | float | str, ...] | None = None
+    min: Bound | None = None
+    max: Bound | None = None
+    one_of: Annotated[tuple[int | float | str, ...] | None, pydantic.BeforeValidator(_values)] = None
     optional: bool = False
 
     @pydantic.model_validator(mode="before")
@@ -71,7 +155,7 @@ class NamedDays(_Model):
     """
 
     pattern: str
-    year: int | None = None
+    year: Year | None = None
     zone: str | None = None
     late_minutes: int = Setting(default=0, ge=0, le=1_440)
 
@@ -100,21 +184,15 @@ class Logs(_Model):
         expected_refusals: reasons that do not count towards the share of bad rows which stops a stage.
     """
 
-    files: tuple[str, ...] = Setting(min_length=1)
+    files: tuple[Glob, ...] = Setting(min_length=1)
     format: Literal["csv", "parquet"] = "csv"
     header: bool = True
-    delimiter: str = Setting(default=",", min_length=1, max_length=1)
+    delimiter: Delimiter = ","
     quoting: bool = True
-    columns: dict[str, Column] = Setting(min_length=1)
+    columns: dict[Name, Column] = Setting(min_length=1)
     days_in_name: NamedDays | None = None
     repeats: Literal["drop", "keep"] = "drop"
     expected_refusals: tuple[Literal["missing_value", "time_out_of_range", "not_a_time", "out_of_range", "not_allowed"], ...] = ()
-
-    @pydantic.model_validator(mode="after")
-    def _plain_delimiter(self) -> Logs:
-        if self.delimiter in "\n\r\"-.0123456789":
-            raise ValueError(f"delimiter {self.delimiter!r} cannot be told from values")
-        return self
 
 
 class Time(_Model):
@@ -133,10 +211,10 @@ class Time(_Model):
     unit: Literal["seconds", "milliseconds", "microseconds"] | None = None
     format: str | None = None
     zone: str = "UTC"
-    year: int | None = None
+    year: Year | None = None
     digits: int | None = Setting(default=None, ge=1, le=20)
-    earliest: dtm.date = dtm.date(2000, 1, 1)
-    latest: dtm.date = dtm.date(2100, 1, 1)
+    earliest: Day = dtm.date(2000, 1, 1)
+    latest: Day = dtm.date(2100, 1, 1)
 
     @pydantic.model_validator(mode="after")
     def _one_way(self) -> Time:
@@ -146,6 +224,8 @@ class Time(_Model):
             raise ValueError(f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S")
         if self.unit is not None and (self.year is not None or self.digits is not None):
             raise ValueError("year and digits belong to format")
+        if problems := list(time_problems(self)):
+            raise ValueError("; ".join(problems))
         _zone(self.zone)
         return self
 
@@ -166,11 +246,11 @@ class Condition(_Model):
     """What a raw column must hold; an empty value never does."""
 
     column: str
-    equals: int | float | str | tuple[int | float | str, ...] | None = None
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
+    equals: Annotated[int | float | str | tuple[int | float | str, ...] | None, pydantic.BeforeValidator(_values)] = None
+    above: Bound | None = None
+    at_least: Bound | None = None
+    below: Bound | None = None
+    at_most: Bound | None = None
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> Condition:
@@ -208,10 +288,10 @@ class FeatureFile(_Model):
         missing: values that mean "not known".
     """
 
-    files: str
-    key: str
-    delimiter: str = Setting(default=",", min_length=1, max_length=1)
-    columns: tuple[str, ...] | None = None  # of a file without header
+    files: Glob
+    key: Name
+    delimiter: Delimiter = ","
+    columns: tuple[Name, ...] | None = Setting(default=None, min_length=1)  # of a file without header
     missing: tuple[str, ...] = ("",)
     fields: dict[str, FieldRule] = Setting(min_length=1)
 
@@ -250,10 +330,10 @@ class History(_Model):
         max_events: at most so many of the latest that a target may see.
     """
 
-    of: tuple[str, ...] | None = None
+    of: Signals | None = None
     cutoff: Literal["event", "day_start"] = "event"
-    availability_lag_ms: int = Setting(default=0, ge=0)
-    max_events: int = Setting(default=4_000, ge=1)
+    availability_lag_ms: int = Setting(default=0, ge=0, le=36_525 * 86_400_000)
+    max_events: int = Setting(default=4_000, ge=1, le=2**31 - 1)
 
 
 class Negatives(_Model):
@@ -267,8 +347,8 @@ class Negatives(_Model):
     """
 
     per_positive: int = Setting(ge=1, le=100)
-    draw: dict[Literal["popularity", "uniform", "own_history"], Annotated[float, Setting(gt=0)]] = {"popularity": 1.0}
-    seed: int = 7
+    draw: dict[Literal["popularity", "uniform", "own_history"], Annotated[float, Setting(gt=0)]] = Setting(default={"popularity": 1.0}, min_length=1)
+    seed: int = Setting(default=7, ge=0, le=2**63 - 1)
 
 
 class Positions(_Model):
@@ -276,7 +356,7 @@ class Positions(_Model):
 
     train: tuple[Annotated[int, Setting(lt=0)], ...] = Setting(min_length=1)
     validation: tuple[Annotated[int, Setting(lt=0)], ...] = ()
-    evaluation: tuple[Annotated[int, Setting(lt=0)], ...] = (-1,)
+    evaluation: tuple[Annotated[int, Setting(lt=0)], ...] = Setting(default=(-1,), min_length=1)
 
 
 class Targets(_Model):
@@ -290,7 +370,7 @@ class Targets(_Model):
         negatives: sampled ones.
     """
 
-    of: tuple[str, ...] | None = None
+    of: Signals | None = None
     label: str | None = None
     positions: Positions | None = None
     min_events: int = Setting(default=1, ge=1)
@@ -306,16 +386,16 @@ class Targets(_Model):
 class WindowDefaults(_Model):
     """Days of a partition where the command line says nothing else; see `etl.partitions.Window`."""
 
-    target_days: int = Setting(default=14, ge=2)
-    lookback_days: int = Setting(default=30, ge=2)
-    evaluation_days: int = Setting(default=1, ge=1)
+    target_days: int = Setting(default=14, ge=2, le=36_525)
+    lookback_days: int = Setting(default=30, ge=2, le=36_525)
+    evaluation_days: int = Setting(default=1, ge=1, le=36_525)
 
 
 class Archive(_Model):
     """One published file: where it is, how large, its checksum, and which of its members are raw files."""
 
-    url: str
-    bytes: int | None = None
+    url: str = Setting(pattern="^https?://")
+    bytes: int | None = Setting(default=None, ge=1)
     md5: str | None = Setting(default=None, pattern="^[0-9a-f]{32}$")
     members: tuple[str, ...] = ("*",)
 
@@ -323,8 +403,8 @@ class Archive(_Model):
 class Download(_Model):
     """Where the makers publish the data set, under which licence."""
 
-    licence: str
-    page: str
+    licence: Name
+    page: Name
     archives: tuple[Archive, ...] = ()
 
 
@@ -340,10 +420,10 @@ class DatasetDefinition(_Model):
     """
 
     name: str = Setting(pattern="^[a-z][a-z0-9_]{0,39}$")
-    title: str
+    title: Name
     simulated: bool = False
-    first_day: dtm.date
-    last_day: dtm.date | None = None
+    first_day: Day
+    last_day: Day | None = None
     download: Download | None = None
     logs: Logs
     events: Events
@@ -355,44 +435,8 @@ class DatasetDefinition(_Model):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DatasetDefinition:
-        columns, events = self.logs.columns, self.events
-        wanted: dict[str, tuple[str, tuple[str, ...]]] = {"events.user": (events.user, ("integer", "text")), "events.item": (events.item, ("integer", "text"))}
-        wanted["events.time.column"] = (events.time.column, ("integer", "decimal") if events.time.unit else ("text", "integer"))
-        wanted |= {f"events.{part}.column": (span.column, ("integer", "decimal")) for part in ("watch_time", "duration") if (span := getattr(events, part))}
-        wanted |= {f"events.{part}": (column, ("integer",)) for part in ("context", "is_random") if (column := getattr(events, part))}
-        wanted |= {f"events.signals.{name}.column": (c.column, ("integer", "decimal", "text")) for name, c in events.signals.items()}
-        wanted |= {f"events.item_fields.{name}.column": (f.column, ("integer",) if f.kind == "id" else ("integer", "decimal", "text")) for name, f in events.item_fields.items()}
-        for where, (column, types) in wanted.items():
-            if column not in columns:
-                raise ValueError(f"{where}: {column!r} is not among logs.columns: {', '.join(columns)}")
-            if columns[column].type not in types:
-                raise ValueError(f"{where}: column {column!r} is of type {columns[column].type}; allowed: {', '.join(types)}")
-        for name, condition in events.signals.items():
-            wanted_values = condition.equals if isinstance(condition.equals, tuple) else (condition.equals,)
-            allowed = columns[condition.column].one_of
-            if condition.equals is not None and allowed is not None and not set(map(str, wanted_values)) <= set(map(str, allowed)):
-                raise ValueError(f"events.signals.{name}: {condition.equals!r} is not among logs.columns.{condition.column}.one_of: {', '.join(map(str, allowed))}")
-        if self.last_day is not None and self.last_day < self.first_day:
-            raise ValueError(f"last_day {self.last_day} is before first_day {self.first_day}")
-        window = self.window
-        if not window.evaluation_days < window.target_days <= window.lookback_days:
-            raise ValueError("window: needs evaluation_days < target_days <= lookback_days")
-        for where in (events.user, events.item, events.time.column):
-            if columns[where].optional:
-                raise ValueError(f"logs.columns.{where}: user, item and time cannot be optional")
-        named = {"targets.label": (self.targets.label,) if self.targets.label else (), "targets.of": self.targets.of or (), "history.of": self.history.of or ()}
-        for where, signals in named.items():
-            for signal in signals:
-                if signal not in events.signals:
-                    raise ValueError(f"{where}: {signal!r} is not among events.signals: {', '.join(events.signals)}")
-        taken = {"item_index", "item_id", "train_occurrences"}
-        for where, fields in [("events.item_fields", events.item_fields), *[(f"items[{i}].fields", file.fields) for i, file in enumerate(self.items)]]:
-            for name in fields:
-                if name in taken or not re.fullmatch("[a-z][a-z0-9_]*", name):
-                    raise ValueError(f"{where}: {name!r} is taken twice, reserved or not in lower case")
-                taken.add(name)
-        if any(rule.kind != "category" for file in self.users for rule in file.fields.values()):
-            raise ValueError("users: fields of a user are of kind category")
+        if problems := inconsistencies(self):
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -417,16 +461,6 @@ class DatasetDefinition(_Model):
     @property
     def user_fields(self) -> tuple[str, ...]:
         return tuple(name for file in self.users for name in file.fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only; dates stay texts, so that a wrong one is told with the name of its field."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def built_in_names() -> list[str]:
@@ -461,7 +495,9 @@ def _load(path: Path) -> DatasetDefinition:
     try:
         definition = DatasetDefinition.model_validate(raw)
     except pydantic.ValidationError as error:
-        problems = "; ".join(_problem(detail) for detail in error.errors())
+        # A list whose values are wrong is not told to be empty as well.
+        details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
+        problems = "; ".join(_problem(detail) for detail in details)
         raise StageError(f"the data set definition {path} is wrong: {problems}", "correct these fields; docs/datasets.md explains each") from None
     if definition.name != path.stem:
         raise StageError(f"the data set definition {path} has the name {definition.name!r}", f"rename the file to {definition.name}.yaml, or set name: {path.stem}")
@@ -470,16 +506,7 @@ def _load(path: Path) -> DatasetDefinition:
 
 def _merged(path: Path) -> dict[str, Any]:
     """Return the file's content, on top of the definition that it `extends` (mappings are merged, all else is replaced)."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise StageError(f"the data set definition {path} cannot be read: {error.strerror}", "give the path of an existing YAML file") from None
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise StageError(f"the data set definition {path} is not YAML: {' '.join(str(error).split())}", "correct the place that is named") from None
-    if not isinstance(raw, dict):
-        raise StageError(f"the data set definition {path} is not a mapping of fields", f"begin with: name: {path.stem}")
+    raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -496,15 +523,20 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
+    # An unknown field is told with the one that it stands in.
+    where = ".".join(str(part) for part in (detail["loc"][:-1] if detail["type"] == "unknown_field" else detail["loc"]) if not str(part).endswith("]"))
+    message = " ".join(detail["msg"].split()).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]").replace("a valid array", "a list, such as [a, b]")
     given = detail.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    if "valid string" in message and isinstance(given, int | float | None):
+        message += "; write it in quotes"
+    if "valid boolean" in message:
+        message += ": true or false"
+    shown = " (given: null)" if given is None else f" (given: {given!r})" if isinstance(given, str | int | float) and detail["type"] != "unknown_field" else ""
     return (f"{where}: " if where else "") + message + shown
 
 
 def _zone(name: str) -> zoneinfo.ZoneInfo:
     try:
         return zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise ValueError(f"zone {name!r} is not known; give for example UTC or Asia/Shanghai") from None

@@ -395,10 +395,10 @@ def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str 
     match = re.search(days.pattern, name)
     if match is None:
         return None, None, None, None
-    groups = {key: int(value) for key, value in match.groupdict().items() if value is not None}
-    year = groups.get("year", days.year or 0)
     zone = zoneinfo.ZoneInfo(days.zone or "UTC")
     try:
+        groups = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+        year = groups.get("year", days.year or 0)
         first = dtm.date(year, groups["month"], groups["day"])
         last = dtm.date(groups.get("last_year", year), groups.get("last_month", first.month), groups.get("last_day", first.day))
         if last < first and "last_year" not in groups:  # names without a year that span New Year
@@ -406,7 +406,7 @@ def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str 
         begin = dtm.datetime.combine(first, dtm.time(), zone) - dtm.timedelta(minutes=days.late_minutes)
         end = dtm.datetime.combine(last + dtm.timedelta(days=1), dtm.time(), zone) - dtm.timedelta(microseconds=1)
         return first.isoformat(), last.isoformat(), begin.astimezone(dtm.UTC).date().isoformat(), end.astimezone(dtm.UTC).date().isoformat()
-    except (ValueError, OverflowError):  # numbers, but no days: the name promises nothing
+    except (ValueError, OverflowError, KeyError):  # no numbers, or no days: the name promises nothing
         return None, None, None, None
 
 
