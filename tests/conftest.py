@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 
+import hypothesis
+
 # Before anything imports Airflow: it reads its settings at import.
 _HOME = tempfile.mkdtemp(prefix="longview-tests-")
 os.environ["LONGVIEW_HOME"] = _HOME
@@ -16,6 +18,12 @@ for _name in ("MLFLOW_TRACKING_URI", "RAW", "DT", "DATASET", "CONFIG"):
 from infra import settings  # noqa: E402
 
 os.environ.update(settings.environment())
+
+# The one profile of every property test. The same examples each time, so that a run fails by a change and never by chance; how fast a
+# machine is, or how busy, is no property of the code. HYPOTHESIS=explore draws new examples and keeps those that fail.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS") or "same")
 
 
 def pytest_sessionfinish() -> None:

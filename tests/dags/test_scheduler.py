@@ -16,6 +16,7 @@ import pytest
 
 from infra import settings
 from infra.services import AirflowApi
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
@@ -87,7 +88,7 @@ class Project:
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=280)
+        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=PATIENCE_S)
 
     def definition(self, file: str, text: str) -> Path:
         path = self.root / file
@@ -112,7 +113,7 @@ class Project:
 
     def backfill(self, first: str, last: str, **body) -> None:
         identity = self.start_backfill(first, last, **body)
-        self.wait_for(lambda: self.api.call("GET", f"/api/v2/backfills/{identity}")["completed_at"])
+        wait_for("end of the backfill", lambda: self.api.call("GET", f"/api/v2/backfills/{identity}")["completed_at"], every=1)
 
     def runs_of_backfill(self, dt: str) -> list[str]:
         runs = self.api.call("GET", f"{DAG_PATH}/dagRuns?run_type=backfill")["dag_runs"]
@@ -125,14 +126,14 @@ class Project:
 
     def ended(self, run: str) -> str:
         """Return the final state of a run."""
-        return self.wait_for(lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None)
+        return wait_for(f"end of {run}", lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None, every=1)
 
     def states(self, run: str) -> dict[str, str | None]:
         return {task["task_id"]: task["state"] for task in self.api.call("GET", f"{run}/taskInstances")["task_instances"]}
 
     def question(self, run: str) -> dict:
         """Return what a run that waits for a person shows him."""
-        self.wait_for(lambda: self.states(run).get(APPROVAL) == "awaiting_input")
+        wait_for(f"question of {run}", lambda: self.states(run).get(APPROVAL) == "awaiting_input", every=1)
         # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one, and
         # asks again; no person is that fast.
         time.sleep(8)
@@ -144,14 +145,6 @@ class Project:
     def link(self, run: str, task: str) -> str | None:
         """Return where the report's button on the page of a task leads."""
         return self.api.call("GET", f"{run}/taskInstances/{task}/links")["extra_links"]["Partition report"]
-
-    @staticmethod
-    def wait_for(found):
-        deadline = time.monotonic() + 200
-        while not (value := found()):
-            assert time.monotonic() < deadline
-            time.sleep(1)
-        return value
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +249,11 @@ def test_a_warning_waits_for_a_person_before_training(project):
 
     # Rejected, in a backfill: the run ends before training, and nothing is registered.
     backfill = project.start_backfill("2022-04-18", "2022-04-18", dag_run_conf={"on_warning": "approve"})
-    [run] = project.wait_for(lambda: project.runs_of_backfill("2022-04-18"))
+    [run] = wait_for("run of the backfill", lambda: project.runs_of_backfill("2022-04-18"), every=1)
     project.question(run)
     project.answer(run, "Reject")
     assert project.ended(run) == "success"
-    project.wait_for(lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"])
+    wait_for("end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1)
     assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences"}
     states = project.states(run)
     assert {task for task, state in states.items() if state == "skipped"} == {

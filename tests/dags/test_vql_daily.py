@@ -9,7 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +20,13 @@ from etl.cli import EXIT_STAGE_ERROR
 from etl.datasets import built_in_names, dataset
 from etl.errors import StageError
 from infra import settings
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.airflow
 
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
+MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which parses it every 15 seconds
 EXPECTED_COMMANDS = {
     "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK --reports REPORTS",
     "ingest.audit_events": "etl.quality.audit --stage events --reports REPORTS",
@@ -133,17 +135,17 @@ def day(text: str) -> dtm.datetime:
 
 def test_import_is_fast_and_light(own):
     code = (
-        "import sys, time, json, airflow.sdk\n"
+        "import sys, json, airflow.sdk\n"
         "from airflow.sdk import DAG, BaseOperator, Asset, Param, TaskGroup, CronDataIntervalTimetable, chain\n"
-        "start = time.process_time()\nimport dags.vql_daily, dags.vql_daily_own\n"
-        f"print(json.dumps([time.process_time() - start, [m for m in {HEAVY!r} if m in sys.modules],"
+        "before = set(sys.modules)\nimport dags.vql_daily, dags.vql_daily_own\n"
+        f"print(json.dumps([sorted(set(sys.modules) - before), [m for m in {HEAVY!r} if m in sys.modules],"
         " dags.vql_daily_own.dag.dag_id]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=settings.ROOT, env=settings.environment(), capture_output=True, text=True, check=True)
-    seconds, heavy, last = json.loads(done.stdout.splitlines()[-1])
+    modules, heavy, last = json.loads(done.stdout.splitlines()[-1])
     assert last == "vql_daily_shop"
     assert heavy == []
-    assert seconds < 1.0
+    assert len(modules) < MOST_MODULES, modules
 
 
 def test_graph_is_the_golden_one(dag):
@@ -417,24 +419,28 @@ def test_killing_the_task_ends_the_stage_and_its_children(tmp_path, monkeypatch)
     pids = tmp_path / "pids"
     code = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
         f"open({str(pids)!r} + '.tmp', 'w').write(f'{{os.getpid()}} {{child.pid}}'); os.rename({str(pids)!r} + '.tmp', {str(pids)!r})\n"
-        "time.sleep(60)\n"
+        "time.sleep(900)\n"
     )
     operator, execute = run_code(tmp_path, monkeypatch, code)
 
     def kill(_signum, _frame):
         operator.on_kill()
 
+    def kill_when_it_runs():
+        wait_for("stage", pids.exists)
+        os.kill(os.getpid(), signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    killer = threading.Thread(target=kill_when_it_runs)
+    killer.start()
     try:
         with pytest.raises(AirflowException):
             execute()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        killer.join()
         signal.signal(signal.SIGALRM, previous)
-    time.sleep(0.2)
     from infra.services import alive
 
-    assert [pid for pid in map(int, pids.read_text().split()) if alive(pid)] == []
+    wait_for("end of stage and child", lambda: not any(alive(pid) for pid in map(int, pids.read_text().split())))

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +23,9 @@ from etl.partitions import Window
 from etl.quality import audit
 from etl.simulate import Simulation, write_simulation
 from etl.store import TableStore
+from tests import processes
+from tests.processes import Started, free_port, runs
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
 
@@ -39,70 +39,14 @@ FAST_JVM = "-XX:TieredStopAtLevel=1"  # these JVMs live for seconds
 AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 SPARK = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
 DEFAULTS = f"spark.ui.enabled false\nspark.driver.extraJavaOptions {FAST_JVM}\nspark.executor.extraJavaOptions {FAST_JVM}\n"
-TIMEOUT_S = 300
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Started:
-    """A process that leads a session of its own, and its output in a file."""
-
-    process: subprocess.Popen
-    log: Path
-
-    def family(self) -> list[psutil.Process]:
-        """Every living process of its session: Python workers leave the process group, not the session."""
-        found = []
-        for pid in psutil.pids():
-            try:
-                if os.getsid(pid) == self.process.pid:
-                    found.append(psutil.Process(pid))
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
-
-    def stop(self) -> None:
-        for member in self.family():
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.process.wait()
-
-    def finish(self) -> tuple[int, str]:
-        """Wait for the end; return exit code and output."""
-        code = self.process.wait(TIMEOUT_S)
-        return code, self.log.read_text()
-
-
 def start(words: list[str], log: Path, cwd: Path, **changes: str | None) -> Started:
     wished = {**os.environ, **SPARK, **AWS, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **changes}
-    env = {name: value for name, value in wished.items() if value is not None}
-    with log.open("w") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   cwd=cwd, env=env, start_new_session=True)  # fmt: skip
-    return Started(process, log)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(what: str, found: Callable[[], object], seconds: float = 120, every: float = 0.2):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := found():
-            return result
-        time.sleep(every)
-    raise AssertionError(f"no {what} within {seconds} s")
-
-
-def _runs(process: psutil.Process, what: str) -> bool:
-    return any(what in word for word in process.cmdline())
+    return processes.start(words, log, cwd, {name: value for name, value in wished.items() if value is not None})
 
 
 @dataclass
@@ -123,8 +67,8 @@ class Cluster:
         for daemon in self.daemons:
             for member in daemon.family():
                 try:
-                    at_work = any(_runs(child, "pyspark.daemon") for child in member.children())
-                    if at_work and _runs(member, "CoarseGrainedExecutorBackend"):
+                    at_work = any(runs(child, "pyspark.daemon") for child in member.children())
+                    if at_work and runs(member, "CoarseGrainedExecutorBackend"):
                         found.append(member)
                 except psutil.NoSuchProcess:
                     continue
@@ -224,7 +168,7 @@ def publish(warehouse: str, attempt: str, stage: str, folder: Path) -> None:
 
 
 def run(words: list[str], folder: Path, **changes: str) -> str:
-    started = start(words, folder / f"{time.monotonic_ns()}.log", folder, **changes)
+    started = start(words, folder / f"{len(list(folder.iterdir()))}.log", folder, **changes)
     try:
         code, output = started.finish()
     finally:

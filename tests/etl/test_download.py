@@ -27,6 +27,7 @@ import yaml
 from etl import download
 from etl.download import MARKER, main
 from etl.errors import StageError
+from tests.waiting import wait_for
 
 LOG = "log_standard_4_08_to_4_21_x.csv"
 USERS = "user_features_x.csv"
@@ -231,9 +232,7 @@ def test_a_killed_download_goes_on_and_gives_equal_bytes(server, one):
     server.pause = 0.02
     process = subprocess.Popen([sys.executable, "-m", "etl.download", "--dataset", path, "--to", str(raw)], stdout=subprocess.DEVNULL)
     part = raw / "archives" / "X.tar.gz.part"
-    deadline = time.monotonic() + 20
-    while not (part.exists() and part.stat().st_size > 60_000) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for("half a file", lambda: part.exists() and part.stat().st_size > 60_000, every=0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     there = part.stat().st_size

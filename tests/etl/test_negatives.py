@@ -29,7 +29,7 @@ logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 14), st.integers(0, 
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=logs, per_positive=st.integers(1, 4), way=st.sampled_from(["popularity", "uniform"]))
 def test_a_negative_is_no_item_that_the_user_had_met(rows, per_positive, way):
     found, figures, items = sampled(rows, per_positive=per_positive, draw={way: 1.0})

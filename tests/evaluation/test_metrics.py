@@ -25,14 +25,14 @@ def arrays(rows):
     return user, label.astype(np.int8), (score / 6 + 0.05).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(TARGETS)
 def test_auc_counts_pairs_and_half_of_ties(rows):
     _, label, score = arrays(rows)
     assert auc(label, score) == pytest.approx(brute_auc(label, score), nan_ok=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(TARGETS)
 def test_gauc_is_the_weighted_mean_of_users_with_both_classes(rows):
     user, label, score = arrays(rows)
@@ -44,7 +44,7 @@ def test_gauc_is_the_weighted_mean_of_users_with_both_classes(rows):
     assert value == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(TARGETS, st.integers(0, 1000))
 def test_a_resample_of_users_equals_the_metrics_of_the_repeated_rows(rows, seed):
     user, label, score = arrays(rows)

@@ -16,6 +16,7 @@ from etl.datasets import built_in_names, dataset
 from etl.errors import StageError
 from infra import run, services, settings
 from infra.services import InfraError
+from tests.waiting import wait_for
 
 
 def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
@@ -232,24 +233,13 @@ def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
     note = tmp_path / "child"
     code = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));"
-            "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True);"
-            f"open({str(note)!r}, 'w').write(str(c.pid)); time.sleep(60)")  # fmt: skip
+            "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'], start_new_session=True);"
+            f"open({str(note)!r}, 'w').write(str(c.pid)); time.sleep(900)")  # fmt: skip
     process = services.start(services.Service("family", ("-c", code)), dict(os.environ))
-    while not note.exists() or not note.read_text():
-        pass
+    child = int(wait_for("child", lambda: note.exists() and note.read_text()))
     services.stop([process.pid])
     assert not services.alive(process.pid)
-    assert not _still_runs(int(note.read_text()))
-
-
-def _still_runs(pid: int) -> bool:
-    import time
-
-    for _ in range(50):
-        if not services.alive(pid):
-            return False
-        time.sleep(0.1)
-    return True
+    wait_for("end of the child", lambda: not services.alive(child))
 
 
 def test_a_reused_pid_is_not_taken_for_a_service(monkeypatch, tmp_path):

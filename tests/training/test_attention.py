@@ -50,7 +50,7 @@ def _both_forms(length, targets, seed, kernel, dtype=torch.float32, days=60.0):
 
 
 @pytest.mark.parametrize("half_lives", [None, (1.0,), (0.5, 30.0), (0.05, 2.0, 90.0)])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(length=st.integers(1, 300), seed=st.integers(0, 10_000))
 def test_cache_equals_event_level_attention(half_lives, length, seed):
     kernel = None if half_lives is None else MixtureKernel(HEADS, half_lives)
@@ -83,7 +83,7 @@ def test_an_empty_history_gives_zeros():
     assert over_codes.abs().max() == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(length=st.integers(1, 80), seed=st.integers(0, 1_000))
 def test_many_targets_in_one_pass_equal_one_by_one(length, seed):
     _, keys, values, queries, times, target_times = _problem(length, 6, seed)
@@ -125,7 +125,7 @@ def test_a_single_exponential_cannot_see_the_query_time_and_a_mixture_can():
     assert moved((1.0, 60.0)) > 1e-2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(length=st.integers(2, 400), seed=st.integers(0, 10_000))
 def test_attention_error_stays_below_the_theorems_bound(length, seed):
     quantizer, keys, _, queries, *_ = _problem(length, 4, seed, torch.float64)

@@ -34,7 +34,7 @@ def one_by_one(attend, starts):
     return torch.cat(parts) if parts else torch.zeros(0, HEADS, WIDTH, dtype=torch.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), block=st.integers(1, 9), tile=st.integers(1, 5), most_pairs=st.integers(1, 40))
 def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed, half_lives, block, tile, most_pairs):
     query, key, value, times, at, end, _, _, kernel, starts = problem(users, seed, half_lives)
@@ -49,7 +49,7 @@ def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed,
             assert torch.allclose(ours, theirs, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), window=st.integers(0, 6), refine=st.integers(0, 12))
 def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, seed, half_lives, window, refine):
     query, key, value, times, at, end, codes, book, kernel, starts = problem(users, seed, half_lives)

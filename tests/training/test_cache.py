@@ -83,7 +83,7 @@ cases = given(length=st.integers(0, 400), codes=st.sampled_from([1, 3, 32, 500])
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @cases
 def test_append_and_merge_equal_a_rebuild(half_lives, length, codes, seed):
     kernel, events = _kernel(half_lives), _events(length, codes, seed)
@@ -98,7 +98,7 @@ def test_append_and_merge_equal_a_rebuild(half_lives, length, codes, seed):
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @cases
 def test_the_order_of_events_does_not_matter(half_lives, length, codes, seed):
     kernel, events = _kernel(half_lives), _events(length, codes, seed)
@@ -108,7 +108,7 @@ def test_the_order_of_events_does_not_matter(half_lives, length, codes, seed):
 
 
 @pytest.mark.parametrize("half_lives", KERNELS[1:])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(days=st.integers(0, 4_000), seed=st.integers(0, 1_000))
 def test_a_rebase_equals_building_at_the_other_time(half_lives, days, seed):
     kernel, events = _kernel(half_lives), _events(50, 8, seed)
@@ -179,7 +179,7 @@ def test_a_year_of_daily_appends_under_a_fast_kernel_stays_exact():
     _assert_equal(cache, build_cache(*events[:2], times, NOW_MS, 8, kernel), kernel, 1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @cases
 def test_the_sparse_form_keeps_the_non_empty_codes_alone_and_comes_back_the_same(length, codes, seed):
     kernel, events = _kernel((0.5, 30.0)), _events(length, codes, seed)
@@ -228,7 +228,7 @@ def _window_problem(length, codes, seed):
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     length=st.integers(0, 200),
     codes=st.sampled_from([1, 3, 32]),

@@ -94,7 +94,7 @@ def _assert_same(problem, kernel, tolerance):
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     length=st.integers(0, 300),
     targets=st.integers(1, 150),

@@ -38,7 +38,7 @@ cases = given(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @cases
 def test_every_inequality_of_the_theorem_holds(length, seed, scale):
     query, keys, hard, bias = _random(length, 4, seed, scale)

@@ -69,7 +69,7 @@ class Problem:
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     length=st.integers(0, 300),
     codes=st.sampled_from([1, 3, 16, 400]),

@@ -223,7 +223,7 @@ partitions = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(partitions, st.data())
 def test_no_chain_of_partitions_moves_a_row(days, data):
     vocabulary: Vocabulary | None = None
