@@ -221,9 +221,13 @@ class TableStore:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def read(self, manifest: Manifest, columns: Sequence[str] | None = None, bucket: int | None = None) -> pa.Table:
-        """Read a staged or published partition, or one bucket of it, in bucket order."""
-        schema = TABLES[manifest.table]
+    def read(self, manifest: Manifest, columns: Sequence[str] | None = None, bucket: int | None = None, empty: pa.Schema | None = None) -> pa.Table:
+        """Read a staged or published partition, or one bucket of it, in bucket order.
+
+        Args:
+            empty: the schema of a partition without files, with the fields that the data set adds; None: the contract alone.
+        """
+        schema = TABLES[manifest.table] if empty is None else empty
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
         files = sorted((f for f in manifest.files if bucket in (None, f.bucket)), key=lambda f: (f.bucket, f.path))

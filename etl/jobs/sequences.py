@@ -18,7 +18,7 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.items import counted, feature_ids, item_rows, merged
-from etl.partitions import MS_PER_DAY, Window, day_number
+from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality.stats import SEQUENCE_COLUMNS, Bucket, SequenceRules, measured_bucket
 from etl.raw import RawLocation, read_features
 from etl.schemas import SEQUENCES, schema_fingerprint
@@ -75,6 +75,8 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
                          f"build events for {dt} again with one --buckets and --lookback-days {window.lookback_days}: it builds the other days anew")
     if not manifests[-1].rows:
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")
+    if definition.targets.positions is None:
+        _require_training_day(manifests, window)
     files = store.files_by_bucket(store.compacted(manifests))
     buckets = sorted(files)
     users = _user_fields(raw, definition)
@@ -133,6 +135,20 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
                                          ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
         store.write_staged_manifest(Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
     return counts
+
+
+def _require_training_day(manifests: list[Manifest], window: Window) -> None:
+    """Stop where no day for training has an event: a feed on its first days, or after a gap.
+
+    Raises:
+        StageError: it names the first day that can be trained.
+    """
+    first = min(m.dt for m in manifests if m.rows and m.dt >= window.first_target_dt)
+    if first >= window.first_evaluation_dt:
+        raise StageError(f"there is nothing to train dt={window.dt} on: the events of its {window.target_days} target days begin on {first}, "
+                         f"and the last {window.evaluation_days} of these days are for evaluation",
+                         f"run dt={add_days(first, window.evaluation_days)} once its logs are there: it is the first day that can be trained; "
+                         f"the events of dt={window.dt} are published and stay")
 
 
 def _with_any(items: pa.Table, fields: list[str]) -> int:

@@ -174,7 +174,7 @@ class Audit:
         details: dict[str, str] = {}
         for day, manifest in sorted(staged.items()):
             self._check_files(manifest)
-            table = self.store.read(manifest, [*EVENTS.names, *(name for name in vocabularies if name != "context")])
+            table = self.store.read(manifest, [*EVENTS.names, *(name for name in vocabularies if name != "context")], empty=self._contract("events"))
             quarantine = self._own("quarantine", day)
             if quarantine is not None:
                 self._check_files(quarantine)
