@@ -6,6 +6,7 @@ given by its path. `docs/datasets.md` explains every field; the models below are
 
 from __future__ import annotations
 
+import codecs
 import datetime as dtm
 import difflib
 import math
@@ -27,6 +28,8 @@ from etl.errors import StageError
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
 MAX_SIGNALS = 8  # bits of `feedback` that the model embeds
+# What databases and data frames write for "no value".
+MISSING_WORDS = ("", "NULL", "null", "\\N", "NaN", "nan", "NA", "N/A", "<NA>", "None")
 MILLISECONDS = {"milliseconds": 1, "seconds": 1_000, "minutes": 60_000}
 
 
@@ -75,6 +78,7 @@ Name = Annotated[str, Setting(min_length=1)]
 Day = Annotated[dtm.date, pydantic.BeforeValidator(_day)]
 Glob = Annotated[str, _checked(glob_problem)]
 Delimiter = Annotated[str, Setting(min_length=1, max_length=1), _checked(delimiter_problem)]
+LogDelimiter = Annotated[str, Setting(min_length=1, max_length=8), _checked(delimiter_problem)]
 Signals = Annotated[tuple[Name, ...], Setting(min_length=1)]
 Year = Annotated[int, Setting(ge=1_900, le=2_199)]
 Bound = Annotated[int | float, pydantic.BeforeValidator(lambda given: _value(given) if not isinstance(given, str) else _not_a_number())]
@@ -125,13 +129,13 @@ class Column(_Model):
     """One raw column. A value that is not of its type, not within its bounds or missing refuses the row.
 
     Attributes:
-        type: integer (int64), decimal (float64) or text (UTF-8).
+        type: integer (int64), decimal (float64), text (UTF-8), or timestamp (a native one of Parquet, of any unit and zone).
         min, max: bounds, both included.
         one_of: the values that are allowed.
         optional: an empty value is allowed.
     """
 
-    type: Literal["integer", "decimal", "text"]
+    type: Literal["integer", "decimal", "text", "timestamp"]
     min: Bound | None = None
     max: Bound | None = None
     one_of: Annotated[tuple[int | float | str, ...] | None, pydantic.BeforeValidator(_values)] = None
@@ -147,7 +151,7 @@ class NamedDays(_Model):
     """The days that a file's name promises, so that a daily run opens only the files that may hold its days.
 
     Attributes:
-        pattern: regular expression with the groups `month` and `day`, and where the names have them `year`, `last_year`,
+        pattern: regular expression, searched for in the name with its folders, such as `dt=2024-03-01/part-0.csv`, with the groups `month` and `day`, and where the names have them `year`, `last_year`,
             `last_month`, `last_day`.
         year: for names without a year; names whose last day is before the first end in the next year.
         zone: time zone of these days; the one of `events.time` where nothing is said.
@@ -176,58 +180,118 @@ class Logs(_Model):
     """The raw files with one row an event.
 
     Attributes:
-        files: globs within the raw folder; `.gz` files of csv are unpacked as they are read.
-        header: the first line names the columns; without it `columns` are in the files' order.
-        delimiter, quoting: of csv; quoted values may hold the delimiter, not a line break.
+        files: globs within the raw folder, with folders where they have a `/` (`dt=*/part-*.csv`; `**` stands for any number of
+            folders); text files may be packed as gzip, zstd, bz2, xz, lz4, or zip archives of one file.
+        format: csv, jsonl (one object a line, its keys are the columns) or parquet.
+        header: of csv, the first line names the columns; without it `columns` are in the files' order.
+        delimiter, quoting: of csv; the delimiter may have several characters, quoted values may hold it, not a line break.
+        encoding: of csv and jsonl: any of Python's codecs in which ASCII is itself.
         columns: what the files must have; columns that are not named here are ignored.
+        missing: texts that mean "no value", as an empty cell always does; in every column, of every format.
         repeats: `drop` rows that repeat another in all these columns, or `keep` them (where time is too coarse to tell).
         expected_refusals: reasons that do not count towards the share of bad rows which stops a stage.
     """
 
     files: tuple[Glob, ...] = Setting(min_length=1)
-    format: Literal["csv", "parquet"] = "csv"
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
     header: bool = True
-    delimiter: Delimiter = ","
+    delimiter: LogDelimiter = ","
     quoting: bool = True
+    encoding: str = "utf-8"
     columns: dict[Name, Column] = Setting(min_length=1)
+    missing: tuple[str, ...] = MISSING_WORDS
     days_in_name: NamedDays | None = None
     repeats: Literal["drop", "keep"] = "drop"
     expected_refusals: tuple[Literal["missing_value", "time_out_of_range", "not_a_time", "out_of_range", "not_allowed"], ...] = ()
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether the first line of a file names its columns."""
+        return self.header and self.format == "csv"
+
+    @pydantic.field_validator("missing", mode="before")
+    @classmethod
+    def _words(cls, words: Any) -> Any:
+        if isinstance(words, (list, tuple)) and (wrong := [word for word in words if not isinstance(word, str)]):
+            raise ValueError(f"YAML reads a word as {wrong[0]!r}: write the words in quotes, such as ['NULL', 'NaN', '-1']")
+        return words
+
+    @pydantic.field_validator("encoding")
+    @classmethod
+    def _superset_of_ascii(cls, name: str) -> str:
+        try:
+            codec = codecs.lookup(name)
+            plain = bytes(range(1, 128))
+            # A line end, a quote and a delimiter are looked for as bytes, so each must be itself, whatever stands before it.
+            if plain.decode(codec.name) != plain.decode("ascii") or codec.name.startswith(("iso2022", "hz", "utf-7")):
+                raise ValueError(f"encoding {name!r} is not read: convert the files, such as with iconv -f {name} -t UTF-8")
+        except (LookupError, UnicodeDecodeError):
+            raise ValueError(f"encoding {name!r} is not known, or not one in which ASCII is itself; give for example gbk, big5, latin-1 or cp1252") from None
+        return "utf-8" if codec.name == "utf-8-sig" else codec.name
+
+    @pydantic.model_validator(mode="after")
+    def _of_its_format(self) -> Logs:
+        for name, column in self.columns.items():
+            if column.type == "timestamp" and self.format != "parquet":
+                raise ValueError(f"columns.{name}: timestamp is a type of Parquet; of {self.format} give text with events.time.format, or integer with events.time.unit")
+            if column.type == "timestamp" and (column.min is not None or column.max is not None or column.one_of is not None):
+                raise ValueError(f"columns.{name}: a timestamp has no min, max or one_of; events.time has earliest and latest")
+        return self
 
 
 class Time(_Model):
     """The time of an event.
 
     Attributes:
-        unit: of a number since 1970-01-01 UTC.
-        format: of a text, in strptime's directives; fractions of a second as %f.
-        zone: time zone of such texts.
+        column: one column, or several whose texts are joined by a blank, to be read by `format`.
+        unit: of a number since `origin`, 00:00 UTC.
+        format: of a text, in strptime's directives; fractions of a second as %f, an offset from UTC as %z.
+        zone: time zone of such texts, and of native timestamps that have none.
         year: put before texts that have none.
         digits: texts are filled with zeros on the left to so many characters ("829" is "0829").
         earliest, latest: days; a time outside them refuses the row.
     """
 
-    column: str
-    unit: Literal["seconds", "milliseconds", "microseconds"] | None = None
+    column: str | tuple[str, ...]
+    unit: Literal["seconds", "milliseconds", "microseconds", "nanoseconds"] | None = None
+    origin: Day = dtm.date(1970, 1, 1)
     format: str | None = None
     zone: str = "UTC"
     year: Year | None = None
     digits: int | None = Setting(default=None, ge=1, le=20)
-    earliest: Day = dtm.date(2000, 1, 1)
+    earliest: Day = dtm.date(1990, 1, 1)
     latest: Day = dtm.date(2100, 1, 1)
 
     @pydantic.model_validator(mode="after")
     def _one_way(self) -> Time:
-        if (self.unit is None) == (self.format is None):
-            raise ValueError("give either unit (seconds, milliseconds, microseconds) or format (for example %Y-%m-%d %H:%M:%S)")
+        if self.unit is not None and self.format is not None:
+            raise ValueError("give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for example %Y-%m-%d %H:%M:%S)")
         if self.format is not None and "%" not in self.format:
             raise ValueError(f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S")
         if self.unit is not None and (self.year is not None or self.digits is not None):
             raise ValueError("year and digits belong to format")
         if problems := list(time_problems(self)):
             raise ValueError("; ".join(problems))
+        if self.unit is None and self.origin != dtm.date(1970, 1, 1):
+            raise ValueError("origin belongs to unit: it is the day at which the number is 0")
+        if len(self.columns) == 0 or (len(self.columns) > 1 and (self.format is None or self.digits is not None)):
+            raise ValueError("several columns need format, which reads their texts joined by blanks, and take no digits")
+        if len(self.columns) > 1 and len(re.findall(r"\s", str(self.format))) < len(self.columns) - 1:
+            raise ValueError(f"format {self.format!r} has no blank between the texts of {' and '.join(self.columns)}")
+        if self.format is not None and "%z" in self.format and self.zone != "UTC":
+            raise ValueError("a format with %z takes the zone from each text: leave out zone")
         _zone(self.zone)
         return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it is read from."""
+        return (self.column,) if isinstance(self.column, str) else self.column
+
+    @property
+    def column_types(self) -> tuple[str, ...]:
+        """The types that they may have."""
+        return ("integer", "decimal") if self.unit else ("text", "integer") if self.format else ("timestamp",)
 
 
 class Span(_Model):
@@ -432,6 +496,22 @@ class DatasetDefinition(_Model):
     history: History = History()
     targets: Targets
     window: WindowDefaults = WindowDefaults()
+
+    @pydantic.model_validator(mode="after")
+    def _time_and_words(self) -> DatasetDefinition:
+        columns, time = self.logs.columns, self.events.time
+        native = [name for name in time.columns if name in columns and columns[name].type == "timestamp"]
+        if time.unit is None and time.format is None and not native:
+            raise ValueError("events.time: give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for example %Y-%m-%d %H:%M:%S); "
+                             "only a column of type timestamp needs neither")
+        if native and (time.unit is not None or time.format is not None):
+            raise ValueError(f"events.time: {native[0]!r} is of type timestamp, which says its unit itself: leave out unit and format")
+        for where, column, values in [*((f"logs.columns.{name}.one_of", name, column.one_of or ()) for name, column in columns.items()),
+                                      *((f"events.signals.{name}.equals", c.column, c.equals if isinstance(c.equals, tuple) else (c.equals,))
+                                        for name, c in self.events.signals.items())]:
+            if column in columns and columns[column].type == "text" and (words := [value for value in values if value in self.logs.missing and value != ""]):
+                raise ValueError(f"{where}: {words[0]!r} is among logs.missing, so it is no value: give logs.missing without it, such as ['']")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DatasetDefinition:

@@ -17,7 +17,7 @@ EVENT_COLUMNS = ("user_id", "item_id", "event_time_ms", "feedback", "watch_time_
                  "kind", "day", "bucket", "row_hash", "source_file", "row_number", "reason", "raw_text")  # fmt: skip
 # Directives that strptime and pandas' parser both read; of each one what it says.
 DIRECTIVES = {"Y": "year", "y": "year", "m": "month", "b": "month", "B": "month", "d": "day", "j": "day of the year", "a": "weekday", "A": "weekday", "H": "hour",
-              "I": "hour of twelve", "p": "half of the day", "M": "minute", "S": "second", "f": "fraction"}  # fmt: skip
+              "I": "hour of twelve", "p": "half of the day", "M": "minute", "S": "second", "f": "fraction", "z": "offset"}  # fmt: skip
 
 
 def inconsistencies(definition: DatasetDefinition) -> list[str]:
@@ -82,7 +82,7 @@ def glob_problem(glob: str) -> str | None:
 
 def delimiter_problem(delimiter: str) -> str | None:
     """Return why a delimiter cannot be told from the values around it."""
-    if any(c in '\n\r\0"-.' or c.isalnum() for c in delimiter):
+    if set(delimiter) & set('\n\r\0"') or all(c in "-." or c.isalnum() for c in delimiter):
         return f"delimiter {delimiter!r} cannot be told from values"
     if not delimiter.isascii():
         return f"delimiter {delimiter!r} is no ASCII character"
@@ -110,7 +110,8 @@ def _references(definition: DatasetDefinition) -> Iterator[str]:
     columns, events = definition.logs.columns, definition.events
     number, any_type = ("integer", "decimal"), ("integer", "decimal", "text")
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {"events.user": (events.user, ("integer", "text")), "events.item": (events.item, ("integer", "text"))}
-    wanted["events.time.column"] = (events.time.column, number if events.time.unit else ("text", "integer"))
+    times = {"events.time.column" if len(events.time.columns) == 1 else f"events.time.column.{i}": name for i, name in enumerate(events.time.columns)}
+    wanted |= {where: (column, events.time.column_types) for where, column in times.items()}
     wanted |= {f"events.{part}.column": (span.column, number) for part in ("watch_time", "duration") if (span := getattr(events, part))}
     wanted |= {f"events.{part}": (column, ("integer",)) for part in ("context", "is_random") if (column := getattr(events, part))}
     wanted |= {f"events.signals.{name}.column": (c.column, any_type) for name, c in events.signals.items()}
@@ -121,10 +122,10 @@ def _references(definition: DatasetDefinition) -> Iterator[str]:
             yield f"{where}: {column!r} is not among logs.columns: {', '.join(columns)}"
         elif columns[column].type not in types:
             yield f"{where}: column {column!r} is of type {columns[column].type}; allowed: {', '.join(types)}"
-    for where in (events.user, events.item, events.time.column):
+    for where in (events.user, events.item, *events.time.columns):
         if where in columns and columns[where].optional:
             yield f"logs.columns.{where}: user, item and time cannot be optional"
-    parts = {"events.user": events.user, "events.item": events.item, "events.time.column": events.time.column}
+    parts = {"events.user": events.user, "events.item": events.item, **times}
     for (first, a), (second, b) in (pair for i, one in enumerate(parts.items()) for pair in ((one, other) for other in list(parts.items())[i + 1 :])):
         if a == b:
             yield f"{second}: column {b!r} is already {first}"

@@ -6,17 +6,18 @@ cast as they stand from the few that are looked at one by one for the reason of 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime as dtm
 import fnmatch
 import functools
+import hashlib
 import io
 import json
 import math
 import os
 import re
-import zlib
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,15 +29,27 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from etl.cells import ARROW_TYPES, MARKS, NotARowError, is_missing, split_line, typed_cells, why_wrong
+from etl.compression import (
+    BLOCK_BYTES,
+    HEAD_BYTES,
+    DamagedError,
+    compression_of,
+    foreign_kind,
+    promised_compression,
+    unpacked,
+)
 from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, FeatureFile, Logs, NamedDays, Time
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number
 
 SPLIT_BYTES = 64 << 20
-INFLATE_BYTES = 4 << 10
-ARROW_TYPES = {"integer": pa.int64(), "decimal": pa.float64(), "text": pa.string()}
-_CELL = {"integer": r"-?[0-9]{1,18}", "decimal": r"-?[0-9]{1,18}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,2})?"}
-_UNIT_PER_SECOND = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000}
+HEAD_TEXT_BYTES = 64 << 10
+BOM = b"\xef\xbb\xbf"
+# What can be cast as it stands: of 19 digits those that surely fit in 64 bits.
+_CELL = {"integer": r"-?(?:[0-9]{1,18}|[1-8][0-9]{18})", "decimal": r"-?[0-9]{1,18}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,2})?"}
+_UNIT_PER_SECOND = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000, "nanoseconds": 1_000_000_000}
+_MARKER = re.compile(r"_(SUCCESS|temporary|metadata|common_metadata|delta_log|spark_metadata|committed_.*|started_.*)")
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -121,20 +134,37 @@ class RawLocation:
     # ---- which files ---------------------------------------------------------------------------------------------
 
     def matching(self, globs: Sequence[str], days: NamedDays | None = None) -> list[RawFile]:
-        """Return the files that match, in name order.
+        """Return the files that match, in name order; their names are relative to the folder. Hidden ones are left out.
 
         Raises:
             StageError: the folder does not exist.
         """
-        infos = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        found = {}
+        for info, name in self._listed(globs):
+            if any(_matches(name, glob) for glob in globs) and not _hidden(name, globs):
+                promised = named_days(name, days) if days else (None, None, None, None)
+                found[name] = RawFile(info.path, name, info.size, info.mtime_ns or 0, *promised)
+        return [found[name] for name in sorted(found)]
+
+    def hidden(self, globs: Sequence[str]) -> list[str]:
+        """Return the names of files that match and are left out: those that macOS, Spark and editors put beside the ones they are about."""
+        return sorted({name for _, name in self._listed(globs) if any(_matches(name, glob) for glob in globs) and _hidden(name, globs)})
+
+    def _listed(self, globs: Sequence[str]) -> Iterator[tuple[pafs.FileInfo, str]]:
+        """Yield the files among which those that match are, with their names relative to the folder."""
+        root = self.root.rstrip("/")
+        # A folder that a glob names before its first wildcard is listed with all below it; without a slash nothing is below.
+        folders = {glob[: re.search(r"[*?[]|$", glob).start()].rpartition("/")[0]: True for glob in globs if "/" in glob}  # type: ignore[union-attr]
+        if any("/" not in glob for glob in globs):
+            folders.setdefault("", False)
+        infos: list[pafs.FileInfo] = []
+        for folder, recursive in folders.items():
+            infos += self.fs.get_file_info(pafs.FileSelector(f"{root}/{folder}" if folder else self.root, allow_not_found=True, recursive=recursive))
         if not infos and self.fs.get_file_info(self.root).type != pafs.FileType.Directory:
             raise StageError(f"the raw folder {self.uri} does not exist", "give the folder that holds the published files with --raw (RAW= for make run)")
-        found = {}
         for info in infos:
-            if info.type == pafs.FileType.File and any(fnmatch.fnmatch(info.base_name, glob) for glob in globs):
-                promised = named_days(info.base_name, days) if days else (None, None, None, None)
-                found[info.base_name] = RawFile(info.path, info.base_name, info.size, info.mtime_ns or 0, *promised)
-        return [found[name] for name in sorted(found)]
+            if info.type == pafs.FileType.File:
+                yield info, info.path[len(root) :].lstrip("/")
 
     def logs(self, definition: DatasetDefinition) -> list[RawFile]:
         """Return the log files.
@@ -151,49 +181,192 @@ class RawLocation:
             kind, wanted = ("simulated", f"{definition.name}_simulated") if simulated else ("not simulated", definition.name.removesuffix("_simulated"))
             raise StageError(f"the logs in {self.uri} are {kind}, but the data set is {definition.name}", f"use --dataset {wanted}")
         if not files:
-            raise StageError(f"no log file in {self.uri}: nothing matches {', '.join(definition.logs.files)}", "put the published log files there, or correct --raw")
+            globs = definition.logs.files
+            deep = self._one_folder_deeper(globs)
+            below = f"; a folder in it holds {deep}" if deep else ""
+            remedy = f"name the folders in logs.files, such as '{_with_wildcards(deep)}'" if deep else "put the published log files there, or correct --raw"
+            raise StageError(f"no log file in {self.uri}: nothing matches {', '.join(globs)}{below}", remedy)
         return files
+
+    def _one_folder_deeper(self, globs: Sequence[str]) -> str | None:
+        """Return the name of a file in one of the first folders here that would match if it lay here."""
+        folders = [info for info in self.fs.get_file_info(pafs.FileSelector(self.root)) if info.type == pafs.FileType.Directory][:20]
+        for folder in folders:
+            for info in self.fs.get_file_info(pafs.FileSelector(folder.path)):
+                if info.type == pafs.FileType.File and any(_matches(info.base_name, glob) for glob in globs):
+                    return f"{folder.base_name}/{info.base_name}"
+        return None
+
+    def notes(self, files: Sequence[RawFile], definition: DatasetDefinition) -> list[str]:
+        """Return what is no fault, but what whoever delivers the files should know: hidden files, ids that look like lists."""
+        logs, notes = definition.logs, []
+        if hidden := self.hidden(logs.files):
+            notes.append(f"{len(hidden)} hidden file(s) in {self.uri} are not read, such as {hidden[0]}")
+        if files and logs.format != "parquet":
+            header, head = self.header(files[0], logs), self.head(files[0], logs)
+            body = head.partition(b"\n")[2] if logs.names_columns else head
+            rows, *_ = parse_lines(body[: body.rfind(b"\n") + 1], 1, header, logs.model_copy(update={"encoding": "utf-8"}))
+            for part, name in (("user", definition.events.user), ("item", definition.events.item)):
+                texts = rows[name].to_pylist() if logs.columns[name].type == "text" else []
+                lists = [text for text in texts if _is_list(text)]
+                if 2 * len(lists) > len(texts):
+                    notes.append(f"events.{part}: {len(lists):,} of the first {len(texts):,} values of {name} look like lists, such as {lists[0][:60]!r}: "
+                                 "each is taken for one id; write one line for each of its values if they are several")
+        return notes
+
+    def head(self, file: RawFile, logs: Logs, size: int = HEAD_TEXT_BYTES, encoded: bool = False) -> bytes:
+        """Return the beginning of a text file, unpacked, and with \\n for line ends: its first line at least, and `size` bytes.
+
+        Args:
+            encoded: leave it in its own encoding, instead of UTF-8.
+
+        Raises:
+            StageError: it is not text.
+            OSError, DamagedError: it cannot be read.
+        """
+        text = b""
+        try:
+            for piece in self._text(file, min(size, BLOCK_BYTES)):
+                if not text and (foreign := foreign_kind(piece)) is not None:
+                    raise StageError(f"{file.name} in {self.uri} is {foreign[0]}", foreign[1])
+                text += piece
+                if b"\n" in text and len(text) >= size:
+                    break
+        except DamagedError:
+            if b"\n" not in text:
+                raise
+        text = text.removeprefix(BOM)
+        return text if encoded else _recoded(text, logs.encoding)[0]
 
     def column_names(self, file: RawFile, logs: Logs) -> tuple[str, ...]:
         """Return the columns that a log file names, or those of its first line where it names none.
 
         Raises:
-            StageError: the file is empty.
-            OSError, pa.ArrowInvalid: it cannot be read.
+            StageError: the file is empty, or not what the definition says.
+            OSError, pa.ArrowInvalid, DamagedError: it cannot be read.
         """
         if logs.format == "parquet":
             return tuple(pq.read_schema(file.path, filesystem=self.fs).names)
-        with self._open(file) as stream:
-            first = b"" if file.size == 0 else _first_line(stream)
-        if not first.strip():
+        head = self.head(file, logs) if file.size else b""
+        if not head.strip():
             raise StageError(f"{file.name} in {self.uri} is empty", "deliver the file again, or remove it")
+        if logs.format == "jsonl":
+            return self._keys(file, head, logs)
+        first = head.split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r").replace("\0", "")
         # Names may be quoted where values are not.
-        return tuple(next(csv.reader([first.decode("utf-8", "replace").lstrip("\ufeff").rstrip("\r\n").replace("\0", "")], delimiter=logs.delimiter), []))
+        return tuple(split_line(first, logs.model_copy(update={"quoting": True})))
+
+    def _keys(self, file: RawFile, head: bytes, logs: Logs) -> tuple[str, ...]:
+        """Return the keys of the objects in the first lines of a file of JSON lines."""
+        if head.lstrip().startswith(b"["):
+            raise StageError(f"{file.name} in {self.uri} holds an array of JSON, not one object a line", "write it as JSON lines: jq -c '.[]'")
+        keys: dict[str, None] = {}
+        for line in head.split(b"\n")[:100]:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                keys |= dict.fromkeys(row if isinstance(row, dict) else ())
+        if not keys:
+            raise StageError(f"{file.name} in {self.uri} holds no object of JSON in its first lines: {head[:80]!r}", "correct logs.format of the definition")
+        return tuple(keys)
 
     def header(self, file: RawFile, logs: Logs) -> tuple[str, ...]:
-        """Return the columns of a log file, in its order.
+        """Return the columns of a log file, in its order; of JSON lines the declared ones.
 
         Raises:
             StageError: the file cannot be read, is empty, or lacks a declared column.
         """
         try:
             found = self.column_names(file, logs)
-        except (OSError, pa.ArrowInvalid) as error:  # an archive that is none, or that breaks off within the header
+        except (OSError, pa.ArrowInvalid, DamagedError) as error:  # an archive that is none, or that breaks off within the header
             raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
+        where = f"{file.name} in {self.uri}"
         if logs.format == "csv" and not logs.header:
             if len(found) != len(logs.columns):
-                raise StageError(f"{file.name} in {self.uri} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
+                raise StageError(f"{where} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
                                  "correct logs.columns or logs.delimiter of the definition, or set header: true")
+            if found == tuple(logs.columns):
+                raise StageError(f"the first line of {where} holds the names of its columns: {', '.join(found)[:500]}", "set header: true in logs of the definition")
             return tuple(logs.columns)
-        missing = [name for name in logs.columns if name not in found]
+        missing = [name for name, column in logs.columns.items() if name not in found and not (logs.format == "jsonl" and column.optional)]
+        if missing and logs.format == "csv" and found[0].lstrip().startswith("{"):
+            raise StageError(f"{where} holds objects of JSON: {found[0][:80]!r}", "set logs.format: jsonl")
+        if missing and logs.format == "csv" and len(missing) == len(logs.columns) and any(map(_is_number, found)):
+            raise StageError(f"the first line of {where} holds values, not the names of columns: {', '.join(found)[:200]}",
+                             "set header: false in logs of the definition, and give logs.columns in the order of the file")
         if missing and len(found) == 1 and len(logs.columns) > 1:
-            raise StageError(f"{file.name} in {self.uri} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}", "correct logs.delimiter of the definition")
+            raise StageError(f"{where} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}", "correct logs.delimiter of the definition")
+        if of_path := [name for name in missing if f"/{name}=" in f"/{file.name}"]:
+            raise StageError(f"{where} lacks the column {', '.join(of_path)}: it is part of its folder's name alone",
+                             "leave it out of logs.columns; logs.days_in_name may read a day from the folder's name")
         if missing:
-            raise StageError(f"{file.name} in {self.uri} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
+            raise StageError(f"{where} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
                              f"deliver the file with the columns {', '.join(logs.columns)}")
         if len(set(found)) < len(found):
-            raise StageError(f"{file.name} in {self.uri} has a column twice: {', '.join(found)[:500]}", "deliver the file again")
-        return found
+            raise StageError(f"{where} has a column twice: {', '.join(found)[:500]}", "deliver the file again")
+        if logs.format == "parquet":
+            self._check_types(file, logs)
+        return found if logs.format != "jsonl" else tuple(logs.columns)
+
+    def _check_types(self, file: RawFile, logs: Logs) -> None:
+        """Refuse a Parquet file whose columns are of a kind that no cast makes right."""
+        schema = pq.read_schema(file.path, filesystem=self.fs)
+        for name, column in logs.columns.items():
+            kind = schema.field(name).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            where = f"{file.name} in {self.uri}: column {name} is {kind}"
+            if pa.types.is_nested(kind):
+                raise StageError(f"{where}: several values in one cell", "write one row for each of its values (explode): a row is one event")
+            native = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+            if native and column.type != "timestamp":
+                raise StageError(f"{where}, not {column.type}", f"set logs.columns.{name}: timestamp, and leave out unit and format of events.time")
+            if column.type == "timestamp" and not native:
+                raise StageError(f"{where}, no timestamp", f"set logs.columns.{name} to its type, and give events.time.unit or format")
+
+    # ---- the same file twice --------------------------------------------------------------------------------------
+
+    def content_digest(self, file: RawFile) -> str:
+        """Return the SHA-256 of what a text file holds, unpacked, and of another file's bytes.
+
+        Raises:
+            OSError, DamagedError: it cannot be read.
+        """
+        digest = hashlib.sha256()
+        with self.fs.open_input_stream(file.path, compression=None, buffer_size=BLOCK_BYTES) as stream:
+            packed = compression_of(stream.read(HEAD_BYTES)) is not None
+        if not packed:
+            with self.fs.open_input_stream(file.path, compression=None) as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    digest.update(block)
+        else:
+            for block in self._text(file):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def refuse_copies(self, files: Sequence[RawFile], logs: Logs) -> None:
+        """Refuse files that hold the same rows, such as a file and its archive: each of its rows would be there twice.
+
+        Only files that begin alike are read whole. Files without a row have nothing that could be there twice.
+
+        Raises:
+            StageError: two files are copies.
+        """
+        begin: dict[bytes | int, list[RawFile]] = {}
+        for file in files:
+            if logs.format == "parquet":
+                begin.setdefault(file.size, []).append(file)
+                continue
+            head = self.head(file, logs)
+            if head.rstrip().count(b"\n") >= (logs.format == "csv" and logs.header):
+                begin.setdefault(hashlib.sha256(head[:HEAD_TEXT_BYTES]).digest(), []).append(file)
+        for alike in begin.values():
+            seen: dict[str, RawFile] = {}
+            for file in alike if len(alike) > 1 else []:
+                try:
+                    first = seen.setdefault(self.content_digest(file), file)
+                except DamagedError:  # told with the row at which it breaks, when it is read
+                    continue
+                if first is not file:
+                    raise StageError(f"{first.name} and {file.name} in {self.uri} hold the same rows: each would be there twice", "remove one of them, or name only one in logs.files")
 
     # ---- splits --------------------------------------------------------------------------------------------------
 
@@ -201,14 +374,15 @@ class RawLocation:
         """Cut files into parts; `count_lines([(file, start, end)]) -> [newlines]` runs where the compute is."""
         splits: list[Split] = []
         headers = {file.name: self.header(file, logs) for file in files}
-        whole = [f for f in files if logs.format == "parquet" or f.name.endswith(".gz") or f.size <= SPLIT_BYTES]
-        ranges = [(file, start, min(start + SPLIT_BYTES, file.size)) for file in files if file not in whole for start in range(0, file.size, SPLIT_BYTES)]
+        self.refuse_copies(files, logs)
+        whole = {f.name for f in files if logs.format == "parquet" or f.size <= SPLIT_BYTES or self.is_stream(f)}
+        ranges = [(file, start, min(start + SPLIT_BYTES, file.size)) for file in files if file.name not in whole for start in range(0, file.size, SPLIT_BYTES)]
         newlines = dict(zip([(f.name, s) for f, s, _ in ranges], count_lines(ranges), strict=True)) if ranges else {}
         for file in files:
             if logs.format == "parquet":
                 splits += self._parquet_splits(file, headers[file.name])
-            elif file in whole:
-                splits.append(Split(file, 0, file.size, 1 + logs.header, headers[file.name]))
+            elif file.name in whole:
+                splits.append(Split(file, 0, file.size, 1 + logs.names_columns, headers[file.name]))
             else:
                 before = 0
                 for start in range(0, file.size, SPLIT_BYTES):
@@ -216,6 +390,12 @@ class RawLocation:
                     splits.append(Split(file, start, min(start + SPLIT_BYTES, file.size), before + 2, headers[file.name]))
                     before += newlines[file.name, start]
         return splits
+
+    def is_stream(self, file: RawFile) -> bool:
+        """Whether a text file can only be read from its start: it is packed, or its lines end in CR alone."""
+        with self.fs.open_input_stream(file.path, compression=None) as stream:
+            head = stream.read(HEAD_TEXT_BYTES)
+        return promised_compression(file.name) is not None or compression_of(head) is not None or _ends_in_cr(head)
 
     def count_newlines(self, file: RawFile, start: int, end: int) -> int:
         """Return the number of newlines among the bytes [start, end)."""
@@ -245,7 +425,8 @@ class RawLocation:
         for body, first_row, broken in self._lines(split, logs):
             chunk = checked_lines(body, first_row, split.header, definition)
             if broken is not None:
-                chunk.refused.append(Refused(first_row + len(chunk.time_ms) + len(chunk.refused), broken, b""))
+                lines = body.count(b"\n") + (bool(body) and not body.endswith(b"\n"))
+                chunk.refused.append(Refused(first_row + lines, broken, b""))
             yield chunk
 
     def _parquet_tables(self, split: Split, logs: Logs) -> Iterator[tuple[pa.Table, int]]:
@@ -257,8 +438,8 @@ class RawLocation:
 
     def _lines(self, split: Split, logs: Logs) -> Iterator[tuple[bytes, int, str | None]]:
         """Yield (whole lines, row number of the first, what broke off here or None) of a split, without the header."""
-        if split.file.name.endswith(".gz"):
-            yield from self._gzip_lines(split, logs)
+        if self.is_stream(split.file):
+            yield from self._stream_lines(split, logs)
             return
         with self.fs.open_input_file(split.file.path) as stream:
             body = stream.read_at(split.end - split.start, split.start)
@@ -267,81 +448,200 @@ class RawLocation:
             cut_line = split.start > 0 and stream.read_at(1, split.start - 1) != b"\n"
         first_row = split.first_row
         if split.start == 0:
-            body = body.removeprefix(b"\xef\xbb\xbf")
+            body = body.removeprefix(BOM)
         elif not cut_line:
             first_row -= 1  # the split before ended right on a newline: all of this one's lines are its own
-        if cut_line or (split.start == 0 and logs.header):
+        if cut_line or (split.start == 0 and logs.names_columns):
             _, _, body = body.partition(b"\n")
         yield body, first_row, None
 
-    def _gzip_lines(self, split: Split, logs: Logs) -> Iterator[tuple[bytes, int, str | None]]:
-        inflate = zlib.decompressobj(wbits=31)
-        rest, row, header_gone, broken = b"", split.first_row, not logs.header, None
-        with self.fs.open_input_stream(split.file.path, compression=None) as stream:
-            while block := stream.read(4 << 20):
-                text = []
-                try:
-                    # In pieces: what an erroneous call has inflated is lost, so little must hang on one call.
-                    for start in range(0, len(block), INFLATE_BYTES):
-                        text.append(inflate.decompress(block[start : start + INFLATE_BYTES]))
-                        while inflate.eof and inflate.unused_data:
-                            left = inflate.unused_data
-                            inflate = zlib.decompressobj(wbits=31)
-                            text.append(inflate.decompress(left))
-                except zlib.error as error:
-                    broken = f"broken_gzip: {error}"
-                rest += b"".join(text)
-                body, newline, rest = rest.rpartition(b"\n")
-                if newline:
-                    body += b"\n"
-                    if not header_gone:
-                        _, _, body = body.partition(b"\n")
-                        header_gone = True
-                    yield body, row, None
-                    row += body.count(b"\n")
-                if broken is not None:
-                    break
-        if broken is None and not inflate.eof:
-            broken = "truncated_gzip: the archive breaks off"
+    def _stream_lines(self, split: Split, logs: Logs) -> Iterator[tuple[bytes, int, str | None]]:
+        rest, row, header_gone, broken = b"", split.first_row, not logs.names_columns, None
+        pieces, first = self._text(split.file), True
+        while broken is None:
+            try:
+                piece = next(pieces, None)
+            except DamagedError as damage:
+                broken = f"{damage.code}: {damage}"
+                break
+            if piece is None:
+                break
+            body, newline, rest = (rest + (piece.removeprefix(BOM) if first else piece)).rpartition(b"\n")
+            first = False
+            if newline:
+                body += b"\n"
+                if not header_gone:
+                    _, _, body = body.partition(b"\n")
+                    header_gone = True
+                yield body, row, None
+                row += body.count(b"\n")
         if rest or broken is not None:
             yield rest if header_gone and broken is None else b"", row, broken
 
-    def _open(self, file: RawFile):
-        return self.fs.open_input_stream(file.path, compression="gzip" if file.name.endswith(".gz") else None)
+    def _text(self, file: RawFile, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+        """Yield what a text file holds from its start: unpacked, and with \\n where its lines end in CR alone.
+
+        Raises:
+            DamagedError: it breaks off here.
+        """
+        with self.fs.open_input_stream(file.path, compression=None) as stream:
+            kind = compression_of(stream.read(HEAD_BYTES))
+        promised = promised_compression(file.name)
+        if kind is None and promised is not None:
+            raise DamagedError(f"broken_{promised}", f"its name promises {promised}, its first bytes are not of it")
+        seekable = kind == "zip"
+        with self.fs.open_input_file(file.path) if seekable else self.fs.open_input_stream(file.path, compression=None, buffer_size=block_bytes) as stream:
+            cr = None
+            for piece in unpacked(stream, kind, block_bytes):
+                if cr is None:
+                    cr = _ends_in_cr(piece)
+                yield piece.replace(b"\r", b"\n") if cr else piece
 
 
 def parse_lines(body: bytes, first_row: int, header: tuple[str, ...], logs: Logs) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
-    """Split whole lines into typed rows and refused ones.
+    """Split whole lines into typed rows and refused ones; blank lines are neither.
+
+    Nearly every line can be cast as it stands, and is told by one regular expression. Of the others those are read cell by cell
+    (as columns, too) that hold a word for a missing value, an integer written as a decimal, or 19 digits; for what is left the
+    reason of its refusal is looked for.
 
     Returns:
         the declared columns of the good lines, their row numbers, these lines, and the refused ones.
     """
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n")
+    body, undecodable = _recoded(body, logs.encoding)
     if body.endswith(b"\n"):
         body = body[:-1]
     elif not body:
-        return pa.table({name: pa.array([], ARROW_TYPES[c.type]) for name, c in logs.columns.items()}), np.zeros(0, np.int64), pa.array([], pa.large_binary()), []
+        return _no_rows(logs), np.zeros(0, np.int64), pa.array([], pa.large_binary()), []
+    if logs.format == "jsonl":
+        return _parse_json_lines(body, first_row, logs, undecodable)
+    parsed = logs
+    if len(logs.delimiter.encode()) > 1:  # the parser takes one byte
+        mark = next((mark for mark in MARKS if mark.encode() not in body), MARKS[0])
+        body, parsed = body.replace(logs.delimiter.encode(), mark.encode()), logs.model_copy(update={"delimiter": mark})
     lines = pc.split_pattern(pa.array([body], pa.large_binary()), b"\n")[0].values
-    good = pc.match_substring_regex(lines, line_pattern(header, logs))
-    good = good.to_numpy(zero_copy_only=False)
+    good = _matching(lines, line_pattern(header, parsed))
     if not _is_utf8(body):
         good &= np.fromiter((_is_utf8(line) for line in lines.to_pylist()), dtype=bool, count=len(lines))
-    row_number = np.arange(first_row, first_row + len(lines))
-    refused: list[Refused] = []
+    good[list(undecodable)] = False
+    rows = _cast(body if good.all() else _joined(lines, good), header, parsed)
+    rows, right = _without_words(rows, logs)
+    if not right.all():
+        good[np.flatnonzero(good)[~right]] = False
+        rows = rows.filter(pa.array(right))
+    number = np.flatnonzero(good)
+    blank = np.zeros(len(lines), bool)
     if not good.all():
-        refused = [Refused(int(row), reason_for(line, header, logs), line)
-                   for row, line in zip(row_number[~good], lines.filter(pa.array(~good)).to_pylist(), strict=True)]
-        row_number, lines = row_number[good], lines.filter(pa.array(good))
-        body = b"\n".join(lines.to_pylist())
-    types = {name: ARROW_TYPES[column.type] for name, column in logs.columns.items()}
-    if not len(lines):
-        return pa.table({name: pa.array([], kind) for name, kind in types.items()}), row_number, lines, refused
-    rows = pacsv.read_csv(
+        left = np.flatnonzero(~good)
+        blank[left] = _blank(lines.take(pa.array(left)), parsed)
+        left = left[~blank[left] & ~np.isin(left, list(undecodable))]
+        more, found = _read_cells(lines.take(pa.array(left)), header, parsed)
+        if len(found):
+            order = np.argsort(np.concatenate([number, left[found]]), kind="stable")
+            good[left[found]], number = True, np.concatenate([number, left[found]])[order]
+            rows = pa.concat_tables([rows, more]).take(pa.array(order))
+    refused = []
+    for place in np.flatnonzero(~good & ~blank).tolist():
+        line = lines[place].as_py()
+        line = line if parsed is logs else line.replace(parsed.delimiter.encode(), logs.delimiter.encode())
+        refused.append(Refused(first_row + place, undecodable.get(place) or reason_for(line, header, logs), line))
+    if parsed is not logs and logs.quoting:
+        for place, (name, column) in enumerate(logs.columns.items()):
+            if column.type == "text":
+                rows = rows.set_column(place, name, pc.replace_substring(rows[name], parsed.delimiter, logs.delimiter))
+    return rows, first_row + number, lines if good.all() else lines.filter(pa.array(good)), refused
+
+
+def _parse_json_lines(body: bytes, first_row: int, logs: Logs, undecodable: dict[int, str]) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
+    lines = body.split(b"\n")
+    cells: list[list[str]] = []
+    number, refused = [], []
+    for place, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            if place in undecodable:
+                raise NotARowError(undecodable[place])
+            cells.append(_line_cells(line, tuple(logs.columns), logs))
+            number.append(place)
+        except NotARowError as error:
+            refused.append(Refused(first_row + place, str(error), line))
+    columns = [pa.array(texts, pa.string()) for texts in zip(*cells, strict=True)] if cells else [pa.array([], pa.string())] * len(logs.columns)
+    rows = pa.table([typed_cells(texts, column, logs.missing)[0] for texts, column in zip(columns, logs.columns.values(), strict=True)], names=list(logs.columns))
+    return rows, first_row + np.array(number, dtype=np.int64), pa.array([lines[place] for place in number], pa.large_binary()), refused
+
+
+def _no_rows(logs: Logs) -> pa.Table:
+    return pa.table({name: pa.array([], ARROW_TYPES[column.type]) for name, column in logs.columns.items()})
+
+
+def _matching(lines: pa.Array, pattern: str) -> np.ndarray:
+    return pc.match_substring_regex(lines, pattern).to_numpy(zero_copy_only=False).copy()
+
+
+def _joined(lines: pa.Array, which: np.ndarray) -> bytes:
+    return b"\n".join(lines.filter(pa.array(which)).to_pylist())
+
+
+def _cast(body: bytes, header: tuple[str, ...], logs: Logs, as_text: bool = False) -> pa.Table:
+    """Return the declared columns of lines that are known to be right."""
+    types = {name: pa.string() if as_text else ARROW_TYPES[column.type] for name, column in logs.columns.items()}
+    if not body:
+        return pa.table({name: pa.array([], kind) for name, kind in types.items()})
+    return pacsv.read_csv(
         pa.BufferReader(body), pacsv.ReadOptions(column_names=list(header), use_threads=False, block_size=len(body) + 1),
         pacsv.ParseOptions(delimiter=logs.delimiter, quote_char='"' if logs.quoting else False, ignore_empty_lines=False),
         pacsv.ConvertOptions(column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=False))  # fmt: skip
-    return rows, row_number, lines, refused
+
+
+def _without_words(rows: pa.Table, logs: Logs) -> tuple[pa.Table, np.ndarray]:
+    """Return the rows with null for texts that mean "no value", and bool [rows]: which lack no value that they need."""
+    right = np.ones(rows.num_rows, bool)
+    for place, (name, column) in enumerate(logs.columns.items()):
+        if column.type == "text":
+            gone = is_missing(rows[name], logs.missing)
+            if pc.any(gone).as_py():
+                rows = rows.set_column(place, name, pc.if_else(gone, pa.scalar(None, pa.string()), rows[name]))
+                if not column.optional:
+                    right &= ~gone.combine_chunks().to_numpy(zero_copy_only=False)
+    return rows, right
+
+
+def _read_cells(lines: pa.Array, header: tuple[str, ...], logs: Logs) -> tuple[pa.Table, np.ndarray]:
+    """Read lines whose cells are not all as they have to be cast; return the rows, and the places of their lines."""
+    whole = _matching(lines, _line_pattern(header, (), logs.delimiter, logs.quoting))
+    whole &= np.fromiter((_is_utf8(line) for line in lines.to_pylist()), dtype=bool, count=len(lines))
+    texts = _cast(_joined(lines, whole), header, logs, as_text=True)
+    right, columns = np.ones(texts.num_rows, bool), []
+    for name, column in logs.columns.items():
+        values, ok = typed_cells(texts[name], column, logs.missing)
+        columns.append(values)
+        right &= ok
+    return pa.table(columns, names=list(logs.columns)).filter(pa.array(right)), np.flatnonzero(whole)[right]
+
+
+def _blank(lines: pa.Array, logs: Logs) -> np.ndarray:
+    """Return which lines hold nothing; one of blanks alone does, where blanks do not stand between its cells."""
+    blanks = "".join({" ", "\t", "\r"} - {logs.delimiter})
+    return _matching(lines, rf"\A[{blanks}]*\z")
+
+
+def _recoded(body: bytes, encoding: str) -> tuple[bytes, dict[int, str]]:
+    """Return lines in UTF-8, and place -> reason of those that are not of the encoding; they stay as they are."""
+    if encoding == "utf-8":
+        return body, {}
+    try:
+        return body.decode(encoding).encode(), {}
+    except UnicodeDecodeError:
+        lines, wrong = body.split(b"\n"), {}
+        for place, line in enumerate(lines):
+            try:
+                lines[place] = line.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                wrong[place] = f"not_of_the_encoding: byte {error.start} of the line is no {encoding}"
+        return b"\n".join(lines), wrong
 
 
 @functools.lru_cache(maxsize=64)
@@ -366,28 +666,35 @@ def line_pattern(header: tuple[str, ...], logs: Logs) -> str:
 
 def reason_for(line: bytes, header: tuple[str, ...], logs: Logs) -> str:
     """Return why a line is not a row: a code, a colon, and the detail."""
-    if not line.strip():
-        return "empty_line: nothing between two line ends"
+    try:
+        _line_cells(line, header, logs)
+    except NotARowError as error:
+        return str(error)
+    if b"\r" in line:
+        return "carriage_return: one that ends no line"
+    return "broken_quotes: a quote within a value, or one that does not end"
+
+
+def _line_cells(line: bytes, header: tuple[str, ...], logs: Logs) -> list[str]:
+    """Return the cells of a line, each a value of its column.
+
+    Raises:
+        NotARowError: they are not.
+    """
     if b"\x00" in line:
-        return "nul_byte: the line holds NUL bytes"
+        raise NotARowError("nul_byte: the line holds NUL bytes")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"not_utf8: byte {error.start} of the line"
-    cells = _cells(text, logs)
+        raise NotARowError(f"not_utf8: byte {error.start} of the line; logs.encoding names another encoding") from None
+    cells = split_line(text, logs)
     if len(cells) != len(header):
-        return f"wrong_column_count: {len(cells)} instead of {len(header)}"
+        raise NotARowError(f"wrong_column_count: {len(cells)} instead of {len(header)}")
     for name, cell in zip(header, cells, strict=True):
         column = logs.columns.get(name)
-        if column is None or (cell == "" and column.optional):
-            continue
-        if cell == "":
-            return f"missing_value: {name}"
-        if column.type in _CELL and not re.fullmatch(_CELL[column.type], cell):
-            return f"not_{'an' if column.type == 'integer' else 'a'}_{column.type}: {name}={cell[:40]!r}"
-    if "\r" in text:
-        return "carriage_return: one that ends no line"
-    return "broken_quotes: a quote within a value, or one that does not end"
+        if column is not None and (reason := why_wrong(name, cell, column, logs.missing)) is not None:
+            raise NotARowError(reason)
+    return cells
 
 
 def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str | None, str | None]:
@@ -410,32 +717,49 @@ def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str 
         return None, None, None, None
 
 
+def time_values(columns: Sequence[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArray | pa.Array:
+    """Return what times are read from: one column as it is, the texts of several joined by blanks."""
+    return columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*[column.cast(pa.string()) for column in columns], " ")
+
+
 def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 Unix milliseconds, and which of them are times at all (others are 0)."""
+    import pandas as pd
+
+    if pa.types.is_timestamp(values.type):
+        stamps = pd.Series(values.to_numpy()).dt.tz_localize(time.zone, ambiguous=np.zeros(len(values), dtype=bool), nonexistent="shift_forward")
+        return _epoch_ms(stamps)
     if time.unit is not None:
         per_second = _UNIT_PER_SECOND[time.unit]
         number = values.to_numpy()
-        low, high = (day_number(day) * 86_400 * per_second for day in ("1900-01-01", "2200-01-01"))
+        origin = day_number(time.origin.isoformat()) * MS_PER_DAY
+        low, high = ((day_number(day) * MS_PER_DAY - origin) * per_second // 1_000 for day in ("1900-01-01", "2200-01-01"))
         there = (number >= low) & (number < high)  # false for nan; beyond it a product would not fit
         number = np.where(there, number, 0)
         if number.dtype.kind == "f":
-            return np.rint(number * (1_000 / per_second)).astype(np.int64), there
-        return (number * 1_000 if per_second == 1 else number // (per_second // 1_000)), there
-    import pandas as pd
-
+            return np.rint(number * (1_000 / per_second)).astype(np.int64) + origin, there
+        return (number * 1_000 if per_second == 1 else number // (per_second // 1_000)) + origin, there
     encoded = pc.dictionary_encode(values.cast(pa.string()))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     texts = pd.Series(encoded.dictionary.to_pylist(), dtype=object).astype(str)
     if time.digits:
         texts = texts.str.zfill(time.digits)
-    form = time.format if time.year is None else f"%Y{time.format}"
-    stamps = pd.to_datetime(texts if time.year is None else f"{time.year}" + texts, format=form, errors="coerce")
-    stamps = stamps.dt.tz_localize(time.zone, ambiguous=np.zeros(len(stamps), dtype=bool), nonexistent="shift_forward").dt.tz_convert("UTC")
+    form, dated = (time.format, texts) if time.year is None else (f"%Y {time.format}", f"{time.year} " + texts)
+    if "%z" in str(form):
+        stamps = pd.to_datetime(dated, format=form, errors="coerce", utc=True)  # each text has its own offset
+    else:
+        stamps = pd.to_datetime(dated, format=form, errors="coerce")
+        stamps = stamps.dt.tz_localize(time.zone, ambiguous=np.zeros(len(stamps), dtype=bool), nonexistent="shift_forward")
+    known, there = _epoch_ms(stamps)
     # strptime takes blanks for digits ("08 9" for the 9th of August).
-    there = ~stamps.isna().to_numpy() & (texts.str.count(r"\s") == len(re.findall(r"\s", str(time.format)))).to_numpy()
-    known = np.where(there, stamps.dt.tz_localize(None).to_numpy().astype("datetime64[ms]").astype(np.int64), 0)
+    there &= (texts.str.count(r"\s") == len(re.findall(r"\s", str(time.format)))).to_numpy()
     code = encoded.indices.to_numpy()
     return known[code], there[code]
+
+
+def _epoch_ms(stamps) -> tuple[np.ndarray, np.ndarray]:
+    there = ~stamps.isna().to_numpy()
+    return np.where(there, stamps.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[ms]").astype(np.int64), 0), there
 
 
 def hashed_ids(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -452,7 +776,8 @@ def row_hashes(rows: pa.Table) -> np.ndarray:
         if pa.types.is_string(column.type):
             bits = _text_hash(column)
         else:
-            known = column.fill_null(0).to_numpy()
+            numbers = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
+            known = numbers.fill_null(0).to_numpy()
             bits = known.view(np.uint64) ^ (column.is_null().to_numpy().astype(np.uint64) * np.uint64(0x5BD1E995)) if column.null_count else known.view(np.uint64)
         mixed = (mixed ^ bits) * _HASH_MULTIPLIER
         mixed ^= mixed >> np.uint64(29)
@@ -480,15 +805,15 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
         keep = ~np.isin(row_number, [r.row_number for r in refused])
         rows, row_number = rows.filter(pa.array(keep)), row_number[keep]
     time = definition.events.time
-    time_ms, there = times_ms(rows[time.column], time)
+    time_ms, there = times_ms(time_values([rows[name] for name in time.columns]), time)
     earliest, latest = _bounds_ms(time)
     in_range = there & (time_ms >= earliest) & (time_ms < latest)
     bad = ~in_range
     reasons: dict[int, str] = {}
     for row in np.flatnonzero(bad):
-        cell = rows[time.column][int(row)].as_py()
-        code = "time_out_of_range" if there[row] or time.unit else "not_a_time"
-        reasons[int(row)] = f"{code}: {time.column}={cell!r:.60}"
+        cells = [str(rows[name][int(row)].as_py()) if len(time.columns) > 1 else rows[name][int(row)].as_py() for name in time.columns]
+        code = "time_out_of_range" if there[row] or not time.format else "not_a_time"
+        reasons[int(row)] = f"{code}: {'+'.join(time.columns)}={' '.join(cells) if len(cells) > 1 else cells[0]!r:.60}"
     for name, column in definition.logs.columns.items():
         for code, wrong in _value_checks(rows[name], column):
             wrong &= ~bad
@@ -508,14 +833,26 @@ def _with_times(refused: list[Refused], header: tuple[str, ...], definition: Dat
     if not refused:
         return refused
     logs, time = definition.logs, definition.events.time
-    position, kind = header.index(time.column), logs.columns[time.column].type
-    cells = [_cells(r.raw_text.decode("utf-8", "replace").replace("\x00", ""), logs) for r in refused]
-    text = [c[position] if len(c) > position and re.fullmatch(_CELL.get(kind, ".+"), c[position]) else None for c in cells]
-    values = pa.array(text, pa.string())
-    time_ms, there = times_ms((values if kind == "text" else values.cast(ARROW_TYPES[kind])).fill_null("" if kind == "text" else 0), time)
+    header = tuple(logs.columns) if logs.format == "jsonl" else header
+    lines = [_cells_or_none(r.raw_text, logs) for r in refused]
+    there, columns = np.ones(len(refused), bool), []
+    for name in time.columns:
+        position, column = header.index(name), logs.columns[name]
+        texts = pa.array([cells[position] if len(cells) > position else "" for cells in lines], pa.string())
+        values, right = typed_cells(texts, column, logs.missing)
+        there &= right
+        columns.append(values.fill_null("" if column.type == "text" else 0))
+    time_ms, known = times_ms(time_values(columns), time)
     earliest, latest = _bounds_ms(time)
-    there &= values.is_valid().to_numpy(zero_copy_only=False) & (time_ms >= earliest) & (time_ms < latest)
+    there &= known & (time_ms >= earliest) & (time_ms < latest)
     return [dataclasses.replace(r, time_ms=int(ms)) if ok else r for r, ms, ok in zip(refused, time_ms, there, strict=True)]
+
+
+def _cells_or_none(line: bytes, logs: Logs) -> list[str]:
+    try:
+        return split_line(line.decode("utf-8", "replace").replace("\x00", ""), logs)
+    except NotARowError:
+        return []
 
 
 def _bounds_ms(time: Time) -> tuple[int, int]:
@@ -572,8 +909,7 @@ def read_features(location: RawLocation, file_rule: FeatureFile) -> pa.Table | N
     tables = []
     for file in files:
         try:
-            with location._open(file) as stream:
-                body = stream.read()
+            body = b"".join(location._text(file))
             if file_rule.columns:
                 header = list(file_rule.columns)
             else:
@@ -588,7 +924,7 @@ def read_features(location: RawLocation, file_rule: FeatureFile) -> pa.Table | N
                 io.BytesIO(body), pacsv.ReadOptions(column_names=list(file_rule.columns) if file_rule.columns else None),
                 pacsv.ParseOptions(delimiter=file_rule.delimiter, newlines_in_values=True),
                 pacsv.ConvertOptions(include_columns=wanted, column_types={name: pa.string() for name in header}, strings_can_be_null=False)))  # fmt: skip
-        except (pa.ArrowInvalid, OSError, UnicodeDecodeError, csv.Error) as error:
+        except (pa.ArrowInvalid, OSError, DamagedError, UnicodeDecodeError, csv.Error) as error:
             raise StageError(f"{file.name} in {location.uri} is not a CSV file as published: {error}", "deliver the file again, or remove it") from None
     table = pa.concat_tables(tables)
     return pa.table({name: pc.if_else(pc.is_in(table[name], value_set=pa.array(file_rule.missing, pa.string())), "", table[name]) if name != file_rule.key
@@ -607,15 +943,6 @@ def promised(files: list[RawFile]) -> str:
     return "; ".join(f"{f.name}: {f.first_dt or 'any day'}" + (f" .. {f.last_dt}" if f.last_dt != f.first_dt else "") for f in files)
 
 
-def _cells(text: str, logs: Logs) -> list[str]:
-    if not logs.quoting:
-        return text.split(logs.delimiter)
-    try:
-        return next(csv.reader([text], delimiter=logs.delimiter), [])
-    except csv.Error:
-        return text.split(logs.delimiter)
-
-
 def _is_utf8(text: bytes) -> bool:
     try:
         text.decode("utf-8")
@@ -624,14 +951,43 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _first_line(stream) -> bytes:
-    text = b""
-    while b"\n" not in text:
-        block = stream.read(65_536)
-        if not block:
-            break
-        text += block
-    return text.split(b"\n", 1)[0]
+def _ends_in_cr(text: bytes) -> bool:
+    """Whether lines end in CR alone, by the beginning of a text."""
+    return b"\r" in text.rstrip(b"\r") and b"\n" not in text
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]+([.:/-][0-9]+)*", text.strip()) is not None
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text looks like several ids: between blanks, commas or bars each part has a digit."""
+    parts = re.split(r"[\s,;|]+", text.strip("[](){} "))
+    return len(parts) > 1 and all(re.search("[0-9]", part) for part in parts)
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Whether a file's name with its folders matches; `*` stops at a slash, `**` stands for any number of folders."""
+    return _parts_match(name.split("/"), glob.split("/"))
+
+
+def _parts_match(parts: list[str], globs: list[str]) -> bool:
+    if not globs or not parts:
+        return not globs and not parts
+    if globs[0] == "**":
+        return any(_parts_match(parts[place:], globs[1:]) for place in range(len(parts)))
+    return fnmatch.fnmatchcase(parts[0], globs[0]) and _parts_match(parts[1:], globs[1:])
+
+
+def _hidden(name: str, globs: Sequence[str]) -> bool:
+    """Whether a file only describes others (`._log.csv` of macOS, `.part-0.csv.crc`, `_SUCCESS`), unless a glob names such files."""
+    named = {part[:1] for glob in globs for part in glob.split("/")}
+    return any((part.startswith(".") and "." not in named) or (_MARKER.fullmatch(part) and "_" not in named) for part in name.split("/"))
+
+
+def _with_wildcards(name: str) -> str:
+    """Return a glob that matches a file and its neighbours: digits stand for days and parts."""
+    return re.sub(r"[0-9][0-9-]*", "*", name)
 
 
 def _to_newline(stream, position: int) -> bytes:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
+from etl.compression import BREAKS, promised_compression
 from etl.datasets import MILLISECONDS, DatasetDefinition, FieldRule, Span
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
@@ -75,6 +76,8 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         StageError: files or columns are missing, too many rows are refused, or `dt` has no row.
     """
     files = raw.logs(definition)
+    for note in raw.notes(files, definition):
+        log(f"note: {note}")
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
     published = {day: manifest for day in lookback if (manifest := store.manifest("events", day)) is not None}
     listing = {day: _listing(files, day) for day in lookback}
@@ -260,7 +263,7 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
             (where, count), *_ = where_refused.most_common(1)
             raise StageError(f"{where_refused.total():,} of {rows:,} {what} ({where_refused.total() / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
                              f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
-    if cut := [where for where in reasons if where.endswith((": truncated_gzip", ": broken_gzip"))]:
+    if cut := [where for where in reasons if where.rpartition(": ")[2] in BREAKS]:
         # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
         raise StageError(f"an archive in {raw.uri} is damaged: {', '.join(sorted(cut))}", "deliver the file again")
     if not any(stat["events"] for stat in by_day[dt]):
@@ -350,7 +353,7 @@ def _field_values(values: pa.ChunkedArray, rule: FieldRule) -> pa.ChunkedArray:
 
 def _filed(refused: Refused, file: RawFile, fallback_dt: str) -> int:
     # A break of an archive is filed under dt, which is always built: filed under a day that is not, it would go unseen.
-    return day_number(fallback_dt) if refused.reason.startswith(("broken_gzip", "truncated_gzip")) else day_of(refused, file, fallback_dt)
+    return day_number(fallback_dt) if refused.reason.partition(":")[0] in BREAKS else day_of(refused, file, fallback_dt)
 
 
 def _refused_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema) -> pa.Table:
@@ -386,7 +389,7 @@ def _buckets(published: dict[str, Manifest], files: list[RawFile]) -> int:
 
 
 def _raw_bytes(file: RawFile) -> int:
-    return file.size * (GZIP_RATIO if file.name.endswith((".gz", ".parquet")) else 1)
+    return file.size * (GZIP_RATIO if promised_compression(file.name) or file.name.endswith(".parquet") else 1)
 
 
 def _is_there(manifest: Manifest | None, listing: str, settings: dict) -> bool:

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from etl.compression import DamagedError, without_suffix
 from etl.datasets import DatasetDefinition, Logs
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number
 from etl.quality.drift import NAN
 from etl.quality.thresholds import DriftThresholds, RawThresholds
-from etl.raw import Chunk, RawFile, RawLocation, Split, checked_lines, line_pattern
-from etl.store import sha256_of
+from etl.raw import Chunk, RawFile, RawLocation, Split, checked_lines, parse_lines
 
 PARQUET_MAGIC = b"PAR1"
 
@@ -116,23 +115,20 @@ def _sample(raw: RawLocation, file: RawFile, header: tuple[str, ...], definition
         with pq.ParquetFile(file.path, filesystem=raw.fs) as parquet:
             groups = parquet.num_row_groups
         return [next(raw.read(Split(file, group, group + 1, 1, header), definition)) for group in sorted({0, groups // 2, groups - 1}) if group < groups], None
-    if file.name.endswith(".gz"):  # its middle cannot be reached without what is before it; the events job reads it to its end
-        with raw.fs.open_input_stream(file.path, compression="gzip") as stream:
-            body = stream.read(block)
-        return [_chunk(body.partition(b"\n")[2] if logs.header else body, header, definition, whole=len(body) < block)], None
+    if raw.is_stream(file):  # its middle cannot be reached without what is before it; the events job reads it to its end
+        body = raw.head(file, logs, block, encoded=True)
+        return [_chunk(body.partition(b"\n")[2] if logs.names_columns else body, header, definition, whole=len(body) < block)], None
     starts = sorted({0, max(0, file.size // 2 - block // 2), max(0, file.size - block)}) if file.size > 3 * block else [0]
     chunks, last = [], b""
     with raw.fs.open_input_file(file.path) as stream:
         for start in starts:
             body = stream.read_at(block if len(starts) > 1 else file.size, start)
             last = body
-            if start > 0 or logs.header:
+            if start > 0 or logs.names_columns:
                 body = body.partition(b"\n")[2]
             chunks.append(_chunk(body, header, definition, whole=start == starts[-1]))
     tail = last.rpartition(b"\n")[2].rstrip(b"\r")
-    pattern = line_pattern(header, logs)
-    whole = not tail or bool(pc.match_substring_regex(pa.array([tail], pa.large_binary()), pattern)[0].as_py())
-    return chunks, None if whole else tail
+    return chunks, tail if tail and parse_lines(tail, 1, header, logs)[-1] else None
 
 
 def _chunk(body: bytes, header: tuple[str, ...], definition: DatasetDefinition, whole: bool) -> Chunk:
@@ -141,20 +137,24 @@ def _chunk(body: bytes, header: tuple[str, ...], definition: DatasetDefinition, 
 
 
 def _copy_of(raw: RawLocation, file: RawFile, others: Sequence[RawFile]) -> RawFile | None:
-    same = [other for other in others if other.size == file.size and other.name != file.name]
+    """Return another file that holds the same, packed or not: of equal size, or of the same name but for its ending."""
+    same = [other for other in others if other.name != file.name and (other.size == file.size or without_suffix(other.name) == without_suffix(file.name))]
     if not same:
         return None
-    digest = sha256_of(raw.fs, file.path)
-    return next((other for other in same if sha256_of(raw.fs, other.path) == digest), None)
+    try:
+        digest = raw.content_digest(file)
+        return next((other for other in same if raw.content_digest(other) == digest), None)
+    except DamagedError:  # a cut archive, which is told elsewhere
+        return None
 
 
 def _missing_columns(raw: RawLocation, file: RawFile, logs: Logs) -> dict[str, list[str]]:
     """Return each declared column that the file lacks, and the undeclared one of its own that is most like it."""
     try:
         present = raw.column_names(file, logs)
-    except (StageError, OSError, pa.ArrowInvalid):
+    except (StageError, OSError, pa.ArrowInvalid, DamagedError):
         return {}
-    if not logs.header or len(present) < 2:
+    if (logs.format == "csv" and not logs.header) or len(present) < 2:
         return {}
     spare = [name for name in present if name not in logs.columns]
     return {name: difflib.get_close_matches(name, spare, n=1) for name in logs.columns if name not in present}
