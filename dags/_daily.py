@@ -24,9 +24,12 @@ wrong and what to do (`error:` and `remedy:` in its log) and is not retried.
 Each task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """
 
-# An absolute path or a URI, without control characters and without anything that a shell would read as its own. The last
-# lookahead is for Python, whose `$` also matches before a final newline.
-PATH = r"""^([a-z][a-z0-9+]*://|/)[^\x00-\x1f\x7f;&|<>$`"'\\(){}\[\]*?!#]*$(?!\n)"""
+# An absolute path or a URI, without control characters and without anything that a shell would read as its own. Only a URI has a query,
+# and none has user info (`etl.uris` says why; a container of Azure is none). The last lookahead is for Python, whose `$` also matches
+# before a final newline.
+PLAIN = r"""[^\x00-\x1f\x7f;&|<>$`"'\\(){}\[\]*?!#]"""
+HOST = r"[A-Za-z0-9._~-]*(:[0-9]+)?"
+PATH = rf"^(/{PLAIN}*|(abfss?://[a-z0-9-]+@|[a-z][a-z0-9+.-]*://){HOST}(/{PLAIN}*)?(\?[A-Za-z0-9._~%:/=&+,-]*)?)$(?!\n)"
 MOST_DAYS = 36_500
 
 

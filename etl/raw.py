@@ -42,6 +42,7 @@ from etl.compression import (
 from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, FeatureFile, Logs, NamedDays, Time
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number
+from etl.uris import without_secrets
 
 SPLIT_BYTES = 64 << 20
 HEAD_TEXT_BYTES = 64 << 10
@@ -125,7 +126,7 @@ class RawLocation:
 
     def __init__(self, uri: str) -> None:
         # Absolute: the executors of a cluster work in folders of their own.
-        self.uri = uri if "://" in uri else os.path.abspath(uri)
+        self.uri = without_secrets(uri, "--raw") if "://" in uri else os.path.abspath(uri)
         try:
             self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, OSError) as error:

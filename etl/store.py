@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from etl.errors import StageError
 from etl.schemas import TABLES, table_schema
+from etl.uris import without_secrets
 
 ROW_GROUP_ROWS = 1 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
@@ -108,7 +109,7 @@ class TableStore:
 
     def __init__(self, warehouse: str, dataset: str) -> None:
         # Absolute: the executors of a cluster work in folders of their own.
-        self.warehouse = warehouse if "://" in warehouse else os.path.abspath(warehouse)
+        self.warehouse = without_secrets(warehouse, "--warehouse") if "://" in warehouse else os.path.abspath(warehouse)
         try:
             self.fs, root = pafs.FileSystem.from_uri(self.warehouse)
         except (pa.ArrowInvalid, OSError) as error:

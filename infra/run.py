@@ -22,6 +22,7 @@ from etl.datasets import SIMULATED_MARKER, DatasetDefinition, built_in_names, da
 from etl.errors import StageError
 from etl.identity import attempt_name, report_page
 from etl.partitions import parse_dt
+from etl.uris import without_secrets
 from infra import services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
@@ -71,6 +72,7 @@ def choose_data() -> Choice:
         raise InfraError(f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .. {definition.last_day or 'today'}", "choose a day in between")
     if not raw:
         return Choice(definition, own, dt, settings.raw(definition.name), definition.simulated)
+    without_secrets(raw, "RAW")
     if "://" not in raw:
         folder = Path(raw).expanduser().absolute()
         if not folder.is_dir():
@@ -303,7 +305,7 @@ def run_partition(children: dict[Service, int]) -> int:
     simulator = None
     if choice.simulate:
         say(f"simulating raw logs under {raw} (kept when they are there already)")
-        simulator = subprocess.Popen([sys.executable, "-m", "etl.simulate", "--out", raw], env=env, cwd=settings.ROOT, start_new_session=True)
+        simulator = subprocess.Popen([sys.executable, "-m", "etl.simulate", "--out", raw], env=settings.stage_environment(env), cwd=settings.ROOT, start_new_session=True)
         children[Service("simulator", ())] = simulator.pid
     elif "://" not in raw and not Path(raw).is_dir():
         raise InfraError(f"no raw logs under {raw}", "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated")

@@ -1,20 +1,36 @@
-"""The one place of paths, ports, defaults and the environment of every process; standard library only.
+"""The one place of paths, ports, defaults, secrets and the environment of every process; imports nothing that takes time.
 
 Every value has a `LONGVIEW_*` variable, so that another topology changes the environment and not the code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import pwd
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from etl.uris import below, without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 
 POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
 WORKERS = 2
+AIRFLOW_USER = "admin"
+# What a stage gets of the environment of the services. Credentials of the stores that it reads and writes are among it.
+DATABASE = "LONGVIEW_AIRFLOW_DB"  # may hold a password: Airflow's alone
+STAGE_NAMES = frozenset("""
+    PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP PWD HOSTNAME TERM VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH
+    JAVA_HOME JAVA_TOOL_OPTIONS JDK_JAVA_OPTIONS http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
+    SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE KUBECONFIG DO_NOT_TRACK SCARF_ANALYTICS PGPASSFILE PGSSLMODE PGSSLROOTCERT
+""".split())
+STAGE_PREFIXES = ("LONGVIEW_", "LC_", "XDG_", "PYTHON", "SPARK_", "PYSPARK_", "HADOOP_", "YARN_", "MLFLOW_", "GX_", "RAY_", "AWS_", "GOOGLE_", "AZURE_", "ARROW_",
+                  "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_")
 CONTINUE, APPROVE = "continue", "approve"  # what a run does before training when a gate warned
 
 
@@ -29,12 +45,12 @@ def home() -> Path:
 
 def warehouse() -> str:
     """Root of the tables: a path, or a URI that Arrow reads."""
-    return os.environ.get("LONGVIEW_WAREHOUSE") or str(home() / "warehouse")
+    return _address("LONGVIEW_WAREHOUSE") or str(home() / "warehouse")
 
 
 def raw(dataset: str) -> str:
     """Raw logs of a data set, where nothing else is said; LONGVIEW_RAW is the folder or URI of all data sets' folders."""
-    return f"{os.environ.get('LONGVIEW_RAW') or home() / 'raw'}/{dataset}"
+    return below(_address("LONGVIEW_RAW") or str(home() / "raw"), dataset)
 
 
 def definitions() -> Path:
@@ -43,11 +59,11 @@ def definitions() -> Path:
 
 
 def runs() -> str:
-    return os.environ.get("LONGVIEW_RUNS") or str(home() / "runs")
+    return _address("LONGVIEW_RUNS") or str(home() / "runs")
 
 
 def reports() -> Path:
-    return Path(os.environ.get("LONGVIEW_REPORTS") or home() / "reports")
+    return Path(_address("LONGVIEW_REPORTS") or home() / "reports")
 
 
 def airflow_home() -> Path:
@@ -55,7 +71,7 @@ def airflow_home() -> Path:
 
 
 def tracking_uri() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    return _address("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def artifact_root() -> Path:
@@ -84,6 +100,10 @@ def mlflow_artifact_url(experiment_id: str, run_id: str, artifact: str) -> str:
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{artifact}"
 
 
+def _address(variable: str) -> str:
+    return without_secrets(os.environ.get(variable) or "", variable)
+
+
 def _port(variable: str, default: int) -> int:
     text = os.environ.get(variable) or str(default)
     if not text.isdigit() or not 0 < int(text) < 65536:
@@ -93,18 +113,51 @@ def _port(variable: str, default: int) -> int:
 
 def secret(name: str) -> str:
     """Return a secret of this installation, made once and readable by its owner only."""
-    path = home() / "secrets" / name
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
-    return path.read_text()
+    return _made_once(name, secrets.token_hex(32)).read_text()
+
+
+def passwords_file() -> Path:
+    """Return Airflow's file of users and passwords; the password is made once."""
+    return _made_once("airflow_passwords.json", json.dumps({AIRFLOW_USER: secrets.token_urlsafe(15)}))
+
+
+def password() -> str:
+    return json.loads(passwords_file().read_text())[AIRFLOW_USER]
+
+
+def _made_once(name: str, text: str) -> Path:
+    path = private(home() / "secrets") / name
+    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    return path
+
+
+def private(folder: Path) -> Path:
+    """Make a folder that its owner alone may enter; return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def login() -> bool:
+    """Whether Airflow asks for the password: LONGVIEW_LOGIN=1 or 0; else when other people can log in on this machine."""
+    text = os.environ.get("LONGVIEW_LOGIN") or str(int(bool(other_logins())))
+    if text not in ("0", "1"):
+        raise SystemExit(f"error: LONGVIEW_LOGIN={text!r} is neither 0 nor 1\n  remedy: give 1 for a password, 0 for none")
+    return text == "1"
+
+
+def other_logins() -> list[str]:
+    """Return the people, beside this process's user, who have a login shell here."""
+    first = 501 if sys.platform == "darwin" else 1_000  # lower ids are the system's
+    return [user.pw_name for user in pwd.getpwall()
+            if first <= user.pw_uid < 60_000 and user.pw_uid != os.getuid() and user.pw_shell and not user.pw_shell.endswith(("/nologin", "/false"))]
 
 
 def environment() -> dict[str, str]:
     """Return the whole environment of a child process: what was set, then Airflow, MLflow and the stages."""
+    private(airflow_home())  # its database, its configuration and its logs may hold secrets
     env = dict(os.environ)
     for name in [name for name in env if name.startswith("AIRFLOW__")]:
         del env[name]  # another installation's settings
@@ -114,10 +167,12 @@ def environment() -> dict[str, str]:
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__PARALLELISM": "4",
         "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",
-        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # no login page; the server listens on the loopback only
+        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(not login()),  # else no login page; the server listens on the loopback only
+        "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{AIRFLOW_USER}:admin",
+        "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file()),
         "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
         "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "5",
-        "DATABASE__SQL_ALCHEMY_CONN": os.environ.get("LONGVIEW_AIRFLOW_DB") or f"sqlite:///{airflow_home() / 'airflow.db'}",
+        "DATABASE__SQL_ALCHEMY_CONN": os.environ.get(DATABASE) or f"sqlite:///{airflow_home() / 'airflow.db'}",
         "API__HOST": "127.0.0.1",
         "API__PORT": str(airflow_port()),
         "API__BASE_URL": airflow_url(),
@@ -158,9 +213,10 @@ def environment() -> dict[str, str]:
     return env
 
 
-def stage_environment() -> dict[str, str]:
-    """Return the environment of a stage: this process's, without Airflow's settings and secrets."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW__", "_AIRFLOW"))}
+def stage_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return what of an environment (default: this process's) a stage needs: of Airflow, and of all that is not named here, nothing."""
+    given = os.environ if env is None else env
+    return {name: value for name, value in given.items() if name != DATABASE and (name in STAGE_NAMES or name.startswith(STAGE_PREFIXES))}
 
 
 def _other_python_paths() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from etl.errors import StageError
 from infra import services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, AirflowApi, InfraError, Service
 
@@ -29,7 +30,7 @@ def up() -> None:
         print("preparing Airflow's database ...", flush=True)
         services.migrate(env)
     for service in missing:
-        running[service] = services.start(service, env).pid
+        running[service] = services.start(service, settings.stage_environment(env) if service.name == "mlflow" else env).pid
         services.write_pid(service, running[service])
         print(f"started {service.name} (process {running[service]}, log {services.log_path(service)})", flush=True)
     api = AirflowApi()
@@ -42,11 +43,17 @@ def up() -> None:
             raise InfraError("the MLflow server does not answer", f"see {services.log_path(services.mlflow_server())}")
         time.sleep(0.5)
     print(f"""
-Airflow    {settings.airflow_url()}/dags   (no login: it listens on 127.0.0.1 only)
-MLflow     {settings.mlflow_url()}
+Airflow    {settings.airflow_url()}/dags   ({_who_may()})
+MLflow     {settings.mlflow_url()}   (no login: every user of this machine may read and change it)
 reports    {settings.reports() / "index.html"}   (every partition, with its Data Docs)
 logs       {settings.airflow_home() / "logs"}
 stop       make down""")
+
+
+def _who_may() -> str:
+    if settings.login():
+        return f"user {settings.AIRFLOW_USER}, password in {settings.passwords_file()}"
+    return "no login: it listens on 127.0.0.1 only, and every user of this machine is its administrator; LONGVIEW_LOGIN=1 asks for a password"
 
 
 def down() -> None:
@@ -64,7 +71,7 @@ def main() -> int:
         return 2
     try:
         up() if sys.argv[1] == "up" else down()
-    except InfraError as error:
+    except (InfraError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

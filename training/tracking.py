@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 from etl.cli import log
 from etl.datasets import DatasetDefinition
+from etl.errors import StageError
 from etl.store import code_version
+from etl.uris import without_secrets
 
 ATTEMPT_TAG = "pipeline.attempt"
 METRICS_PER_REQUEST = 500
@@ -30,7 +32,7 @@ def set_tracking() -> str:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
-    uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"], "MLFLOW_TRACKING_URI")
     if uri.startswith("sqlite:///"):
         _database(uri).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
@@ -49,6 +51,8 @@ def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapp
     """
     try:
         run = _find_or_create(definition, dt, attempt, tags)
+    except StageError:
+        raise  # an address to mend, not to print
     except Exception as error:
         if required:
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from infra import settings
-from infra.services import AirflowApi
+from infra.services import AirflowApi, InfraError
 from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
@@ -26,6 +26,8 @@ STAGE = '''
 import json, os, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[len(__spec__.name.split(".")) - 1]
+if any("hunter2" in value for value in os.environ.values()):
+    sys.exit("error: a secret of Airflow is in the environment of a stage")
 with (root / "calls.jsonl").open("a") as calls:
     calls.write(json.dumps([__spec__.name, *sys.argv[1:]]) + "\\n")
 fault = root / "fault.json"
@@ -53,6 +55,7 @@ import json, sys
 sys.stdin.read()
 print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
 '''
+SECRET = "hunter2"  # stands in the address of Airflow's database
 TASKS = 10  # that run a stage
 APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
 DAG_ID = settings.dag_id("kuairand_simulated")
@@ -70,7 +73,9 @@ class Project:
                 probe.bind(("127.0.0.1", 0))
                 ports.append(str(probe.getsockname()[1]))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))}
-        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1]}
+        (root / "var" / "airflow").mkdir(parents=True)
+        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1], "LONGVIEW_LOGIN": "0",
+                                "LONGVIEW_AIRFLOW_DB": f"sqlite:///{root}/var/airflow/{SECRET}.db"}  # fmt: skip
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
         for folder in ("dags", "infra"):
             shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -169,6 +174,9 @@ def test_make_run_from_nothing(project):
     assert {of(call, "--dataset") for call in calls} == {"kuairand_simulated"}
     assert len({of(call, "--attempt") for call in calls}) == 1
     assert "done in" in done.stdout
+    home = project.root / "var"
+    assert {oct((home / folder).stat().st_mode & 0o777) for folder in ("airflow", "secrets")} == {"0o700"}
+    assert [path for path in home.rglob("*") if path.is_file() and path.suffix not in (".db", ".db-wal", ".db-shm") and SECRET in path.read_text(errors="replace")] == []
     assert not project.api.healthy()  # it stopped what it started
 
 
@@ -222,6 +230,25 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     down = project.python("-m", "infra.stack", "down")
     assert "api-server" in down.stdout
     assert not project.api.healthy()
+
+
+def test_with_a_login_only_the_password_opens(project):
+    said = project.python("-m", "infra.stack", "up", LONGVIEW_LOGIN="1")
+    assert said.returncode == 0, said.stdout + said.stderr
+    file = project.root / "var" / "secrets" / "airflow_passwords.json"
+    assert str(file) in said.stdout
+    [(user, password)] = json.loads(file.read_text()).items()
+    assert password not in said.stdout
+    strangers = AirflowApi(project.api.url)
+    for body in (None, {"username": user, "password": "guess"}):
+        with pytest.raises(InfraError, match=r"answered 40[13]"):
+            strangers.call("POST" if body else "GET", "/auth/token", body)
+    assert strangers.call("POST", "/auth/token", {"username": user, "password": password})["access_token"]
+    done = project.python("-m", "infra.run", LONGVIEW_LOGIN="1")  # it knows the password
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "using the Airflow of `make up`" in done.stdout
+    project.python("-m", "infra.stack", "down")
+    project.calls()
 
 
 def test_a_warning_waits_for_a_person_before_training(project):

@@ -24,6 +24,7 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.airflow
 
+S3_RAW = "s3://bucket/logs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_delayed_open=true"  # as docs/cluster.md has it
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
 MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which parses it every 15 seconds
@@ -325,6 +326,8 @@ def test_attempt_is_kept_over_retries_and_new_when_cleared():
     [
         ("raw", "/data; rm -rf /"), ("raw", "/data/$(id)"), ("raw", "/data`id`"), ("raw", "/a|b"), ("raw", "/a&b"), ("raw", "relative/x"),
         ("raw", "--help"), ("raw", "/a\nb"), ("raw", "/a'b"), ("raw", '/a"b'), ("raw", "/a>b"), ("raw", ""), ("raw", "/a\n"), ("raw", "/a\\b"), ("raw", "/a*"), ("config", "a\n"),
+        ("raw", "s3://key:secret@bucket"), ("raw", "s3://key@bucket/x"), ("raw", "s3://key:se/cret@bucket"), ("raw", "s3://bucket/x?region=$(id)"), ("raw", "s3://bucket/x?a=b;c"),
+        ("raw", "/a?b"), ("raw", "s3://bucket/x?a=b\n"), ("raw", "s3://bucket/x&y"), ("raw", "abfss://box:secret@account.dfs.core.windows.net/x"),
         ("dt", "2022-04-21\n"),
         ("config", "../x"), ("config", "a;b"), ("config", ""), ("dt", "yesterday"), ("dt", "2022-4-1"), ("dt", "2022-04-21; ls"),
         ("warm_start", "other"), ("target_days", 1), ("target_days", "14"), ("workers", 0), ("max_history", 0), ("lookback_days", 1.5), ("lookback_days", 36_501),
@@ -337,9 +340,18 @@ def test_the_form_refuses(dag, name, value):
         param.resolve(value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("raw", "/data/KuaiRand-1K/data"), ("raw", "s3://bucket/a/b=c"), ("raw", "/my data/é"), ("dt", "2022-04-21"), ("dt", None)])
+@pytest.mark.parametrize(("name", "value"), [("raw", "/data/KuaiRand-1K/data"), ("raw", "s3://bucket/a/b=c"), ("raw", "/my data/é"), ("dt", "2022-04-21"), ("dt", None),
+                                             ("raw", S3_RAW), ("raw", "s3://bucket?region=eu-central-1"), ("raw", "s3://bucket/me@example.org/x"),
+                                             ("raw", "abfss://box@account.dfs.core.windows.net/x"), ("raw", "hdfs://namenode:9000/x")])  # fmt: skip
 def test_the_form_accepts(dag, name, value):
     assert dag.params.get_param(name).resolve(value) == value
+
+
+def test_raw_logs_of_all_data_sets_on_s3_are_the_forms_default(monkeypatch):
+    monkeypatch.setenv("LONGVIEW_RAW", S3_RAW)
+    found = runpy.run_path(str(settings.ROOT / "dags" / "vql_daily.py"))
+    raw = found["vql_daily_tmall"].params.get_param("raw")
+    assert raw.resolve() == S3_RAW.replace("/logs?", "/logs/tmall?")
 
 
 def test_every_parameter_explains_itself():

@@ -51,6 +51,60 @@ def test_secrets_are_made_once_and_private(monkeypatch, tmp_path):
     assert stat.S_IMODE((tmp_path / "secrets" / "key").stat().st_mode) == 0o600
 
 
+def test_folders_with_secrets_are_their_owners_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    (tmp_path / "airflow").mkdir(mode=0o755)  # as an older version left it
+    (tmp_path / "secrets").mkdir(mode=0o755)
+    settings.environment()
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()} == {"airflow": "0o700", "secrets": "0o700"}
+    for path in (tmp_path / "secrets").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+SECRETS = {"LONGVIEW_AIRFLOW_DB": "postgresql://airflow:hunter2@db/airflow", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql://airflow:hunter2@db/airflow",
+           "AIRFLOW__API_AUTH__JWT_SECRET": "hunter2", "_AIRFLOW_PROCESS_CONTEXT": "hunter2", "AIRFLOW_CONN_SHOP": "mysql://me:hunter2@shop/x", "GITHUB_TOKEN": "hunter2",
+           "DB_PASSWORD": "hunter2", "PGPASSWORD": "hunter2"}  # fmt: skip
+
+
+def test_a_stage_gets_what_it_needs_and_no_secret_of_others(monkeypatch):
+    needed = {"PATH": "/bin", "HOME": "/me", "JAVA_HOME": "/java", "SPARK_MASTER": "spark://h:7077", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "LC_ALL": "C",
+              "MLFLOW_TRACKING_URI": "http://h", "LONGVIEW_WAREHOUSE": "/w", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "0", "no_proxy": "h", "TMPDIR": "/t"}  # fmt: skip
+    assert settings.stage_environment({**SECRETS, **needed}) == needed
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    assert "hunter2" not in str(settings.stage_environment())
+    assert "hunter2" not in str(settings.stage_environment(settings.environment()))
+
+
+@pytest.mark.parametrize(("variable", "take"), [("LONGVIEW_RAW", lambda: settings.raw("tmall")), ("LONGVIEW_WAREHOUSE", settings.warehouse), ("LONGVIEW_RUNS", settings.runs),
+                                                ("LONGVIEW_REPORTS", settings.reports), ("MLFLOW_TRACKING_URI", settings.tracking_uri), ("RAW", run.choose_data)])  # fmt: skip
+def test_an_address_with_a_secret_is_refused_by_the_name_of_its_variable(monkeypatch, variable, take):
+    monkeypatch.setenv(variable, "s3://AKIA:hunter2@bucket/x")
+    with pytest.raises(StageError, match=variable) as caught:
+        take()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_login_is_asked_for_where_other_people_have_one(monkeypatch):
+    def user(name, uid, shell):
+        return SimpleNamespace(pw_name=name, pw_uid=uid, pw_shell=shell)
+
+    system = [user("me", os.getuid(), "/bin/bash"), user("postgres", 101, "/bin/bash"), user("nobody", 65_534, "/usr/sbin/nologin"), user("ftp", 1_002, "/bin/false")]
+    monkeypatch.delenv("LONGVIEW_LOGIN", raising=False)
+    monkeypatch.setattr(settings.pwd, "getpwall", lambda: system)
+    assert settings.login() is False
+    assert settings.environment()["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS"] == "True"
+    monkeypatch.setattr(settings.pwd, "getpwall", lambda: [*system, user("anna", 1_001, "/bin/zsh")])
+    assert settings.other_logins() == ["anna"]
+    assert settings.environment()["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS"] == "False"
+    for text, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("LONGVIEW_LOGIN", text)
+        assert settings.login() is expected
+    monkeypatch.setenv("LONGVIEW_LOGIN", "yes")
+    with pytest.raises(SystemExit, match="LONGVIEW_LOGIN='yes' is neither 0 nor 1"):
+        settings.login()
+
+
 def test_a_bad_port_is_named(monkeypatch):
     monkeypatch.setenv("LONGVIEW_AIRFLOW_PORT", "http")
     with pytest.raises(SystemExit, match="LONGVIEW_AIRFLOW_PORT='http' is not a port"):
@@ -195,6 +249,8 @@ def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):
     assert settings.raw("tmall") == f"{tmp_path}/raw/tmall"
     monkeypatch.setenv("LONGVIEW_RAW", "s3://logs")
     assert (settings.raw("tmall"), settings.raw("kuairand")) == ("s3://logs/tmall", "s3://logs/kuairand")
+    monkeypatch.setenv("LONGVIEW_RAW", "s3://logs/all?region=us-east-1&scheme=http")
+    assert settings.raw("tmall") == "s3://logs/all/tmall?region=us-east-1&scheme=http"
 
 
 def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
