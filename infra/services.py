@@ -329,10 +329,31 @@ def write_pid(service: Service, pid: int) -> None:
 
 def running_pid(service: Service) -> int | None:
     """Return the pid of a service of `make up` that still runs; a number that another process took over is not it."""
-    try:
+    pid, started = _recorded(service)
+    return pid if pid and alive(pid) and str(_started(pid)) == started else None
+
+
+def orphans(service: Service) -> list[int]:
+    """Return what a service of `make up` left when its own process was killed: the rest of its session.
+
+    The kernel gives a session's number to no other process while one of the session lives.
+    """
+    import psutil
+
+    leader, _ = _recorded(service)
+    if not leader or alive(leader):
+        return []
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == leader and alive(pid):
+                found.append(pid)
+    return found
+
+
+def _recorded(service: Service) -> tuple[int, str]:
+    """Return pid and start time of the pid file; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
         pid, started = pid_file(service).read_text().split()
-    except (OSError, ValueError):
-        return None
-    if alive(int(pid)) and str(_started(int(pid))) == started:
-        return int(pid)
-    return None
+        return int(pid), started
+    return 0, ""

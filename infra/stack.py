@@ -20,6 +20,7 @@ def up() -> None:
         print(f"warning: {warning}", flush=True)
     running = {service: pid for service in stack() if (pid := services.running_pid(service))}
     missing = [service for service in stack() if service not in running]
+    services.stop([pid for service in missing for pid in services.orphans(service)])
     for service in missing:
         if service is API_SERVER:
             services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
@@ -59,7 +60,7 @@ def _who_may() -> str:
 def down() -> None:
     """Stop everything that `up` started."""
     running = {service: pid for service in stack() if (pid := services.running_pid(service))}
-    services.stop(running.values())
+    services.stop([*running.values(), *(pid for service in stack() for pid in services.orphans(service))])
     for service in stack():
         services.pid_file(service).unlink(missing_ok=True)
     print(f"stopped: {', '.join(service.name for service in running) or 'nothing was running'}")

@@ -14,7 +14,7 @@ import pytest
 
 from etl.datasets import built_in_names, dataset
 from etl.errors import StageError
-from infra import run, services, settings
+from infra import run, services, settings, stack
 from infra.services import InfraError
 from tests.waiting import wait_for
 
@@ -296,6 +296,26 @@ def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
     services.stop([process.pid])
     assert not services.alive(process.pid)
     wait_for("end of the child", lambda: not services.alive(child))
+
+
+def test_what_a_killed_service_left_ends_with_make_down(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    note = tmp_path / "child"
+    child = (f"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(note)!r} + '.tmp', 'w').write(str(os.getpid()));"
+             f"os.rename({str(note)!r} + '.tmp', {str(note)!r}); time.sleep(900)")  # fmt: skip
+    service = services.Service("scheduler", ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(900)"))
+    process = services.start(service, dict(os.environ))
+    services.write_pid(service, process.pid)
+    executor = int(wait_for("child", lambda: note.exists() and note.read_text()))
+    assert services.orphans(service) == []
+    process.kill()
+    process.wait()
+    assert services.orphans(service) == [executor]
+    monkeypatch.setattr(services, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(stack, "stack", lambda: [service])
+    stack.down()
+    wait_for("end of the child", lambda: not services.alive(executor))
+    assert services.orphans(service) == []
 
 
 def test_a_reused_pid_is_not_taken_for_a_service(monkeypatch, tmp_path):
