@@ -823,7 +823,7 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
             bad |= wrong
     if reasons:
         for place, reason in sorted(reasons.items()):
-            text = lines[place].as_py() if lines is not None else json.dumps(rows.slice(place, 1).to_pylist()[0]).encode()
+            text = lines[place].as_py() if lines is not None else json.dumps(rows.slice(place, 1).to_pylist()[0], default=str).encode()
             refused.append(Refused(int(row_number[place]), reason, text, int(time_ms[place]) if in_range[place] else None))
         rows, time_ms = rows.filter(pa.array(~bad)), time_ms[~bad]
     return Chunk(rows, time_ms, row_hashes(rows), refused)
@@ -893,7 +893,7 @@ def _parquet_refusals(table: pa.Table, first_row: int, logs: Logs) -> list[Refus
     for name, column in logs.columns.items():
         if not column.optional and table[name].null_count:
             for row in np.flatnonzero(table[name].is_null().to_numpy()):
-                refused.setdefault(int(row), Refused(first_row + int(row), f"missing_value: {name}", json.dumps(table.slice(int(row), 1).to_pylist()[0]).encode()))
+                refused.setdefault(int(row), Refused(first_row + int(row), f"missing_value: {name}", json.dumps(table.slice(int(row), 1).to_pylist()[0], default=str).encode()))
     return list(refused.values())
 
 
