@@ -41,7 +41,8 @@ def measure(users: int, samples: int, folder: Path, log: Callable[[str], None]) 
     events = _events(plan, definition)
     items, occurrences = np.arange(plan.items), np.zeros(plan.items, np.int64)
     rows, counts = sequence_rows(events, items, occurrences, {}, window, definition)
-    file = TableStore(str(folder / "stored"), DATASET).write_file("bytes", "sequences", window.dt, 0, rows)
+    store = TableStore(str(folder / "stored"), DATASET)
+    file = store.write_file(store.begin_try("bytes", ["sequences"], [window.dt]), "sequences", window.dt, 0, rows)
     compact = file.bytes / counts["targets"]
     result = {"length": LENGTH, "users": users, "targets_per_user": counts["targets"] / counts["users"], "events_per_user_row": counts["history_events"] / counts["users"],
               "bytes_per_impression": compact}

@@ -1,23 +1,30 @@
 """Where tables live and how a partition becomes visible: write under an attempt's staging, audit, publish one manifest.
 
-    <warehouse>/<dataset>/_staging/<attempt>/<table>/dt=D/bucket=NNN/part.parquet     written by a stage
-    <warehouse>/<dataset>/_staging/<attempt>/<table>/dt=D/manifest.json               written last by the same stage
+    <warehouse>/<dataset>/_staging/<attempt>/<try>/try.json                           written when a job begins to stage
+    <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/bucket=NNN/part.parquet       written by that job
+    <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/manifest.json         written last by the same job
     <warehouse>/<dataset>/<table>/dt=D/bucket=NNN/<content digest>.parquet            moved here by `publish`
     <warehouse>/<dataset>/_manifests/<table>/dt=D/<data digest>.json                  every manifest ever published
     <warehouse>/<dataset>/_manifests/<table>/dt=D/current.json                        the one that readers follow
 
 Readers read what the current manifest lists and nothing else. File names are content digests, so publishing the same
 data twice changes nothing, and files of the manifest that a reader holds are never overwritten.
+
+A job that runs again for the same attempt begins a new try, with a folder of its own: a zombie, a try that outlived its retry,
+writes where nobody looks. What counts of an attempt is the newest try that was begun, and that only where it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -29,6 +36,8 @@ from etl.uris import without_secrets
 
 ROW_GROUP_ROWS = 1 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
+STAGING_DAYS = 14  # staging of an attempt that began no try for so long is left over
+REQUESTS = 8  # small files that are read at once
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,41 @@ class Manifest:
         return Manifest(**raw)
 
 
+@dataclass(frozen=True)
+class Try:
+    """One run of a job that stages, with a folder of its own below its attempt's.
+
+    Attributes:
+        name: the folder's name; the later of two tries of an attempt has the greater one.
+        tables, days: what it stages; of these, older tries count no more, whether this one ends or not.
+        expected: `table/dt=D` -> data digest of what was published when it began, '' where nothing was.
+    """
+
+    attempt: str
+    name: str
+    tables: tuple[str, ...]
+    days: tuple[str, ...]
+    begun_at_ms: int
+    expected: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def folder(self) -> str:
+        """Path below the dataset's folder."""
+        return f"_staging/{self.attempt}/{self.name}"
+
+    def partition_dir(self, table: str, dt: str) -> str:
+        """Path of a staged partition below the dataset's folder."""
+        return f"{self.folder}/{table}/dt={dt}"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A completely staged partition and the try that staged it."""
+
+    work: Try
+    manifest: Manifest
+
+
 def code_version() -> str:
     """Return the git commit of the running code (`LONGVIEW_CODE_VERSION` wins, for images without git)."""
     import subprocess
@@ -120,18 +164,56 @@ class TableStore:
 
     # ---- staging -------------------------------------------------------------------------------------------------
 
-    def staging_dir(self, attempt: str, table: str, dt: str) -> str:
-        """Path of a staged partition below the dataset's folder."""
-        return f"_staging/{attempt}/{table}/dt={dt}"
+    def begin_try(self, attempt: str, tables: Sequence[str], days: Sequence[str]) -> Try:
+        """Begin to stage these tables and days: what earlier tries of the attempt staged of them counts no more."""
+        earlier = self.tries(attempt)
+        number = 1 + (int(earlier[0].name.split("-")[1]) if earlier else 0)
+        names = [(table, day) for table in tables for day in days]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            published = list(pool.map(lambda name: self.manifest(*name), names))
+        expected = {f"{table}/dt={day}": m.data_digest if m else "" for (table, day), m in zip(names, published, strict=True)}
+        work = Try(attempt, f"try-{number:04d}-{uuid.uuid4().hex[:8]}", tuple(tables), tuple(days), round(time.time() * 1_000), expected)
+        self.write_text(f"{work.folder}/try.json", json.dumps(asdict(work), indent=1, sort_keys=True))
+        self._drop_staged(earlier, tables, days)
+        return work
 
-    def clear_staging(self, attempt: str, table: str, dt: str | None = None) -> None:
-        """Drop what an earlier try of the same attempt left of a day, or of every day of `table`."""
-        path = f"{self.root}/" + (f"_staging/{attempt}/{table}" if dt is None else self.staging_dir(attempt, table, dt))
-        if self.fs.get_file_info(path).type != pafs.FileType.NotFound:
-            self.fs.delete_dir(path)
+    def tries(self, attempt: str) -> list[Try]:
+        """Return the tries that this attempt has begun, newest first; a folder without a record is what a zombie left."""
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_staging/{attempt}", allow_not_found=True))
+        names = sorted((info.base_name for info in infos if info.type == pafs.FileType.Directory), reverse=True)
+        texts = [self.read_text(f"_staging/{attempt}/{name}/try.json") for name in names]
+        return [Try(**{**raw, "tables": tuple(raw["tables"]), "days": tuple(raw["days"])}) for raw in map(json.loads, filter(None, texts))]
 
-    def write_file(self, attempt: str, table: str, dt: str, bucket: int, rows: pa.Table) -> DataFile:
-        """Write one bucket of a staged partition (zstd, explicit schema, deterministic bytes)."""
+    def prune_staging(self, before_ms: int) -> list[str]:
+        """Drop the staging of every attempt whose last try began before `before_ms` (Unix); return the attempts' names."""
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_staging", allow_not_found=True))
+        old = []
+        for info in infos:
+            tries = self.tries(info.base_name)
+            if tries and tries[0].begun_at_ms < before_ms:
+                old.append(info.base_name)
+                for one in reversed(tries):  # the newest last: an older one never becomes the newest
+                    self._drop(one.folder)
+                self._drop(f"_staging/{info.base_name}")
+        return old
+
+    def _drop_staged(self, tries: Sequence[Try], tables: Sequence[str], days: Sequence[str]) -> None:
+        """Drop what some tries have staged of these tables and days; their records stay, so that none of them counts again."""
+        for work in tries:
+            for table in set(tables) & set(work.tables):
+                whole = set(work.days) <= set(days)
+                for path in [f"{work.folder}/{table}"] if whole else [work.partition_dir(table, day) for day in set(days) & set(work.days)]:
+                    self._drop(path)
+
+    def _drop(self, path: str) -> None:
+        """Drop a folder of staging. What a zombie writes into it meanwhile may stay: nobody looks there."""
+        full = f"{self.root}/{path}"
+        if self.fs.get_file_info(full).type != pafs.FileType.NotFound:
+            with contextlib.suppress(OSError):
+                self.fs.delete_dir(full)
+
+    def write_file(self, work: Try, table: str, dt: str, bucket: int, rows: pa.Table) -> DataFile:
+        """Write one bucket of a staged partition (zstd, explicit schema, deterministic bytes); on any machine, in any process."""
         schema = table_schema(table, rows.schema)
         rows = rows.select(schema.names).cast(schema).combine_chunks()
         sink = pa.BufferOutputStream()
@@ -144,25 +226,42 @@ class TableStore:
         pq.write_table(rows, sink, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS,
                        use_dictionary=dictionary, column_encoding=encodings)
         body = sink.getvalue()
-        path = f"{self.staging_dir(attempt, table, dt)}/bucket={bucket:03d}/part.parquet"
+        path = f"{work.partition_dir(table, dt)}/bucket={bucket:03d}/part.parquet"
         self.write_bytes(path, body)
         return DataFile(bucket, rows.num_rows, body.size, hashlib.sha256(body).hexdigest(), path)
 
-    def write_staged_manifest(self, manifest: Manifest) -> None:
-        """Write the manifest of a staged partition; the last act of the stage that built it."""
-        self.write_text(f"{self.staging_dir(manifest.attempt, manifest.table, manifest.dt)}/manifest.json", manifest.to_json())
+    def write_staged_manifest(self, work: Try, manifest: Manifest) -> None:
+        """Write the manifest of a staged partition; the last act of the job that built it."""
+        self.write_text(f"{work.partition_dir(manifest.table, manifest.dt)}/manifest.json", manifest.to_json())
+
+    def staged(self, attempt: str, table: str, dt: str) -> Staged | None:
+        """Return the partition as the newest try that was begun for it has staged it, None where that one is not complete."""
+        work = next((one for one in self.tries(attempt) if table in one.tables and dt in one.days), None)
+        text = self.read_text(f"{work.partition_dir(table, dt)}/manifest.json") if work else None
+        return Staged(work, Manifest.from_json(text)) if work and text is not None else None
 
     def staged_manifest(self, attempt: str, table: str, dt: str) -> Manifest | None:
         """Return the manifest of a completely staged partition, else None."""
-        text = self.read_text(f"{self.staging_dir(attempt, table, dt)}/manifest.json")
-        return Manifest.from_json(text) if text is not None else None
+        staged = self.staged(attempt, table, dt)
+        return staged.manifest if staged else None
+
+    def staged_partitions(self, attempt: str, table: str) -> dict[str, Staged]:
+        """Return day -> what this attempt has staged completely of `table`, oldest day first."""
+        newest: dict[str, Try] = {}
+        for work in reversed(self.tries(attempt)):
+            newest |= dict.fromkeys(work.days, work) if table in work.tables else {}
+        days = []
+        for work in dict.fromkeys(newest.values()):
+            infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{work.folder}/{table}", allow_not_found=True))
+            names = [info.base_name.removeprefix("dt=") for info in infos if info.type == pafs.FileType.Directory]
+            days += [day for day in names if newest.get(day) == work]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            texts = list(pool.map(lambda day: self.read_text(f"{newest[day].partition_dir(table, day)}/manifest.json"), sorted(days)))
+        return {day: Staged(newest[day], Manifest.from_json(text)) for day, text in zip(sorted(days), texts, strict=True) if text is not None}
 
     def staged_days(self, attempt: str, table: str) -> list[str]:
         """Return the days of `table` that this attempt has staged completely, oldest first."""
-        base = f"{self.root}/_staging/{attempt}/{table}"
-        infos = self.fs.get_file_info(pafs.FileSelector(base, allow_not_found=True))
-        days = sorted(info.base_name.removeprefix("dt=") for info in infos if info.type == pafs.FileType.Directory)
-        return [day for day in days if self.staged_manifest(attempt, table, day) is not None]
+        return list(self.staged_partitions(attempt, table))
 
     # ---- publication ---------------------------------------------------------------------------------------------
 
@@ -170,28 +269,73 @@ class TableStore:
         """Make a staged partition the current one. Idempotent: a second call finds it published and changes nothing.
 
         Raises:
-            StageError: nothing complete is staged by this attempt.
+            StageError: nothing complete is staged by this attempt, or see `publish_all`.
         """
-        staged = self.staged_manifest(attempt, table, dt)
+        staged = self.staged(attempt, table, dt)
         if staged is None:
             current = self.manifest(table, dt)
             if current is not None and current.attempt == attempt:
                 return current
             raise StageError(f"attempt {attempt} has no completely staged partition dt={dt} of table {table}",
                              "run the stage that builds it with the same --attempt first")
+        [published] = self.publish_all([staged])
+        return published
+
+    def publish_all(self, staged: Sequence[Staged], tell: Callable[[Manifest], None] = lambda manifest: None) -> list[Manifest]:
+        """Make staged partitions the current ones, in this order, after the bytes of all of them were found to be those of their manifests.
+
+        Args:
+            tell: is told of each as soon as it is published.
+
+        Raises:
+            StageError: a file is missing or has other bytes than its manifest says. Nothing was published then.
+        """
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            for _ in pool.map(lambda one: self._verify(*one), [(one.manifest, file) for one in staged for file in one.manifest.files]):
+                pass
+        published = []
+        for one in staged:
+            published.append(self._publish_verified(one))
+            tell(published[-1])
+        return published
+
+    def _verify(self, manifest: Manifest, file: DataFile) -> None:
+        """Compare size and sha256 of a staged file with its manifest; of one that a publication cut short has moved, where it is now."""
+        where = f"{self.root}/{file.path}"
+        info = self.fs.get_file_info(where)
+        if info.type != pafs.FileType.File:
+            moved = f"{self.root}/{self.published_path(manifest.table, manifest.dt, file)}"
+            info = self.fs.get_file_info(moved)
+            if info.type != pafs.FileType.File:
+                raise self._not_as_judged(f"the staged file {where} of table {manifest.table} dt={manifest.dt} is missing")
+            where = moved
+        if info.size != file.bytes:
+            raise self._not_as_judged(f"the file {where} of table {manifest.table} dt={manifest.dt} has {info.size} bytes, its manifest says {file.bytes}")
+        if (found := sha256_of(self.fs, where)) != file.digest:
+            raise self._not_as_judged(f"the file {where} of table {manifest.table} dt={manifest.dt} has the sha256 {found[:20]}, its manifest says {file.digest[:20]}")
+
+    @staticmethod
+    def _not_as_judged(what: str) -> StageError:
+        return StageError(what, "run the stage that builds it with the same --attempt again, then its gate; what was published before is unchanged")
+
+    def _publish_verified(self, staged: Staged) -> Manifest:
+        manifest, table, dt = staged.manifest, staged.manifest.table, staged.manifest.dt
         files = []
-        for file in staged.files:
+        for file in manifest.files:
             final = self.published_path(table, dt, file)
             source = f"{self.root}/{file.path}"
             self._make_dir(f"{self.root}/{table}/dt={dt}/bucket={file.bucket:03d}")
             if self.fs.get_file_info(source).type == pafs.FileType.File:
                 self.fs.move(source, f"{self.root}/{final}")
-            files.append(DataFile(file.bucket, file.rows, file.bytes, file.digest, final))
-        published = Manifest(**{**_shallow(staged), "files": tuple(files)})
+            files.append(replace(file, path=final))
+        published = replace(manifest, files=tuple(files))
+        for info, file in zip(self.fs.get_file_info([f"{self.root}/{file.path}" for file in files]), files, strict=True):
+            if info.type != pafs.FileType.File or info.size != file.bytes:
+                raise self._not_as_judged(f"the file {info.path} of table {table} dt={dt} was moved there and is not there whole")
         folder = f"_manifests/{table}/dt={dt}"
         self.write_text(f"{folder}/{published.data_digest}.json", published.to_json())
         self.write_text(f"{folder}/current.json", published.to_json())
-        self.clear_staging(attempt, table, dt)
+        self._drop_staged([work for work in self.tries(manifest.attempt) if work.name <= staged.work.name], [table], [dt])
         return published
 
     def published_path(self, table: str, dt: str, file: DataFile) -> str:
@@ -242,13 +386,6 @@ class TableStore:
         return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None,
                              columns=None if columns is None else list(columns))
 
-    def content_digest(self, file: DataFile) -> str:
-        """Return the sha256 (hex) of a file's bytes as they are now; '' where it is gone."""
-        try:
-            return sha256_of(self.fs, f"{self.root}/{file.path}")
-        except OSError:
-            return ""
-
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.
 
@@ -298,6 +435,11 @@ class TableStore:
         if self.fs.type_name not in OBJECT_STORES:
             self.fs.create_dir(path, recursive=True)
 
+    def forget(self, path: str) -> None:
+        """Drop a small file below the dataset's folder, where it is there."""
+        if self.fs.get_file_info(f"{self.root}/{path}").type == pafs.FileType.File:
+            self.fs.delete_file(f"{self.root}/{path}")
+
     def write_text(self, path: str, text: str) -> None:
         self.write_bytes(path, text.encode())
 
@@ -321,10 +463,6 @@ def sha256_of(fs: pafs.FileSystem, path: str) -> str:
         while block := stream.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _shallow(manifest: Manifest) -> dict:
-    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
 
 
 def _leaf_names(schema: pa.Schema) -> list[str]:

@@ -59,7 +59,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
         raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
     items = store.read(items_manifest)
     reference_time_ms = (day_number(dt) + 1) * MS_PER_DAY
-    store.clear_staging(attempt, "user_caches", dt)
+    staging = store.begin_try(attempt, ["user_caches"], [dt])
     files = []
     for bucket in sorted({file.bucket for file in sequences_manifest.files}):
         sequences = Sequences.from_arrow(store.read(sequences_manifest, bucket=bucket))
@@ -81,9 +81,10 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
             },
             schema=USER_CACHES,
         )
-        files.append(store.write_file(attempt, "user_caches", dt, bucket, rows))
+        files.append(store.write_file(staging, "user_caches", dt, bucket, rows))
     inputs = {store.input_name(m): m.data_digest for m in (sequences_manifest, items_manifest)}
     store.write_staged_manifest(
+        staging,
         Manifest(
             store.dataset,
             "user_caches",
@@ -95,7 +96,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
             counts={"users": sum(f.rows for f in files)},
             inputs=inputs,
             settings={"model_version": model_version},
-        )
+        ),
     )
     return store.publish(attempt, "user_caches", dt)
 

@@ -88,7 +88,8 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
         splits = place.splits(place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
         rows = pa.concat_tables([t for split in splits for t in parse_split(place, split, definition, days, dt, 1)])
         rows = rows.filter(pa.array(rows["kind"].to_numpy() == EVENT))
-        results = [write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, "a", day, 0) for day in sorted(days)]
+        staging = store.begin_try("a", ["events"], days_between("2022-04-08", dt))
+        results = [write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, staging, day, 0) for day in sorted(days)]
         events = store.read_files([DataFile(**r["events_file"]) for r in results]).select(events_schema(definition).names)
         counts = merged([counted(events, day_number(window.first_evaluation_dt) * MS_PER_DAY, definition.events.item_fields)])
         items = item_rows(counts, [read_features(place, rule) for rule in definition.items], definition)

@@ -47,7 +47,7 @@ def compact(store: TableStore, days: list[str], attempt: str) -> Manifest:
                          "build them again with one --buckets, then compact")
     files = store.files_by_bucket(manifests)
     warehouse, dataset, first = store.warehouse, store.dataset, days[0]
-    store.clear_staging(attempt, "event_blocks", first)
+    staging = store.begin_try(attempt, ["event_blocks"], [first])
     spark = spark_session(attempt)
     try:
 
@@ -57,7 +57,7 @@ def compact(store: TableStore, days: list[str], attempt: str) -> Manifest:
             events = here.read_files(work)
             # Stable: a user's events stay in the order of days and of the rows within each, as reading the days would give.
             order = np.argsort(events["user_id"].to_numpy(), kind="stable")
-            return json.dumps(asdict(here.write_file(attempt, "event_blocks", first, bucket, events.take(pa.array(order)))))
+            return json.dumps(asdict(here.write_file(staging, "event_blocks", first, bucket, events.take(pa.array(order)))))
 
         context = spark.sparkContext
         found = [DataFile(**json.loads(text)) for text in context.parallelize(sorted(files.items()), max(len(files), 1)).map(join).collect()]
@@ -66,7 +66,7 @@ def compact(store: TableStore, days: list[str], attempt: str) -> Manifest:
     rows = sum(m.rows for m in manifests)
     if sum(file.rows for file in found) != rows:
         raise StageError(f"the block of {days[0]} .. {days[-1]} has {sum(f.rows for f in found):,} rows, its days have {rows:,}", "this is a bug: report it; the days are untouched")
-    store.write_staged_manifest(Manifest(
+    store.write_staged_manifest(staging, Manifest(
         dataset, "event_blocks", first, attempt, manifests[-1].schema, code_version(), tuple(found), {"events": rows, "files_before": sum(map(len, files.values()))},
         {store.input_name(m): m.data_digest for m in manifests}, {"last_dt": days[-1], "buckets": ",".join(layouts)}))  # fmt: skip
     return store.publish(attempt, "event_blocks", first)

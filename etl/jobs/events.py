@@ -27,7 +27,7 @@ from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of
 from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
 from etl.schemas import EVENTS, QUARANTINE, event_field_type, schema_fingerprint, table_schema
 from etl.spark import spark_session
-from etl.store import DataFile, Manifest, TableStore, code_version, sha256_of
+from etl.store import DataFile, Manifest, TableStore, Try, code_version, sha256_of
 
 EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
 BYTES_PER_TASK = 128 << 20
@@ -79,6 +79,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     for note in raw.notes(files, definition):
         log(f"note: {note}")
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
+    work = store.begin_try(attempt, ("quarantine", "events"), lookback)
     published = {day: manifest for day in lookback if (manifest := store.manifest("events", day)) is not None}
     listing = {day: _listing(files, day) for day in lookback}
     if buckets is None:
@@ -91,17 +92,15 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     if not any(file.may_hold(dt) for file in relevant):
         raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {promised(files)}", "deliver that day's file, or choose another DT")
     log(f"building {len(needed)} day(s) {needed[0]} .. {needed[-1]} in {buckets} bucket(s) from {len(relevant)} file(s), {sum(f.size for f in relevant):,} bytes")
-    for table in ("events", "quarantine"):
-        store.clear_staging(attempt, table)
     spark = spark_session(attempt)
     try:
         raw_gate(False)
-        stats = _run(spark, store, definition, raw, relevant, needed, dt, attempt, buckets)
+        stats = _run(spark, store, definition, raw, relevant, needed, dt, work, buckets)
     finally:
         spark.stop()
     by_day, summary = _reconciled(definition, raw, dt, needed, relevant, add_days(dt, 1 - lookback_days), max_bad_share, stats)
     raw_gate(True)
-    _write_manifests(store, definition, raw, attempt, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
+    _write_manifests(store, definition, raw, work, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
     return summary
 
 
@@ -158,7 +157,7 @@ def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, n
         yield _count_rows(days, schema)
 
 
-def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, attempt: str, day: int, bucket: int) -> dict:
+def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int) -> dict:
     """Sort one bucket of one day, drop exact duplicates, write its files; return the figures for the manifests."""
     dt, schema = dt_of_day_number(day), events_schema(definition)
     kind = rows["kind"].to_numpy()
@@ -178,15 +177,15 @@ def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefin
     result: dict = {"day": day, "rows_read": read + refused.num_rows, "events": events.num_rows, "duplicates": read - events.num_rows,
                     "quarantined": refused.num_rows, "users": len(pc.unique(events["user_id"]))}
     if events.num_rows:
-        result["events_file"] = asdict(store.write_file(attempt, "events", dt, bucket, events.select(schema.names)))
+        result["events_file"] = asdict(store.write_file(work, "events", dt, bucket, events.select(schema.names)))
     if refused.num_rows:
-        result["quarantine_file"] = asdict(store.write_file(attempt, "quarantine", dt, bucket, refused))
+        result["quarantine_file"] = asdict(store.write_file(work, "quarantine", dt, bucket, refused))
         result["reasons"] = collections.Counter(
             f"{file}: {reason.split(':')[0]}" for file, reason in zip(refused["source_file"].to_pylist(), refused["reason"].to_pylist(), strict=True))
     return result
 
 
-def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], needed: list[str], dt: str, attempt: str, buckets: int) -> list[dict]:
+def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], needed: list[str], dt: str, work: Try, buckets: int) -> list[dict]:
     context = spark.sparkContext
 
     def count_lines(ranges: list[tuple[RawFile, int, int]]) -> list[int]:
@@ -220,7 +219,7 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
         distinct, counts = np.unique(keys, return_counts=True)
         for key, start, count in zip(distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
             day, bucket = divmod(key, buckets)
-            results.append(write_day_bucket(mine.slice(start, count), here, definition, attempt, day, bucket))
+            results.append(write_day_bucket(mine.slice(start, count), here, definition, work, day, bucket))
         yield pa.RecordBatch.from_pydict({"result": [json.dumps(r) for r in results]}, pa.schema([("result", pa.string())]))
 
     tasks = max(context.defaultParallelism, -(-sum(_raw_bytes(f) for f in files) // BYTES_PER_TASK))
@@ -277,7 +276,7 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     return by_day, summary
 
 
-def _write_manifests(store: TableStore, definition: DatasetDefinition, raw: RawLocation, attempt: str, files: list[RawFile], by_day: dict[str, list[dict]],
+def _write_manifests(store: TableStore, definition: DatasetDefinition, raw: RawLocation, work: Try, files: list[RawFile], by_day: dict[str, list[dict]],
                      needed: list[str], settings: dict[str, dict]) -> None:
     version, inputs = code_version(), {file.name: _file_digest(raw, file) for file in files}
     fingerprint = schema_fingerprint(events_schema(definition))
@@ -289,7 +288,7 @@ def _write_manifests(store: TableStore, definition: DatasetDefinition, raw: RawL
             tables.insert(0, ("quarantine", schema_fingerprint(QUARANTINE), "quarantine_file"))
         for table, schema, key in tables:
             found = tuple(sorted((DataFile(**s[key]) for s in by_day[day] if key in s), key=lambda f: f.bucket))
-            store.write_staged_manifest(Manifest(store.dataset, table, day, attempt, schema, version, found, counts, inputs, settings[day]))
+            store.write_staged_manifest(work, Manifest(store.dataset, table, day, work.attempt, schema, version, found, counts, inputs, settings[day]))
 
 
 def _unexpected(reasons: collections.Counter, definition: DatasetDefinition) -> collections.Counter:

@@ -68,6 +68,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
         StageError: a day of the window is not published.
     """
     dt = window.dt
+    staging = store.begin_try(attempt, ("items", "sequences"), [dt])
     manifests = [store.require("events", day) for day in window.event_days]
     layouts = {str(m.settings.get("buckets")): m.dt for m in manifests if m.rows}
     if len(layouts) > 1:  # a user would lie in several buckets and get a row in each
@@ -84,8 +85,6 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     for rule, table in zip(definition.items, item_files, strict=True):
         if table is None:
             log(f"no item file matches {rule.files} in {raw.uri}: its fields are empty")
-    for name in ("items", "sequences"):
-        store.clear_staging(attempt, name, dt)
     warehouse, dataset = store.warehouse, store.dataset
     # Positions of a leave-last protocol are of no day: every event counts as seen in training.
     first_evaluation_ms = (day_number(window.first_evaluation_dt if definition.targets.positions is None else "2200-01-01")) * MS_PER_DAY
@@ -106,7 +105,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
             bucket, work = task
             here = TableStore(warehouse, dataset)
             rows, counts = sequence_rows(here.read_files(work), known.value, seen.value, user_table.value, window, definition)
-            file = here.write_file(attempt, "sequences", dt, bucket, rows) if rows.num_rows else None
+            file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
             if file is None or not measuring:
                 return file, counts, None
             return file, counts, measured_bucket(here.read_file(file, SEQUENCE_COLUMNS), trained.value, rules)
@@ -114,7 +113,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
         parts = context.parallelize([files[b] for b in buckets], len(buckets)).map(count).collect()
         totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in parts])
         items = item_rows(totals, item_files, definition, raw.uri)
-        item_file = store.write_file(attempt, "items", dt, 0, items)
+        item_file = store.write_file(staging, "items", dt, 0, items)
         known, seen = context.broadcast(items["item_id"].to_numpy()), context.broadcast(totals[""]["occurrences"].to_numpy())
         user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
         results = context.parallelize([(b, files[b]) for b in buckets], len(buckets)).map(build).collect()
@@ -133,7 +132,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     item_counts = {"items": items.num_rows, "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
     for name, schema, found, figures in (("items", items.schema, (item_file,), item_counts),
                                          ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
-        store.write_staged_manifest(Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
+        store.write_staged_manifest(staging, Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
     return counts
 
 

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
-from etl.partitions import Window, add_days
+from etl.partitions import MS_PER_DAY, Window, add_days
 from etl.quality import kept, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
 from etl.quality.gx import import_early
@@ -43,7 +43,7 @@ from etl.quality.thresholds import THRESHOLDS
 from etl.quality.validate import Check, validate
 from etl.raw import RawLocation
 from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
-from etl.store import DataFile, Manifest, TableStore
+from etl.store import STAGING_DAYS, DataFile, Manifest, Staged, TableStore
 
 GATES = ("raw", "events", "sequences", "training_input", "model_output")
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
@@ -102,7 +102,12 @@ class Audit:
         if self._published_already(stage):
             log(f"{stage} dt={self.dt}: already published by attempt {self.attempt}, nothing to do")
             return None
-        outcome, statistics = self._judged_ahead(stage) or self._judged_now(stage)
+        staged = self._staged(stage)
+        ahead = self._judged_ahead(staged)
+        outcome, statistics = ahead or self._judged_now(stage)
+        if self._staged(stage) != staged:
+            raise StageError(f"stage {stage}, dt={self.dt}: attempt {self.attempt} began a new try while its gate judged the one before, nothing was published",
+                             "run the gate again when the stage that builds it has ended")  # fmt: skip
         stopped = outcome.max_severity == "critical"
         kept.write_outcome(self.store, outcome)
         for of_stage, day, metrics in statistics:
@@ -110,18 +115,21 @@ class Audit:
         self._tell(outcome)
         if stopped:
             raise self._critical(outcome)
-        for table, day in self._staged(stage):
-            manifest = self.store.publish(self.attempt, table, day)
-            log(f"published {table} dt={day}: {manifest.rows} rows, data digest {manifest.data_digest[:16]}")
+        if staged and ahead is None:
+            self._keep_judgement(staged, outcome, statistics)
+        self.store.publish_all(staged, lambda m: log(f"published {m.table} dt={m.dt}: {m.rows} rows, data digest {m.data_digest[:16]}"))
+        if staged:
+            self.store.forget(_judgement_path(staged))
+            self.store.prune_staging(round(time.time() * 1_000) - STAGING_DAYS * MS_PER_DAY)
         return outcome
 
     def judge_ahead(self, stage: str) -> None:
         """Judge, in the process of the job that has staged it, what the gate will then publish or stop: the gate takes it over.
 
-        The gate does so only while the staged files are, byte for byte, those that were judged.
+        The gate does so only for the very try that was judged, and publishes only, byte for byte, what was judged.
         """
-        outcome, statistics = self._judged_now(stage)
-        self.store.write_text(self._ahead_path(stage), json.dumps({"digests": self._digests(stage), "outcome": asdict(outcome), "statistics": statistics}))
+        staged = self._staged(stage)
+        self._keep_judgement(staged, *self._judged_now(stage))
         log(f"{stage} dt={self.dt}: judged beside the job; its gate tells and decides")
 
     def judge(self, stage: str, evidence: Evidence) -> StageOutcome:
@@ -240,36 +248,29 @@ class Audit:
         outcome = self.judge(stage, evidence)
         return outcome, [(of_stage, day, numbers(metrics)) for of_stage, day, metrics in evidence.statistics]
 
-    def _judged_ahead(self, stage: str) -> tuple[StageOutcome, list[Statistics]] | None:
-        """Return what the job has judged of the files that are staged now, None when it has not."""
-        text = self.store.read_text(self._ahead_path(stage)) if stage in STAGED_TABLES else None
+    def _judged_ahead(self, staged: Sequence[Staged]) -> tuple[StageOutcome, list[Statistics]] | None:
+        """Return what was judged of what is staged now, of this very try, None when it was not."""
+        text = self.store.read_text(_judgement_path(staged)) if staged else None
         if text is None:
             return None
         ahead = json.loads(text)
-        if ahead["digests"] != self._digests(stage) or not self._files_are_whole(stage):
+        if ahead["judged"] != _judged(staged):
             return None
         statistics = [(of_stage, day, {name: NAN if value is None else value for name, value in metrics.items()}) for of_stage, day, metrics in ahead["statistics"]]
         return StageOutcome.from_dict(ahead["outcome"]), statistics
 
-    def _ahead_path(self, stage: str) -> str:
-        assert self.attempt is not None
-        return f"{self.store.staging_dir(self.attempt, stage, self.dt)}/judged.json"
+    def _keep_judgement(self, staged: Sequence[Staged], outcome: StageOutcome, statistics: Sequence[Statistics]) -> None:
+        """Record, beside the try, which files of it were judged and how: these are what may be published."""
+        record = {"judged": _judged(staged), "outcome": asdict(outcome), "statistics": statistics}
+        self.store.write_text(_judgement_path(staged), json.dumps(record))
 
-    def _staged(self, stage: str) -> list[tuple[str, str]]:
-        """Return every (table, day) that this attempt has staged for a gate, in the order of publication."""
-        assert self.attempt is not None
-        tables = STAGED_TABLES.get(stage, ())
-        days = {day for table in tables for day in self.store.staged_days(self.attempt, table)} if stage == "events" else {self.dt}
-        return [(table, day) for day in sorted(days, key=lambda day: (day == self.dt, day)) for table in tables
-                if self.store.staged_manifest(self.attempt, table, day) is not None]  # fmt: skip
-
-    def _digests(self, stage: str) -> dict[str, str]:
-        return {f"{table}/dt={day}": manifest.data_digest for table, day in self._staged(stage) if (manifest := self._own(table, day))}
-
-    def _files_are_whole(self, stage: str) -> bool:
-        """Whether the bytes of every staged file are those of its manifest."""
-        files = [file for table, day in self._staged(stage) if (manifest := self._own(table, day)) for file in manifest.files]
-        return all(self.store.content_digest(file) == file.digest for file in files)
+    def _staged(self, stage: str) -> list[Staged]:
+        """Return every partition that this attempt has staged for a gate, in the order of publication: of each the newest try."""
+        if self.attempt is None:
+            return []
+        tables = {table: self.store.staged_partitions(self.attempt, table) for table in STAGED_TABLES.get(stage, ())}
+        days = {day for staged in tables.values() for day in staged} if stage == "events" else {self.dt}
+        return [staged[day] for day in sorted(days, key=lambda day: (day == self.dt, day)) for staged in tables.values() if day in staged]
 
     def _sequence_rows(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, stats.Row, dict[str, str]]:
         """Return the metrics of a partition's sequences and of its items, and what more to say about them."""
@@ -423,6 +424,18 @@ class Audit:
             f"attempt {self.attempt} has no completely staged {tables} of dt={self.dt} under {self.store.warehouse}",
             f"run `python -m {job}` with the same --dt and --attempt first",
         )
+
+
+def _judged(staged: Sequence[Staged]) -> dict[str, dict[str, Any]]:
+    """Return what identifies the staged files that a gate judges: the try of each partition, and path, size and sha256 of each file."""
+    return {f"{one.manifest.table}/dt={one.manifest.dt}": {"try": one.work.name, "data_digest": one.manifest.data_digest,
+                                                           "files": {file.path: [file.bytes, file.digest] for file in one.manifest.files}}
+            for one in staged}  # fmt: skip
+
+
+def _judgement_path(staged: Sequence[Staged]) -> str:
+    """Path below the dataset's folder: beside what the try has staged of the partition's own day, which is the last."""
+    return f"{staged[-1].work.folder}/judged.json"
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -150,7 +150,7 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     build_sequences(store, dataset(NAME), place, Window(DT, 2, 3), "s")
     for table in ("items", "sequences"):
         store.publish("s", table, DT)
-    store.write_staged_manifest(replace(store.require("events", EARLIER), attempt="again", files=()))
+    store.write_staged_manifest(store.begin_try("again", ["events"], [EARLIER]), replace(store.require("events", EARLIER), attempt="again", files=()))
     store.publish("again", "events", EARLIER)
     stale = affected(store, dataset(NAME), None)
     assert [(s.table, s.dt, s.because) for s in stale] == [(t, DT, (f"events/dt={EARLIER} was built again",)) for t in ("items", "sequences")]

@@ -46,11 +46,12 @@ def built(folder, store: TableStore, attempt: str, days: list[int], split_bytes:
                    "built": sum(n for day, n in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True) if day in days),
                    "elsewhere": sum(rows.filter(pa.array(kind == ELSEWHERE))["row_number"].to_pylist())}
     rows = rows.filter(pa.array(kind < COUNTED))
+    work = store.begin_try(attempt, ["events", "quarantine"], [dt_of_day_number(day) for day in days])
     for day in days:
         for bucket in range(BUCKETS):
             mine = rows.filter(pc.and_(pc.equal(rows["day"], day), pc.equal(rows["bucket"], bucket)))
             mine = mine.take(pa.array(np.random.default_rng(len(days)).permutation(mine.num_rows)))  # a shuffle promises no order
-            result = write_day_bucket(mine, store, KUAIRAND, attempt, day, bucket)
+            result = write_day_bucket(mine, store, KUAIRAND, work, day, bucket)
             for name in ("events", "duplicates", "quarantined"):
                 found[name] += result[name]
             found["files"][day, bucket] = result.get("events_file", {}).get("digest")

@@ -74,7 +74,8 @@ def test_kuairec_repeated_pairs_stay_and_repeated_rows_go(tmp_path):
     rows = rows.filter(pa.array(np.isin(rows["kind"].to_numpy(), [EVENT, REFUSED])))
     store = TableStore(str(tmp_path / "w"), definition.name)
     by_day = {day: rows.filter(pa.array(rows["day"].to_numpy() == day)) for day in days}
-    found = [write_day_bucket(by_day[day], store, definition, "a", day, 0) for day in sorted(days)]
+    work = store.begin_try("a", ["events", "quarantine"], ["2020-07-04", "2020-07-06"])
+    found = [write_day_bucket(by_day[day], store, definition, work, day, 0) for day in sorted(days)]
     assert [(f["events"], f["duplicates"]) for f in found] == [(1, 1), (1, 0)]
 
 

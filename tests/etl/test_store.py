@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
 from etl.errors import StageError
 from etl.schemas import QUARANTINE, schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.store import DataFile, Manifest, TableStore
 
 DT = "2022-04-21"
 
@@ -16,10 +18,15 @@ def rows(text: str, n: int = 3) -> pa.Table:
     return pa.table({"source_file": ["f"] * n, "row_number": list(range(n)), "reason": ["r"] * n, "raw_text": [text] * n}, schema=QUARANTINE)
 
 
-def stage(store: TableStore, attempt: str, text: str, complete: bool = True) -> None:
-    file = store.write_file(attempt, "quarantine", DT, 0, rows(text))
+def staged_manifest(attempt: str, *files: DataFile, dt: str = DT) -> Manifest:
+    return Manifest("kuairand", "quarantine", dt, attempt, schema_fingerprint(QUARANTINE), "v", files)
+
+
+def stage(store: TableStore, attempt: str, text: str, complete: bool = True, dt: str = DT) -> None:
+    work = store.begin_try(attempt, ["quarantine"], [dt])
+    file = store.write_file(work, "quarantine", dt, 0, rows(text))
     if complete:
-        store.write_staged_manifest(Manifest(store.dataset, "quarantine", DT, attempt, schema_fingerprint(QUARANTINE), "v", (file,)))
+        store.write_staged_manifest(work, staged_manifest(attempt, file, dt=dt))
 
 
 @pytest.fixture
@@ -33,6 +40,78 @@ def test_a_half_staged_partition_is_not_published(store):
     with pytest.raises(StageError, match="no completely staged partition"):
         store.publish("a", "quarantine", DT)
     assert store.manifest("quarantine", DT) is None
+
+
+def test_what_counts_is_the_newest_try_that_was_begun_and_only_when_it_is_complete(store):
+    stage(store, "a", "zombie")
+    [zombie] = store.tries("a")
+    retry = store.begin_try("a", ["quarantine"], [DT])
+    late = store.write_file(zombie, "quarantine", DT, 0, rows("zombie"))  # it outlived its retry
+    store.write_staged_manifest(zombie, staged_manifest("a", late))
+    assert store.staged_days("a", "quarantine") == []
+    with pytest.raises(StageError, match="no completely staged partition"):
+        store.publish("a", "quarantine", DT)
+    file = store.write_file(retry, "quarantine", DT, 0, rows("retry"))
+    store.write_staged_manifest(retry, staged_manifest("a", file))
+    late = store.write_file(zombie, "quarantine", DT, 0, rows("zombie"))
+    store.write_staged_manifest(zombie, staged_manifest("a", late))
+    published = store.publish("a", "quarantine", DT)
+    assert set(store.read(published)["raw_text"].to_pylist()) == {"retry"}
+    late = store.write_file(zombie, "quarantine", DT, 0, rows("zombie"))  # and goes on
+    store.write_staged_manifest(zombie, staged_manifest("a", late))
+    assert store.staged_manifest("a", "quarantine", DT) is None
+    assert store.publish("a", "quarantine", DT) == published
+
+
+def test_a_try_leaves_days_and_tables_that_it_does_not_stage_alone(store):
+    other = store.begin_try("a", ["quarantine"], ["2022-04-20"])
+    store.write_staged_manifest(other, staged_manifest("a", dt="2022-04-20"))
+    store.begin_try("a", ["events"], ["2022-04-20"])
+    stage(store, "a", "one")
+    assert store.staged_days("a", "quarantine") == ["2022-04-20", DT]
+
+
+@pytest.mark.parametrize(("harm", "says"), [("overwritten", "has the sha256"), ("cut", "bytes, its manifest says"), ("deleted", "is missing")])
+def test_a_staged_file_that_is_not_what_its_manifest_says_is_refused_and_nothing_changes(store, harm, says):
+    stage(store, "a", "one")
+    before = store.publish("a", "quarantine", DT)
+    for day in ("2022-04-20", DT):  # of two days published together, the second is wrong: neither is published
+        stage(store, "b", "two", dt=day)
+    staged = [store.staged("b", "quarantine", day) for day in ("2022-04-20", DT)]
+    path = Path(store.root) / staged[1].manifest.files[0].path
+    body = path.read_bytes()
+    {"overwritten": lambda: path.write_bytes(bytes(len(body))), "cut": lambda: path.write_bytes(body[:-1]), "deleted": path.unlink}[harm]()
+    with pytest.raises(StageError, match=rf"{path} of table quarantine dt={DT} .*{says}"):
+        store.publish_all(staged)
+    assert store.require("quarantine", DT) == before
+    assert store.manifest("quarantine", "2022-04-20") is None
+    assert set(store.read(before)["raw_text"].to_pylist()) == {"one"}
+
+
+def test_a_publication_cut_short_is_finished_from_verified_files_only(store):
+    stage(store, "a", "one")
+    file = store.staged_manifest("a", "quarantine", DT).files[0]
+    moved = Path(store.root) / store.published_path("quarantine", DT, file)
+    moved.parent.mkdir(parents=True)
+    (Path(store.root) / file.path).rename(moved)
+    body = moved.read_bytes()
+    moved.write_bytes(bytes(len(body)))
+    with pytest.raises(StageError, match="has the sha256"):
+        store.publish("a", "quarantine", DT)
+    assert store.manifest("quarantine", DT) is None
+    moved.write_bytes(body)
+    assert store.read(store.publish("a", "quarantine", DT)).num_rows == 3
+
+
+def test_staging_that_was_left_is_pruned_by_age(store):
+    stage(store, "old", "one")
+    began = store.tries("old")[0].begun_at_ms
+    assert store.prune_staging(began) == []
+    stage(store, "old", "two")
+    last = store.tries("old")[0].begun_at_ms
+    assert store.prune_staging(last + 1) == ["old"]
+    assert store.tries("old") == []
+    assert store.staged_manifest("old", "quarantine", DT) is None
 
 
 def test_publishing_twice_changes_nothing(store):
@@ -63,7 +142,7 @@ def test_a_reader_that_holds_the_old_manifest_still_reads_the_old_rows(store):
 
 def test_rows_with_a_missing_column_are_refused(store):
     with pytest.raises((KeyError, pa.ArrowInvalid)):
-        store.write_file("a", "quarantine", DT, 0, rows("one").drop_columns(["reason"]))
+        store.write_file(store.begin_try("a", ["quarantine"], [DT]), "quarantine", DT, 0, rows("one").drop_columns(["reason"]))
 
 
 def test_a_missing_partition_names_table_day_and_remedy(store):

@@ -129,6 +129,7 @@ def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
 
 
 def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None) -> None:
-    file = store.write_file("setup", table, dt, 0, rows)
-    store.write_staged_manifest(Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}))
+    work = store.begin_try("setup", [table], [dt])
+    file = store.write_file(work, table, dt, 0, rows)
+    store.write_staged_manifest(work, Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}))
     store.publish("setup", table, dt)

@@ -25,9 +25,10 @@ def warehouse(tmp_path) -> str:
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
     settings = {"cutoff": "day_start", "availability_lag_ms": 60_000}
     for table, rows in (("items", items), ("sequences", sequences)):
-        file = store.write_file("t", table, DT, 0, rows)
+        work = store.begin_try("t", [table], [DT])
+        file = store.write_file(work, table, DT, 0, rows)
         counts = {"train_targets": 24 * 7}
-        store.write_staged_manifest(Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
+        store.write_staged_manifest(work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
         store.publish("t", table, DT)
     return store.warehouse
 

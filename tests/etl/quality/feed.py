@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from etl.quality.kept import StageOutcome
 from etl.raw import RawLocation
 from etl.simulate import Simulation, write_simulation
 from etl.spark import spark_session
-from etl.store import Manifest, TableStore
+from etl.store import TableStore
 
 FIRST, DAYS = "2022-04-08", 12
 DT = add_days(FIRST, DAYS - 1)
@@ -153,7 +154,7 @@ class Feed:
 
     def restage(self, attempt: str, table: str, change: Callable[[pa.Table], pa.Table], dt: str = DT) -> None:
         """Stage a table as a job with a bug would: other rows, a manifest that fits them."""
-        staged = self.store.staged_manifest(attempt, table, dt)
+        staged = self.store.staged(attempt, table, dt)
         assert staged is not None
-        files = tuple(self.store.write_file(attempt, table, dt, file.bucket, change(self.store.read_file(file))) for file in staged.files)
-        self.store.write_staged_manifest(Manifest(**{**{name: getattr(staged, name) for name in staged.__dataclass_fields__}, "files": files}))
+        files = tuple(self.store.write_file(staged.work, table, dt, file.bucket, change(self.store.read_file(file))) for file in staged.manifest.files)
+        self.store.write_staged_manifest(staged.work, replace(staged.manifest, files=files))

@@ -68,9 +68,10 @@ def statistics(store: TableStore, stage: str, dt: str = DT) -> dict[str, float]:
 
 
 def stage_table(store: TableStore, attempt: str, table: str, dt: str, parts: list[pa.Table], **manifest: dict) -> Manifest:
-    files = tuple(store.write_file(attempt, table, dt, bucket, part) for bucket, part in enumerate(parts))
+    work = store.begin_try(attempt, [table], [dt])
+    files = tuple(store.write_file(work, table, dt, bucket, part) for bucket, part in enumerate(parts))
     made = Manifest(store.dataset, table, dt, attempt, schema_fingerprint(parts[0].schema if parts else TABLES[table]), "test", files, **manifest)
-    store.write_staged_manifest(made)
+    store.write_staged_manifest(work, made)
     return made
 
 

@@ -204,8 +204,9 @@ def test_nothing_kept_draws_nothing() -> None:
 def refuse(store: TableStore, reasons: list[str], attempt: str = ATTEMPT) -> None:
     count = len(reasons)
     rows = pa.table([["log.csv"] * count, list(range(count)), reasons, [f"raw {row}" for row in range(count)]], schema=QUARANTINE)
-    files = (store.write_file(attempt, "quarantine", DT, 0, rows),)
-    store.write_staged_manifest(Manifest(DATASET, "quarantine", DT, attempt, schema_fingerprint(QUARANTINE), "test", files))
+    work = store.begin_try(attempt, ["quarantine"], [DT])
+    files = (store.write_file(work, "quarantine", DT, 0, rows),)
+    store.write_staged_manifest(work, Manifest(DATASET, "quarantine", DT, attempt, schema_fingerprint(QUARANTINE), "test", files))
 
 
 def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore, tmp_path: Path) -> None:
