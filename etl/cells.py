@@ -56,6 +56,13 @@ def is_missing(texts: pa.ChunkedArray | pa.Array, missing: tuple[str, ...]) -> p
     return pc.is_in(texts, value_set=pa.array(["", *missing], pa.string()))
 
 
+def missing_numbers(column: Column, missing: tuple[str, ...]) -> pa.Array | None:
+    """Return the words for "no value" that are numbers of the column's type, such as -1; None when there are none."""
+    pattern = {"integer": r"-?[0-9]{1,18}", "decimal": _DECIMAL}.get(column.type)
+    words = [float(word) if column.type == "decimal" else int(word) for word in missing if pattern and re.fullmatch(pattern, word)]
+    return pa.array(words, ARROW_TYPES[column.type]) if words else None
+
+
 def why_wrong(name: str, cell: str, column: Column, missing: tuple[str, ...]) -> str | None:
     """Return why a cell is no value of its column, None when it is one."""
     if cell == "" or cell in missing:

@@ -29,7 +29,7 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from etl.cells import ARROW_TYPES, MARKS, NotARowError, is_missing, split_line, typed_cells, why_wrong
+from etl.cells import ARROW_TYPES, MARKS, NotARowError, is_missing, missing_numbers, split_line, typed_cells, why_wrong
 from etl.compression import (
     BLOCK_BYTES,
     HEAD_BYTES,
@@ -41,6 +41,7 @@ from etl.compression import (
 )
 from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, FeatureFile, Logs, NamedDays, Time
 from etl.errors import StageError
+from etl.parquet_rows import can_be, row_text, typed_rows
 from etl.partitions import MS_PER_DAY, day_number
 from etl.uris import without_secrets
 
@@ -322,6 +323,8 @@ class RawLocation:
                 raise StageError(f"{where}, not {column.type}", f"set logs.columns.{name}: timestamp, and leave out unit and format of events.time")
             if column.type == "timestamp" and not native:
                 raise StageError(f"{where}, no timestamp", f"set logs.columns.{name} to its type, and give events.time.unit or format")
+            if not can_be(kind, column.type):
+                raise StageError(f"{where}, which can hold no {column.type}", "correct logs.columns of the definition, or deliver the file with a column of that type")
 
     # ---- the same file twice --------------------------------------------------------------------------------------
 
@@ -420,8 +423,11 @@ class RawLocation:
         """Yield the rows of a split, typed and checked against the definition."""
         logs = definition.logs
         if logs.format == "parquet":
-            for table, row in self._parquet_tables(split, logs):
-                yield _checked(table, np.arange(row, row + table.num_rows), _parquet_refusals(table, row, logs), None, definition)
+            row, names = split.first_row, [name for name in split.header if name in logs.columns]
+            with pq.ParquetFile(split.file.path, filesystem=self.fs) as parquet:
+                for batch in parquet.iter_batches(batch_size=1 << 18, row_groups=list(range(split.start, split.end)), columns=names):
+                    yield checked_batch(batch, row, definition)
+                    row += batch.num_rows
             return
         for body, first_row, broken in self._lines(split, logs):
             chunk = checked_lines(body, first_row, split.header, definition)
@@ -429,13 +435,6 @@ class RawLocation:
                 lines = body.count(b"\n") + (bool(body) and not body.endswith(b"\n"))
                 chunk.refused.append(Refused(first_row + lines, broken, b""))
             yield chunk
-
-    def _parquet_tables(self, split: Split, logs: Logs) -> Iterator[tuple[pa.Table, int]]:
-        row = split.first_row
-        with pq.ParquetFile(split.file.path, filesystem=self.fs) as parquet:
-            for batch in parquet.iter_batches(batch_size=1 << 18, row_groups=list(range(split.start, split.end)), columns=list(logs.columns)):
-                yield pa.table([_typed(batch[name], column, split.file, name) for name, column in logs.columns.items()], names=list(logs.columns)), row
-                row += batch.num_rows
 
     def _lines(self, split: Split, logs: Logs) -> Iterator[tuple[bytes, int, str | None]]:
         """Yield (whole lines, row number of the first, what broke off here or None) of a split, without the header."""
@@ -601,12 +600,14 @@ def _without_words(rows: pa.Table, logs: Logs) -> tuple[pa.Table, np.ndarray]:
     """Return the rows with null for texts that mean "no value", and bool [rows]: which lack no value that they need."""
     right = np.ones(rows.num_rows, bool)
     for place, (name, column) in enumerate(logs.columns.items()):
-        if column.type == "text":
-            gone = is_missing(rows[name], logs.missing)
-            if pc.any(gone).as_py():
-                rows = rows.set_column(place, name, pc.if_else(gone, pa.scalar(None, pa.string()), rows[name]))
-                if not column.optional:
-                    right &= ~gone.combine_chunks().to_numpy(zero_copy_only=False)
+        words = missing_numbers(column, logs.missing)
+        if column.type != "text" and words is None:
+            continue
+        gone = is_missing(rows[name], logs.missing) if words is None else pc.is_in(rows[name], value_set=words)
+        if pc.any(gone).as_py():
+            rows = rows.set_column(place, name, pc.if_else(gone, pa.scalar(None, rows[name].type), rows[name]))
+            if not column.optional:
+                right &= ~gone.combine_chunks().to_numpy(zero_copy_only=False)
     return rows, right
 
 
@@ -800,11 +801,33 @@ def checked_lines(body: bytes, first_row: int, header: tuple[str, ...], definiti
     return _checked(rows, row_number, _with_times(refused, header, definition), lines, definition)
 
 
+def checked_batch(batch: pa.RecordBatch, first_row: int, definition: DatasetDefinition) -> Chunk:
+    """Return rows of a Parquet log, typed and checked against the definition; row numbers count from `first_row`."""
+    rows, reasons = typed_rows(batch, definition.logs)
+    if not reasons:
+        return _checked(rows, np.arange(first_row, first_row + batch.num_rows), [], None, definition)
+    places = np.array(sorted(reasons))
+    time_ms, there = _known_times(rows.take(places), definition)
+    refused = [Refused(first_row + place, reasons[place], row_text(batch, place), ms if ok else None)
+               for place, ms, ok in zip(places.tolist(), time_ms.tolist(), there.tolist(), strict=True)]
+    kept = np.setdiff1d(np.arange(batch.num_rows), places)
+    return _checked(rows.take(kept), first_row + kept, refused, None, definition)
+
+
+def _known_times(rows: pa.Table, definition: DatasetDefinition) -> tuple[np.ndarray, np.ndarray]:
+    """Return int64 Unix milliseconds of refused rows, and which of these are times within the definition's bounds."""
+    time = definition.events.time
+    there, columns = np.ones(rows.num_rows, bool), []
+    for name in time.columns:
+        there &= rows[name].is_valid().to_numpy()
+        columns.append(rows[name].fill_null("" if pa.types.is_string(rows[name].type) else pa.scalar(0, pa.int64()).cast(rows[name].type)))
+    time_ms, known = times_ms(time_values(columns), time)
+    earliest, latest = _bounds_ms(time)
+    return time_ms, there & known & (time_ms >= earliest) & (time_ms < latest)
+
+
 def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lines: pa.Array | None, definition: DatasetDefinition) -> Chunk:
     """Refuse rows whose values cannot be right: bounds, allowed values, time."""
-    if lines is None and refused:  # Parquet: refused rows are still among them
-        keep = ~np.isin(row_number, [r.row_number for r in refused])
-        rows, row_number = rows.filter(pa.array(keep)), row_number[keep]
     time = definition.events.time
     time_ms, there = times_ms(time_values([rows[name] for name in time.columns]), time)
     earliest, latest = _bounds_ms(time)
@@ -823,7 +846,7 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
             bad |= wrong
     if reasons:
         for place, reason in sorted(reasons.items()):
-            text = lines[place].as_py() if lines is not None else json.dumps(rows.slice(place, 1).to_pylist()[0], default=str).encode()
+            text = lines[place].as_py() if lines is not None else row_text(rows, place)
             refused.append(Refused(int(row_number[place]), reason, text, int(time_ms[place]) if in_range[place] else None))
         rows, time_ms = rows.filter(pa.array(~bad)), time_ms[~bad]
     return Chunk(rows, time_ms, row_hashes(rows), refused)
@@ -878,23 +901,6 @@ def _value_checks(values: pa.ChunkedArray, column: Column) -> Iterator[tuple[str
 def bound(kind: pa.DataType, value: float, whole: Callable[[float], int]) -> pa.Scalar:
     """Return a bound as the column's own type: whole numbers beyond 2**53 have no decimal to be compared with."""
     return pa.scalar(whole(value), kind) if pa.types.is_integer(kind) else pa.scalar(float(value))
-
-
-def _typed(values: pa.Array, column: Column, file: RawFile, name: str) -> pa.Array:
-    try:
-        return values.cast(ARROW_TYPES[column.type])
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise StageError(f"{file.name}: column {name} is {values.type} and cannot be read as {column.type}: {error}",
-                         "correct logs.columns of the definition, or deliver the file again") from None
-
-
-def _parquet_refusals(table: pa.Table, first_row: int, logs: Logs) -> list[Refused]:
-    refused: dict[int, Refused] = {}
-    for name, column in logs.columns.items():
-        if not column.optional and table[name].null_count:
-            for row in np.flatnonzero(table[name].is_null().to_numpy()):
-                refused.setdefault(int(row), Refused(first_row + int(row), f"missing_value: {name}", json.dumps(table.slice(int(row), 1).to_pylist()[0], default=str).encode()))
-    return list(refused.values())
 
 
 def read_features(location: RawLocation, file_rule: FeatureFile) -> pa.Table | None:

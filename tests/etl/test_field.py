@@ -74,6 +74,7 @@ EXPECTED = {
     "delimiter_of_two_characters": Expected(("2000-12-31",), events=2, instants=("2000-12-31 22:12:40", "2000-12-31 22:35:09")),
     "folders_of_days": Expected(events=6),
     "integer_ids_of_19_digits": Expected(events=2),
+    "one_bad_parquet_value_stops_all": Expected(events=1, quarantined=1),
     "one_user_is_promoted": Expected(("2024-03-01", "2024-03-02"), events=560),
     "teaching_copies_of_tmall": Expected(("2014-08-29",), events=2, instants=("2014-08-29 00:00:00",) * 2, definition=TEACHING_TMALL),
     "time_in_two_columns": Expected(("1999-06-24",), events=2, instants=("1999-06-24 10:06:37", "1999-06-24 10:07:17")),
