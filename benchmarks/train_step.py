@@ -65,9 +65,9 @@ def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int 
         event_item=rng.integers(0, items, users * length), event_interaction=rng.integers(0, INTERACTIONS, users * length) // WATCH_BUCKETS,
         event_time_ms=times.ravel(), event_start=[u * length for u in range(users + 1)],
         target_item=rng.integers(0, items, users * targets), target_time_ms=target_time.ravel(), target_context=np.zeros(users * targets, np.int64),
-        target_end=ends.ravel(), target_label=rng.integers(0, 2, users * targets).astype(np.float32),
+        target_first=np.zeros(users * targets, np.int64), target_end=ends.ravel(), target_label=rng.integers(0, 2, users * targets).astype(np.float32),
         user_rows=np.zeros((users * targets, 0), np.int64), target_start=[u * targets for u in range(users + 1)],
-        cut_offs=[len(np.unique(e)) for e in ends])  # fmt: skip
+        cut_offs=[len(np.unique(e)) for e in ends], shared_from=[0] * users)  # fmt: skip
 
 
 def measure(config: ModelConfig, batch: Batch, runs: int, device: str) -> tuple[float, float]:

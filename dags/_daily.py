@@ -78,7 +78,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             "evaluation_days": Param(window_days.evaluation_days, type="integer", minimum=1, maximum=MOST_DAYS, title="Evaluation days",
                                      description="Last days, dt included, that are for evaluation; fewer than target_days."),
             "max_history": Param(definition.history.max_events, type="integer", minimum=1, maximum=1_000_000, title="Longest history",
-                                 description="Most recent events kept of each user."),
+                                 description="At most so many of the latest events before it does a target see. A row stores these, "
+                                 "and the events between its user's first and last target."),
             "warm_start": Param("none", type="string", enum=["none", "champion"], title="Warm start",
                                 description="champion: begin with the weights of the model in service, if it is of an earlier day."),
             "on_warning": Param(settings.CONTINUE, type="string", enum=[settings.CONTINUE, settings.APPROVE], title="When a gate warns",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pyarrow as pa
 
 # One row is one exposure or interaction, of partition day `dt` by event time (UTC). Sorted by (user_id, event_time_ms,
@@ -51,7 +52,8 @@ SEQUENCES = pa.schema(
         pa.field("history_time_ms", pa.list_(pa.int64()), nullable=False),
         pa.field("history_feedback", pa.list_(pa.int16()), nullable=False),
         pa.field("history_watch_bucket", pa.list_(pa.int8()), nullable=False),  # see WATCH_RATIO_EDGES
-        # All targets of the window, oldest first. Target j may see history[:target_history_end[j]].
+        # All targets of the window, oldest first. Target j may see history[history_first(end, max_events) : end], where end is
+        # target_history_end[j] and max_events is among the settings of the partition's manifest.
         pa.field("target_item_index", pa.list_(pa.int32()), nullable=False),
         pa.field("target_time_ms", pa.list_(pa.int64()), nullable=False),
         pa.field("target_label", pa.list_(pa.int8()), nullable=False),  # 1 = the label signal happened; 0 for sampled items
@@ -88,6 +90,11 @@ TRAIN, VALIDATION, EVALUATION = 0, 1, 2  # target_split
 # history_watch_bucket: 0 = no duration; 1 = not watched; else 2 + number of edges <= watch_time / duration.
 WATCH_RATIO_EDGES = (0.1, 0.25, 0.5, 0.75, 0.95, 1.25, 2.0)
 WATCH_BUCKETS = 2 + len(WATCH_RATIO_EDGES) + 1
+
+
+def history_first(end: np.ndarray, max_events: int) -> np.ndarray:
+    """Return the first event that targets may see of those before `end`: the latest `max_events` count. Same type and shape."""
+    return np.maximum(end - max_events, 0)
 
 
 def event_field_type(kind: str) -> pa.DataType:

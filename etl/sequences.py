@@ -12,7 +12,7 @@ from etl.datasets import DatasetDefinition, History, Positions
 from etl.items import TABLE_ENTRIES_PER_EVENT
 from etl.negatives import sample_negatives
 from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES
+from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES, history_first
 
 
 def sequence_rows(
@@ -46,9 +46,10 @@ def sequence_rows(
     target_owner = owner[target]
     target_start = np.searchsorted(target_owner, np.arange(len(owners) + 1))
     end = visible_ends(owner[seen], time_ms[seen], start, target_owner, time_ms[target], definition.history)
-    # The first target of a user decides where his history begins: max_events before it. Later targets see those, too.
+    # Stored is what any target of the user sees: from max_events before the first one on. `history_first` bounds the later ones.
+    most = definition.history.max_events
     first_end, last_end = end[target_start[:-1]], end[target_start[1:] - 1]
-    trim = np.maximum(0, first_end - definition.history.max_events)
+    trim = history_first(first_end, most)
     lengths = last_end - trim
     history_start = np.concatenate([[0], np.cumsum(lengths)])
     history = seen[np.repeat(start[:-1] + trim - history_start[:-1], lengths) + np.arange(history_start[-1])]
@@ -62,7 +63,7 @@ def sequence_rows(
         drawn = sample_negatives(
             definition.targets.negatives, day_number(window.dt), occurrences, owner, index, time_ms, target_owner, owners[target_owner],
             np.arange(len(target)) - target_start[target_owner], target_item, target_time, index[history],
-            history_start[target_owner], history_start[target_owner] + end)  # fmt: skip
+            history_start[target_owner] + history_first(end, most), history_start[target_owner] + end)  # fmt: skip
         wide = np.concatenate([target_item[:, None], drawn], 1)
         there = wide >= 0
         repeat = there.sum(1)
@@ -96,7 +97,7 @@ def sequence_rows(
     )
     sizes = np.bincount(target_split, minlength=3) if len(target_split) else np.zeros(3, int)
     counts = {"users": len(owners), "targets": len(target_split), "train_targets": int(sizes[TRAIN]), "validation_targets": int(sizes[VALIDATION]),
-              "eval_targets": int(sizes[EVALUATION]), "history_events": int(history_start[-1]), "truncated_users": int((trim > 0).sum()),
+              "eval_targets": int(sizes[EVALUATION]), "history_events": int(history_start[-1]), "truncated_users": int((last_end > most).sum()),
               "negatives": negatives, "negatives_missing": missing}
     return rows, counts
 

@@ -12,7 +12,7 @@ import torch
 from etl.cli import log, partition_parser, run_stage, store_of
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import USER_CACHES, schema_fingerprint
+from etl.schemas import USER_CACHES, history_first, schema_fingerprint
 from etl.store import Manifest, TableStore, code_version
 from training.checkpoint import load_package
 from training.data import Joined, Sequences, make_batch
@@ -52,9 +52,9 @@ def main() -> None:
 
 @torch.no_grad()
 def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, model_version: str) -> Manifest:
-    """Build caches over all history of the partition, with the end of its day as reference time, and publish them."""
+    """Build caches over what a target at the end of each stored history sees, with the end of the day as reference time; publish them."""
     sequences_manifest, items_manifest = store.require("sequences", dt), store.require("items", dt)
-    model, vocabulary, _ = load_package(package)
+    model, vocabulary, cutoff = load_package(package)
     if model.quantizer is None:
         raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
     items = store.read(items_manifest)
@@ -63,7 +63,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
     files = []
     for bucket in sorted({file.bucket for file in sequences_manifest.files}):
         sequences = Sequences.from_arrow(store.read(sequences_manifest, bucket=bucket))
-        joined = Joined.of(_whole_history(sequences), items, vocabulary)
+        joined = Joined.of(_at_the_end(sequences, cutoff.max_events), items, vocabulary)
         ids, counts, means = [], [], []
         for start in range(0, sequences.users, USERS_PER_CHUNK):
             users = np.arange(start, min(start + USERS_PER_CHUNK, sequences.users))
@@ -101,8 +101,8 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
     return store.publish(attempt, "user_caches", dt)
 
 
-def _whole_history(sequences: Sequences) -> Sequences:
-    """One pseudo target a user that may see all of his history, so that a batch carries whole histories."""
+def _at_the_end(sequences: Sequences, max_events: int | None) -> Sequences:
+    """One pseudo target a user at the end of his history, so that a batch carries the latest `max_events` of it (None: all)."""
     from dataclasses import replace
 
     lengths = np.diff(sequences.history_start)
@@ -116,6 +116,7 @@ def _whole_history(sequences: Sequences) -> Sequences:
         target_label=zeros,
         target_context=zeros,
         target_split=zeros,
+        target_first=zeros if max_events is None else history_first(lengths, max_events),
         target_end=lengths,
     )
 

@@ -23,10 +23,15 @@ from training.vocabulary import IdField, Vocabulary
 
 @dataclass(frozen=True)
 class Cutoff:
-    """What a target could see in training, so that a request is scored alike; see `etl.datasets.History`."""
+    """What a target could see in training, so that a request is scored alike; see `etl.datasets.History`.
+
+    Attributes:
+        max_events: None in packages from before it was kept: no bound.
+    """
 
     kind: str = "event"
     availability_lag_ms: int = 0
+    max_events: int | None = None
 
     def of(self, target_time_ms: np.ndarray) -> np.ndarray:
         """Return the times before which an event has to lie, int64 [T]."""

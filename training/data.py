@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS
+from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
 from training.vocabulary import Array, ItemFeatures, Vocabulary
 
 FEEDBACK_BITS = 8
@@ -28,7 +28,7 @@ class Sequences:
         history_interaction: int32 [E], feedback * WATCH_BUCKETS + watch bucket.
         target_item: int32 [T]; target_time_ms: int64 [T]; target_label: int8 [T]; target_context: int16 [T].
         target_split: int8 [T], TRAIN, VALIDATION or EVALUATION.
-        target_end: int32 [T], events of the user's history that the target may see.
+        target_first, target_end: int32 [T]; of the user's history the target may see the events [first, end).
     """
 
     user_id: np.ndarray
@@ -43,11 +43,16 @@ class Sequences:
     target_label: np.ndarray
     target_context: np.ndarray
     target_split: np.ndarray
+    target_first: np.ndarray
     target_end: np.ndarray
 
     @staticmethod
-    def from_arrow(rows: pa.Table) -> Sequences:
-        """Read a table with the SEQUENCES schema without copying a list per user."""
+    def from_arrow(rows: pa.Table, max_events: int | None = None) -> Sequences:
+        """Read a table with the SEQUENCES schema without copying a list per user.
+
+        Args:
+            max_events: of the events before its cut-off a target sees so many at most, the latest; None: all that are stored.
+        """
 
         def flat(name: str) -> np.ndarray:
             return rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -57,7 +62,7 @@ class Sequences:
             raw = lists.offsets.to_numpy().astype(np.int64) if len(lists) else np.zeros(1, np.int64)
             return raw - raw[0]
 
-        watch = flat("history_watch_bucket").astype(np.int32)
+        watch, end = flat("history_watch_bucket").astype(np.int32), flat("target_history_end")
         return Sequences(
             user_id=rows["user_id"].to_numpy(),
             user_fields=rows["user_fields"].to_pylist(),
@@ -71,7 +76,8 @@ class Sequences:
             target_label=flat("target_label"),
             target_context=flat("target_context"),
             target_split=flat("target_split"),
-            target_end=flat("target_history_end"),
+            target_first=np.zeros_like(end) if max_events is None else history_first(end, max_events),
+            target_end=end,
         )
 
     @property
@@ -91,7 +97,9 @@ class Batch:
         event_item: int64 [E] and target_item: int64 [T], positions among the N distinct items.
         event_interaction: int64 [E]; event_time_ms: int64 [E].
         event_start, target_start: python lists [U + 1]; cut_offs: python list [U], distinct target_end of each user.
-        target_time_ms, target_context, target_end: int64 [T]; target_label: float32 [T]; the context as its row.
+        target_time_ms, target_context, target_first, target_end: int64 [T]; target_label: float32 [T]; the context as its row.
+            A target sees the events [first, end) of its user's part.
+        shared_from: python list [U], the largest target_first of each user; 0: all of them see the user's part from its beginning.
         user_rows: int64 [T, F].
     """
 
@@ -103,11 +111,13 @@ class Batch:
     target_item: Array
     target_time_ms: Array
     target_context: Array
+    target_first: Array
     target_end: Array
     target_label: Array
     user_rows: Array
     target_start: list[int]
     cut_offs: list[int]
+    shared_from: list[int]
 
     def to(self, device: str) -> Batch:
         """Return the same batch as tensors on `device`."""
@@ -151,33 +161,37 @@ class Joined:
 def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
     """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user).
 
-    A history is cut at the last event that one of the chosen targets may see.
+    A history is cut to the events that any of the chosen targets may see.
     """
     sequences = joined.sequences
+    firsts = [int(sequences.target_first[chosen].min()) if len(chosen) else 0 for chosen in targets]
     ends = [int(sequences.target_end[chosen].max(initial=0)) for chosen in targets]
     spans = [
-        np.arange(sequences.history_start[user], sequences.history_start[user] + end)
-        for user, end in zip(users, ends, strict=True)
+        np.arange(sequences.history_start[user] + first, sequences.history_start[user] + end)
+        for user, first, end in zip(users, firsts, ends, strict=True)
     ]
     events = np.concatenate(spans) if spans else np.zeros(0, np.int64)
     chosen = np.concatenate(targets)
     history_items = sequences.history_item[events]
     distinct, inverse = np.unique(np.concatenate([history_items, sequences.target_item[chosen]]), return_inverse=True)
     counts = [len(c) for c in targets]
+    begin = np.repeat(firsts, counts).astype(np.int64)
     return Batch(
         items=joined.items.take(distinct),
         event_item=inverse[: len(events)].astype(np.int64),
         event_interaction=sequences.history_interaction[events].astype(np.int64),
         event_time_ms=sequences.history_time_ms[events],
-        event_start=[0, *np.cumsum(ends).tolist()],
+        event_start=[0, *np.cumsum([len(span) for span in spans]).tolist()],
         target_item=inverse[len(events) :].astype(np.int64),
         target_time_ms=sequences.target_time_ms[chosen],
         target_context=joined.context_row[chosen],
-        target_end=sequences.target_end[chosen].astype(np.int64),
+        target_first=sequences.target_first[chosen].astype(np.int64) - begin,
+        target_end=sequences.target_end[chosen].astype(np.int64) - begin,
         target_label=sequences.target_label[chosen].astype(np.float32),
         user_rows=np.repeat(joined.user_rows[users], counts, axis=0),
         target_start=[0, *np.cumsum(counts).tolist()],
         cut_offs=[len(np.unique(sequences.target_end[c])) for c in targets],
+        shared_from=[int(sequences.target_first[c].max(initial=0)) - first for c, first in zip(targets, firsts, strict=True)],
     )
 
 

@@ -177,8 +177,9 @@ def load_training_data(
     """
     store = TableStore(warehouse, dataset)
     items, manifest = store.read(store.require("items", dt)), store.require("sequences", dt)
-    sequences = Sequences.from_arrow(store.read(manifest))
-    cutoff = Cutoff(str(manifest.settings["cutoff"]), int(manifest.settings["availability_lag_ms"]))
+    settings = manifest.settings
+    cutoff = Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), int(settings["max_events"]))
+    sequences = Sequences.from_arrow(store.read(manifest), cutoff.max_events)
     return TrainingData.of(sequences, items, config, known), items, cutoff
 
 

@@ -42,8 +42,11 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, items: pa.Table, sequences: pa.Table) -> ScoredTargets:
-        """Score every evaluation target of a partition (its `items` and `sequences`)."""
-        flat = Sequences.from_arrow(sequences)
+        """Score every evaluation target of a partition (its `items` and `sequences`).
+
+        A target sees what is stored before its cut-off, and of that as much as the package's own rule lets it see.
+        """
+        flat = Sequences.from_arrow(sequences, self.cutoff.max_events)
         targets = np.flatnonzero(flat.target_split == EVALUATION)
         batches = UserBatches(Joined.of(flat, items, self.vocabulary), 0, 1, users_per_step=32, seed=0)
         scores = [torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy() for batch in batches.all_of(targets)]
@@ -54,7 +57,7 @@ class Scorer:
             time_ms=flat.target_time_ms[targets],
             label=flat.target_label[targets],
             score=np.concatenate(scores) if scores else np.zeros(0, np.float32),
-            history_length=flat.target_end[targets],
+            history_length=flat.target_end[targets] - flat.target_first[targets],
         )
 
     @torch.no_grad()
@@ -86,7 +89,7 @@ class Scorer:
             "target_context": one("target_context", pa.int16()),
             "target_split": pa.array([[EVALUATION] * len(target_ids)], pa.list_(pa.int8())), "target_history_end": pa.array([ends.tolist()], pa.list_(pa.int32())),
         })  # fmt: skip
-        flat = Sequences.from_arrow(row)
+        flat = Sequences.from_arrow(row, self.cutoff.max_events)
         joined = Joined.of(flat, self.vocabulary.item_table_of(ids), self.vocabulary)
         batch = make_batch(joined, np.array([0]), [np.arange(len(target_ids))])
         return torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy()
@@ -105,8 +108,8 @@ def request_of(items: pa.Table, sequences: Sequences, user: int, max_targets: in
     """Return the scoring request of one user of a partition: his history and his evaluation targets."""
     targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
     targets = targets[sequences.target_split[targets] == EVALUATION][:max_targets]
-    end = int(sequences.target_end[targets].max(initial=0))
-    events = slice(int(sequences.history_start[user]), int(sequences.history_start[user]) + end)
+    first = int(sequences.target_first[targets].min()) if len(targets) else 0
+    events = slice(*(int(sequences.history_start[user]) + place for place in (first, int(sequences.target_end[targets].max(initial=0)))))
     ids = items["item_id"].to_numpy()
     return {
         "history_item_id": ids[sequences.history_item[events]].tolist(),

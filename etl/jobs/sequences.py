@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--target-days", type=int, help="days, dt included, whose events are targets")
     parser.add_argument("--lookback-days", type=int, help="days, dt included, whose events may stand in a history")
     parser.add_argument("--evaluation-days", type=int, help="last days, dt included, that are for evaluation")
-    parser.add_argument("--max-history", type=int, help="latest events that a target may see")
+    parser.add_argument("--max-history", type=int, help="at most so many of the latest events before its cut-off does a target see; "
+                        "a row stores what any target of its user sees: these, and the events between the first target and the last")
     parser.add_argument("--history-cutoff", choices=("event", "day_start"), help="what a target may see: all before it, or all before its day")
     parser.add_argument("--availability-lag-ms", type=int, help="an event is known only so long after its time")
     parser.add_argument("--reports", help="folder of reports: judge what was staged, in this process, and write the pages there")

@@ -18,7 +18,7 @@ from etl.partitions import MS_PER_DAY, Window, day_number
 from etl.quality.drift import NAN, kl, psi
 from etl.quality.profile import MS_PER_HOUR, event_keys, value_shares
 from etl.quality.thresholds import DriftThresholds, EventThresholds
-from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS
+from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
 from etl.sequences import cut_offs_ms
 
 NEVER_NEGATIVE = ("user_id", "item_id", "watch_time_ms", "duration_ms")
@@ -150,7 +150,7 @@ def measured_bucket(users: pa.Table, train_occurrences: np.ndarray, rules: Seque
     history_length, sums = _sequence_sums(users, len(train_occurrences), rules)
     aligned = not sums["unequal_length_count"]
     sums["unseen_eval_targets"] = unseen_eval_targets(users, train_occurrences) if aligned and not sums["item_index_out_of_range_count"] else 0
-    return Bucket(_numpy(users["user_id"]), history_length, sums, target_spectra(users) if aligned else {})
+    return Bucket(_numpy(users["user_id"]), history_length, sums, target_spectra(users, rules.history.max_events) if aligned else {})
 
 
 def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: Mapping[str, int]) -> Row:
@@ -270,11 +270,12 @@ def _sequence_sums(part: pa.Table, items: int, rules: SequenceRules) -> tuple[np
     }
 
 
-def target_spectra(part: pa.Table) -> Spectra:
+def target_spectra(part: pa.Table, max_events: int) -> Spectra:
     """Count the targets of a bucket by split and, each on its own, UTC hour, context and length of the visible history."""
     split, time_ms, context, end = (_numpy(pc.list_flatten(part[f"target_{name}"])) for name in ("split", "time_ms", "context", "history_end"))
-    bits = np.log2(np.arange(1, int(end.max(initial=0)) + 2)).astype(np.int32).clip(0, SPECTRA["history_length"] - 1)
-    place = {"hour": time_ms // MS_PER_HOUR % SPECTRA["hour"], "context": context.astype(np.int32).clip(-1, SPECTRA["context"] - 2) + 1, "history_length": bits[end.clip(0)]}
+    visible = end - history_first(end, max_events)
+    bits = np.log2(np.arange(1, int(visible.max(initial=0)) + 2)).astype(np.int32).clip(0, SPECTRA["history_length"] - 1)
+    place = {"hour": time_ms // MS_PER_HOUR % SPECTRA["hour"], "context": context.astype(np.int32).clip(-1, SPECTRA["context"] - 2) + 1, "history_length": bits[visible.clip(0)]}
     known = (split >= 0) & (split < SPLITS)
     found: Spectra = {}
     for what, values in place.items():

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from etl.datasets import dataset
@@ -15,6 +16,9 @@ from etl.jobs import sequences as sequences_job
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
 from etl.quality.kept import StageOutcome
 from tests.etl.quality.feed import Feed, one_spark_session
+from training.config import TrainConfig
+from training.data import make_batch
+from training.main import load_training_data
 
 FIRST = "2024-03-01"
 FIELD = Path(__file__).resolve().parents[2].parent / "shared" / "field"
@@ -131,6 +135,33 @@ def test_a_feed_that_paused_longer_than_its_target_days_says_when_it_can_be_trai
     assert isinstance(error, StageError)
     assert f"dt={add_days(back, 1)}" in error.remedy
     assert shop.store.require("events", FIRST).rows == 12
+
+
+def events_a_target_sees(feed: Feed, dt: str, user_id: int) -> list[int]:
+    """Return how many events the batch of each target alone holds, as a training reads the published partition."""
+    data, *_ = load_training_data(feed.store.warehouse, feed.definition.name, dt, TrainConfig())
+    sequences = data.joined.sequences
+    user = int(np.flatnonzero(sequences.user_id == user_id)[0])
+    targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
+    return [len(make_batch(data.joined, np.array([user]), [np.array([target])]).event_item) for target in targets]
+
+
+@pytest.mark.skipif(not FIELD.exists(), reason="the inputs of the field trials are not here")
+def test_max_events_bounds_the_target_after_ten_events(tmp_path: Path) -> None:
+    source = FIELD / "max_events_is_no_cap"
+    definition = dataset(str(shutil.copy(source / "definition.yaml", tmp_path / "mini.yaml")))
+    shutil.copytree(source / "input", tmp_path / "raw")
+    feed, dt = Feed(tmp_path, definition, tmp_path / "reports"), "2024-03-02"
+    feed.build_events("a", dt, definition.window.lookback_days)
+    feed.audit("a", dt).publish("events")
+    sequences_job.build_sequences(feed.store, definition, feed.audit("a", dt).raw, Window(dt, **definition.window.model_dump()), "a")
+    feed.audit("a", dt).publish("sequences")
+    manifest = feed.store.require("sequences", dt)
+    assert manifest.settings["max_events"] == 3
+    row = next(row for row in feed.store.read(manifest).to_pylist() if row["user_id"] == 2)
+    assert row["target_history_end"][-1] == 10  # ten events on the day before: the row stores them for the targets of that day
+    assert max(events_a_target_sees(feed, dt, 2)) == 3
+    assert events_a_target_sees(feed, dt, 2)[-1] == 3
 
 
 @pytest.mark.skipif(not FIELD.exists(), reason="the inputs of the field trials are not here")

@@ -16,8 +16,9 @@ from tests.etl.test_sequences import DT, FIRST_MS, WINDOW, events_table
 KUAIRAND = dataset("kuairand")
 
 
-def sampled(rows, **rule):
-    definition = KUAIRAND.model_copy(update={"targets": KUAIRAND.targets.model_copy(update={"label": None, "negatives": Negatives(**rule)})})
+def sampled(rows, history=None, **rule):
+    definition = KUAIRAND.model_copy(update={"targets": KUAIRAND.targets.model_copy(update={"label": None, "negatives": Negatives(**rule)}),
+                                             "history": KUAIRAND.history.model_copy(update=history or {})})  # fmt: skip
     table = events_table(rows)
     items, counts = np.unique(table["item_id"].to_numpy(), return_counts=True)
     found, figures = sequence_rows(table, items, counts, {}, WINDOW, definition)
@@ -85,6 +86,21 @@ def test_own_history_gives_items_of_the_users_past():
     for j in range(2, len(row["target_label"]), 2):
         positive, negative = items[row["target_item_index"][j]], items[row["target_item_index"][j + 1]]
         assert 10 <= negative < positive
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_own_history_ends_where_the_targets_history_does(most):
+    # The row stores all 59 for its later targets; a target's own history is the `most` items before it.
+    mine = [(1, 10 + k, FIRST_MS + 3 * MS_PER_DAY + k, 1) for k in range(60)]
+    found, figures, items = sampled([*mine, (2, 999, FIRST_MS, 1)], history={"max_events": most}, per_positive=2, draw={"own_history": 1.0})
+    [row] = found
+    assert figures["negatives"] > 100
+    assert len(row["history_item_index"]) == 59
+    positive = None
+    for index, label in zip(row["target_item_index"], row["target_label"], strict=True):
+        positive = items[index] if label else positive
+        if positive > 10:  # the first has no past, so any item is drawn
+            assert label or positive - most <= items[index] < positive
 
 
 def test_a_user_who_met_everything_gets_none_and_is_counted():

@@ -9,11 +9,12 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.datasets import DatasetDefinition, History, dataset
+from etl.datasets import DatasetDefinition, History, Positions, dataset
 from etl.items import counted, item_rows, merged
 from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVALUATION, EVENTS, TRAIN
+from etl.schemas import EVALUATION, EVENTS, TRAIN, WATCH_BUCKETS
 from etl.sequences import item_indices, sequence_rows, watch_bucket
+from training.data import Sequences
 
 DT = "2022-04-21"
 WINDOW = Window(DT, target_days=3, lookback_days=6)
@@ -70,6 +71,34 @@ def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cu
     first_evaluation_ms = day_number(WINDOW.first_evaluation_dt) * MS_PER_DAY
     for row in table.to_pylist():
         assert row["target_split"] == [EVALUATION if t >= first_evaluation_ms else TRAIN for t in row["target_time_ms"]]
+
+
+@settings(max_examples=150)
+@given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 30 * 3_600_000]), most=st.sampled_from([1, 2, 5, 1000]),
+       of=st.sampled_from([None, KUAIRAND.feedback_fields[:1], KUAIRAND.feedback_fields[:2]]), target_of=st.sampled_from([None, KUAIRAND.feedback_fields[1:2]]),
+       positions=st.sampled_from([None, Positions(train=(-4, -3), validation=(-2,), evaluation=(-1,))]))  # fmt: skip
+def test_what_a_model_reads_of_each_target_is_what_the_rule_says(rows, cutoff, lag, most, of, target_of, positions):
+    targets = KUAIRAND.targets.model_copy(update={"of": target_of, "positions": positions})
+    definition = KUAIRAND.model_copy(update={"targets": targets})
+    history = History(of=of, cutoff=cutoff, availability_lag_ms=lag, max_events=most)
+    (table, counts), items = build(rows, history, definition)
+    flat = Sequences.from_arrow(table, most)
+    bits = {name: 1 << bit for bit, name in enumerate(KUAIRAND.feedback_fields)}
+    truncated = 0
+    for user, row in enumerate(table.to_pylist()):
+        mine = sorted((r for r in rows if r[0] == row["user_id"]), key=lambda r: (r[2], r[1]))
+        past = [r for r in mine if of is None or any(r[3] & bits[name] for name in of)]
+        here = flat.targets_of(user)
+        for target, time_ms in zip(range(here.start, here.stop), row["target_time_ms"], strict=True):
+            before = [r for r in past if r[2] < (time_ms if cutoff == "event" else time_ms // MS_PER_DAY * MS_PER_DAY) - lag]
+            seen = slice(*(int(flat.history_start[user] + place[target]) for place in (flat.target_first, flat.target_end)))
+            got = zip(items[flat.history_item[seen]], flat.history_time_ms[seen], flat.history_interaction[seen] // WATCH_BUCKETS, strict=True)
+            assert list(got) == [(r[1], r[2], r[3]) for r in before[-most:]]
+        truncated += len(before) > most  # of the last target, hence of any
+        # Stored are max_events and what lies between the first and the last target, no more.
+        first_end, last_end = row["target_history_end"][0], row["target_history_end"][-1]
+        assert len(row["history_time_ms"]) == last_end <= min(first_end, most) + (last_end - first_end)
+    assert truncated == counts["truncated_users"]
 
 
 def test_a_target_never_sees_its_own_page():

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.partitions import MS_PER_DAY
-from training.model.attention import NOTHING, combine, event_part, window_part
-from training.model.factored import TARGETS_PER_SEGMENT, factored_attention, prefers_factored
+from training.model.attention import NOTHING, combine, event_part, straight_through_codes, window_part
+from training.model.factored import (
+    TARGETS_PER_SEGMENT,
+    bounded_factored_attention,
+    factored_attention,
+    prefers_factored,
+)
 from training.model.kernel import MixtureKernel
 
 torch.set_num_threads(1)  # many small products: a second thread only waits
@@ -80,10 +85,10 @@ def _outputs_and_gradients(attend, problem, kernel):
     return [part.out_THd.detach(), torch.where(seen, part.lse_TH, NOTHING).detach(), *zeros]
 
 
-def _assert_same(problem, kernel, tolerance):
+def _assert_same(problem, kernel, tolerance, expected=_item_level, found=_factored):
     pairs = zip(
-        _outputs_and_gradients(_item_level, problem, kernel),
-        _outputs_and_gradients(_factored, problem, kernel),
+        _outputs_and_gradients(expected, problem, kernel),
+        _outputs_and_gradients(found, problem, kernel),
         strict=True,
     )
     for expected, found in pairs:
@@ -91,6 +96,30 @@ def _assert_same(problem, kernel, tolerance):
         if expected.numel():
             assert torch.isfinite(found).all()
             assert (expected - found).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("half_lives", [None, (0.5, 30.0)])
+@settings(max_examples=20, deadline=None)
+@given(
+    length=st.integers(0, 300),
+    targets=st.integers(1, 80),
+    most=st.integers(1, 300),
+    seed=st.integers(0, 10_000),
+    cut_offs=st.sampled_from([1, 2, 20, 10_000]),
+)
+def test_the_bounded_factored_pass_equals_the_item_level_with_the_same_bound(half_lives, length, targets, most, seed, cut_offs):
+    problem = _problem(length, targets, 16, seed, cut_offs)
+    first_T = (problem[-1] - most).clamp(min=0)
+
+    def item_level(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kernel):
+        hard_LHd = straight_through_codes(leaves[1], codebook_HCd, codes_LG)
+        return event_part(leaves[0], hard_LHd, leaves[2], times, target_times, end_T, kernel, first_T)
+
+    def bounded(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kernel):
+        events = (leaves[0], leaves[1], codebook_HCd, codes_LG, leaves[2], times, target_times, end_T, kernel)
+        return bounded_factored_attention(*events, first_T, int(first_T.max()))
+
+    _assert_same(problem, _kernel(half_lives, torch.float64), 1e-10, item_level, bounded)
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)

@@ -46,6 +46,7 @@ def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
         label,
         np.ones(len(item), np.int16),
         np.where(time_ms >= day_number(DT) * MS_PER_DAY, EVALUATION, TRAIN).astype(np.int8),
+        np.zeros(users * length, np.int32),
         np.tile(np.arange(length, dtype=np.int32), users),
     )
     table = pa.table({"item_index": np.arange(items, dtype=np.int32), "item_id": np.arange(items), "train_occurrences": np.full(items, 9),

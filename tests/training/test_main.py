@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def warehouse(tmp_path) -> str:
     items, sequences = random_partition(users=24, longest=40)
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
-    settings = {"cutoff": "day_start", "availability_lag_ms": 60_000}
+    settings = {"cutoff": "day_start", "availability_lag_ms": 60_000, "max_events": 30}
     for table, rows in (("items", items), ("sequences", sequences)):
         work = store.begin_try("t", [table], [DT])
         file = store.write_file(work, table, DT, 0, rows)
@@ -46,7 +46,7 @@ def check_run(tmp_path: Path, done: subprocess.CompletedProcess) -> dict:
     for model in summary["models"].values():
         scorer = load_scorer(model["package"])
         assert len(scorer.score_request(scorer.example_request())) >= 1
-        assert scorer.cutoff == Cutoff("day_start", 60_000)  # as the manifest of sequences says
+        assert scorer.cutoff == Cutoff("day_start", 60_000, 30)  # as the manifest of sequences says
     assert "vql epoch 2/2" in done.stdout
     return summary
 

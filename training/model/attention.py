@@ -50,6 +50,13 @@ def softmax_part(logit_HTK: Tensor, value: Tensor) -> Attended:
     return Attended(out_HTd.masked_fill(empty_HT1, 0.0).transpose(0, 1), lse_HT.T)
 
 
+def hidden(length: int, first_T: Tensor | None, end_T: Tensor) -> Tensor:
+    """Mark the events that a target may not see, bool [T, L]."""
+    place_L = torch.arange(length, device=end_T.device)
+    hidden_TL = place_L >= end_T[:, None]
+    return hidden_TL if first_T is None else hidden_TL | (place_L < first_T[:, None])
+
+
 def event_attention(
     query_THd: Tensor,
     key_LHd: Tensor,
@@ -58,8 +65,9 @@ def event_attention(
     target_time_ms_T: Tensor,
     target_end_T: Tensor,
     kernel: MixtureKernel | None,
+    first_T: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of every target over the first `target_end` events; exact for every target.
+    """Softmax attention of every target over the events `first` (default 0) to `target_end`; exact for every target.
 
     Returns:
         [T, H, d]; a target that may see no event gets zeros.
@@ -67,7 +75,7 @@ def event_attention(
     out_THd = torch.zeros_like(query_THd)
     if key_LHd.shape[0] == 0:
         return out_THd
-    seen = target_end_T > 0
+    seen = target_end_T > (0 if first_T is None else first_T)
     every = bool(seen.all())
     q, end, times = (
         (query_THd, target_end_T, target_time_ms_T)
@@ -76,7 +84,8 @@ def event_attention(
     )
     if q.shape[0] == 0:
         return out_THd
-    hidden_TL = torch.arange(key_LHd.shape[0], device=q.device)[None, :] >= end[:, None]
+    first = first_T if first_T is None or every else first_T[seen]
+    hidden_TL = hidden(key_LHd.shape[0], first, end)
     if kernel is None:
         bias = torch.zeros(hidden_TL.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden_TL, float("-inf"))
     else:
@@ -100,9 +109,10 @@ def event_part(
     target_time_ms_T: Tensor,
     target_end_T: Tensor,
     kernel: MixtureKernel | None,
+    first_T: Tensor | None = None,
 ) -> Attended:
     """`event_attention` as a part of a larger softmax; keeps T x L logits."""
-    hidden_TL = torch.arange(key_LHd.shape[0], device=query_THd.device) >= target_end_T[:, None]
+    hidden_TL = hidden(key_LHd.shape[0], first_T, target_end_T)
     logit_HTL = query_THd.transpose(0, 1) @ key_LHd.permute(1, 2, 0)
     if kernel is not None:
         logit_HTL = logit_HTL + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L).to(logit_HTL.dtype)
@@ -118,8 +128,11 @@ def window_part(
     target_end_T: Tensor,
     kernel: MixtureKernel | None,
     window: int,
+    first_T: Tensor | None = None,
 ) -> Attended:
     """Attention of every target over the newest `window` events before its cut-off, for their exact keys (vql 3.5).
+
+    Events before `first` (default 0) are none of the target's.
 
     The same function trains (all events, a cut-off per target) and serves (the newest events alone, every cut-off at their
     end); the other part ends at `target_end - window`, clamped at 0, or is a cache that leaves the newest events out.
@@ -133,7 +146,8 @@ def window_part(
         logit_HTR = logit_HTR + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L[event_TR]).to(
             logit_HTR.dtype
         )
-    return softmax_part(logit_HTR.masked_fill(place_TR < 0, float("-inf")), value_LHd[event_TR].permute(2, 0, 1, 3))
+    hidden_TR = place_TR < (0 if first_T is None else first_T[:, None])
+    return softmax_part(logit_HTR.masked_fill(hidden_TR, float("-inf")), value_LHd[event_TR].permute(2, 0, 1, 3))
 
 
 def cache_part(
@@ -182,8 +196,12 @@ def code_logits(
     return logit_HT1C + (log_phi_HTM[..., None] + log_count_HMC[:, None]).to(query_THd.dtype)
 
 
-def mean_pooling(value_LHd: Tensor, target_end_T: Tensor) -> Tensor:
-    """Mean of the first `target_end` values of every target, [T, H, d]; zeros for none."""
+def mean_pooling(value_LHd: Tensor, target_end_T: Tensor, first_T: Tensor | None = None) -> Tensor:
+    """Mean of the values `first` (default 0) to `target_end` of every target, [T, H, d]; zeros for none."""
+    if first_T is not None:  # a difference of two long sums would round away a short one
+        seen_TL = ~hidden(len(value_LHd), first_T, target_end_T)
+        total_TD = seen_TL.to(value_LHd.dtype) @ value_LHd.flatten(1)
+        return total_TD.view(-1, *value_LHd.shape[1:]) / (target_end_T - first_T).clamp(min=1)[:, None, None]
     total_LHd = (
         torch.cat([torch.zeros_like(value_LHd[:1]), value_LHd.cumsum(0)])
         if len(value_LHd)

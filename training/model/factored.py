@@ -88,6 +88,35 @@ def factored_attention(
     return Attended(part.out_THd[back_T], part.lse_TH[back_T])
 
 
+def bounded_factored_attention(
+    query_THd: Tensor,
+    key_LHd: Tensor,
+    codebook_HCd: Tensor,
+    codes_LG: Tensor,
+    value_LHd: Tensor,
+    event_time_ms_L: Tensor,
+    target_time_ms_T: Tensor,
+    target_end_T: Tensor,
+    kernel: MixtureKernel | None,
+    first_T: Tensor,
+    shared_from: int,
+) -> Attended:
+    """`factored_attention` over the events `first` to `target_end`.
+
+    Events from `shared_from` on, the largest `first`, are summed into codes: no target is too late for one of them. The older ones
+    meet the targets one by one, since a sum cannot be undone: what would be subtracted may be nearly all of it.
+    """
+    old, new = slice(0, shared_from), slice(shared_from, None)
+    hard_LHd = straight_through_codes(key_LHd[old], codebook_HCd, codes_LG[old])
+    return combine(
+        event_part(query_THd, hard_LHd, value_LHd[old], event_time_ms_L[old], target_time_ms_T, target_end_T, kernel, first_T),
+        factored_attention(
+            query_THd, key_LHd[new], codebook_HCd, codes_LG[new], value_LHd[new], event_time_ms_L[new], target_time_ms_T,
+            (target_end_T - shared_from).clamp(min=0), kernel,
+        ),
+    )  # fmt: skip
+
+
 def prefers_factored(length: int, targets: int, cut_offs: int, with_kernel: bool) -> bool:
     """Say whether the factored pass is the cheaper one for a user with so many distinct cut-offs.
 

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.attention import cache_part, combine, event_attention, event_part, mean_pooling, window_part
 from training.model.blocks import Layout, block_attention
 from training.model.cache import UserCache, build_cache
-from training.model.factored import factored_attention, prefers_factored
+from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
 from training.model.kernel import MixtureKernel, age_days
 from training.model.probe import AttentionErrors, attention_errors
 from training.model.quantizer import GroupedQuantizer
@@ -114,6 +114,7 @@ class _User(NamedTuple):
     events: slice
     targets: slice
     cut_offs: int
+    shared_from: int
 
 
 def _for_each_layout(attend: Callable[[Layout], Tensor], batch: Batch, value_EHd: Tensor) -> Tensor:
@@ -123,7 +124,12 @@ def _for_each_layout(attend: Callable[[Layout], Tensor], batch: Batch, value_EHd
 def _users(batch: Batch) -> list[_User]:
     events = [slice(a, b) for a, b in itertools.pairwise(batch.event_start)]
     targets = [slice(a, b) for a, b in itertools.pairwise(batch.target_start)]
-    return [_User(*parts) for parts in zip(events, targets, batch.cut_offs, strict=True)]
+    return [_User(*parts) for parts in zip(events, targets, batch.cut_offs, batch.shared_from, strict=True)]
+
+
+def _first_of(user: _User, batch: Batch) -> Tensor | None:
+    """The first event that each target of a user sees; None where all see his events from the beginning."""
+    return batch.target_first[user.targets] if user.shared_from else None
 
 
 class Ranker(nn.Module):
@@ -188,19 +194,21 @@ class Ranker(nn.Module):
     def _attend_all(self, batch: Batch, query_THd: Tensor, keys: _Keys, value_EHd: Tensor) -> Tensor:
         """Return the interests of all users' targets, [T, H, d], in one pass; equal to `_attend` of each user."""
         config, item_E, end_T = self.config, batch.event_item, batch.target_end
+        first_T = batch.target_first if any(batch.shared_from) else None
         if config.interest == "sdim":
             signature_NX = self.hashed.signatures(keys.exact_NHd)
-            attend = functools.partial(self.hashed.pooled, target_TX=signature_NX[batch.target_item], event_EX=signature_NX[item_E], value_EHd=value_EHd, target_end_T=end_T)
+            attend = functools.partial(self.hashed.pooled, target_TX=signature_NX[batch.target_item], event_EX=signature_NX[item_E], value_EHd=value_EHd, target_end_T=end_T, first_T=first_T)
             return _for_each_layout(attend, batch, value_EHd)
         exact_EHd = keys.exact_NHd.index_select(0, item_E)
-        key_EHd, more = exact_EHd, {}
+        key_EHd = exact_EHd
+        more: dict[str, Any] = {"first_T": first_T}
         recent_T = (end_T - config.recent_window).clamp(min=0)
         if config.interest == "recent_attention":
-            more = {"first_T": recent_T}
+            more = {"first_T": recent_T if first_T is None else torch.maximum(recent_T, first_T)}
         elif keys.codes_NG is not None:
             key_EHd = keys.hard_NHd.index_select(0, item_E)
             if config.recent_window or config.refine_k:
-                more = {"exact_EHd": exact_EHd, "exact_from_T": recent_T, "refine": config.refine_k}
+                more |= {"exact_EHd": exact_EHd, "exact_from_T": recent_T, "refine": config.refine_k}
         return _for_each_layout(
             lambda layout: self.block_attention(
                 layout, query_THd, key_EHd, value_EHd, batch.event_time_ms, batch.target_time_ms, end_T, self.kernel, **more
@@ -212,41 +220,42 @@ class Ranker(nn.Module):
     def _mean(self, value_EHd: Tensor, batch: Batch) -> Tensor:
         """Return the means of the visible values, [T, H, d]; for a GPU they are attention with equal logits."""
         if not self._all_users_at_once(value_EHd):
-            return torch.cat([mean_pooling(value_EHd[u.events], batch.target_end[u.targets]) for u in _users(batch)])
+            return torch.cat([mean_pooling(value_EHd[u.events], batch.target_end[u.targets], _first_of(u, batch)) for u in _users(batch)])
         nothing_THd = value_EHd.new_zeros(len(batch.target_end), *value_EHd.shape[1:])
         times = batch.event_time_ms, batch.target_time_ms
+        first_T = batch.target_first if any(batch.shared_from) else None
         return _for_each_layout(
-            lambda layout: self.block_attention(layout, nothing_THd, value_EHd, value_EHd, *times, batch.target_end, None), batch, value_EHd
+            lambda layout: self.block_attention(layout, nothing_THd, value_EHd, value_EHd, *times, batch.target_end, None, first_T=first_T), batch, value_EHd
         )
 
     def _attend(self, user: _User, batch: Batch, query_THd: Tensor, keys: _Keys, value_LHd: Tensor) -> Tensor:
         """Return the interest of one user's targets, [T, H, d]: attention over his events, whatever form is the cheapest."""
         config, item_L, end_T = self.config, batch.event_item[user.events], batch.target_end[user.targets]
         times = batch.event_time_ms[user.events], batch.target_time_ms[user.targets]
+        first_T = _first_of(user, batch)
         if config.interest == "sdim":
             signature_NX = self.hashed.signatures(keys.exact_NHd)
-            return self.hashed(signature_NX[batch.target_item[user.targets]], signature_NX[item_L], value_LHd, end_T)
+            return self.hashed(signature_NX[batch.target_item[user.targets]], signature_NX[item_L], value_LHd, end_T, first_T)
         if config.interest == "recent_attention":
             key_LHd = keys.exact_NHd[item_L]
-            return window_part(query_THd, key_LHd, value_LHd, *times, end_T, self.kernel, config.recent_window).out_THd
+            return window_part(query_THd, key_LHd, value_LHd, *times, end_T, self.kernel, config.recent_window, first_T).out_THd
         if keys.codes_NG is None:
-            return event_attention(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel)
+            return event_attention(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel, first_T)
         tail_T = (end_T - config.recent_window).clamp(min=0)  # the newest events have exact keys
         if config.refine_k:
             tail = refined_event_part(
-                query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel, config.refine_k
+                query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel, config.refine_k, first_T
             )  # fmt: skip
-        elif prefers_factored(len(item_L), len(end_T), user.cut_offs, self.kernel is not None):
-            tail = factored_attention(
-                query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel
-            )  # fmt: skip
+        elif prefers_factored(len(item_L) - user.shared_from, len(end_T), user.cut_offs, self.kernel is not None):
+            events = (query_THd, keys.exact_NHd[item_L], self.codebook_HCd(), keys.codes_NG[item_L], value_LHd, *times, tail_T, self.kernel)
+            tail = factored_attention(*events) if first_T is None else bounded_factored_attention(*events, first_T, user.shared_from)
         elif config.recent_window:
-            tail = event_part(query_THd, keys.hard_NHd[item_L], value_LHd, *times, tail_T, self.kernel)
+            tail = event_part(query_THd, keys.hard_NHd[item_L], value_LHd, *times, tail_T, self.kernel, first_T)
         else:
-            return event_attention(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, self.kernel)
+            return event_attention(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, self.kernel, first_T)
         if not config.recent_window:
             return tail.out_THd
-        head = window_part(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel, config.recent_window)
+        head = window_part(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, self.kernel, config.recent_window, first_T)
         return combine(head, tail).out_THd
 
     def keys(self, static_NS: Tensor) -> Tensor:
@@ -276,7 +285,10 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def user_caches(self, batch: Batch, reference_time_ms: int) -> list[UserCache]:
-        """Return the cache of every user of the batch (VQL only), each over all his events but the exact recent window."""
+        """Return the cache of every user of the batch (VQL only), each over all his events of the batch but the exact recent window.
+
+        That is what a target at their end sees, if the batch holds no other target of the user.
+        """
         assert self.quantizer is not None
         static_NS = self.items(batch.items)
         codes_NG, value_EHd = self.quantizer.search(self.keys(static_NS)), self._values(static_NS, batch)
@@ -333,14 +345,14 @@ class Ranker(nn.Module):
         found = []
         for user in _users(batch):
             last = user.targets.stop - 1
-            end = int(batch.target_end[last]) if user.targets.stop > user.targets.start else 0
-            if end == 0:
+            first, end = (int(batch.target_first[last]), int(batch.target_end[last])) if user.targets.stop > user.targets.start else (0, 0)
+            if end == first:
                 continue
-            events = slice(user.events.start, user.events.start + end)
+            events = slice(user.events.start + first, user.events.start + end)
             item_L = batch.event_item[events]
             bias = None if self.kernel is None else self.kernel.log_kernel(batch.target_time_ms[last : last + 1, None], batch.event_time_ms[events])
             query_THd = query_NHd[batch.target_item[last : last + 1]]
-            found.append((end, attention_errors(query_THd, key_NHd[item_L], hard_NHd[item_L], bias)))
+            found.append((end - first, attention_errors(query_THd, key_NHd[item_L], hard_NHd[item_L], bias)))
         return found
 
     def _values(self, static_NS: Tensor, batch: Batch) -> Tensor:
@@ -377,10 +389,9 @@ class Ranker(nn.Module):
         counts = torch.tensor(batch.target_start, device=batch.target_end.device).diff()
         last = (starts.repeat_interleave(counts) + batch.target_end - 1).clamp(min=0)
         last_ms = batch.event_time_ms[last] if len(batch.event_time_ms) else batch.target_time_ms
-        gap = torch.where(
-            batch.target_end > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0)
-        )
-        return torch.stack([torch.log1p(batch.target_end.float()) / 8, torch.log1p(gap)], -1)
+        visible = batch.target_end - batch.target_first
+        gap = torch.where(visible > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0))
+        return torch.stack([torch.log1p(visible.float()) / 8, torch.log1p(gap)], -1)
 
 
 def _embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:

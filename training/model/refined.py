@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.attention import Attended, code_logits, softmax_part, straight_through_codes
+from training.model.attention import Attended, code_logits, hidden, softmax_part, straight_through_codes
 from training.model.cache import UserCache
 from training.model.kernel import MixtureKernel, age_days
 
@@ -34,15 +34,16 @@ def refined_event_part(
     target_end_T: Tensor,
     kernel: MixtureKernel | None,
     refine: int,
+    first_T: Tensor | None = None,
 ) -> Attended:
-    """Training form: attention over the first `target_end` events; straight-through keys, exact ones where refined.
+    """Training form: attention over the events `first` (default 0) to `target_end`; straight-through keys, exact where refined.
 
     Refined events send the task's gradient to query and key as in exact attention, all others as in VQL.
     """
     heads, length = query_THd.shape[1], len(key_LHd)
     code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
     hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
-    hidden_TL = torch.arange(length, device=code_HL.device) >= target_end_T[:, None]
+    hidden_TL = hidden(length, first_T, target_end_T)
     query_HTd = query_THd.transpose(0, 1)
     logit_HTL = query_HTd @ hard_LHd.permute(1, 2, 0)
     bias_HTL = torch.zeros_like(logit_HTL)
