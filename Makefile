@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test test-slow bench-etl claims validate lint up down lock clean
+.PHONY: help setup data run test readme test-slow bench-etl claims validate lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-D
 test: setup ## the tests that take minutes, not more
 	@$(PY) -m pytest -m "not slow"
 
-test-slow: setup ## every test, with the real scheduler, Spark and Ray
-	@$(PY) -m pytest
+readme: setup ## every command that README.md and docs/datasets.md show, as far as this machine has the data, in a home of its own
+	@$(PY) -m pytest -m slow --durations=0 tests/test_readme.py
+
+test-slow: setup ## the other tests: a real scheduler, a cluster, killed processes, whole trainings; SEEDS=11,12,13 trains more
+	@$(PY) -m pytest -m slow --durations=0 --ignore=tests/test_readme.py
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)

@@ -58,7 +58,7 @@ def built(folder, store: TableStore, attempt: str, days: list[int], split_bytes:
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(rows=st.lists(row, max_size=60), split_bytes=st.integers(120, 2_000), order=st.permutations(range(DAYS)))
 def test_rows_are_counted_once_and_days_built_in_any_way_have_the_same_bytes(tmp_path_factory, rows, split_bytes, order):
     folder = tmp_path_factory.mktemp("raw")

@@ -110,7 +110,7 @@ def good_and_bad(rows: int) -> list[bytes]:
     return [with_cell("user_id", b"?" if user % 3 == 2 else str(user).encode()) for user in range(rows)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 60), split_bytes=st.integers(200, 2_000), last_newline=st.booleans())
 def test_splits_cover_a_file_once_with_right_row_numbers(tmp_path_factory, rows, split_bytes, last_newline):
     folder = tmp_path_factory.mktemp("raw")

@@ -49,7 +49,7 @@ logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]), most=st.sampled_from([1, 3, 1000]))
 def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cutoff, lag, most):
     (table, counts), _items = build(rows, History(cutoff=cutoff, availability_lag_ms=lag, max_events=most))
@@ -123,7 +123,7 @@ def test_users_without_a_target_have_no_row():
     assert counts["users"] == 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(ids=st.lists(st.one_of(st.integers(0, 30), st.integers(-(2**62), 2**62)), min_size=1, max_size=30), draws=st.lists(st.integers(0, 10**6), max_size=50))
 def test_items_are_found_whether_their_ids_are_dense_or_hashes(ids, draws):
     known = np.unique(np.array(ids, dtype=np.int64))
@@ -156,7 +156,7 @@ def test_items_are_dense_sorted_and_joined_to_their_first_fields():
 occurrences = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50), st.sampled_from([None, "a", "b", "c"])), min_size=1, max_size=60)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(rows=occurrences, cuts=st.lists(st.integers(0, 60), max_size=3))
 def test_an_item_has_the_latest_value_of_the_log_however_the_log_is_cut(rows, cuts):
     table = pa.table({"item_id": pa.array([r[0] for r in rows], pa.int64()), "event_time_ms": pa.array([r[1] for r in rows], pa.int64()),

@@ -90,7 +90,7 @@ def test_attention_models_learn_a_planted_long_term_interest_and_mean_pooling_ca
     assert found["softmax_attention"] > found["mean_pooling"] + 0.08, found
 
 
-@pytest.mark.parametrize("changes", [{"compiled": True}, {"bf16": True}, {"deterministic": True}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("changes", [pytest.param({"compiled": True}, marks=pytest.mark.slow), {"bf16": True}, {"deterministic": True}], ids=lambda c: next(iter(c)))
 def test_compiled_bf16_and_deterministic_training_reach_what_the_plain_one_does(changes):
     data = planted(users=48, length=60, topics=4, seed=4)
     config = small_config(epochs=2, min_epoch_steps=12, warmup_steps=6)

@@ -47,7 +47,7 @@ def falls(values: list[int]) -> int:
     return sum(second < first for first, second in itertools.pairwise(values))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(users, st.sampled_from([None, DAY_MS, DAY_MS - 3]), st.sampled_from(["event", "day_start"]), st.sampled_from([0, 2]))
 def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | None, cutoff: str, lag: int) -> None:
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
