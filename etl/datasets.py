@@ -30,7 +30,7 @@ BUILT_IN = Path(__file__).parent / "definitions"
 MAX_SIGNALS = 8  # bits of `feedback` that the model embeds
 # What databases and data frames write for "no value".
 MISSING_WORDS = ("", "NULL", "null", "\\N", "NaN", "nan", "NA", "N/A", "<NA>", "None")
-MILLISECONDS = {"milliseconds": 1, "seconds": 1_000, "minutes": 60_000}
+MILLISECONDS = {"milliseconds": 1, "seconds": 1_000, "minutes": 60_000}  # of the units of a length of time
 
 
 def _day(given: Any) -> Any:
@@ -295,10 +295,10 @@ class Time(_Model):
 
 
 class Span(_Model):
-    """A length of time in a raw column."""
+    """A length of time in a raw column; `percent` (of `watch_time` alone) is a share of the duration."""
 
     column: str
-    unit: Literal["milliseconds", "seconds", "minutes"] = "milliseconds"
+    unit: Literal["milliseconds", "seconds", "minutes", "percent"] = "milliseconds"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -381,6 +381,14 @@ class Events(_Model):
     is_random: str | None = None
     signals: dict[str, Condition] = Setting(min_length=1, max_length=MAX_SIGNALS)
     item_fields: dict[str, FieldRule] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _percent_of_duration(self) -> Events:
+        if self.duration is not None and self.duration.unit == "percent":
+            raise ValueError("duration.unit: percent is a share of the duration, so only watch_time can have it")
+        if self.watch_time is not None and self.watch_time.unit == "percent" and self.duration is None:
+            raise ValueError("watch_time.unit: percent needs events.duration, of which it is a share")
+        return self
 
 
 class History(_Model):

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.compression import BREAKS, promised_compression
-from etl.datasets import MILLISECONDS, DatasetDefinition, FieldRule, Span
+from etl.datasets import MILLISECONDS, DatasetDefinition, Events, FieldRule, Span
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
 from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
@@ -309,7 +309,7 @@ def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[i
     columns = {
         "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": bucket_of(user, buckets), "row_hash": row_hash, "user_id": user,
         "item_id": hashed_ids(rows[events.item]), "event_time_ms": time_ms, "feedback": feedback,
-        "watch_time_ms": _milliseconds(rows, events.watch_time), "duration_ms": _milliseconds(rows, events.duration),
+        "watch_time_ms": _watch_time_ms(rows, events), "duration_ms": _milliseconds(rows, events.duration),
         "context": np.clip(rows[events.context].fill_null(-1).to_numpy(), -1, 32_767).astype(np.int16) if events.context else zeros.astype(np.int16) - 1,
         "is_random": rows[events.is_random].fill_null(0).to_numpy() == 1 if events.is_random else zeros.astype(bool),
         **{name: _field_values(rows[rule.column], rule) for name, rule in events.item_fields.items()},
@@ -329,6 +329,14 @@ def _holds(values: pa.ChunkedArray, condition) -> np.ndarray:
         if limit is not None:
             met = pc.and_(met, compare(values, bound(values.type, limit, whole)).fill_null(False))
     return met.combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def _watch_time_ms(rows: pa.Table, events: Events) -> np.ndarray:
+    span = events.watch_time
+    if span is None or span.unit != "percent":
+        return _milliseconds(rows, span)
+    share = rows[span.column].fill_null(0).to_numpy() / 100
+    return np.rint(share * _milliseconds(rows, events.duration)).clip(-(2**53), 2**53).astype(np.int64)
 
 
 def _milliseconds(rows: pa.Table, span: Span | None) -> np.ndarray:
