@@ -48,6 +48,7 @@ from etl.datasets import (
     definition_name,
 )
 from etl.errors import StageError
+from etl.raw import RawLocation
 
 MARKER = "DOWNLOADED.json"
 ARCHIVES = "archives"  # below the raw folder, where no glob of raw files looks
@@ -265,8 +266,7 @@ def _by_hand(definition: DatasetDefinition, to: Path) -> StageError:
 
 def _logs_in(to: Path, definition: DatasetDefinition) -> list[str]:
     """Return the names of the files that would be read as logs."""
-    names = sorted(path.name for path in to.iterdir() if path.is_file()) if to.is_dir() else []
-    return [name for name in names if any(fnmatch.fnmatch(name, glob) for glob in definition.logs.files)]
+    return [file.name for file in RawLocation(str(to)).matching(definition.logs.files)] if to.is_dir() else []
 
 
 def _targets(definition: DatasetDefinition, source: Download, to: Path) -> list[Target]:

@@ -102,9 +102,10 @@ def built(definition, folder: Path, days: tuple[str, ...], warehouse: Path) -> t
     counted = rows.filter(pa.array(kind == COUNTED))
     counts = {"read": sum(n for day, n in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True) if day in numbers)}
     store = TableStore(str(warehouse), definition.name)
+    work = store.begin_try("field", ["events", "quarantine"], list(days))
     kept = rows.filter(pa.array((kind == EVENT) | (kind == REFUSED)))
     for day in numbers:
-        figures = write_day_bucket(kept.filter(pa.array(kept["day"].to_numpy() == day)), store, definition, "field", day, 0)
+        figures = write_day_bucket(kept.filter(pa.array(kept["day"].to_numpy() == day)), store, definition, work, day, 0)
         counts = {name: counts.get(name, 0) + figures.get(name, 0) for name in ("read", "events", "duplicates", "quarantined")}
     return counts, [row for row in rows.to_pylist() if row["kind"] == EVENT]
 
