@@ -99,7 +99,7 @@ def _assert_same(problem, kernel, tolerance, expected=_item_level, found=_factor
 
 
 @pytest.mark.parametrize("half_lives", [None, (0.5, 30.0)])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     length=st.integers(0, 300),
     targets=st.integers(1, 80),
