@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING REASON BY
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl claims validate lint up down lock clean
+.PHONY: help setup data run test readme test-slow bench-etl claims validate let-through lint up down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ claims: setup ## every claim of the method on one page (var/claims/index.html); 
 validate: setup ## look at one stage of a partition, change nothing: STAGE=events DT=YYYY-MM-DD DATASET=name ARGS="--attempt A --json"
 	@$(PY) -m etl.quality.check --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--dt "$$DT" --stage "$${STAGE:-events}" $(ARGS)
+
+let-through: setup ## let a partition that a gate stopped through, once: STAGE=events DT=YYYY-MM-DD DATASET=name REASON="why" BY=name
+	@$(PY) -m etl.quality.pass_once --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--dt "$$DT" --stage "$$STAGE" --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

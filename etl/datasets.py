@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import codecs
 import datetime as dtm
-import difflib
 import math
 import re
-import typing
 import zoneinfo
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field as Setting
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from etl.definition_checks import delimiter_problem, glob_problem, inconsistencies, time_problems
+from etl.definition_model import DefinitionModel as _Model
 from etl.definition_yaml import read_yaml
 from etl.errors import StageError
+from etl.quality_rules import Quality
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
@@ -86,43 +85,6 @@ Bound = Annotated[int | float, pydantic.BeforeValidator(lambda given: _value(giv
 
 def _not_a_number() -> Any:
     raise ValueError("a number is wanted, in plain decimal digits and without quotes")
-
-
-class _Model(pydantic.BaseModel):
-    """Strict: a number is no text and no truth value is a number; what YAML reads is what counts."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @pydantic.model_validator(mode="wrap")
-    @classmethod
-    def _known_fields(cls, data: Any, handler: pydantic.ModelWrapValidatorHandler) -> Any:
-        """Tell unknown fields together with everything that is wrong with the known ones."""
-        if not isinstance(data, dict):
-            return handler(data)
-        allowed = cls.model_fields
-        unknown = [_unknown_field(str(name), list(allowed), value) for name, value in data.items() if name not in allowed]
-        known = {name: tuple(value) if isinstance(value, list) and _holds_tuple(allowed[name].annotation) else value for name, value in data.items() if name in allowed}
-        if not unknown:
-            return handler(known)
-        try:
-            handler(known)
-        except pydantic.ValidationError as error:
-            unknown += [InitErrorDetails(type=_custom(detail["type"], detail["msg"]), loc=detail["loc"], input=detail["input"]) for detail in error.errors()]
-        raise pydantic.ValidationError.from_exception_data(cls.__name__, unknown)
-
-
-def _unknown_field(name: str, allowed: list[str], value: Any) -> InitErrorDetails:
-    near = difflib.get_close_matches(name, allowed, 1)
-    said = f"unknown field {name!r}; allowed: {', '.join(allowed)}" + (f"; did you mean {near[0]!r}?" if near else "")
-    return InitErrorDetails(type=_custom("unknown_field", said), loc=(name,), input=value)
-
-
-def _custom(kind: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, "{said}", {"said": message})  # type: ignore[arg-type]
-
-
-def _holds_tuple(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is tuple or any(_holds_tuple(part) for part in typing.get_args(annotation))
 
 
 class Column(_Model):
@@ -380,7 +342,7 @@ class Events(_Model):
     context: str | None = None
     is_random: str | None = None
     signals: dict[str, Condition] = Setting(min_length=1, max_length=MAX_SIGNALS)
-    item_fields: dict[str, FieldRule] = {}
+    item_fields: dict[str, FieldRule] = Setting(default={})
 
     @pydantic.model_validator(mode="after")
     def _percent_of_duration(self) -> Events:
@@ -489,6 +451,7 @@ class DatasetDefinition(_Model):
         simulated: the rows come from the simulator; shown wherever the name is.
         first_day, last_day: UTC days of the data; the DAG's schedule spans them.
         items, users: files of static fields.
+        quality: bounds and expectations of its own (`etl.quality_rules`).
     """
 
     name: str = Setting(pattern="^[a-z][a-z0-9_]{0,39}$")
@@ -504,6 +467,7 @@ class DatasetDefinition(_Model):
     history: History = History()
     targets: Targets
     window: WindowDefaults = WindowDefaults()
+    quality: Quality = Quality()
 
     @pydantic.model_validator(mode="after")
     def _time_and_words(self) -> DatasetDefinition:
@@ -525,6 +489,10 @@ class DatasetDefinition(_Model):
     def _consistent(self) -> DatasetDefinition:
         if problems := inconsistencies(self):
             raise ValueError("; ".join(problems))
+        if self.quality.conditions or self.quality.expectations:
+            from etl.quality.own import check_columns  # loads what reads tables, which a DAG file seldom needs
+
+            check_columns(self)
         return self
 
     @property

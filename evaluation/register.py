@@ -43,6 +43,7 @@ def main() -> None:
                     "config_digest": training["config_digest"],
                     "simulated": str(definition.simulated).lower(),
                     "validation_status": "pending",
+                    **_passes(store, args.dt, args.attempt),
                     **{metric: f"{primary[metric]:.6f}" for metric in ("auc", "gauc", "logloss") if primary[metric] is not None},
                 }
                 version = _create_version(registry, Path(training["models"][training["primary"]]["package"]), training["primary"], tags)
@@ -110,6 +111,18 @@ def _is_tracking_failure(error: Exception) -> bool:
     return isinstance(error, (MlflowException, OSError))
 
 
+def _passes(store: TableStore, dt: str, attempt: str) -> dict[str, str]:
+    """Return the tags that say which gates a person has let this attempt through, and why; none where every gate held."""
+    passed = [outcome.passed for outcome in read_outcomes(store, dt, attempt) if outcome.passed is not None]
+    if not passed:
+        return {}
+    return {
+        "quality.passed_by": "; ".join(dict.fromkeys(decision.by for decision in passed)),
+        "quality.passed_reason": "; ".join(f"{decision.stage}: {decision.reason}" for decision in passed),
+        "quality.passed_expectations": "; ".join(f"{decision.stage}: {', '.join(one.column for one in decision.failing)}" for decision in passed),
+    }
+
+
 def _require_sound_scores(store: TableStore, dt: str, attempt: str) -> None:
     """Refuse an attempt whose scores the gate has stopped: the evaluation ended with an error, but left its files.
 
@@ -117,7 +130,7 @@ def _require_sound_scores(store: TableStore, dt: str, attempt: str) -> None:
         StageError: it has.
     """
     for outcome in read_outcomes(store, dt, attempt):
-        if outcome.stage == "model_output" and outcome.max_severity == "critical":
+        if outcome.stage == "model_output" and outcome.stopped:
             failed = outcome.failed("critical")
             raise StageError(f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy)
 

@@ -43,12 +43,13 @@ def main() -> None:
     parser.add_argument("--lookback-days", type=int, default=None, help="days, dt included, that must be there afterwards (default: the definition's)")
     parser.add_argument("--buckets", type=int, default=None,
                         help=f"user buckets of a day (default: those of the days that are there, else one for each {BUCKET_BYTES >> 20} MiB of raw logs)")
-    parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop when more than this share of the rows is refused")
+    parser.add_argument("--max-bad-share", type=float, help="stop when more than this share of the rows is refused (default: the data set's quality bound raw.max_refused_share)")
     parser.add_argument("--reports", help="folder of reports: judge the raw files first and the staged days last, in this process, and write the pages there")
     args = parser.parse_args()
     definition, store, raw = definition_of(args), store_of(args), RawLocation(args.raw)
     lookback_days = args.lookback_days if args.lookback_days is not None else definition.window.lookback_days
-    if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= args.max_bad_share <= 1:
+    max_bad_share = args.max_bad_share if args.max_bad_share is not None else definition.quality.thresholds().raw.max_refused_share
+    if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= max_bad_share <= 1:
         raise StageError(f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1", "correct them")
     with contextlib.ExitStack() as around:
         raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
@@ -58,7 +59,7 @@ def main() -> None:
 
             around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
             raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))
-        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, args.max_bad_share, raw_gate)
+        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, raw_gate)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))
 
@@ -261,7 +262,8 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
         if where_refused.total() > max_bad_share * rows:
             (where, count), *_ = where_refused.most_common(1)
             raise StageError(f"{where_refused.total():,} of {rows:,} {what} ({where_refused.total() / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
-                             f"most often {where} ({count:,} rows)", "mend the raw file and run again, or raise --max-bad-share after looking at it")
+                             f"most often {where} ({count:,} rows)", "mend the raw file and run again; where such rows are ordinary, set the bound raw.max_refused_share with a reason "
+                             "in the section quality of the definition, or name their reason in logs.expected_refusals")
     if cut := [where for where in reasons if where.rpartition(": ")[2] in BREAKS]:
         # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
         raise StageError(f"an archive in {raw.uri} is damaged: {', '.join(sorted(cut))}", "deliver the file again")

@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,20 @@ from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, Window, add_days
-from etl.quality import kept, profile, raw_stats, stats
+from etl.quality import kept, own, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
 from etl.quality.gx import import_early
-from etl.quality.kept import SEVERITIES, StageOutcome
+from etl.quality.kept import GATES, SEVERITIES, StageOutcome
 from etl.quality.model_output import model_output_row
+from etl.quality.pass_once import pass_command
 from etl.quality.report import written_after
-from etl.quality.thresholds import THRESHOLDS
-from etl.quality.validate import Check, validate
+from etl.quality.thresholds import Thresholds
+from etl.quality.validate import EVERY_ROW, Check, OwnCheck, validate
+from etl.quality_rules import STATISTICS, Condition, stated_bounds
 from etl.raw import RawLocation
-from etl.schemas import EVENTS, TABLES, event_field_type, item_field_type
+from etl.schemas import EVENTS
 from etl.store import STAGING_DAYS, DataFile, Manifest, Staged, TableStore
 
-GATES = ("raw", "events", "sequences", "training_input", "model_output")
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
 MAX_THREADS = 4  # that measure buckets of sequences
 
@@ -62,7 +63,7 @@ class Evidence:
         statistics: (stage, day, metrics) to keep for the days that follow.
     """
 
-    checks: Sequence[Check]
+    checks: Sequence[Check | OwnCheck]
     statistics: Sequence[tuple[str, str, Mapping[str, Any]]]
 
 
@@ -89,6 +90,12 @@ class Audit:
     raw: RawLocation | None = None
     run_dir: Path | None = None
     buckets: Sequence[stats.Bucket] | None = None
+    thresholds: Thresholds = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thresholds = self.definition.quality.thresholds()
+        for expectation in self.definition.quality.expectations:
+            own.built(expectation)  # wrong arguments are told before anything is read
 
     # ---- one gate, two ways --------------------------------------------------------------------------------------
 
@@ -108,11 +115,15 @@ class Audit:
         if self._staged(stage) != staged:
             raise StageError(f"stage {stage}, dt={self.dt}: attempt {self.attempt} began a new try while its gate judged the one before, nothing was published",
                              "run the gate again when the stage that builds it has ended")  # fmt: skip
-        stopped = outcome.max_severity == "critical"
+        if outcome.stopped:
+            outcome = kept.let_through(self.store, outcome)
+        stopped = outcome.stopped
         kept.write_outcome(self.store, outcome)
         for of_stage, day, metrics in statistics:
             kept.write_stats(self.store, of_stage, day, self.attempt, metrics, rejected=stopped)
         self._tell(outcome)
+        if outcome.passed is not None:
+            log(f"{stage} dt={self.dt}: let through once by {outcome.passed.by}: {outcome.passed.reason} ({', '.join(one.column for one in outcome.passed.failing)})")
         if stopped:
             raise self._critical(outcome)
         if staged and ahead is None:
@@ -134,10 +145,11 @@ class Audit:
 
     def judge(self, stage: str, evidence: Evidence) -> StageOutcome:
         """Validate measured metrics; writes Data Docs, nothing else."""
-        outcomes = validate(evidence.checks, f"{self.attempt or 'published'}-{stage}", self.reports)
+        outcomes = validate(evidence.checks, f"{self.attempt or 'published'}-{stage}", self.reports, self.thresholds)
         failed = {outcome.severity for outcome in outcomes if not outcome.success}
         worst = next((severity for severity in SEVERITIES if severity in failed), None)
-        return StageOutcome(self.definition.name, self.definition.simulated, self.dt, self.attempt or "", stage, round(time.time() * 1_000), worst, tuple(outcomes))
+        return StageOutcome(self.definition.name, self.definition.simulated, self.dt, self.attempt or "", stage, round(time.time() * 1_000), worst, tuple(outcomes),
+                            stated_bounds(self.definition.quality.bounds, stage))  # fmt: skip
 
     def measure(self, stage: str) -> Evidence:
         """Return the metrics of a stage.
@@ -146,7 +158,8 @@ class Audit:
             StageError: nothing to audit, or an unreadable table.
         """
         measures = {"raw": self._raw, "events": self._events, "sequences": self._sequences, "training_input": self._training_input, "model_output": self._model_output}
-        return measures[stage]()
+        evidence = measures[stage]()
+        return replace(evidence, checks=[*evidence.checks, *self._own_checks(stage, evidence)])
 
     # ---- the gates -----------------------------------------------------------------------------------------------
 
@@ -155,13 +168,13 @@ class Audit:
             raise StageError("the gate of raw files needs to know where they are", "give their folder or URI with --raw")
         files = self.raw.logs(self.definition)
         mine = [file for file in files if file.may_hold(self.dt)]
-        found = [raw_stats.file_findings(self.raw, file, files, self.definition, THRESHOLDS.raw) for file in mine]
-        details: dict[str, str] = {}
+        found = [raw_stats.file_findings(self.raw, file, files, self.definition, self.thresholds.raw) for file in mine]
+        details: dict[str, dict[str, str]] = {}
         for findings in found:
             for name, text in findings.details.items():
-                details[name] = f"{details[name]}; {text}" if name in details else text
-        day = raw_stats.day_row(self.dt, files, THRESHOLDS.drift)
-        checks = [Check("raw_day", [day], details={"files": f"no log file in {self.raw.uri} covers dt={self.dt}"})]
+                details.setdefault(name, {})[str(findings.metrics["file"])] = text
+        day = raw_stats.day_row(self.dt, files, self.thresholds.drift)
+        checks = [Check("raw_day", [day], details={"files": {EVERY_ROW: f"no log file in {self.raw.uri} covers dt={self.dt}"}})]
         if found:
             checks.append(Check("raw_files", [findings.metrics for findings in found], key="file", details=details))
         worst = {name: max((value for f in found if isinstance(value := f.metrics[name], int | float) and not np.isnan(value)), default=NAN)
@@ -172,17 +185,17 @@ class Audit:
         staged = {day: manifest for day in self._days("events") if (manifest := self._own("events", day))}
         if self.dt not in staged:
             raise self._nothing_staged("events", "etl.jobs.events")
-        definition, limits, drift = self.definition, THRESHOLDS.events, THRESHOLDS.drift
+        definition, limits, drift = self.definition, self.thresholds.events, self.thresholds.drift
         fields = {name: rule.kind for name, rule in definition.events.item_fields.items()}
         vocabularies = ["context", *(name for name, kind in fields.items() if kind == "category")]
         first = min(staged)
-        known_days = dict(zip(days_before(first), self._statistics("events", first, drift.trailing_days), strict=True))
+        known_days = dict(zip(self._days_before(first), self._statistics("events", first, drift.trailing_days), strict=True))
         tables: dict[str, pa.Table] = {}
         rows: list[stats.Row] = []
-        details: dict[str, str] = {}
+        details: dict[str, dict[str, str]] = {}
         for day, manifest in sorted(staged.items()):
             self._check_files(manifest)
-            table = self.store.read(manifest, [*EVENTS.names, *(name for name in vocabularies if name != "context")], empty=self._contract("events"))
+            table = self.store.read(manifest, [*EVENTS.names, *(name for name in vocabularies if name != "context")], empty=own.contract(self.definition, "events"))
             quarantine = self._own("quarantine", day)
             if quarantine is not None:
                 self._check_files(quarantine)
@@ -192,11 +205,12 @@ class Audit:
             memory = profile.memory_of(self._memory_days(day, tables)) if table.num_rows else None
             row |= profile.events_profile(table, definition.feedback_fields, fields, memory, limits)
             today = numbers(row)
-            before = [known for back in days_before(day) if (known := known_days.get(back))]
+            before = [known for back in self._days_before(day) if (known := known_days.get(back))]
             found, told = event_drift(today, before, definition.feedback_fields, vocabularies, limits, drift)
             if row["largest_user_share"] > limits.max_user_share_critical:  # type: ignore[operator]
                 told["largest_user_share"] = told["bot_user_share"] = f"it is user {_most_frequent(table['user_id'])}"
-            details |= {name: f"{details[name]}; {day}: {text}" if name in details else f"{day}: {text}" for name, text in told.items()}
+            for name, text in told.items():
+                details.setdefault(name, {})[day] = f"{day}: {text}"
             rows.append({**row, **found})
             known_days[day] = today
             tables[day] = table.select(profile.MEMORY_COLUMNS)
@@ -225,7 +239,7 @@ class Audit:
             row: Mapping[str, Any] = {m["metric"]: NAN if m["value"] is None else m["value"] for m in measured}
         else:
             row = self._sequence_rows(items, sequences)[0]
-        found = stats.training_input_row(row, self.dt, items.attempt != sequences.attempt, THRESHOLDS.training_input.min_judged_targets)
+        found = stats.training_input_row(row, self.dt, items.attempt != sequences.attempt, self.thresholds.training_input.min_judged_targets)
         window = stats.window_rows(days, inputs, current)
         return Evidence([Check("training_window", window), Check("training_input", [found])], [("training_input", self.dt, found)])
 
@@ -236,8 +250,8 @@ class Audit:
         primary = json.loads((self.run_dir / "training.json").read_text())["primary"]
         scores = pq.read_table(self.run_dir / "scores.parquet", columns=["label", primary])
         [auc] = [row["auc"] for row in evaluation["models"] if row["name"] == primary]
-        trailing = [day for day in self._statistics("model_output", self.dt, THRESHOLDS.drift.trailing_days) if day]
-        row = model_output_row(self.dt, scores["label"].to_numpy(), scores[primary].to_numpy(), NAN if auc is None else auc, trailing, THRESHOLDS.model_output, THRESHOLDS.drift)
+        trailing = [day for day in self._statistics("model_output", self.dt, self.thresholds.drift.trailing_days) if day]
+        row = model_output_row(self.dt, scores["label"].to_numpy(), scores[primary].to_numpy(), NAN if auc is None else auc, trailing, self.thresholds.model_output, self.thresholds.drift)
         return Evidence([Check("model_output", [row])], [("model_output", self.dt, row)])
 
     # ---- parts ---------------------------------------------------------------------------------------------------
@@ -254,14 +268,14 @@ class Audit:
         if text is None:
             return None
         ahead = json.loads(text)
-        if ahead["judged"] != _judged(staged):
+        if ahead["judged"] != _judged(staged) or ahead["quality"] != self.definition.quality.digest:
             return None
         statistics = [(of_stage, day, {name: NAN if value is None else value for name, value in metrics.items()}) for of_stage, day, metrics in ahead["statistics"]]
         return StageOutcome.from_dict(ahead["outcome"]), statistics
 
     def _keep_judgement(self, staged: Sequence[Staged], outcome: StageOutcome, statistics: Sequence[Statistics]) -> None:
         """Record, beside the try, which files of it were judged and how: these are what may be published."""
-        record = {"judged": _judged(staged), "outcome": asdict(outcome), "statistics": statistics}
+        record = {"judged": _judged(staged), "quality": self.definition.quality.digest, "outcome": asdict(outcome), "statistics": statistics}
         self.store.write_text(_judgement_path(staged), json.dumps(record))
 
     def _staged(self, stage: str) -> list[Staged]:
@@ -272,16 +286,16 @@ class Audit:
         days = {day for staged in tables.values() for day in staged} if stage == "events" else {self.dt}
         return [staged[day] for day in sorted(days, key=lambda day: (day == self.dt, day)) for staged in tables.values() if day in staged]
 
-    def _sequence_rows(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, stats.Row, dict[str, str]]:
+    def _sequence_rows(self, items: Manifest, sequences: Manifest) -> tuple[stats.Row, stats.Row, dict[str, dict[str, str]]]:
         """Return the metrics of a partition's sequences and of its items, and what more to say about them."""
         for manifest in (items, sequences):
             self._check_files(manifest)
-        definition, drift = self.definition, THRESHOLDS.drift
+        definition, drift = self.definition, self.thresholds.drift
         fields = {name: rule.kind for name, rule in definition.item_fields.items()}
         categories = [name for name, kind in fields.items() if kind == "category"]
         item_table = self.store.read_files(items.files, ["item_index", "item_id", "train_occurrences", *categories])
         window = _window(sequences)
-        row = stats.sequences_row(self.dt, self._buckets_of(sequences, window, item_table["train_occurrences"].to_numpy()), item_table, sequences.counts)
+        row = stats.sequences_row(self.dt, self._buckets_of(sequences, window, item_table["train_occurrences"].to_numpy()), item_table, sequences.counts, self.thresholds.sequences.min_judged_targets)
         event_days = [day for day in window.event_days if (m := self.store.manifest("events", day)) is not None and m.rows]
         row["event_days"] = len(event_days)
         # Histories grow while the first days of a feed come in: like is compared with like.
@@ -297,9 +311,9 @@ class Audit:
                      "without_fields_share_rise": float(item_row["without_fields_share"]) - median_of(before, "without_fields_share", drift),
                      "items_to_trailing": float(item_row["items"]) / usual_items if usual_items > 0 else NAN}  # fmt: skip
         details: dict[str, str] = {}
-        if len(before) >= drift.min_trailing_days and item_table.num_rows >= THRESHOLDS.events.min_judged_rows:
+        if len(before) >= drift.min_trailing_days and item_table.num_rows >= self.thresholds.events.min_judged_rows:
             item_row["new_category_share"], item_row["field_psi"], details = vocabulary_drift(numbers(item_row), before, categories)
-        return row, item_row, details
+        return row, item_row, {name: {self.dt: text} for name, text in details.items()}
 
     def _buckets_of(self, sequences: Manifest, window: Window, train_occurrences: np.ndarray) -> Sequence[stats.Bucket]:
         """Return what is measured of each staged file: by the job's tasks, else here."""
@@ -328,7 +342,9 @@ class Audit:
         lines = "".join(f"\n  {o.message} [{o.expectation} of suite {o.suite}]\n    see {o.data_docs or 'no page'}" for o in failed)
         consequence = {"raw": "nothing was built", "training_input": "training must not start", "model_output": "the model must not be registered"}
         return StageError(f"stage {outcome.stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, "
-                          f"{consequence.get(outcome.stage, 'nothing was published')}{lines}", "; ".join(dict.fromkeys(o.remedy for o in failed)))  # fmt: skip
+                          f"{consequence.get(outcome.stage, 'nothing was published')}{lines}",
+                          f"{'; '.join(dict.fromkeys(o.remedy for o in failed))}. Once looked at, a person can let exactly this through, once: "
+                          f"{pass_command(self.store.warehouse, outcome)}, then clear the task")  # fmt: skip
 
     def _published_already(self, stage: str) -> bool:
         """Whether this attempt has staged nothing more of what the gate publishes."""
@@ -367,23 +383,50 @@ class Audit:
 
     def _trailing_rows(self, day: str) -> list[int]:
         """Return the row counts of the days before `day` that are known."""
-        return [manifest.rows for before in days_before(day) if (manifest := self._staged_or_published(before)) is not None]
+        return [manifest.rows for before in self._days_before(day) if (manifest := self._staged_or_published(before)) is not None]
 
     def _memory_days(self, day: str, read: Mapping[str, pa.Table]) -> list[pa.Table]:
         """Return the last days with events before `day`, oldest first; `read` holds some of them already."""
         tables: list[pa.Table] = []
-        for before in reversed(days_before(day)):
+        for before in reversed(self._days_before(day)):
             manifest = self._staged_or_published(before)
-            if manifest is not None and manifest.rows and len(tables) < THRESHOLDS.drift.memory_days:
+            if manifest is not None and manifest.rows and len(tables) < self.thresholds.drift.memory_days:
                 tables.append(read[before] if before in read else self.store.read(manifest, profile.MEMORY_COLUMNS))
         return tables[::-1]
 
     def _statistics(self, stage: str, dt: str, days: int) -> list[dict[str, float]]:
         """Return the kept metrics of the `days` days before `dt`, oldest first; an empty one where none are kept."""
-        found: dict[str, dict[str, float]] = {day: {} for day in days_before(dt)}
+        found: dict[str, dict[str, float]] = {day: {} for day in self._days_before(dt)}
         for row in kept.read_stats(self.store, stage, add_days(dt, -1), days).to_pylist():
             found[row["dt"]][row["metric"]] = NAN if row["value"] is None else row["value"]
         return list(found.values())
+
+    def _days_before(self, dt: str) -> list[str]:
+        """Return the trailing days of a day, oldest first."""
+        return [add_days(dt, -back) for back in range(self.thresholds.drift.trailing_days, 0, -1)]
+
+    def _own_checks(self, stage: str, evidence: Evidence) -> list[Check | OwnCheck]:
+        """Return the checks of the definition's own conditions and expectations that a gate judges, on the days that it judges."""
+        quality = self.definition.quality
+        checks: list[Check | OwnCheck] = []
+        for table in dict.fromkeys(rule.table for rule in (*quality.conditions, *quality.expectations) if rule.gate == stage):
+            conditions = [condition for condition in quality.conditions if condition.table == table]
+            expectations = [expectation for expectation in quality.expectations if expectation.table == table]
+            if table.startswith(STATISTICS):
+                days = [(day, metrics) for of_stage, day, metrics in evidence.statistics if of_stage == table.removeprefix(STATISTICS)]
+                counted = own.counted_statistics(days, conditions)
+                samples = [own.sampled_statistics(table.removeprefix(STATISTICS), days)] if days else []
+            else:
+                of_table = self._days("events") if table == "events" else [self.dt]
+                manifests = [manifest for day in of_table if (manifest := self._own(table, day))]
+                by_day = [own.counted(self.store, self.definition, manifest, conditions) for manifest in manifests]
+                counted = {condition.name: [day[condition.name] for day in by_day] for condition in conditions}
+                samples = (own.sampled(self.store, self.definition, manifest) for manifest in manifests) if expectations else []  # type: ignore[assignment]
+            if conditions:
+                checks.append(_condition_check(table, conditions, counted))
+            if expectations:
+                checks += [OwnCheck(sample, expectations) for sample in samples]
+        return checks
 
     def _check_files(self, manifest: Manifest) -> None:
         """Compare every file with its table's contract: columns, types and number of rows.
@@ -400,22 +443,16 @@ class Audit:
                 raise StageError(f"{where} cannot be read: {error}", remedy) from error
             with parquet:
                 found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            contract = self._contract(manifest.table)
-            for field in contract:
-                if field.name not in found.names:
-                    raise StageError(f"{where} has no column {field.name} ({field.type})", remedy)
-                if found.field(field.name).type != field.type:
-                    raise StageError(f"{where}: column {field.name} is {found.field(field.name).type}, not {field.type}", remedy)
+            contract = own.contract(self.definition, manifest.table)
+            for column in contract:
+                if column.name not in found.names:
+                    raise StageError(f"{where} has no column {column.name} ({column.type})", remedy)
+                if found.field(column.name).type != column.type:
+                    raise StageError(f"{where}: column {column.name} is {found.field(column.name).type}, not {column.type}", remedy)
             if extra := set(found.names) - set(contract.names):
                 raise StageError(f"{where} has columns that the contract does not know: {', '.join(sorted(extra))}", remedy)
             if rows != file.rows:
                 raise StageError(f"{where} has {rows} rows, its manifest says {file.rows}", remedy)
-
-    def _contract(self, table: str) -> pa.Schema:
-        """Return the schema of a table with the fields of this data set."""
-        rules = {"events": self.definition.events.item_fields, "items": self.definition.item_fields}.get(table, {})
-        kind = event_field_type if table == "events" else item_field_type
-        return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
 
     def _nothing_staged(self, tables: str, job: str) -> StageError:
         if self.attempt is None:
@@ -443,9 +480,15 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
 
 
-def days_before(dt: str) -> list[str]:
-    """Return the trailing days of a day, oldest first."""
-    return [add_days(dt, -back) for back in range(THRESHOLDS.drift.trailing_days, 0, -1)]
+def _condition_check(table: str, conditions: Sequence[Condition], counted: Mapping[str, Sequence[own.Counted]]) -> Check:
+    """Return the check of the shares of rows, day by day, that fail each condition."""
+    rows: dict[str, stats.Row] = {}
+    details: dict[str, dict[str, str]] = {}
+    for condition in conditions:
+        for one in counted[condition.name]:
+            rows.setdefault(one.dt, {"dt": one.dt})[condition.name] = one.share
+            details.setdefault(condition.name, {})[one.dt] = f"{one.dt}: {one.failed:,} of {one.rows:,} rows of {table} fail `{' '.join(condition.sql.split())}`" + (f", such as {one.example}" if one.example else "")
+    return Check(f"conditions_{table.replace('.', '_')}", list(rows.values()), details=details, conditions=conditions)
 
 
 def _filled(rows: Sequence[stats.Row]) -> list[stats.Row]:

@@ -3,6 +3,7 @@
     <warehouse>/<dataset>/quality/stats/stage=S/dt=D.parquet                      of days that passed: what trailing days are
     <warehouse>/<dataset>/quality/stats_rejected/stage=S/dt=D/<attempt>.parquet   of attempts that a gate stopped
     <warehouse>/<dataset>/quality/outcomes/dt=D/<attempt>/<stage>.json            every expectation that was evaluated
+    <warehouse>/<dataset>/quality/passes/dt=D/<stage>.<when>.json                 a person's decision to let a stopped partition through once
 
 Nothing else knows these paths. A later attempt that passes replaces the statistics of its day.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from etl.partitions import add_days, days_between
 from etl.store import TableStore
 
 SEVERITIES = ("critical", "warning", "info")  # the worst first
+GATES = ("raw", "events", "sequences", "training_input", "model_output")
 STAGES = ("raw", "events", "items", "sequences", "training_input", "model_output")
 
 # One row is one metric of one day; a vector is several metrics with a suffix (hour_share_00 .. hour_share_23).
@@ -61,12 +63,60 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Failing:
+    """One critical expectation that a person lets through, on the days (or files) that they have seen fail."""
+
+    suite: str
+    expectation: str
+    column: str
+    rows: tuple[str, ...]
+    message: str
+
+    @staticmethod
+    def of(outcome: Outcome) -> Failing:
+        rows = tuple(sorted(outcome.observed)) if isinstance(outcome.observed, Mapping) else ()
+        return Failing(outcome.suite, outcome.expectation, outcome.column, rows, outcome.message)
+
+    def covers(self, outcome: Outcome) -> bool:
+        """Whether it is this expectation that failed, and nowhere else than seen."""
+        other = Failing.of(outcome)
+        return (self.suite, self.expectation, self.column) == (other.suite, other.expectation, other.column) and set(other.rows) <= set(self.rows)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A person's decision to let a stopped partition through one gate, once.
+
+    Attributes:
+        attempt: the attempt that was stopped.
+        by, at_ms, reason: who, when (Unix milliseconds) and why.
+        failing: what may fail; anything else still stops.
+        used_by: the attempt that it has let through, '' before.
+    """
+
+    dt: str
+    stage: str
+    attempt: str
+    by: str
+    at_ms: int
+    reason: str
+    failing: tuple[Failing, ...]
+    used_by: str = ""
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Decision:
+        return Decision(**{**raw, "failing": tuple(Failing(**{**one, "rows": tuple(one["rows"])}) for one in raw["failing"])})
+
+
+@dataclass(frozen=True)
 class StageOutcome:
     """What one gate found in one attempt at one partition.
 
     Attributes:
         finished_at_ms: Unix milliseconds.
         max_severity: the worst severity that failed: info, warning or critical; None when all held.
+        bounds: what the definition sets of the bounds that this gate looks at: name -> value, default, reason.
+        passed: the decision that has let it through although it is critical.
     """
 
     dataset: str
@@ -77,6 +127,12 @@ class StageOutcome:
     finished_at_ms: int
     max_severity: str | None
     outcomes: tuple[Outcome, ...]
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    passed: Decision | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.max_severity == "critical" and self.passed is None
 
     def failed(self, severity: str) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if not outcome.success and outcome.severity == severity]
@@ -90,7 +146,8 @@ class StageOutcome:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> StageOutcome:
-        return StageOutcome(**{**raw, "outcomes": tuple(Outcome(**outcome) for outcome in raw["outcomes"])})
+        passed = Decision.from_dict(raw["passed"]) if raw.get("passed") else None
+        return StageOutcome(**{**raw, "outcomes": tuple(Outcome(**outcome) for outcome in raw["outcomes"]), "passed": passed})
 
 
 def write_stats(store: TableStore, stage: str, dt: str, attempt: str, metrics: Mapping[str, float | None], rejected: bool = False) -> str:
@@ -145,6 +202,32 @@ def read_outcomes(store: TableStore, dt: str, attempt: str) -> list[StageOutcome
     return [StageOutcome.from_json(text) for text in texts if text is not None]
 
 
+def write_decision(store: TableStore, decision: Decision) -> str:
+    """Keep a decision; return the path below the data set's folder."""
+    path = f"{_passes_folder(decision.dt)}/{decision.stage}.{decision.at_ms}.json"
+    store.write_text(path, json.dumps(asdict(decision), indent=1, ensure_ascii=False))
+    return path
+
+
+def read_decisions(store: TableStore, dt: str, stage: str) -> list[Decision]:
+    """Return the decisions about a partition at a gate, the newest first."""
+    infos = store.fs.get_file_info(pafs.FileSelector(f"{store.root}/{_passes_folder(dt)}", allow_not_found=True))
+    names = [info.base_name for info in infos if info.base_name.startswith(f"{stage}.") and info.base_name.endswith(".json")]
+    texts = [store.read_text(f"{_passes_folder(dt)}/{name}") for name in names]
+    return sorted((Decision.from_dict(json.loads(text)) for text in texts if text), key=lambda decision: -decision.at_ms)
+
+
+def let_through(store: TableStore, outcome: StageOutcome) -> StageOutcome:
+    """Use the decision that covers all that is critical in an outcome, if there is one; a retry of its attempt may use it again."""
+    failed = outcome.failed("critical")
+    for decision in read_decisions(store, outcome.dt, outcome.stage):
+        if decision.used_by in ("", outcome.attempt) and failed and all(any(one.covers(failure) for one in decision.failing) for failure in failed):
+            used = replace(decision, used_by=outcome.attempt)
+            write_decision(store, used)
+            return replace(outcome, passed=used)
+    return outcome
+
+
 def outcome_attempts(store: TableStore) -> list[tuple[str, str]]:
     """Return every (day, attempt) of which an outcome is kept, by day and name of the attempt."""
     found = []
@@ -159,6 +242,10 @@ def _stats_path(stage: str, dt: str, rejected_attempt: str | None = None) -> str
     if rejected_attempt is None:
         return f"quality/stats/stage={stage}/dt={dt}.parquet"
     return f"quality/stats_rejected/stage={stage}/dt={dt}/{rejected_attempt}.parquet"
+
+
+def _passes_folder(dt: str) -> str:
+    return f"quality/passes/dt={dt}"
 
 
 def _outcome_path(dt: str, attempt: str, stage: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +17,14 @@ from urllib.parse import quote
 from etl.quality.kept import SEVERITIES, STAGES, Outcome, StageOutcome
 from etl.quality.plots import BAND_DAYS, Plot, Series, values_before
 
-STOPPED, WARNED, PASSED, UNKNOWN = "stopped", "warned", "passed", "not judged"
-MOST_CHARACTERS = 300  # of one raw row or observed value
+STOPPED, LET_THROUGH, WARNED, PASSED, UNKNOWN = "stopped", "let through", "warned", "passed", "not judged"
+MOST_CHARACTERS = 300  # of one raw row or observed value; what gates and people say is whole
+WHOLE = 100_000
 _SAFE = "/="  # in addresses, besides letters and digits
 
 _SAID = {
     STOPPED: "Stopped: a gate refused this attempt; what it refused is neither published nor used.",
+    LET_THROUGH: "Let through: a gate would have stopped it, and a person decided otherwise, once.",
     WARNED: "Passed with warnings: odd, and published.",
     PASSED: "Passed: every gate that ran held.",
     UNKNOWN: "No gate has judged this attempt.",
@@ -37,11 +39,13 @@ class Quarantine:
         rows: how many there are.
         by_reason: code of the reason -> rows.
         sample: some of them: source_file, row_number, reason, raw_text.
+        attempt: the other attempt that they are of, '' for this one.
     """
 
     rows: int
     by_reason: Mapping[str, int]
     sample: Sequence[Mapping[str, Any]]
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Partition:
         stopped_by: why a gate stopped before or beside its expectations, '' when nothing did.
         stats: what is kept of the day and of the days before it.
         quarantine: None where no table of refused rows is at hand.
-        data_docs: path as in an outcome -> address relative to the page.
+        data_docs: path as in an outcome -> address relative to the page; None: the page is no longer kept.
+        pass_commands: what lets each gate that stopped through, once.
+        other_attempts: gate -> attempt that its statistics of the day are of, where that is not this one.
         written_at_ms: Unix milliseconds.
     """
 
@@ -65,14 +71,18 @@ class Partition:
     stopped_by: str
     stats: Series
     quarantine: Quarantine | None
-    data_docs: Mapping[str, str]
+    data_docs: Mapping[str, str | None]
     written_at_ms: int
+    other_attempts: Mapping[str, str] = field(default_factory=dict)
+    pass_commands: Sequence[str] = ()
 
     @property
     def verdict(self) -> str:
         severities = {outcome.max_severity for outcome in self.outcomes}
-        if self.stopped_by or "critical" in severities:
+        if self.stopped_by or any(outcome.stopped for outcome in self.outcomes):
             return STOPPED
+        if "critical" in severities:
+            return LET_THROUGH
         if "warning" in severities:
             return WARNED
         return PASSED if self.outcomes else UNKNOWN
@@ -92,8 +102,10 @@ def summary(partition: Partition) -> dict[str, Any]:
         "verdict": partition.verdict,
         "stopped_by": partition.stopped_by,
         "stages": {gate.stage: gate.max_severity for gate in partition.outcomes},
+        "passed": [{"stage": gate.stage, "by": gate.passed.by, "reason": gate.passed.reason, "expectations": [one.column for one in gate.passed.failing]}
+                   for gate in partition.outcomes if gate.passed is not None],
         "failed": {severity: [f"{stage}: {_sentence(outcome)}" for stage, outcome in partition.failed(severity)] for severity in SEVERITIES},
-        "data_docs": dict(partition.data_docs),
+        "data_docs": {path: address for path, address in partition.data_docs.items() if address is not None},
         "written_at_ms": partition.written_at_ms,
     }
 
@@ -114,7 +126,7 @@ def partition_page(partition: Partition, plots: Sequence[Plot], index: str) -> s
         + f"<dl><dt>attempt</dt><dd><code>{_text(p.attempt)}</code></dd><dt>gates</dt><dd>{_gates(p)}</dd>"
         f"<dt>written</dt><dd>{_time(p.written_at_ms)}</dd></dl>"
     )
-    parts = [head, _failures(p), _drawings(plots), _quarantine(p.quarantine), _statistics(p), _docs(p)]
+    parts = [head, _decisions(p), _failures(p), _bounds(p), _drawings(p, plots), _quarantine(p.quarantine), _statistics(p), _docs(p)]
     return _document(f"{p.dataset} {p.dt}: {p.verdict}", "".join(parts))
 
 
@@ -148,44 +160,66 @@ def index_page(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 def _gates(p: Partition) -> str:
     said = []
     for gate in p.outcomes:
-        name = {"critical": STOPPED, "warning": WARNED}.get(str(gate.max_severity), PASSED)
+        name = LET_THROUGH if gate.passed else {"critical": STOPPED, "warning": WARNED}.get(str(gate.max_severity), PASSED)
         said.append(f'<span class="gate {_class(name)}">{_text(gate.stage)}: {name}</span>')
     return " ".join(said) or "none ran"
+
+
+def _decisions(p: Partition) -> str:
+    rows = [
+        f"<tr><td>{_text(gate.stage)}</td><td>{_text(gate.passed.by)}<br>{_time(gate.passed.at_ms)}</td><td>{_text(gate.passed.reason, WHOLE)}</td>"
+        f"<td>{'<br>'.join(f'<code>{_text(one.column)}</code> {_text(one.message, WHOLE)}' for one in gate.passed.failing)}</td>"
+        f"<td><code>{_text(gate.passed.attempt)}</code></td></tr>"
+        for gate in p.outcomes if gate.passed is not None
+    ]  # fmt: skip
+    return "<h2>Let through by a person</h2>" + _table(("gate", "who, when", "why", "what had failed", "in attempt"), rows) if rows else ""
+
+
+def _bounds(p: Partition) -> str:
+    stated = {name: bound for gate in p.outcomes for name, bound in gate.bounds.items()}
+    rows = [f"<tr><td><code>{_text(name)}</code></td><td class=number>{_value(bound['value'])}</td><td class=number>{_value(bound['default'])}</td>"
+            f"<td>{_text(bound['reason'], WHOLE)}</td></tr>" for name, bound in sorted(stated.items())]  # fmt: skip
+    return "<h2>Bounds of this data set</h2>" + _table(("bound", "value", "default", "why"), rows) if rows else ""
 
 
 def _failures(p: Partition) -> str:
     parts = ["<h2>What failed</h2>"]
     critical = p.failed("critical")
     if p.stopped_by and not (critical and all(outcome.message in p.stopped_by for _, outcome in critical)):  # those say it below
-        parts.append(f'<pre class="stopped">{_text(p.stopped_by, limit=4000)}</pre>')
+        parts.append(f'<pre class="stopped">{_text(p.stopped_by, WHOLE)}</pre>')
     rows = [_failure(stage, outcome, p.data_docs) for severity in ("critical", "warning") for stage, outcome in p.failed(severity)]
     columns = ("severity", "gate", "what", "observed", "expected", "what to do", "")
     if rows:
         parts.append(_table(columns, rows))
     elif not p.stopped_by:
         parts.append("<p>Nothing: no critical expectation and no warning.</p>")
+    if p.pass_commands:
+        commands = "\n".join(p.pass_commands)
+        parts.append("<p>Once looked at, a person can let exactly what failed through, once, with a reason that stands on the model version; then clear the failed task:</p>"
+                     f'<pre class="command">{_text(commands, WHOLE)}</pre>')  # fmt: skip
     if recorded := [_failure(stage, outcome, p.data_docs) for stage, outcome in p.failed("info")]:
         parts.append(f"<details><summary>{len(recorded)} recorded as info</summary>{_table(columns, recorded)}</details>")
     return "".join(parts)
 
 
-def _failure(stage: str, outcome: Outcome, data_docs: Mapping[str, str]) -> str:
+def _failure(stage: str, outcome: Outcome, data_docs: Mapping[str, str | None]) -> str:
     address = data_docs.get(outcome.data_docs or "")
-    link = f'<a href="{_address(address)}">Data Docs</a>' if address else ""
+    link = f'<a href="{_address(address)}">Data Docs</a>' if address else "Data Docs no longer kept" if outcome.data_docs else ""
     severity = f'<b class="{_class({"critical": STOPPED, "warning": WARNED}.get(outcome.severity, PASSED))}">{_text(outcome.severity)}</b>'
     return (
-        f"<tr><td>{severity}</td><td>{_text(stage)}</td><td><code>{_text(outcome.column)}</code><br>{_text(outcome.message)}</td>"
-        f"<td>{_value(outcome.observed)}</td><td>{_value(outcome.expected)}</td><td>{_text(outcome.remedy)}</td><td>{link}</td></tr>"
+        f"<tr><td>{severity}</td><td>{_text(stage)}</td><td><code>{_text(outcome.column)}</code><br>{_text(outcome.message, WHOLE)}</td>"
+        f"<td>{_value(outcome.observed)}</td><td>{_value(outcome.expected)}</td><td>{_text(outcome.remedy, WHOLE)}</td><td>{link}</td></tr>"
     )
 
 
-def _drawings(plots: Sequence[Plot]) -> str:
+def _drawings(p: Partition, plots: Sequence[Plot]) -> str:
     if not plots:
         return ""
+    others = "".join(f"<p>This day's values of gate {_text(stage)} are{_of_another(attempt)}.</p>" for stage, attempt in p.other_attempts.items())
     figures = "".join(f"<figure><figcaption>{_text(plot.title)}<br>{_legend(plot)}</figcaption>{plot.svg}</figure>" for plot in plots)
     return (
         f'<h2>Statistics over days</h2><p>The vertical line is this day; the band reaches from the lowest to the highest of the {BAND_DAYS} days before it, '
-        f'the dashed line is their median. Only days that passed are kept for the days after them.</p><div class="plots">{figures}</div>'
+        f'the dashed line is their median. Only days that passed are kept for the days after them.</p>{others}<div class="plots">{figures}</div>'
     )
 
 
@@ -196,7 +230,7 @@ def _legend(plot: Plot) -> str:
 def _quarantine(quarantine: Quarantine | None) -> str:
     if quarantine is None:
         return ""
-    parts = [f"<h2>Quarantine</h2><p>{quarantine.rows:,} raw rows of the day were refused.</p>"]
+    parts = [f"<h2>Quarantine</h2><p>{quarantine.rows:,} raw rows of the day were refused{_of_another(quarantine.attempt)}.</p>"]
     if quarantine.by_reason:
         counts = sorted(quarantine.by_reason.items(), key=lambda item: (-item[1], item[0]))
         parts.append(_table(("reason", "rows"), [f"<tr><td>{_text(reason)}</td><td class=number>{rows:,}</td></tr>" for reason, rows in counts]))
@@ -218,7 +252,7 @@ def _statistics(p: Partition) -> str:
                 continue
             before = values_before(values, p.dt)
             spread = f"{_number(min(before))} to {_number(max(before))}" if before else "no days before"
-            rows.append(f"<tr><td>{_text(stage)}</td><td><code>{_text(metric)}</code></td><td class=number>{_number(values[p.dt])}</td>"
+            rows.append(f"<tr><td>{_text(stage)}{_of_another(p.other_attempts.get(stage, ''))}</td><td><code>{_text(metric)}</code></td><td class=number>{_number(values[p.dt])}</td>"
                         f"<td class=number>{spread}</td></tr>")  # fmt: skip
     if not rows:
         return ""
@@ -229,8 +263,13 @@ def _statistics(p: Partition) -> str:
 def _docs(p: Partition) -> str:
     if not p.data_docs:
         return ""
-    links = "".join(f'<li><a href="{_address(address)}">{_text(_docs_name(path))}</a> <code>{_text(path)}</code></li>' for path, address in p.data_docs.items())
+    links = "".join(f'<li><a href="{_address(address)}">{_text(_docs_name(path))}</a> <code>{_text(path)}</code></li>' if address else
+                    f"<li>{_text(_docs_name(path))}: no longer kept</li>" for path, address in p.data_docs.items())  # fmt: skip
     return f"<h2>Data Docs</h2><p>Every expectation that was evaluated, by suite:</p><ul>{links}</ul>"
+
+
+def _of_another(attempt: str) -> str:
+    return f" <em>(of attempt <code>{_text(attempt)}</code>, not of this one)</em>" if attempt else ""
 
 
 def _docs_name(path: str) -> str:
@@ -243,7 +282,7 @@ def _docs_name(path: str) -> str:
 
 
 def _sentence(outcome: Outcome) -> str:
-    return _visible(outcome.message or f"{outcome.expectation} on {outcome.column} failed")[:MOST_CHARACTERS]
+    return _visible(outcome.message or f"{outcome.expectation} on {outcome.column} failed")
 
 
 def _visible(text: str) -> str:
@@ -322,10 +361,12 @@ p { margin: 6px 0 } a { color: var(--link) } .crumb { font-size: 13px }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 14px; margin: 10px 0 } dt { color: var(--soft) } dd { margin: 0 }
 code, pre { font: 12.5px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; unicode-bidi: isolate }
 pre { white-space: pre-wrap; background: var(--shade); padding: 10px 12px; border-left: 4px solid var(--bad); margin: 8px 0 }
+pre.command { border-color: var(--soft) }
 .verdict { padding: 8px 12px; background: var(--shade); border-left: 5px solid var(--soft) }
 .verdict b { text-transform: uppercase; letter-spacing: .04em; margin-right: 8px }
 .verdict.stopped { border-color: var(--bad) } .verdict.warned { border-color: var(--odd) } .verdict.passed { border-color: var(--good) }
 b.stopped, .verdict.stopped b, .gate.stopped { color: var(--bad) } b.warned, .verdict.warned b, .gate.warned { color: var(--odd) }
+.verdict.let-through { border-color: var(--odd) } b.let-through, .verdict.let-through b, .gate.let-through { color: var(--odd) }
 b.passed, .verdict.passed b, .gate.passed { color: var(--good) } .gate { margin-right: 14px; color: var(--soft) }
 .simulated { color: var(--odd); font-weight: 600 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }

@@ -76,11 +76,13 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     """
     from etl.quality.kept import read_outcomes
     from etl.quality.page import Partition, partition_page, summary
+    from etl.quality.pass_once import pass_command
     from etl.quality.plots import draw
 
     page = report_page(reports, store.dataset, dt, attempt)
     outcomes = read_outcomes(store, dt, attempt)
     docs = dict.fromkeys(outcome.data_docs for gate in outcomes for outcome in gate.outcomes if outcome.data_docs)
+    stats, others = _stats(store, dt, attempt)
     partition = Partition(
         dataset=store.dataset,
         simulated=definition.simulated,
@@ -88,9 +90,11 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
         attempt=attempt,
         outcomes=outcomes,
         stopped_by=stopped_by,
-        stats=_stats(store, dt, attempt),
+        stats=stats,
         quarantine=_quarantine(store, dt, attempt),
-        data_docs={path: _relative(path, page.parent) for path in docs},
+        data_docs={path: _relative(path, page.parent) if Path(path).exists() else None for path in docs},
+        other_attempts=others,
+        pass_commands=[pass_command(store.warehouse, gate) for gate in outcomes if gate.stopped],
         written_at_ms=time.time_ns() // 1_000_000,
     )
     found = summary(partition)
@@ -113,18 +117,24 @@ def write_index(reports: Path) -> None:
     replace_text(reports / "index.html", index_page(entries))
 
 
-def _stats(store: TableStore, dt: str, attempt: str) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return stage -> metric -> day -> value: of the days before as kept, of the day itself as this attempt measured it."""
+def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str, dict[str, float | None]]], dict[str, str]]:
+    """Return stage -> metric -> day -> value, and stage -> the other attempt that the day's values are of.
+
+    Days before are as kept; the day itself is as this attempt measured it, else as another one did.
+    """
     from etl.quality.kept import STAGES, read_rejected, read_stats
 
     series: dict[str, dict[str, dict[str, float | None]]] = {}
+    others: dict[str, str] = {}
     for stage in STAGES:
         rows = read_stats(store, stage, dt, DAYS).to_pylist()
         own = [row for row in (*rows, *read_rejected(store, stage, dt).to_pylist()) if (row["dt"], row["attempt"]) == (dt, attempt)]
         # A later partition measures the days of its window again, under its own name.
+        if not own and (of_others := {row["attempt"] for row in rows if row["dt"] == dt}):
+            others[stage] = ", ".join(sorted(of_others))
         for row in [row for row in rows if row["dt"] != dt] + (own or [row for row in rows if row["dt"] == dt]):
             series.setdefault(stage, {}).setdefault(row["metric"], {})[row["dt"]] = row["value"]
-    return series
+    return series, others
 
 
 def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
@@ -132,6 +142,7 @@ def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
     from etl.quality.page import Quarantine
 
     manifest = store.staged_manifest(attempt, "quarantine", dt) or store.manifest("quarantine", dt)
+    other = manifest.attempt if manifest is not None and manifest.attempt != attempt else ""
     if manifest is None:
         return None
     reasons: Counter[str] = Counter()
@@ -149,7 +160,7 @@ def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
         scanned += batch.num_rows
         if scanned >= SAMPLED_FROM_ROWS or len(sample) == SAMPLE_ROWS:
             break
-    return Quarantine(manifest.rows, dict(reasons), sample)
+    return Quarantine(manifest.rows, dict(reasons), sample, other)
 
 
 def _batches(store: TableStore, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
@@ -200,7 +211,7 @@ def _draw_early(store: TableStore, dt: str, attempt: str) -> None:
     from etl.quality.plots import draw
 
     with contextlib.suppress(OSError):  # told when the page is written
-        draw(_stats(store, dt, attempt), dt)
+        draw(_stats(store, dt, attempt)[0], dt)
 
 
 if __name__ == "__main__":

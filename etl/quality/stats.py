@@ -94,7 +94,8 @@ def events_row(
         "context_out_of_range_count": int(pc.sum(pc.less(events["context"], -1)).as_py() or 0),
         "outside_day_count": int((time_ms // MS_PER_DAY != day_number(dt)).sum()),
         "feedback_out_of_range_count": int(((feedback < 0) | (feedback >= 1 << feedback_bits)).sum()),
-        "hours_covered": len(hour_rows) if judged else NAN,
+        # Times of day resolution have no hours: all of a day's are one.
+        "hours_covered": len(hour_rows) if judged and (time_ms % MS_PER_DAY != time_ms[0] % MS_PER_DAY).any() else NAN,
         "users": len(rows_by_user) if rows and (dense or judged) else NAN,
         "largest_user_share": (largest := _share(int(rows_by_user.max(initial=0)), rows)) if judged else NAN,
         "bot_user_share": largest if judged and len(rows_by_user) >= limits.min_users_for_bots else NAN,
@@ -153,12 +154,13 @@ def measured_bucket(users: pa.Table, train_occurrences: np.ndarray, rules: Seque
     return Bucket(_numpy(users["user_id"]), history_length, sums, target_spectra(users, rules.history.max_events) if aligned else {})
 
 
-def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: Mapping[str, int]) -> Row:
+def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: Mapping[str, int], min_judged_targets: int = 1) -> Row:
     """Return the metrics of one partition of sequences and its items.
 
     Args:
         items: the item_index and item_id columns of `items`.
         counts: the reconciliation figures of the manifest of `sequences`.
+        min_judged_targets: fewer evaluation targets are not judged by the share of empty histories.
     """
     item_index, item_id = _numpy(items["item_index"]), _numpy(items["item_id"])
     lengths = [np.zeros(0, np.int64), *(bucket.history_length for bucket in buckets)]
@@ -179,7 +181,7 @@ def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: M
         "users": len(user_id),
         "items": len(item_index),
         "targets": targets,
-        **{name: total[name] for name in _SUMMED if name not in ("train_positives", "eval_positives")},
+        **{name: total[name] for name in _SUMMED if name not in ("train_positives", "eval_positives", "eval_empty_histories")},
         "repeated_user_count": len(user_id) - len(np.unique(user_id)),
         "item_index_not_dense_count": int((item_index != np.arange(len(item_index))).sum()),
         "item_id_not_increasing_count": int((np.diff(item_id) <= 0).sum()),
@@ -190,6 +192,7 @@ def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: M
         "train_label_rate": _share(total["train_positives"], total["train_targets"]),
         "eval_label_rate": _share(total["eval_positives"], total["eval_targets"]),
         **{f"{what}_skew_psi": _skew(spectra.get((what, TRAIN)), spectra.get((what, EVALUATION))) for what in SPECTRA},
+        "eval_empty_history_share": _share(total["eval_empty_histories"], total["eval_targets"]) if total["eval_targets"] >= min_judged_targets else NAN,
         "truncated_user_share": _share(counts.get("truncated_users", 0), len(user_id)),
         **{f"history_length_p{q}": float(np.percentile(length, q)) if len(length) else 0.0 for q in (50, 90, 99)},
     }
@@ -197,6 +200,7 @@ def sequences_row(dt: str, buckets: Sequence[Bucket], items: pa.Table, counts: M
 
 _SUMMED = (
     "unseen_eval_targets",
+    "eval_empty_histories",
     "train_targets",
     "validation_targets",
     "eval_targets",
@@ -265,6 +269,7 @@ def _sequence_sums(part: pa.Table, items: int, rules: SequenceRules) -> tuple[np
         **metrics,
         "train_positives": int((value["target_label"][split == TRAIN] == 1).sum()),
         "eval_positives": int((value["target_label"][split == EVALUATION] == 1).sum()),
+        "eval_empty_histories": int(((end == 0) & (split == EVALUATION)).sum()),
         "history_end_out_of_range_count": int((~in_range).sum()),
         "leak_count": int(leaks.sum()),
     }

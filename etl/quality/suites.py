@@ -6,6 +6,7 @@ published, `info` is recorded. Great Expectations is imported when a suite is bu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from etl.quality.thresholds import (
@@ -17,6 +18,7 @@ from etl.quality.thresholds import (
     Thresholds,
     TrainingInputThresholds,
 )
+from etl.quality_rules import Condition, reason_of
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuite
@@ -166,6 +168,9 @@ def sequences(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expect
         _band("eval_label_rate", WARNING, "The label rate is plausible.", look, limits.min_label_rate, limits.max_label_rate),
         _band("truncated_user_share", WARNING, "Most histories are complete.", "raise --max-history",
               high=limits.max_truncated_user_share),
+        *_graded("eval_empty_history_share", "Evaluation targets have a history.",
+                 "compare the resolution of events.time with history.cutoff and history.of: what happens at one time never sees each other",
+                 (None, limits.max_empty_history_share_warning), (None, limits.max_empty_history_share_critical)),
         *[_band(f"history_length_p{q}", INFO, "Recorded: events in a user's history.", look, low=1) for q in (50, 90, 99)],
         *[_band(f"history_length_p{q}_to_trailing", WARNING, "Histories are as long as in partitions with as many days.", look, *drift.length_ratio)
           for q in (50, 90, 99)],
@@ -221,9 +226,17 @@ def model_output(limits: ModelOutputThresholds) -> list[Expectation]:
     ]  # fmt: skip
 
 
-def build_suite(name: str, thresholds: Thresholds) -> ExpectationSuite:
-    """Return a suite by name: that of the function that lists its expectations."""
+def conditions(own: Sequence[Condition]) -> list[Expectation]:
+    """Expect that few rows fail the data set's own conditions: one row a day, the shares of rows that fail each."""
+    return [_band(condition.name, condition.severity, condition.reason, condition.remedy, high=condition.tolerated_share) for condition in own]
+
+
+def build_suite(name: str, thresholds: Thresholds, own: Sequence[Condition] = ()) -> ExpectationSuite:
+    """Return a suite by name: that of the function that lists its expectations; with own conditions the suite of these."""
     import great_expectations as gx
+
+    if own:
+        return gx.ExpectationSuite(name=name, expectations=conditions(own))
 
     expectations = {
         "raw_files": lambda: raw_files(thresholds.raw),
@@ -251,6 +264,10 @@ def _band(
     # Words, not signs: Data Docs pages would read "<" as the start of a tag.
     signs = ("above", "below") if strict else ("at least", "at most")
     bounds = [f"{sign} {bound:g}" for sign, bound in zip(signs, (low, high), strict=True) if bound is not None]
+    if reason := next((reason for bound in (low, high) if (reason := reason_of(bound))), ""):
+        notes = f"{notes} The definition sets this bound: {reason}"
+    notes = as_words(notes)
+    low, high = (None if bound is None else bound + 0 for bound in (low, high))  # plain numbers, which are written as JSON
     return gxe.ExpectColumnValuesToBeBetween(
         description=f"{severity}: {metric} is {' and '.join(bounds)}. {notes}",
         column=metric, min_value=low, max_value=high, strict_min=strict, strict_max=strict,
@@ -276,6 +293,11 @@ def must_be_known(suite: ExpectationSuite) -> list[str]:
 
 def _zero_or_stop(metric: str, notes: str, remedy: str) -> list[Expectation]:
     return _stop(metric, notes, remedy, low=0, high=0)
+
+
+def as_words(text: str) -> str:
+    """Return a text that Data Docs pages do not read as tags."""
+    return text.replace("<", "\u2039").replace(">", "\u203a")
 
 
 def _severity(name: str) -> FailureSeverity:

@@ -16,8 +16,8 @@ class RawThresholds:
 
     Attributes:
         sample_bytes: read at the head, the middle and the tail of a file.
-        max_refused_share_warning, max_refused_share_critical: of the sampled lines; the events job stops at its
-            --max-bad-share of all lines, this gate before a session is started.
+        max_refused_share: of all lines of a file or a day: beyond it the events job stops (its --max-bad-share).
+        max_refused_share_warning, max_refused_share_critical: of the sampled lines, before a session is started.
         max_outside_share_warning, max_outside_share_critical: sampled rows whose time is not of the days that the file's
             name promises: a file of another day, or of another time zone.
         min_sampled_lines: fewer are not judged by their shares.
@@ -26,6 +26,7 @@ class RawThresholds:
     """
 
     sample_bytes: int = 256 << 10
+    max_refused_share: float = 0.01
     max_refused_share_warning: float = 0.01
     max_refused_share_critical: float = 0.1
     max_outside_share_warning: float = 0.005
@@ -109,7 +110,7 @@ class EventThresholds:
     """Bounds on one day of `events`.
 
     Attributes:
-        min_label_rate, max_label_rate: outside it a warning; exactly 0 or 1 is critical.
+        min_label_rate, max_label_rate: outside it a warning; exactly 0 or 1 is critical. Feeds with 1 % clicks are ordinary.
         min_judged_rows, min_judged_users: a day with fewer is too small to be judged by its shares, and so is a day after
             days that have a median of fewer rows by what is missing from it. One user's whim is no fault of the logs.
         max_quarantine_share_warning, max_quarantine_share_critical: of the raw rows read for the day.
@@ -119,7 +120,7 @@ class EventThresholds:
         max_hour_repeated_key_share_warning, max_hour_repeated_key_share_critical: the same share of the worst UTC hour.
             An hour that was delivered twice has a share of 0.5 there, whatever its share of the day.
         min_hour_rows: an hour with fewer rows is not considered the worst.
-        min_hours_covered: UTC hours of the day with at least one event.
+        min_hours_covered: UTC hours of the day with at least one event; judged where times have hours.
         max_user_share, max_user_share_critical: rows of the most active user; critical where there are at least
             min_users_for_bots users, so that no ordinary one can have so many.
         min_users: distinct users.
@@ -128,8 +129,8 @@ class EventThresholds:
             missing hour for days without trailing ones.
     """
 
-    min_label_rate: float = 0.02
-    max_label_rate: float = 0.98
+    min_label_rate: float = 0.002
+    max_label_rate: float = 0.998
     min_judged_rows: int = 200
     min_judged_users: int = 10
     max_quarantine_share_warning: float = 0.01
@@ -155,6 +156,7 @@ class SequenceThresholds:
 
     Attributes:
         min_label_rate, max_label_rate: of the training and of the evaluation targets; a warning.
+        max_empty_history_share_*: evaluation targets that see no event; judged where there are min_judged_targets of them.
         max_truncated_user_share: users of whom a target sees less than there is, by the limit; a warning.
         max_items_without_fields_share_*: items that no item file describes; judged where there are item files. Item files that
             describe few of the items are ordinary (a warning); critical only where they describe none.
@@ -162,9 +164,12 @@ class SequenceThresholds:
         min_users_ratio, max_users_ratio: users and items over those of trailing partitions; warnings.
     """
 
-    min_label_rate: float = 0.02
-    max_label_rate: float = 0.98
+    min_label_rate: float = 0.002
+    max_label_rate: float = 0.998
     max_truncated_user_share: float = 0.5
+    min_judged_targets: int = 100
+    max_empty_history_share_warning: float = 0.5
+    max_empty_history_share_critical: float = 0.99
     max_items_without_fields_share_warning: float = 0.2
     max_items_without_fields_share_critical: float = 0.999
     max_items_without_fields_rise_warning: float = 0.1

@@ -1,11 +1,12 @@
 """Runs suites with Great Expectations: a Data Docs page a suite, and one outcome an expectation.
 
     <reports>/gx/                     the file context, built by code: suites, checkpoints, results
-    <reports>/data_docs/index.html    the site: every attempt's validations accumulate here
+    <reports>/data_docs/              the site: pages of the newest attempts (`etl.quality.docs`)
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.local_files import one_at_a_time
+from etl.quality.docs import prune, write_home
 from etl.quality.gx import great_expectations
-from etl.quality.kept import Outcome
-from etl.quality.suites import UNKNOWN, build_suite, must_be_known
-from etl.quality.thresholds import THRESHOLDS
+from etl.quality.kept import GATES, Outcome
+from etl.quality.own import Sample, built
+from etl.quality.suites import UNKNOWN, as_words, build_suite, must_be_known
+from etl.quality.thresholds import Thresholds
+from etl.quality_rules import Condition, Expectation
 
 if TYPE_CHECKING:
     from etl.quality.stats import Row
 
 SITE = "partitions"
 MAX_OBSERVED = 20  # observed values that are kept of an expectation
+EVERY_ROW = ""  # key of details that are of no row in particular
 
 
 @dataclass(frozen=True)
@@ -34,65 +39,104 @@ class Check:
         suite: name of the suite, see `etl.quality.suites.build_suite`.
         rows: one a day, or one a file.
         key: metric that names a row.
-        details: metric -> what more to say when an expectation on it fails.
+        details: metric -> row's key (or EVERY_ROW) -> what more to say when an expectation on it fails there.
+        conditions: the data set's own, of which the rows hold the shares that fail; none: the suite is built in.
     """
 
     suite: str
     rows: Sequence[Row]
     key: str = "dt"
-    details: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    conditions: Sequence[Condition] = ()
+
+    def suite_of(self, thresholds: Thresholds) -> Any:
+        return build_suite(self.suite, thresholds, self.conditions)
+
+    def frame(self) -> Any:
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def outcome(self, item: Any, page: str | None) -> Outcome:
+        return _outcome(self, item, page)
 
 
-def validate(checks: Sequence[Check], run_name: str, reports: Path | None) -> list[Outcome]:
-    """Validate rows of metrics; gate on the severities of what failed.
+@dataclass(frozen=True)
+class OwnCheck:
+    """Rows of a table to validate against the data set's own expectations."""
+
+    sample: Sample
+    expectations: Sequence[Expectation]
+
+    @property
+    def suite(self) -> str:
+        return f"own_{self.sample.table.replace('.', '_')}"
+
+    def suite_of(self, thresholds: Thresholds) -> Any:
+        import great_expectations as gx
+
+        return gx.ExpectationSuite(name=self.suite, expectations=[built(own) for own in self.expectations])
+
+    def frame(self) -> Any:
+        return self.sample.frame
+
+    def outcome(self, item: Any, page: str | None) -> Outcome:
+        return _own_outcome(self, item, page)
+
+
+def validate(checks: Sequence[Check | OwnCheck], run_name: str, reports: Path | None, thresholds: Thresholds) -> list[Outcome]:
+    """Validate rows of metrics, and of tables; gate on the severities of what failed.
 
     Args:
         run_name: names the run on its pages.
         reports: folder of reports, for Data Docs; a second process waits while this one writes below it. None: no pages.
+        thresholds: of the data set.
     """
     great_expectations()
     if reports is not None:
         reports = reports.resolve()
-    checks = [_with_unknown(check) for check in checks]
+    checks = [_with_unknown(check, thresholds) if isinstance(check, Check) else check for check in checks]
     with one_at_a_time(reports / ".gx.lock") if reports is not None else nullcontext():
-        results, pages = _run(checks, run_name, reports)
-    return [_outcome(check, item, page) for check, result, page in zip(checks, results, pages, strict=True) for item in result.results]
+        results, pages = _run(checks, run_name, reports, thresholds)
+    return [check.outcome(item, page) for check, result, page in zip(checks, results, pages, strict=True) for item in result.results]
 
 
-def _with_unknown(check: Check) -> Check:
+def _with_unknown(check: Check, thresholds: Thresholds) -> Check:
     """Count in each row the metrics that must be known and are not."""
-    names = must_be_known(build_suite(check.suite, THRESHOLDS))
+    names = must_be_known(check.suite_of(thresholds))
     unknown = [[name for name in names if _known(row[name]) is None] for row in check.rows]
     rows = [{**row, UNKNOWN: len(missing)} for row, missing in zip(check.rows, unknown, strict=True)]
-    told = {UNKNOWN: f"not known: {', '.join(sorted({name for missing in unknown for name in missing}))}"}
-    return replace(check, rows=rows, details={**check.details, **told})
+    told = {str(row[check.key]): f"not known: {', '.join(missing)}" for row, missing in zip(rows, unknown, strict=True) if missing}
+    return replace(check, rows=rows, details={**check.details, UNKNOWN: told})
 
 
-def _run(checks: Sequence[Check], run_name: str, reports: Path | None) -> tuple[list[Any], list[str | None]]:
+def _run(checks: Sequence[Check | OwnCheck], run_name: str, reports: Path | None, thresholds: Thresholds) -> tuple[list[Any], list[str | None]]:
     """Return the validation result and the Data Docs page of each check, in order."""
     import great_expectations as gx
-    import pandas as pd
     from great_expectations.core.run_identifier import RunIdentifier
     from great_expectations.data_context.types.resource_identifiers import ExpectationSuiteIdentifier
 
     context = _context(reports)
     source = context.data_sources.add_or_update_pandas("partitions")
     results, identifiers = [], []
+    batches: dict[str, Any] = {}
     for check in checks:
-        asset = source.add_dataframe_asset(check.suite)
-        suite = build_suite(check.suite, THRESHOLDS)
-        definition = gx.ValidationDefinition(name=check.suite, data=asset.add_batch_definition_whole_dataframe("frame"), suite=suite)
+        if check.suite not in batches:  # own expectations have a check a day
+            batches[check.suite] = source.add_dataframe_asset(check.suite).add_batch_definition_whole_dataframe("frame")
+        batch = batches[check.suite]
+        definition = gx.ValidationDefinition(name=check.suite, data=batch, suite=check.suite_of(thresholds))
         # Adds or updates the suite and the definition, too: done one by one, each would go through the suite again.
         checkpoint = context.checkpoints.add_or_update(gx.Checkpoint(name=check.suite, validation_definitions=[definition], result_format="BASIC"))
-        frame = pd.DataFrame(check.rows)
-        run = checkpoint.run(batch_parameters={"dataframe": frame}, run_id=RunIdentifier(run_name=run_name))
+        run = checkpoint.run(batch_parameters={"dataframe": check.frame()}, run_id=RunIdentifier(run_name=run_name))
         [(identifier, result)] = run.run_results.items()
         results.append(result)
         identifiers.append(identifier)
     if reports is None:
         return results, [None] * len(results)
-    # Once for all suites: building writes the index anew each time.
-    context.build_data_docs(site_names=[SITE], resource_identifiers=[*identifiers, *(ExpectationSuiteIdentifier(check.suite) for check in checks)])
+    # Without its index: that reads every validation there is, each time.
+    context.build_data_docs(site_names=[SITE], build_index=False, resource_identifiers=[*identifiers, *(ExpectationSuiteIdentifier(suite) for suite in batches)])
+    write_home(reports)
+    prune(reports, GATES)
     sites = [context.get_docs_sites_urls(resource_identifier=identifier, site_name=SITE) for identifier in identifiers]
     return results, [site["site_url"].removeprefix("file://") for [site] in sites]
 
@@ -119,29 +163,54 @@ def _context(reports: Path | None) -> Any:
 
 
 def _outcome(check: Check, item: Any, page: str | None) -> Outcome:
-    config, found = item.expectation_config, item.result
+    config = item.expectation_config
     expected = {name: value for name, value in config.kwargs.items() if name not in ("batch_id", "column")}
     column, success = config.kwargs["column"], bool(item.success)
-    observed: Any = _by_row(check, column, None if success else found.get("partial_unexpected_list"))
-    if item.exception_info and (raised := _exception(item.exception_info)):
+    rows = check.rows if success else [row for row in check.rows if _fails(row[column], config.kwargs)] or check.rows
+    values = {str(row[check.key]): _known(row[column]) for row in rows}
+    observed: Any = dict(list(values.items())[:MAX_OBSERVED])
+    told = check.details.get(column, {})
+    details = [] if success else [text for key in (EVERY_ROW, *observed) if (text := told.get(key))]
+    if len(observed) < len(values):
+        observed["further"] = len(values) - len(observed)
+    if raised := _exception(item.exception_info):
         observed = raised
     notes, meta = str(config.notes or ""), config.meta or {}
-    detail = check.details.get(column)
     message = f"{column} is {_shown(observed)}, expected {meta.get('bounds', expected)}: {notes}"
     return Outcome(
         suite=check.suite, expectation=config.type, column=column, severity=str(config.severity.value), success=success, observed=observed,
-        expected=expected, remedy=str(meta.get("remedy", "")), message=message if success or not detail else f"{message.rstrip('.')}; {detail}",
+        expected=expected, remedy=str(meta.get("remedy", "")), message=f"{message.rstrip('.')}; {'; '.join(details)}" if details else message,
         data_docs=page)  # fmt: skip
 
 
-def _by_row(check: Check, column: str, only: Sequence[Any] | None) -> dict[str, float | None]:
-    """Return day (or file) -> value, all or those whose value is among `only`; None is not known."""
-    values = {str(row[check.key]): _known(row[column]) for row in check.rows}
-    if only is not None:
-        wanted = {_known(value) for value in only}
-        values = {key: value for key, value in values.items() if value in wanted}
-    shown = dict(list(values.items())[:MAX_OBSERVED])
-    return {**shown, "further": len(values) - len(shown)} if len(shown) < len(values) else shown
+def _own_outcome(check: OwnCheck, item: Any, page: str | None) -> Outcome:
+    config, found, sample = item.expectation_config, item.result, check.sample
+    [own] = [own for own in check.expectations if own.name == config.meta["own"]]
+    observed: Any = found.get("observed_value")
+    if observed is None and "unexpected_count" in found:
+        observed = f"{found['unexpected_count']:,} of {found.get('element_count', len(sample.frame)):,} rows"
+        if some := found.get("partial_unexpected_list"):
+            observed += f", such as {', '.join(str(value) for value in some[:3])}"
+    observed = _exception(item.exception_info) or _plain(observed)
+    arguments = _plain(own.arguments)
+    said = as_words(own.reason).rstrip(".")
+    message = f"{own.name}: {own.expectation} {json.dumps(arguments, ensure_ascii=False)} of {sample.table} found {observed} ({sample.dt}): {said}{sample.said}"
+    return Outcome(check.suite, config.type, own.name, own.severity, bool(item.success), {sample.dt: observed}, arguments, own.remedy, message, page)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _fails(value: Any, bounds: Mapping[str, Any]) -> bool:
+    """Whether a value is out of bounds; an unknown one is not."""
+    number = _known(value)
+    if number is None:
+        return False
+    low, high = bounds.get("min_value"), bounds.get("max_value")
+    below = low is not None and (number <= low if bounds.get("strict_min") else number < low)
+    return below or (high is not None and (number >= high if bounds.get("strict_max") else number > high))
 
 
 def _known(value: Any) -> float | None:
@@ -154,8 +223,10 @@ def _shown(observed: Any) -> str:
     return ", ".join(f"{'not known' if value is None else f'{value:.6g}'} ({key})" for key, value in observed.items())
 
 
-def _exception(info: dict[str, Any]) -> str | None:
+def _exception(info: dict[str, Any] | None) -> str | None:
     """Return what an expectation raised: its info is one record, or a record a metric."""
+    if not info:
+        return None
     for record in [info, *(value for value in info.values() if isinstance(value, dict))]:
         if record.get("raised_exception"):
             return f"raised {record.get('exception_message')}"

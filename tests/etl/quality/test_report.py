@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 from etl.datasets import dataset
 from etl.identity import report_page
 from etl.partitions import add_days
-from etl.quality import report
+from etl.quality import docs, report
 from etl.quality.kept import Outcome, StageOutcome, write_outcome, write_stats
 from etl.quality.page import Partition, Quarantine, index_page, partition_page, summary
 from etl.quality.plots import draw
@@ -222,6 +223,7 @@ def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore,
     assert "7,777" in text
     assert "8,888" not in text  # another attempt's day
     assert "100 to 200" in text  # the days before
+    assert f"etl.quality.pass_once --dataset {DATASET} --warehouse {store.warehouse} --dt {DT} --stage events --attempt {ATTEMPT} --reason" in text
     assert re.search(r"bad_time\s*30", text)
     assert re.search(r"bad_id\s*2", text)
     assert "raw 31" in text  # a rare reason is in the sample, too
@@ -275,3 +277,58 @@ def test_a_report_that_cannot_be_written_costs_the_gate_nothing_and_is_told(tmp_
 def test_a_gate_loads_no_drawing_library() -> None:
     code = "import sys, etl.quality.audit; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[2])
+
+
+# ---- Data Docs are kept of the newest attempts -----------------------------------------------------------------------
+
+
+def validation(reports: Path, attempt: str, time: str) -> Path:
+    """Write a validation and its page, as Great Expectations lays them down."""
+    for folder, suffix in zip(docs.folders(reports), (".json", ".html"), strict=True):
+        path = folder / "events_days" / f"{attempt}-events" / time / f"batch{suffix}"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    return path
+
+
+def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, tmp_path: Path) -> None:
+    pages = {}
+    for number, attempt in enumerate(("oldest", "middle", "newest")):
+        pages[attempt] = validation(tmp_path, attempt, f"2022042{number}T000000.000000Z")
+        write_outcome(store, replace(gate("events", "warning", outcome("warning", data_docs=str(pages[attempt]))), attempt=attempt))
+        report.write(dataset(DATASET), store, DT, attempt, tmp_path, "")
+    shown = report_page(tmp_path, DATASET, DT, "oldest")
+    assert "data_docs" in shown.read_text()
+    assert docs.prune(tmp_path, ("events",), keep=2) == ["oldest"]
+    assert [path.exists() for path in pages.values()] == [False, True, True]
+    assert not list(tmp_path.rglob("oldest-events"))
+    for write_again in (False, True):  # as it lies there, and written anew
+        if write_again:
+            report.write(dataset(DATASET), store, DT, "oldest", tmp_path, "")
+        else:
+            report.write_index(tmp_path)
+        for page in (shown, report_page(tmp_path, DATASET, DT, "middle"), tmp_path / "index.html"):
+            for name, address in Reader(page.read_text()).attributes:
+                assert name != "href" or (page.parent / str(address)).exists(), (page, address)
+        assert "no longer kept" in Reader(shown.read_text()).text
+    assert docs.prune(tmp_path, ("events",), keep=2) == []
+
+
+def test_messages_are_whole() -> None:
+    message = "the missing_hour_count of the day " + "and so on " * 200 + "END"
+    html = partition_page(partition(gate("events", "critical", outcome("critical", message=message, remedy=message))), [], "index.html")
+    assert html.count("END") == 2
+    assert summary(partition(gate("events", "critical", outcome("critical", message=message))))["failed"]["critical"] == [f"events: {message}"]
+
+
+def test_values_of_another_attempt_are_marked(store: TableStore, tmp_path: Path) -> None:
+    write_stats(store, "events", DT, "another-attempt", {"rows": 8888.0})
+    write_stats(store, "raw", DT, ATTEMPT, {"files": 1.0})
+    refuse(store, ["bad_time: 1"], "another-attempt")
+    store.publish("another-attempt", "quarantine", DT)
+    write_outcome(store, gate("raw", None))
+    report.write(dataset(DATASET), store, DT, ATTEMPT, tmp_path, "")
+    text = Reader(report_page(tmp_path, DATASET, DT, ATTEMPT).read_text()).text
+    assert re.search(r"events \(of attempt another-attempt, not of this one\)\s*rows", text)
+    assert re.search(r"refused \(of attempt another-attempt, not of this one\)", text)
+    assert not re.search(r"raw \(of attempt", text)

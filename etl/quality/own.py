@@ -1,0 +1,244 @@
+"""Runs a data set's own conditions and expectations (`etl.quality_rules`) on the tables that a gate judges.
+
+A condition is counted on every row, by DuckDB over the table's files: it reads only the columns that are named, streams, and
+keeps to MEMORY. An expectation of Great Expectations sees a table of pandas: all of its rows up to MOST_ROWS, and of a
+larger table every n-th, which its message says; so what must hold for each row of a large table is a condition.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etl.datasets import DatasetDefinition
+from etl.errors import StageError
+from etl.quality.gx import great_expectations
+from etl.quality_rules import STATISTICS, Condition, Expectation
+from etl.schemas import TABLES, event_field_type, item_field_type
+from etl.store import Manifest, TableStore
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+
+MEMORY = "1GB"
+MOST_ROWS = 500_000
+ROWS_AT_ONCE = 4_096  # of a table with lists
+EXAMPLES = 3
+KEYS = ("user_id", "item_id", "event_time_ms")  # of an example, beside the columns that a condition names
+_AT_FAULT = "correct quality.{kind} of the definition; docs/datasets.md explains it"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How a condition fared on one day of a table.
+
+    Attributes:
+        rows, failed: all rows, and those for which it was false or null.
+        example: values of some that failed, '' for none.
+    """
+
+    dt: str
+    rows: int
+    failed: int
+    example: str
+
+    @property
+    def share(self) -> float:
+        return self.failed / self.rows if self.rows else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an expectation sees of one day of a table.
+
+    Attributes:
+        rows: of the table.
+        frame: its rows, or every `step`-th of them.
+    """
+
+    table: str
+    dt: str
+    rows: int
+    step: int
+    frame: pd.DataFrame
+
+    @property
+    def said(self) -> str:
+        return "" if self.step == 1 else f" (seen on {len(self.frame):,} of {self.rows:,} rows, every {self.step}th)"
+
+
+def contract(definition: DatasetDefinition, table: str) -> pa.Schema:
+    """Return the schema of a table with the fields of this data set."""
+    rules = {"events": definition.events.item_fields, "items": definition.item_fields}.get(table, {})
+    kind = event_field_type if table == "events" else item_field_type
+    return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
+
+
+def check_columns(definition: DatasetDefinition) -> None:
+    """Check the conditions and the columns of the expectations against the tables, as far as no data are needed.
+
+    Raises:
+        ValueError: a condition is not a boolean expression over its table, or a column does not exist.
+    """
+    quality = definition.quality
+    for index, condition in enumerate(quality.conditions):
+        known = None if condition.table.startswith(STATISTICS) else contract(definition, condition.table)
+        try:
+            with _connection() as connection:
+                _check_sql(connection, condition, known)
+        except Exception as error:
+            raise ValueError(f"quality.conditions.{index} ({condition.name}): sql: {_first_line(error)}") from None
+    for index, own in enumerate(quality.expectations):
+        if own.table.startswith(STATISTICS):
+            continue
+        names = frame_columns(contract(definition, own.table))
+        for argument, value in own.arguments.items():
+            if argument.startswith("column") and argument not in ("column_index",):
+                for name in value if isinstance(value, list) else [value]:
+                    if isinstance(name, str) and name not in names:
+                        raise ValueError(f"quality.expectations.{index} ({own.name}): arguments.{argument}: {own.table} has no column {name!r}; it has {', '.join(names)}")
+
+
+def built(own: Expectation) -> Any:
+    """Return the expectation as Great Expectations knows it.
+
+    Raises:
+        StageError: its arguments are not its.
+    """
+    great_expectations()  # whole: another thread may be at it, and a part of a package must not be imported from the middle
+    import great_expectations.expectations as gxe
+    from great_expectations.expectations.metadata_types import FailureSeverity
+
+    try:
+        return getattr(gxe, own.expectation)(
+            **own.arguments, severity=FailureSeverity(own.severity), notes=own.reason, meta={"remedy": own.remedy, "own": own.name},
+            description=f"{own.severity}: {own.name} of the definition. {own.reason}")  # fmt: skip
+    except Exception as error:
+        raise StageError(f"quality.expectations ({own.name}): {own.expectation} does not take these arguments: {' '.join(str(error).split())[:500]}",
+                         _AT_FAULT.format(kind="expectations")) from error  # fmt: skip
+
+
+def counted(store: TableStore, definition: DatasetDefinition, manifest: Manifest, conditions: Sequence[Condition]) -> dict[str, Counted]:
+    """Count the rows of one day of a table that fail each condition.
+
+    Raises:
+        StageError: a condition cannot be evaluated on these rows.
+    """
+    import pyarrow.dataset as pads  # with pandas, which a gate without conditions does not load
+
+    rows = pads.dataset([f"{store.root}/{file.path}" for file in manifest.files], schema=contract(definition, manifest.table), format="parquet", filesystem=store.fs) \
+        if manifest.files else contract(definition, manifest.table).empty_table()  # fmt: skip
+    return _counted(rows, manifest.dt, conditions)
+
+
+def counted_statistics(days: Iterable[tuple[str, Mapping[str, Any]]], conditions: Sequence[Condition]) -> dict[str, list[Counted]]:
+    """Count, day by day, whether the metrics of a gate meet each condition; what is not measurable is null."""
+    found: dict[str, list[Counted]] = {condition.name: [] for condition in conditions}
+    for dt, metrics in days:
+        for name, one in _counted(pa.Table.from_pylist([_plain(metrics)]), dt, conditions).items():
+            found[name].append(one)
+    return found
+
+
+def sampled(store: TableStore, definition: DatasetDefinition, manifest: Manifest) -> Sample:
+    """Return what expectations see of one day of a table: lists are given by their lengths."""
+    schema = contract(definition, manifest.table)
+    step = max(1, math.ceil(manifest.rows / MOST_ROWS))
+    parts, before = [], 0
+    for file in manifest.files:
+        with pq.ParquetFile(f"{store.root}/{file.path}", filesystem=store.fs) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE if _has_lists(schema) else 1 << 16, columns=schema.names):
+                first = -before % step
+                before += batch.num_rows
+                parts.append(_flat(pa.Table.from_batches([batch.slice(first).take(pa.array(range(0, max(0, batch.num_rows - first), step), pa.int64()))])))
+    table = pa.concat_tables(parts) if parts else _flat(schema.empty_table())
+    return Sample(manifest.table, manifest.dt, manifest.rows, step, table.to_pandas())
+
+
+def sampled_statistics(stage: str, days: Sequence[tuple[str, Mapping[str, Any]]]) -> Sample:
+    """Return the metrics of a gate as a table, one row a day."""
+    import pandas as pd
+
+    return Sample(STATISTICS + stage, ", ".join(dt for dt, _ in days), len(days), 1, pd.DataFrame([_plain(metrics) for _, metrics in days]))
+
+
+def frame_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns of a table as expectations see it."""
+    return [f"{field.name}_length" if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.name for field in schema]
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    import pyarrow.compute as pc
+
+    columns = [pc.list_value_length(column) if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column for column in table.columns]
+    return pa.table(columns, names=frame_columns(table.schema))
+
+
+def _has_lists(schema: pa.Schema) -> bool:
+    return frame_columns(schema) != schema.names
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if isinstance(value, str) else None if value != value else float(value) for name, value in metrics.items()}
+
+
+def _connection() -> duckdb.DuckDBPyConnection:
+    import duckdb
+
+    # A condition reads the table that it is given and nothing else.
+    return duckdb.connect(config={"enable_external_access": "false", "memory_limit": MEMORY, "python_enable_replacements": "false", "threads": "2"})
+
+
+def _check_sql(connection: duckdb.DuckDBPyConnection, condition: Condition, schema: pa.Schema | None) -> None:
+    if len(connection.extract_statements(f"SELECT (\n{condition.sql}\n)")) != 1:
+        raise ValueError("give one expression, not several statements")
+    if schema is None:
+        return  # the metrics of a gate are known when it has measured
+    connection.register("t", schema.empty_table())
+    [(kind,)] = connection.execute(f"SELECT DISTINCT column_type FROM (DESCRIBE SELECT (\n{condition.sql}\n) AS ok FROM t)").fetchall()
+    if kind != "BOOLEAN":
+        raise ValueError(f"must be true or false, and is of type {kind}")
+    connection.execute(f"SELECT 1 FROM t WHERE (\n{condition.sql}\n)")  # a condition on one row: no aggregates, no windows
+
+
+def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, Counted]:
+    with _connection() as connection:
+        connection.register("t", rows)
+        found = {}
+        try:
+            for condition in conditions:
+                one = _count(connection, dt, condition)
+                found[condition.name] = one
+        except Exception as error:
+            raise StageError(f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}: {_first_line(error)}",
+                             _AT_FAULT.format(kind="conditions")) from error  # fmt: skip
+        return found
+
+
+def _count(connection: duckdb.DuckDBPyConnection, dt: str, condition: Condition) -> Counted:
+    fails = f"(\n{condition.sql}\n) IS NOT TRUE"
+    row = connection.execute(f"SELECT count(*), count(*) FILTER (WHERE {fails}) FROM t").fetchone()
+    assert row is not None
+    total, failed = row
+    example = ""
+    if failed:
+        columns = [name for name, kind, *_ in connection.execute("DESCRIBE t").fetchall()
+                   if "[]" not in kind and (name in KEYS or re.search(rf"\b{re.escape(name)}\b", condition.sql))]  # fmt: skip
+        shown = connection.execute(f"SELECT {', '.join(map(_quoted, columns))} FROM t WHERE {fails} LIMIT {EXAMPLES}").fetchall() if columns else []
+        example = "; ".join(", ".join(f"{name} {value}" for name, value in zip(columns, values, strict=True)) for values in shown)
+    return Counted(dt, total, failed, example)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())[:500]
