@@ -306,17 +306,21 @@ class FieldRule(_Model):
 
 
 class FeatureFile(_Model):
-    """A CSV file with one row an item or a user; the first row of an id counts.
+    """A file with one row an item or a user; of an id that stands in several rows the first one counts.
 
     Attributes:
-        files: glob within the raw folder; may match nothing.
+        files: glob within the raw folder; may match nothing; text files may be packed as logs are.
+        format: csv or parquet; files whose names end in .parquet are Parquet whatever it says.
         key: column of the id.
-        missing: values that mean "not known".
+        delimiter, quoting: of csv; quoted values may hold the delimiter and line breaks. Without quoting a quote is part of a value.
+        missing: values that mean "not known", as an empty one, a null and NaN always do.
     """
 
     files: Glob
+    format: Literal["csv", "parquet"] = "csv"
     key: Name
     delimiter: Delimiter = ","
+    quoting: bool = True
     columns: tuple[Name, ...] | None = Setting(default=None, min_length=1)  # of a file without header
     missing: tuple[str, ...] = ("",)
     fields: dict[str, FieldRule] = Setting(min_length=1)

@@ -83,7 +83,8 @@ def item_rows(counts: Mapping[str, pa.Table], files: list[pa.Table | None], defi
             found, position = distinct[place] == ids, first[place]
         for name, rule in file_rule.fields.items():
             text = pa.nulls(len(ids), pa.string()) if table is None else table[rule.column].combine_chunks().take(pa.array(position, mask=~found))
-            columns[name] = _field(pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text), rule, f"the file {file_rule.files} in {source}")
+            text = text if pa.types.is_list(text.type) else pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+            columns[name] = _field(text, rule, f"the file {file_rule.files} in {source}")
     schema = table_schema("items", pa.schema([*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in definition.item_fields.items()]]))
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
@@ -138,8 +139,11 @@ def _field(values: pa.Array | pa.ChunkedArray, rule: FieldRule, source: str) -> 
 
 
 def _lists(values: pa.Array, rule: FieldRule) -> pa.Array:
-    """Split texts into lists; empty parts are left out, a missing text is an empty list."""
-    lists = pc.split_pattern(pc.utf8_trim(values.fill_null(""), rule.strip), rule.split)
+    """Return lists of texts, which a text is split into; empty parts are left out, a missing text is an empty list."""
+    if pa.types.is_list(values.type):
+        lists = values.fill_null(pa.scalar([], values.type))
+    else:
+        lists = pc.split_pattern(pc.utf8_trim(values.fill_null(""), rule.strip), rule.split)
     flat = pc.utf8_trim(lists.flatten(), rule.strip)
     kept = pc.not_equal(flat, "")
     before = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))])

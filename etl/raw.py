@@ -7,13 +7,11 @@ cast as they stand from the few that are looked at one by one for the reason of 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import datetime as dtm
 import fnmatch
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -39,7 +37,7 @@ from etl.compression import (
     promised_compression,
     unpacked,
 )
-from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, FeatureFile, Logs, NamedDays, Time
+from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, Logs, NamedDays, Time
 from etl.errors import StageError
 from etl.parquet_rows import can_be, row_text, typed_rows
 from etl.partitions import MS_PER_DAY, day_number
@@ -901,41 +899,6 @@ def _value_checks(values: pa.ChunkedArray, column: Column) -> Iterator[tuple[str
 def bound(kind: pa.DataType, value: float, whole: Callable[[float], int]) -> pa.Scalar:
     """Return a bound as the column's own type: whole numbers beyond 2**53 have no decimal to be compared with."""
     return pa.scalar(whole(value), kind) if pa.types.is_integer(kind) else pa.scalar(float(value))
-
-
-def read_features(location: RawLocation, file_rule: FeatureFile) -> pa.Table | None:
-    """Read a user or item file, every column as text ('' = missing); None when there is none.
-
-    Raises:
-        StageError: the file cannot be read as CSV, or lacks a column that the definition names.
-    """
-    files = location.matching((file_rule.files,))
-    if not files:
-        return None
-    wanted = list(dict.fromkeys([file_rule.key, *(rule.column for rule in file_rule.fields.values())]))
-    tables = []
-    for file in files:
-        try:
-            body = b"".join(location._text(file))
-            if file_rule.columns:
-                header = list(file_rule.columns)
-            else:
-                header = next(csv.reader([body.split(b"\n", 1)[0].decode().lstrip("\ufeff").rstrip("\r")], delimiter=file_rule.delimiter), [])
-            if len(set(header)) < len(header):
-                raise pa.ArrowInvalid("a column name occurs twice in its header")
-            missing = [name for name in wanted if name not in header]
-            if missing:
-                raise StageError(f"{file.name} in {location.uri} lacks the column {', '.join(missing)}; it has {', '.join(header)[:500]}",
-                                 "deliver the file with the published columns, or correct the definition")
-            tables.append(pacsv.read_csv(
-                io.BytesIO(body), pacsv.ReadOptions(column_names=list(file_rule.columns) if file_rule.columns else None),
-                pacsv.ParseOptions(delimiter=file_rule.delimiter, newlines_in_values=True),
-                pacsv.ConvertOptions(include_columns=wanted, column_types={name: pa.string() for name in header}, strings_can_be_null=False)))  # fmt: skip
-        except (pa.ArrowInvalid, OSError, DamagedError, UnicodeDecodeError, csv.Error) as error:
-            raise StageError(f"{file.name} in {location.uri} is not a CSV file as published: {error}", "deliver the file again, or remove it") from None
-    table = pa.concat_tables(tables)
-    return pa.table({name: pc.if_else(pc.is_in(table[name], value_set=pa.array(file_rule.missing, pa.string())), "", table[name]) if name != file_rule.key
-                     else table[name] for name in wanted})
 
 
 def day_of(refused: Refused, file: RawFile, fallback_dt: str) -> int:

@@ -71,10 +71,11 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
     """Write a simulated partition of KuaiRand's layout through the functions that the jobs call, without Spark."""
     if (folder / "sequences.parquet").exists():
         return folder
+    from etl.features import read_features
     from etl.items import counted, item_rows, merged
     from etl.jobs.events import EVENT, events_schema, parse_split, write_day_bucket
     from etl.partitions import MS_PER_DAY, Window, day_number, days_between
-    from etl.raw import RawLocation, read_features
+    from etl.raw import RawLocation
     from etl.sequences import sequence_rows
     from etl.simulate import Simulation, write_simulation
     from etl.store import DataFile

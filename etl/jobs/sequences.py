@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
+from etl.features import read_features
 from etl.items import counted, feature_ids, item_rows, merged
 from etl.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.quality.stats import SEQUENCE_COLUMNS, Bucket, SequenceRules, measured_bucket
-from etl.raw import RawLocation, read_features
+from etl.raw import RawLocation
 from etl.schemas import SEQUENCES, schema_fingerprint
 from etl.sequences import sequence_rows
 from etl.spark import spark_session

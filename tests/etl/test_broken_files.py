@@ -10,11 +10,12 @@ import pytest
 
 from etl.datasets import dataset
 from etl.errors import StageError
+from etl.features import read_features
 from etl.items import item_rows
 from etl.jobs.events import COUNTED, EVENT, REFUSED, parse_split
 from etl.jobs.sequences import _user_fields
 from etl.partitions import day_number
-from etl.raw import RawLocation, Split, parse_lines, read_features
+from etl.raw import RawLocation, Split, parse_lines
 
 KUAIRAND = dataset("kuairand")
 COLUMNS = tuple(KUAIRAND.logs.columns)

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets import DatasetDefinition, dataset
+from etl.features import read_features
 from etl.jobs.events import EVENT, REFUSED, bucket_of, parse_split, write_day_bucket
 from etl.partitions import day_number
-from etl.raw import RawLocation, hashed_ids, read_features
+from etl.raw import RawLocation, hashed_ids
 from etl.store import TableStore
 
 ROOT = Path(__file__).resolve().parents[2]
