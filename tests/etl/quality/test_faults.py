@@ -198,7 +198,7 @@ RAW = [
     Fault("half-written file", half_written, "raw", "cut_count", ("ends within a line",)),
     Fault("yesterday's file delivered again", yesterdays_file, "raw", "copy_count", (log_name(YESTERDAY),)),
     Fault("time zone off by 8 hours", changed("time_ms", lambda time, _: time + 8 * MS_PER_HOUR), "raw", "outside_named_days_share", (DT, "time zone")),
-    Fault("other encoding", other_encoding, "raw", "missing_column_count", ("user_id",)),
+    Fault("other encoding", other_encoding, "raw", "unreadable_count", ("UTF-16", log_name(DT))),
     Fault("text in a column of numbers", text_in_numbers, "raw", "refused_share", ("not_an_integer: tab='home'",)),
     Fault("no file of the day", no_file, "raw", "files", (f"covers dt={DT}",)),
 ]
