@@ -38,6 +38,9 @@ def write_yambda(folder: Path, days: int) -> pa.Table:
         pa.array(rng.integers(0, 101, len(uid)).astype(np.uint16), mask=~listen), pa.array(rng.integers(30, 400, len(uid)).astype(np.uint32), mask=~listen)], schema=SCHEMA)  # fmt: skip
     (folder / "flat" / "50m").mkdir(parents=True)
     pq.write_table(table, folder / "flat" / "50m" / "multi_event.parquet", row_group_size=10_000)
+    for kind in ("artist", "album"):
+        mapping = pa.table({f"{kind}_id": pa.array([7, 8, 9], pa.uint32()), "item_id": pa.array([1, 1, 2], pa.uint32())})  # item 1 has two of them
+        pq.write_table(mapping, folder / f"{kind}_item_mapping.parquet")
     return table
 
 
@@ -63,6 +66,8 @@ def test_events_and_sequences_of_yambda(tmp_path):
     build_sequences(store, YAMBDA, raw, Window(dt, 2, days), "a")
     store.publish("a", "items", dt)
     store.publish("a", "sequences", dt)
+    items = {row["item_id"]: (row["artist_id"], row["album_id"]) for row in store.read(store.require("items", dt)).to_pylist()}
+    assert (items[1], items[2], items[3]) == ((7, 7), (9, 9), (None, None))
     rows = {row["user_id"]: row for row in store.read(store.require("sequences", dt)).to_pylist()}
     assert set(rows) == {0, 100, 200, 300, 400}
     longest = rows[0]
