@@ -15,6 +15,7 @@ INT64_MAX = 2**63 - 1
 ITEM_COLUMNS = ("item_index", "item_id", "train_occurrences")  # of the table items: no field may be called so
 EVENT_COLUMNS = ("user_id", "item_id", "event_time_ms", "feedback", "watch_time_ms", "duration_ms", "context", "is_random",
                  "kind", "day", "bucket", "row_hash", "source_file", "row_number", "reason", "raw_text")  # fmt: skip
+FOLDER_COLUMNS = ("dt", "bucket")  # names of partition folders, which other engines read as columns
 # Directives that strptime and pandas' parser both read; of each one what it says.
 DIRECTIVES = {"Y": "year", "y": "year", "m": "month", "b": "month", "B": "month", "d": "day", "j": "day of the year", "a": "weekday", "A": "weekday", "H": "hour",
               "I": "hour of twelve", "p": "half of the day", "M": "minute", "S": "second", "f": "fraction", "z": "offset"}  # fmt: skip
@@ -256,8 +257,8 @@ def _targets(definition: DatasetDefinition) -> Iterator[str]:
 
 def _fields(definition: DatasetDefinition) -> Iterator[str]:
     item_fields = definition.events.item_fields
-    yield from _names("events.item_fields", item_fields, (taken := dict.fromkeys((*ITEM_COLUMNS, *EVENT_COLUMNS), "a column of the warehouse")))
-    taken = dict.fromkeys(ITEM_COLUMNS, "a column of the warehouse") | {name: "events.item_fields" for name in item_fields}
+    yield from _names("events.item_fields", item_fields, (taken := dict.fromkeys((*ITEM_COLUMNS, *EVENT_COLUMNS, *FOLDER_COLUMNS), "a column of the warehouse")))
+    taken = dict.fromkeys((*ITEM_COLUMNS, *FOLDER_COLUMNS), "a column of the warehouse") | {name: "events.item_fields" for name in item_fields}
     for kind, files, names in (("items", definition.items, taken), ("users", definition.users, {})):
         for i, file in enumerate(files):
             yield from _names(f"{kind}.{i}.fields", file.fields, names)

@@ -23,3 +23,12 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def sync(path: Path | str) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk: after a loss of power they are still there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,12 +3,13 @@
     <warehouse>/<dataset>/_staging/<attempt>/<try>/try.json                           written when a job begins to stage
     <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/bucket=NNN/part.parquet       written by that job
     <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/manifest.json         written last by the same job
-    <warehouse>/<dataset>/<table>/dt=D/bucket=NNN/<content digest>.parquet            moved here by `publish`
-    <warehouse>/<dataset>/_manifests/<table>/dt=D/<data digest>.json                  every manifest ever published
-    <warehouse>/<dataset>/_manifests/<table>/dt=D/current.json                        the one that readers follow
+    <warehouse>/<dataset>/<table>/dt=D/bucket=NNN/<content digest>.parquet            what is published now, nothing else
+    <warehouse>/<dataset>/_superseded/<table>/dt=D/bucket=NNN/<content digest>.parquet   what was published before
+    <warehouse>/<dataset>/_manifests/<table>/dt=D/current.json                        the manifest that readers follow
+    <warehouse>/<dataset>/_manifests/<table>/dt=D/history/<data digest>.<attempt>.<digest>.json   every one ever published
 
 Readers read what the current manifest lists and nothing else. File names are content digests, so publishing the same
-data twice changes nothing, and files of the manifest that a reader holds are never overwritten.
+data twice changes nothing; files of a manifest that a reader holds are never overwritten, and found where they were moved.
 
 A job that runs again for the same attempt begins a new try, with a folder of its own: a zombie, a try that outlived its retry,
 writes where nobody looks. What counts of an attempt is the newest try that was begun, and that only where it is complete.
@@ -31,75 +32,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from etl.errors import StageError
+from etl.local_files import sync
+from etl.manifests import DataFile, Manifest
+from etl.pointers import Moved, opened
 from etl.schemas import TABLES, table_schema
 from etl.uris import without_secrets
 
 ROW_GROUP_ROWS = 1 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
+SUPERSEDED = "_superseded"
 STAGING_DAYS = 14  # staging of an attempt that began no try for so long is left over
 REQUESTS = 8  # small files that are read at once
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One Parquet file of a partition.
-
-    Attributes:
-        bucket: hash bucket of its users, 0 for tables without buckets.
-        rows: rows in the file.
-        bytes: size of the file.
-        digest: sha256 of the file's bytes (hex).
-        path: path below the dataset's folder.
-    """
-
-    bucket: int
-    rows: int
-    bytes: int
-    digest: str
-    path: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What one published partition consists of, and what it was made from.
-
-    Attributes:
-        counts: reconciliation figures of the stage (`rows_read`, `duplicates`, `quarantined`, ...).
-        inputs: name -> digest of everything that was read: raw files, or `table/dt=D` -> data digest.
-        settings: the settings of the stage that shaped the data.
-    """
-
-    dataset: str
-    table: str
-    dt: str
-    attempt: str
-    schema: str
-    code_version: str
-    files: tuple[DataFile, ...]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, str | int | float] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    @property
-    def data_digest(self) -> str:
-        """The snapshot id: a function of table, day, schema and file contents, of nothing else."""
-        parts = [self.table, self.dt, self.schema]
-        parts += [f"{f.bucket}:{f.rows}:{f.digest}" for f in sorted(self.files, key=lambda f: (f.bucket, f.digest))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "rows": self.rows, "data_digest": self.data_digest}, indent=1, sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str) -> Manifest:
-        raw = json.loads(text)
-        raw.pop("rows"), raw.pop("data_digest")
-        raw["files"] = tuple(DataFile(**file) for file in raw["files"])
-        return Manifest(**raw)
 
 
 @dataclass(frozen=True)
@@ -238,7 +181,7 @@ class TableStore:
         """Return the partition as the newest try that was begun for it has staged it, None where that one is not complete."""
         work = next((one for one in self.tries(attempt) if table in one.tables and dt in one.days), None)
         text = self.read_text(f"{work.partition_dir(table, dt)}/manifest.json") if work else None
-        return Staged(work, Manifest.from_json(text)) if work and text is not None else None
+        return self._as_staged(work, table, dt, text) if work and text is not None else None
 
     def staged_manifest(self, attempt: str, table: str, dt: str) -> Manifest | None:
         """Return the manifest of a completely staged partition, else None."""
@@ -257,7 +200,11 @@ class TableStore:
             days += [day for day in names if newest.get(day) == work]
         with ThreadPoolExecutor(REQUESTS) as pool:
             texts = list(pool.map(lambda day: self.read_text(f"{newest[day].partition_dir(table, day)}/manifest.json"), sorted(days)))
-        return {day: Staged(newest[day], Manifest.from_json(text)) for day, text in zip(sorted(days), texts, strict=True) if text is not None}
+        return {day: self._as_staged(newest[day], table, day, text) for day, text in zip(sorted(days), texts, strict=True) if text is not None}
+
+    def _as_staged(self, work: Try, table: str, dt: str, text: str) -> Staged:
+        where = f"{self.root}/{work.partition_dir(table, dt)}/manifest.json"
+        return Staged(work, Manifest.from_json(text, where, "run the stage that builds it again with the same --attempt"))
 
     def staged_days(self, attempt: str, table: str) -> list[str]:
         """Return the days of `table` that this attempt has staged completely, oldest first."""
@@ -275,6 +222,8 @@ class TableStore:
         if staged is None:
             current = self.manifest(table, dt)
             if current is not None and current.attempt == attempt:
+                with opened(self.fs, self.warehouse, f"{self.root}/{_pointer(table, dt)}"):
+                    self._settle(table, dt)  # a publication may have been cut short behind its pointer
                 return current
             raise StageError(f"attempt {attempt} has no completely staged partition dt={dt} of table {table}",
                              "run the stage that builds it with the same --attempt first")
@@ -288,8 +237,11 @@ class TableStore:
             tell: is told of each as soon as it is published.
 
         Raises:
-            StageError: a file is missing or has other bytes than its manifest says. Nothing was published then.
+            StageError: a file is missing or has other bytes than its manifest says, or somebody published other data since the
+                try began: nothing was published then, or not that partition and those after it. What is staged stays.
         """
+        for one in staged:
+            self._require_expected(one, self.manifest(one.manifest.table, one.manifest.dt))
         with ThreadPoolExecutor(REQUESTS) as pool:
             for _ in pool.map(lambda one: self._verify(*one), [(one.manifest, file) for one in staged for file in one.manifest.files]):
                 pass
@@ -318,25 +270,93 @@ class TableStore:
     def _not_as_judged(what: str) -> StageError:
         return StageError(what, "run the stage that builds it with the same --attempt again, then its gate; what was published before is unchanged")
 
+    def _require_expected(self, staged: Staged, current: Manifest | None) -> None:
+        """Compare what is published with what was when the try began. The same data from somebody else is no conflict.
+
+        Raises:
+            StageError: they differ.
+        """
+        name = self.input_name(staged.manifest)
+        found, expected = current.data_digest if current else "", staged.work.expected.get(name, "")
+        if found in (expected, staged.manifest.data_digest):
+            return
+        by = f"attempt {current.attempt} published {found[:16]} ({current.rows:,} rows)" if current else "it was withdrawn"
+        raise StageError(f"{self.dataset}/{name} changed while attempt {staged.work.attempt} built it from {expected[:16] or 'nothing published'}: {by} meanwhile",
+                         "run the stage that builds it again with the same --attempt, which starts from what is published now, then its gate; "
+                         f"nothing is lost, what was staged is under {self.root}/{staged.work.folder}")
+
     def _publish_verified(self, staged: Staged) -> Manifest:
         manifest, table, dt = staged.manifest, staged.manifest.table, staged.manifest.dt
-        files = []
-        for file in manifest.files:
-            final = self.published_path(table, dt, file)
-            source = f"{self.root}/{file.path}"
-            self._make_dir(f"{self.root}/{table}/dt={dt}/bucket={file.bucket:03d}")
-            if self.fs.get_file_info(source).type == pafs.FileType.File:
-                self.fs.move(source, f"{self.root}/{final}")
-            files.append(replace(file, path=final))
-        published = replace(manifest, files=tuple(files))
-        for info, file in zip(self.fs.get_file_info([f"{self.root}/{file.path}" for file in files]), files, strict=True):
-            if info.type != pafs.FileType.File or info.size != file.bytes:
-                raise self._not_as_judged(f"the file {info.path} of table {table} dt={dt} was moved there and is not there whole")
-        folder = f"_manifests/{table}/dt={dt}"
-        self.write_text(f"{folder}/{published.data_digest}.json", published.to_json())
-        self.write_text(f"{folder}/current.json", published.to_json())
+        published = replace(manifest, files=tuple(replace(file, path=self.published_path(table, dt, file)) for file in manifest.files))
+        text, won = published.to_json(), False
+        while not won:
+            with opened(self.fs, self.warehouse, f"{self.root}/{_pointer(table, dt)}") as pointer:
+                current = self._as_current(table, dt, pointer.text) if pointer.text is not None else None
+                try:
+                    self._require_expected(staged, current)
+                except StageError:
+                    if current is not None:
+                        self._settle(table, dt)  # takes out what was placed before the pointer moved
+                    raise
+                self._place(manifest, published)
+                kept = hashlib.sha256(text.encode()).hexdigest()[:8]
+                self.write_text(f"_manifests/{table}/dt={dt}/history/{published.data_digest}.{published.attempt}.{kept}.json", text, durable=True)
+                with contextlib.suppress(Moved):  # by somebody else: look again
+                    pointer.replace(text)
+                    won = True
+                    self._settle(table, dt)
         self._drop_staged([work for work in self.tries(manifest.attempt) if work.name <= staged.work.name], [table], [dt])
         return published
+
+    def _place(self, staged: Manifest, published: Manifest) -> None:
+        """Bring the staged files to where they are published, to stay, and look that each is there."""
+        local = isinstance(self.fs, pafs.LocalFileSystem)
+        for file, final in zip(staged.files, published.files, strict=True):
+            source, target = f"{self.root}/{file.path}", f"{self.root}/{final.path}"
+            folder = target.rsplit("/", 1)[0]
+            self._make_dir(folder)
+            if self.fs.get_file_info(source).type != pafs.FileType.File:
+                continue  # moved by a publication that was cut short, and verified where it is
+            if local:
+                sync(source)
+                os.replace(source, target)
+                sync(folder)
+            elif self.fs.type_name in OBJECT_STORES:
+                self.fs.copy_file(source, target)  # a publisher who loses keeps its staging
+            else:
+                self.fs.move(source, target)
+        for info, final in zip(self.fs.get_file_info([f"{self.root}/{file.path}" for file in published.files]), published.files, strict=True):
+            if info.type != pafs.FileType.File or info.size != final.bytes:
+                raise self._not_as_judged(f"the file {info.path} of table {published.table} dt={published.dt} was moved there and is not there whole")
+
+    def _settle(self, table: str, dt: str) -> None:
+        """Let the partition's folder hold exactly the files of its manifest, so that any engine that reads the folder counts right.
+
+        Other files move below `_superseded`, where `read_file` finds them for who holds an older manifest. Where there is no
+        lock, another publisher may do the same meanwhile: whoever ends last has looked at the manifest that counts.
+        """
+        current = self.require(table, dt)
+        self._sort_out(current)
+        while (after := self.require(table, dt)).files != current.files:
+            current = after
+            self._sort_out(current)
+
+    def _sort_out(self, current: Manifest) -> None:
+        folder = f"{current.table}/dt={current.dt}"
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{folder}", recursive=True, allow_not_found=True))
+        there = {info.path[len(self.root) + 1 :] for info in infos if info.type == pafs.FileType.File}
+        listed = {file.path for file in current.files}
+        for path in sorted(there - listed):
+            self._make_dir(f"{self.root}/{SUPERSEDED}/{path}".rsplit("/", 1)[0])
+            try:
+                self.fs.move(f"{self.root}/{path}", f"{self.root}/{SUPERSEDED}/{path}")
+            except OSError:
+                if self.fs.get_file_info(f"{self.root}/{path}").type == pafs.FileType.File:
+                    raise  # else another publisher has moved it
+        for path in sorted(listed - there):  # taken out by a publisher that lost, or of a manifest that was restored by hand
+            if self.fs.get_file_info(f"{self.root}/{SUPERSEDED}/{path}").type == pafs.FileType.File:
+                self._make_dir(f"{self.root}/{path}".rsplit("/", 1)[0])
+                self.fs.copy_file(f"{self.root}/{SUPERSEDED}/{path}", f"{self.root}/{path}")
 
     def published_path(self, table: str, dt: str, file: DataFile) -> str:
         """Path below the dataset's folder to which `publish` moves a staged file."""
@@ -344,8 +364,12 @@ class TableStore:
 
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""
-        text = self.read_text(f"_manifests/{table}/dt={dt}/current.json")
-        return Manifest.from_json(text) if text is not None else None
+        text = self.read_text(_pointer(table, dt))
+        return self._as_current(table, dt, text) if text is not None else None
+
+    def _as_current(self, table: str, dt: str, text: str) -> Manifest:
+        where = f"{self.root}/{_pointer(table, dt)}"
+        return Manifest.from_json(text, where, f"copy the newest good manifest of {self.root}/_manifests/{table}/dt={dt}/history over it")
 
     def days(self, table: str) -> list[str]:
         """Return the days of which a partition was ever published, oldest first."""
@@ -383,8 +407,15 @@ class TableStore:
         return pa.concat_tables([self.read_file(file, columns) for file in files])
 
     def read_file(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
-        return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None,
-                             columns=None if columns is None else list(columns))
+        """Read a file where its manifest says, or, when that manifest counts no more, where publication has moved it."""
+        names = None if columns is None else list(columns)
+        try:
+            return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None, columns=names)
+        except OSError:
+            old = f"{self.root}/{SUPERSEDED}/{file.path}"
+            if self.fs.get_file_info(old).type != pafs.FileType.File:
+                raise
+            return pq.read_table(old, filesystem=self.fs, partitioning=None, columns=names)
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.
@@ -418,8 +449,12 @@ class TableStore:
 
     # ---- small files ---------------------------------------------------------------------------------------------
 
-    def write_bytes(self, path: str, body: pa.Buffer | bytes) -> None:
-        """Write one small file below the data set's folder; a reader sees the old one or the whole new one."""
+    def write_bytes(self, path: str, body: pa.Buffer | bytes, durable: bool = False) -> None:
+        """Write one small file below the data set's folder; a reader sees the old one or the whole new one.
+
+        Args:
+            durable: on a local disk, wait until it would survive a loss of power.
+        """
         full = f"{self.root}/{path}"
         self._make_dir(full.rsplit("/", 1)[0])
         # Local file systems rename, object stores show an object only when complete.
@@ -428,7 +463,11 @@ class TableStore:
         with self.fs.open_output_stream(target) as stream:
             stream.write(body)
         if local:
+            if durable:
+                sync(target)
             os.replace(target, full)
+            if durable:
+                sync(full.rsplit("/", 1)[0])
 
     def _make_dir(self, path: str) -> None:
         """Make a folder where there are folders; an object store would take a request for each level of it."""
@@ -440,8 +479,8 @@ class TableStore:
         if self.fs.get_file_info(f"{self.root}/{path}").type == pafs.FileType.File:
             self.fs.delete_file(f"{self.root}/{path}")
 
-    def write_text(self, path: str, text: str) -> None:
-        self.write_bytes(path, text.encode())
+    def write_text(self, path: str, text: str, durable: bool = False) -> None:
+        self.write_bytes(path, text.encode(), durable)
 
     def read_text(self, path: str) -> str | None:
         """Return a small file below the data set's folder, None where there is none."""
@@ -449,7 +488,7 @@ class TableStore:
         if self.fs.get_file_info(full).type != pafs.FileType.File:
             return None
         with self.fs.open_input_stream(full) as stream:
-            return stream.read().decode()
+            return stream.read().decode("utf-8", "replace")
 
 
 def sha256_of(fs: pafs.FileSystem, path: str) -> str:
@@ -463,6 +502,10 @@ def sha256_of(fs: pafs.FileSystem, path: str) -> str:
         while block := stream.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _pointer(table: str, dt: str) -> str:
+    return f"_manifests/{table}/dt={dt}/current.json"
 
 
 def _leaf_names(schema: pa.Schema) -> list[str]:
