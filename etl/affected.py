@@ -1,8 +1,10 @@
 """List the partitions that are no longer what their inputs say: build these again (a backfill with reprocessing).
 
-A day of `events` is stale when raw files that may hold it were added or delivered again since it was built (only looked at
-with --raw). A partition of a later table is stale when an input that its manifest names is no longer the published one, or
-is itself stale. Nothing is changed. Exit code 0: all is fresh; 1: something is stale.
+A day of `events` is stale when raw files that may hold it were added or delivered again since it was built, or when the
+definition's keys that shape rows changed (only looked at with --raw). Where raw files that it was built from are gone, it
+cannot be built again whole: it is listed, and left out of the backfill, until they are back. A partition of a later table is
+stale when an input that its manifest names is no longer the published one, or is to be built again itself. Nothing is
+changed. Exit code 0: all is fresh; 1: something is stale.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import asdict, dataclass
 from etl.cli import dataset_parser, definition_of, run_stage
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
-from etl.jobs.events import why_stale
+from etl.freshness import Action, same_rows
+from etl.jobs.events import Judge
 from etl.partitions import add_days
 from etl.raw import RawLocation
 from etl.store import TableStore
@@ -25,11 +28,12 @@ TABLES = ("items", "sequences", "user_caches")  # in the order in which they han
 
 @dataclass(frozen=True)
 class Stale:
-    """One stale partition and what made it so."""
+    """One stale partition and what made it so; `whole`: all that it takes to build it again is there."""
 
     table: str
     dt: str
     because: tuple[str, ...]
+    whole: bool = True
 
 
 def main() -> None:
@@ -58,19 +62,20 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
     if not events:
         raise StageError(f"no day of {store.dataset} is published under {store.warehouse}", "correct --warehouse or --dataset, or run the stages first")
     if raw is not None:
-        files = raw.logs(definition)
-        found = [Stale("events", dt, (why,)) for dt, manifest in events.items() if (why := why_stale(manifest, definition, raw, files, dt))]
-    digests = {f"events/dt={dt}": manifest.data_digest for dt, manifest in events.items()}
-    old = {f"events/dt={stale.dt}" for stale in found}
+        judge = Judge(definition, raw, raw.logs(definition))
+        verdicts = [judge(dt, manifest) for dt, manifest in events.items()]
+        found = [Stale("events", v.dt, (v.reason,), v.action is Action.BUILD) for v in verdicts if v.action is not Action.FRESH]
+    digests = {f"events/dt={dt}": same_rows(manifest) for dt, manifest in events.items()}
+    old = {f"events/dt={stale.dt}" for stale in found if stale.whole}
     for name in TABLES:
         for dt in store.days(name):
             manifest = store.manifest(name, dt)
             if manifest is None:
                 continue
             key = store.input_name(manifest)
-            digests[key] = manifest.data_digest
+            digests[key] = {manifest.data_digest}
             because = [f"{i} is stale" if i in old else f"{i} was built again" for i, digest in sorted(manifest.inputs.items())
-                       if i in old or digests.get(i, digest) != digest]
+                       if i in old or digest not in digests.get(i, {digest})]
             if because:
                 old.add(key)
                 found.append(Stale(name, dt, tuple(because)))
@@ -82,6 +87,7 @@ def backfill_days(stale: list[Stale], store: TableStore) -> list[list[str]]:
 
     A run builds the stale days of its lookback anew, so only days that lie in none need a run of their own.
     """
+    stale = [s for s in stale if s.whole]
     days = {s.dt for s in stale if s.table != "events"}
     covered = set(days)
     for dt in days:
@@ -105,7 +111,11 @@ def table(stale: list[Stale], store: TableStore) -> str:
     for s in stale:
         more = f" and {len(s.because) - 1} more" if len(s.because) > 1 else ""
         lines.append(f"{s.table:<14}{s.dt:<12}{s.because[0]}{more}")
+    if lost := [s.dt for s in stale if not s.whole]:
+        lines.append(f"\ncannot be built again whole until their raw files are back: {', '.join(lost)}")
     ranges = backfill_days(stale, store)
+    if not ranges:
+        return "\n".join(lines)
     lines.append(f"\nbuild again, oldest first: {', '.join(first if first == last else f'{first} .. {last}' for first, last in ranges)}")
     lines.append("in the Airflow UI of `make up`: backfill with reprocessing; by hand: the stages of docs/stages.md with a new --attempt; or")
     lines += [f"  airflow backfill create --dag-id vql_daily_{store.dataset} --from-date {first} --to-date {last} --reprocess-behavior completed" for first, last in ranges]

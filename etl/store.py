@@ -148,6 +148,10 @@ class TableStore:
                 for path in [f"{work.folder}/{table}"] if whole else [work.partition_dir(table, day) for day in set(days) & set(work.days)]:
                     self._drop(path)
 
+    def drop_staging(self, attempt: str) -> None:
+        """Drop all that an attempt has staged."""
+        self._drop(f"_staging/{attempt}")
+
     def _drop(self, path: str) -> None:
         """Drop a folder of staging. What a zombie writes into it meanwhile may stay: nobody looks there."""
         full = f"{self.root}/{path}"
@@ -433,15 +437,6 @@ class TableStore:
                 blocks[min(block.inputs)] = block
                 inside |= block.inputs.keys()
         return [blocks.get(name, m) for name, m in days.items() if name in blocks or name not in inside]
-
-    @staticmethod
-    def files_by_bucket(manifests: Sequence[Manifest]) -> dict[int, list[DataFile]]:
-        """Return the files of each bucket, in the manifests' order."""
-        files: dict[int, list[DataFile]] = {}
-        for manifest in manifests:
-            for file in manifest.files:
-                files.setdefault(file.bucket, []).append(file)
-        return files
 
     def input_name(self, manifest: Manifest) -> str:
         """Name of a partition among another manifest's `inputs`."""

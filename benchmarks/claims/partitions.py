@@ -71,6 +71,7 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
     """Write a simulated partition of KuaiRand's layout through the functions that the jobs call, without Spark."""
     if (folder / "sequences.parquet").exists():
         return folder
+    from etl.buckets import Layout
     from etl.features import read_features
     from etl.items import counted, item_rows, merged
     from etl.jobs.events import EVENT, events_schema, parse_split, write_day_bucket
@@ -87,7 +88,7 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
         place, store = RawLocation(f"{work}/raw"), TableStore(f"{work}/w", definition.name)
         days = frozenset(day_number(day) for day in days_between("2022-04-08", dt))
         splits = place.splits(place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
-        rows = pa.concat_tables([t for split in splits for t in parse_split(place, split, definition, days, dt, 1)])
+        rows = pa.concat_tables([t for split in splits for t in parse_split(place, split, definition, days, dt, Layout(1))])
         rows = rows.filter(pa.array(rows["kind"].to_numpy() == EVENT))
         staging = store.begin_try("a", ["events"], days_between("2022-04-08", dt))
         results = [write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, staging, day, 0) for day in sorted(days)]

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
+from etl.buckets import Part, common_layout, parts_by_bucket, read_bucket
 from etl.cli import dataset_parser, definition_of, log, run_stage
 from etl.errors import StageError
 from etl.partitions import days_between, parse_dt
@@ -38,37 +39,34 @@ def compact(store: TableStore, days: list[str], attempt: str) -> Manifest:
     """Build and publish the block of some consecutive days; return its manifest.
 
     Raises:
-        StageError: a day is not published, or the days are cut into different numbers of buckets.
+        StageError: a day is not published.
     """
     manifests = [store.require("events", day) for day in days]
-    layouts = {str(m.settings.get("buckets")) for m in manifests if m.rows}
-    if len(layouts) > 1:
-        raise StageError(f"the days {days[0]} .. {days[-1]} are cut into different numbers of buckets: {', '.join(sorted(layouts))}",
-                         "build them again with one --buckets, then compact")
-    files = store.files_by_bucket(manifests)
+    layout = common_layout(manifests)
+    parts = parts_by_bucket(manifests, layout)
     warehouse, dataset, first = store.warehouse, store.dataset, days[0]
     staging = store.begin_try(attempt, ["event_blocks"], [first])
     spark = spark_session(attempt)
     try:
 
-        def join(task: tuple[int, list[DataFile]]) -> str:
+        def join(task: tuple[int, list[Part]]) -> str:
             bucket, work = task
             here = TableStore(warehouse, dataset)
-            events = here.read_files(work)
+            events = read_bucket(here, work, bucket, layout)
             # Stable: a user's events stay in the order of days and of the rows within each, as reading the days would give.
             order = np.argsort(events["user_id"].to_numpy(), kind="stable")
             return json.dumps(asdict(here.write_file(staging, "event_blocks", first, bucket, events.take(pa.array(order)))))
 
         context = spark.sparkContext
-        found = [DataFile(**json.loads(text)) for text in context.parallelize(sorted(files.items()), max(len(files), 1)).map(join).collect()]
+        found = [DataFile(**json.loads(text)) for text in context.parallelize(sorted(parts.items()), max(len(parts), 1)).map(join).collect()]
     finally:
         spark.stop()
     rows = sum(m.rows for m in manifests)
     if sum(file.rows for file in found) != rows:
         raise StageError(f"the block of {days[0]} .. {days[-1]} has {sum(f.rows for f in found):,} rows, its days have {rows:,}", "this is a bug: report it; the days are untouched")
     store.write_staged_manifest(staging, Manifest(
-        dataset, "event_blocks", first, attempt, manifests[-1].schema, code_version(), tuple(found), {"events": rows, "files_before": sum(map(len, files.values()))},
-        {store.input_name(m): m.data_digest for m in manifests}, {"last_dt": days[-1], "buckets": ",".join(layouts)}))  # fmt: skip
+        dataset, "event_blocks", first, attempt, manifests[-1].schema, code_version(), tuple(found), {"events": rows, "files_before": sum(len(m.files) for m in manifests)},
+        {store.input_name(m): m.data_digest for m in manifests}, {"last_dt": days[-1], **layout.settings()}))  # fmt: skip
     return store.publish(attempt, "event_blocks", first)
 
 

@@ -2,27 +2,33 @@
 
 A day is a function of the raw rows whose event time (UTC) lies in it, of nothing else: days built together, apart, in any
 order or twice have the same bytes. Every raw row read is counted as an event, a duplicate, quarantined, or outside.
+
+A published day whose raw files are gone is never built again; `etl.freshness` decides. A file whose name promises no days is
+read once for all the days that it holds: those that nobody has asked for yet wait in the staging of the attempt AHEAD, which
+no gate publishes, until a partition needs them.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
+import datetime as dtm
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.buckets import MAX_BUCKETS, Layout
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.compression import BREAKS, promised_compression
 from etl.datasets import MILLISECONDS, DatasetDefinition, Events, FieldRule, Span
 from etl.errors import StageError
+from etl.freshness import Action, Published, Verdict, accepted_days, judged, rows_digest
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
 from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
 from etl.schemas import EVENTS, QUARANTINE, event_field_type, schema_fingerprint, table_schema
@@ -32,7 +38,9 @@ from etl.store import DataFile, Manifest, TableStore, Try, code_version, sha256_
 EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
 BYTES_PER_TASK = 128 << 20
 BUCKET_BYTES = 128 << 20  # raw bytes of the lookback that one bucket holds: what one task of the sequences job reads
-MAX_BUCKETS = 4_096
+GROWTH = 4  # new days get more buckets than the published ones when the lookback asks for so many times their number
+AHEAD = "ahead"  # the attempt under which days wait that no partition has asked for yet
+AHEAD_DAYS = 400  # at most so many of them at a time
 GZIP_RATIO = 5  # raw bytes in a byte of an archive, roughly
 HASHED_BYTES = 512 << 20  # larger raw files are identified by name and size
 
@@ -42,8 +50,10 @@ def main() -> None:
     parser.add_argument("--raw", required=True, help="folder or URI of the raw logs, as published")
     parser.add_argument("--lookback-days", type=int, default=None, help="days, dt included, that must be there afterwards (default: the definition's)")
     parser.add_argument("--buckets", type=int, default=None,
-                        help=f"user buckets of a day (default: those of the days that are there, else one for each {BUCKET_BYTES >> 20} MiB of raw logs)")
+                        help=f"user buckets of the days that are built (default: those of the days that are there, or one for each {BUCKET_BYTES >> 20} MiB of a whole lookback)")
     parser.add_argument("--max-bad-share", type=float, help="stop when more than this share of the rows is refused (default: the data set's quality bound raw.max_refused_share)")
+    parser.add_argument("--accept-loss", action="append", default=[], metavar="DAY", help="build this day (or FIRST..LAST) from the raw files that are left, "
+                        "and let it have fewer rows than what is published; may be given more than once")
     parser.add_argument("--reports", help="folder of reports: judge the raw files first and the staged days last, in this process, and write the pages there")
     args = parser.parse_args()
     definition, store, raw = definition_of(args), store_of(args), RawLocation(args.raw)
@@ -59,71 +69,120 @@ def main() -> None:
 
             around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
             raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))
-        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, raw_gate)
+        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, raw_gate,
+                               accepted_days(args.accept_loss))
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
-        " + {outside_days:,} outside the lookback + {already_published:,} of days already published".format(**summary))
+        " + {outside_days:,} outside the lookback + {built_ahead:,} built ahead + {already_published:,} of days already published".format(**summary))
 
 
 def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, lookback_days: int, buckets: int | None,
-                 max_bad_share: float, raw_gate: Callable[[bool], object] = lambda wait: None) -> dict[str, int]:
+                 max_bad_share: float, raw_gate: Callable[[bool], object] = lambda wait: None, accept_loss: Collection[str] = ()) -> dict[str, int]:
     """Stage all missing days and `dt` itself; return the reconciliation of the rows that were read.
 
     Args:
         raw_gate: raises when the files must not be used; asked before the files are read, when it may have no answer yet, and,
             told to wait for one, before anything counts as staged.
         buckets: user buckets of a day; None takes those of the published days, else sizes them by the raw bytes.
+        accept_loss: days that may be built from less than what is published was built from.
 
     Raises:
-        StageError: files or columns are missing, too many rows are refused, or `dt` has no row.
+        StageError: files or columns are missing, a day cannot be built again without loss, too many rows are refused, or `dt` has no row.
     """
     files = raw.logs(definition)
     for note in raw.notes(files, definition):
         log(f"note: {note}")
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
+    if strangers := sorted(set(accept_loss) - set(lookback)):
+        raise StageError(f"--accept-loss names {strangers[0]}, which is no day of the lookback {lookback[0]} .. {dt}", "name days that this partition reads")
     work = store.begin_try(attempt, ("quarantine", "events"), lookback)
     published = {day: manifest for day in lookback if (manifest := store.manifest("events", day)) is not None}
-    listing = {day: _listing(files, day) for day in lookback}
-    if buckets is None:
-        buckets = _buckets(published, [file for file in files if any(file.may_hold(day) for day in lookback)])
-    settings = {"raw": raw.uri, "buckets": buckets, "definition": definition_digest(definition)}
-    needed = [day for day in lookback if day == dt or not _is_there(published.get(day), listing[day], settings)]
+    layout = Layout(buckets or _buckets(published, files, definition, lookback))
+    judge = Judge(definition, raw, files)
+    verdicts = [judge(day, published.get(day), wanted=day == dt, accept_loss=day in accept_loss) for day in lookback]
+    _tell(verdicts, raw)
+    needed = [verdict.dt for verdict in verdicts if verdict.action is Action.BUILD]
     if definition.logs.days_in_name and (undated := [file.name for file in files if file.first_utc_dt is None]):
         log(f"note: logs.days_in_name finds no days in {len(undated)} name(s), such as {undated[0]}: they are opened for every day")
-    relevant = [file for file in files if any(file.may_hold(day) for day in needed)]
-    if not any(file.may_hold(dt) for file in relevant):
+    if not any(file.may_hold(dt) for file in files):
         raise StageError(f"no log file in {raw.uri} covers dt={dt}: their names promise {promised(files)}", "deliver that day's file, or choose another DT")
-    log(f"building {len(needed)} day(s) {needed[0]} .. {needed[-1]} in {buckets} bucket(s) from {len(relevant)} file(s), {sum(f.size for f in relevant):,} bytes")
-    spark = spark_session(attempt)
-    try:
-        raw_gate(False)
-        stats = _run(spark, store, definition, raw, relevant, needed, dt, work, buckets)
-    finally:
-        spark.stop()
-    by_day, summary = _reconciled(definition, raw, dt, needed, relevant, add_days(dt, 1 - lookback_days), max_bad_share, stats)
+    there = store.staged_partitions(AHEAD, "events")
+    waiting = {day for day, staged in there.items() if store.manifest("events", day) is None and _is_made(staged.manifest, judge, layout)}
+    if there and not waiting:
+        store.drop_staging(AHEAD)
+    # A whole file is not read for a day of it that is there.
+    made = dt not in accept_loss and any(file.first_utc_dt is None for file in files if file.may_hold(dt)) and _is_made(published.get(dt), judge, layout)
+    taken = [day for day in needed if (day in waiting or (day == dt and made)) and _take(store, work, day, day in waiting, empty=day != dt)]
+    to_build = [day for day in needed if day not in taken]
+    relevant = [file for file in files if any(file.may_hold(day) for day in to_build)]
+    ahead = _days_ahead(store, definition, lookback, waiting) if any(file.first_utc_dt is None for file in relevant) else []
+    ahead = [day for day in ahead if all(file in relevant for file in files if file.may_hold(day))]
+    later = store.begin_try(AHEAD, ("quarantine", "events"), ahead) if ahead else None
+    log(f"building {len(to_build)} day(s){f' {to_build[0]} .. {to_build[-1]}' if to_build else ''} in {layout.buckets} bucket(s) from {len(relevant)} file(s), "
+        f"{sum(f.size for f in relevant):,} bytes{f'; taking {len(taken)} day(s) that were built before' if taken else ''}")
+    if to_build:
+        spark = spark_session(attempt)
+        try:
+            raw_gate(False)
+            stats = _run(spark, store, definition, raw, relevant, to_build, dt, work, later, layout)
+        finally:
+            spark.stop()
+    else:
+        stats = []
+    by_day, summary = _reconciled(definition, raw, dt, to_build, ahead, relevant, lookback[0], max_bad_share, stats)
     raw_gate(True)
-    _write_manifests(store, definition, raw, work, relevant, by_day, needed, {day: {**settings, "listing": listing[day]} for day in needed})
+    settings = {"raw": raw.uri, "definition": judge.digest, "signals": ",".join(definition.feedback_fields), **layout.settings()}
+    _write_manifests(store, definition, judge, by_day, [*((work, day, {**settings, "accepted_loss": "yes"} if day in accept_loss else settings) for day in to_build),
+                                                        *((later, day, settings) for day in ahead if later)])
     return summary
 
 
-def why_stale(manifest: Manifest, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], dt: str) -> str | None:
-    """Return why a published day is no longer what the job would build, None when it is."""
-    settings = {"raw": raw.uri, "buckets": manifest.settings["buckets"], "definition": definition_digest(definition)}
-    if _is_there(manifest, _listing(files, dt), settings):
-        return None
-    if manifest.settings.get("definition") != settings["definition"]:
-        return "the definition changed"
-    return "raw files came or changed" if manifest.settings.get("raw") == raw.uri else f"built from another raw folder: {manifest.settings.get('raw')}"
+class Judge:
+    """Judges the days of one data set by the raw files that are there now.
+
+    Attributes:
+        digest: `rows_digest` of the definition.
+        files: the raw files.
+    """
+
+    def __init__(self, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile]) -> None:
+        self.digest, self.raw, self.files = rows_digest(definition), raw, files
+        self._digests: dict[str, str] = {}
+
+    def __call__(self, dt: str, manifest: Manifest | None, wanted: bool = False, accept_loss: bool = False) -> Verdict:
+        """Return what is to be done with a day of which `manifest` is published."""
+        published = None if manifest is None else Published.of(manifest)
+        return judged(dt, published, self.files, self.digest, self.file_digest, wanted=wanted, accept_loss=accept_loss)
+
+    def file_digest(self, file: RawFile) -> str:
+        """Return the digest of a file as manifests have it; large files are known by their size alone.
+
+        Raises:
+            StageError: it is no longer the file that was listed.
+        """
+        if file.name not in self._digests:
+            self._digests[file.name] = f"size:{file.size}" if file.size > HASHED_BYTES else f"sha256:{sha256_of(self.raw.fs, file.path)}"
+            now = self.raw.fs.get_file_info(file.path)
+            if (now.size, now.mtime_ns or 0) != (file.size, file.modified_ns):
+                raise StageError(f"{file.name} in {self.raw.uri} changed while it was read", "run again once it has been delivered whole")
+        return self._digests[file.name]
 
 
-def bucket_of(user_id: np.ndarray, buckets: int) -> np.ndarray:
-    """Return the bucket of each user: a mix of the id's bits, stable over versions and machines, int32."""
-    mixed = user_id.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(33)) % np.uint64(buckets)).astype(np.int32)
+def _tell(verdicts: list[Verdict], raw: RawLocation) -> None:
+    """Log what is remarkable about the days of the lookback.
 
-
-def definition_digest(definition: DatasetDefinition) -> str:
-    """Return the digest of what shapes events: the logs, and the parts of their columns."""
-    return hashlib.sha256(definition.model_dump_json(include={"logs", "events"}).encode()).hexdigest()[:16]
+    Raises:
+        StageError: days would have to be built again, and cannot be.
+    """
+    for verdict in verdicts:
+        if verdict.action is Action.KEEP:
+            log(f"warning: dt={verdict.dt}: {verdict.reason}; it stays as it is published")
+    if archived := [v for v in verdicts if v.action is Action.FRESH and v.reason != "unchanged"]:
+        log(f"{len(archived)} published day(s) {archived[0].dt} .. {archived[-1].dt} stay as they are: {archived[0].reason}")
+    if stopped := [v for v in verdicts if v.action is Action.STOP]:
+        days = "".join(f"\n  dt={v.dt}: {v.reason}" for v in stopped)
+        raise StageError(f"{len(stopped)} published day(s) would have to be built again, but from less than they were built from:{days}",
+                         f"bring the files back to {raw.uri}; or keep the published rows of days whose definition changed: python -m etl.jobs.rebucket --adopt-definition "
+                         "(docs/operations.md); or build them from what is left, which loses rows: --accept-loss DAY")
 
 
 def events_schema(definition: DatasetDefinition) -> pa.Schema:
@@ -146,16 +205,16 @@ def parsed_schema(definition: DatasetDefinition) -> pa.Schema:
     )
 
 
-def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, needed: frozenset[int], fallback_dt: str, buckets: int) -> Iterator[pa.Table]:
+def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, needed: frozenset[int], fallback_dt: str, layout: Layout) -> Iterator[pa.Table]:
     """Yield tables with the parsed schema: the needed days' events, their refused lines, and one row of counts a day."""
     schema = parsed_schema(definition)
     for chunk in raw.read(split, definition):
-        yield _event_rows(chunk, definition, needed, buckets, schema)
+        yield _event_rows(chunk, definition, needed, layout, schema)
         refused = [(_filed(r, split.file, fallback_dt), r) for r in chunk.refused]
         yield _refused_rows(refused, split.file, needed, schema)
         yield _elsewhere_rows(refused, split.file, needed, schema)
         days = np.concatenate([chunk.time_ms // MS_PER_DAY, np.array([day for day, _ in refused], dtype=np.int64)])
-        yield _count_rows(days, schema)
+        yield _count_rows(days, split.file, schema)
 
 
 def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int) -> dict:
@@ -186,7 +245,30 @@ def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefin
     return result
 
 
-def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], needed: list[str], dt: str, work: Try, buckets: int) -> list[dict]:
+def write_rows(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, later: Try | None, layout: Layout) -> list[dict]:
+    """Write what one task got of the parsed rows, every bucket of a day whole; return the figures for the manifests.
+
+    Args:
+        work, later: where the days of the lookback are staged, and those that wait.
+    """
+    buckets, waiting = layout.buckets, frozenset(later.days if later else ())
+    counted = rows.filter(pc.equal(rows["kind"], COUNTED))
+    results = [{"day": row["day"], "file": row["source_file"], "counted": row["row_number"]} for row in counted.select(["day", "source_file", "row_number"]).to_pylist()]
+    for row in rows.filter(pc.equal(rows["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist():
+        results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
+    rows = rows.filter(pc.less(rows["kind"], COUNTED))
+    keys = rows["day"].to_numpy().astype(np.int64) * buckets + rows["bucket"].to_numpy()
+    rows = rows.take(pa.array(np.argsort(keys, kind="stable")))
+    distinct, counts = np.unique(keys, return_counts=True)
+    for key, start, count in zip(distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
+        day, bucket = divmod(key, buckets)
+        staging = later if later and dt_of_day_number(day) in waiting else work
+        results.append(write_day_bucket(rows.slice(start, count), store, definition, staging, day, bucket))
+    return results
+
+
+def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocation, files: list[RawFile], needed: list[str], dt: str, work: Try, later: Try | None,
+         layout: Layout) -> list[dict]:
     context = spark.sparkContext
 
     def count_lines(ranges: list[tuple[RawFile, int, int]]) -> list[int]:
@@ -194,7 +276,7 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
 
     raw_uri, warehouse, dataset = raw.uri, store.warehouse, store.dataset
     splits = raw.splits(files, definition.logs, count_lines)
-    days = frozenset(day_number(day) for day in needed)
+    days = frozenset(day_number(day) for day in [*needed, *(later.days if later else ())])
     schema = parsed_schema(definition)
     rows = spark.createDataFrame([(json.dumps(asdict(split)),) for split in splits], "split string").repartition(len(splits))
 
@@ -204,42 +286,30 @@ def _run(spark, store: TableStore, definition: DatasetDefinition, raw: RawLocati
             for text in batch.column(0).to_pylist():
                 fields = json.loads(text)
                 split = Split(**{**fields, "file": RawFile(**fields["file"]), "header": tuple(fields["header"])})
-                for table in parse_split(location, split, definition, days, dt, buckets):
+                for table in parse_split(location, split, definition, days, dt, layout):
                     yield from table.to_batches(max_chunksize=65_536)
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        mine = pa.Table.from_batches(batches, schema)
-        here = TableStore(warehouse, dataset)
-        counted = mine.filter(pc.equal(mine["kind"], COUNTED))
-        results = [{"day": day, "counted": count} for day, count in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True)]
-        for row in mine.filter(pc.equal(mine["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist():
-            results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
-        mine = mine.filter(pc.less(mine["kind"], COUNTED))
-        keys = mine["day"].to_numpy().astype(np.int64) * buckets + mine["bucket"].to_numpy()
-        mine = mine.take(pa.array(np.argsort(keys, kind="stable")))
-        distinct, counts = np.unique(keys, return_counts=True)
-        for key, start, count in zip(distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
-            day, bucket = divmod(key, buckets)
-            results.append(write_day_bucket(mine.slice(start, count), here, definition, work, day, bucket))
+        results = write_rows(pa.Table.from_batches(batches, schema), TableStore(warehouse, dataset), definition, work, later, layout)
         yield pa.RecordBatch.from_pydict({"result": [json.dumps(r) for r in results]}, pa.schema([("result", pa.string())]))
 
     tasks = max(context.defaultParallelism, -(-sum(_raw_bytes(f) for f in files) // BYTES_PER_TASK))
-    parsed = rows.mapInArrow(parse, _spark_schema(schema)).repartition(min(tasks, len(needed) * buckets), "day", "bucket")
+    parsed = rows.mapInArrow(parse, _spark_schema(schema)).repartition(min(tasks, len(days) * layout.buckets), "day", "bucket")
     return [json.loads(row[0]) for row in parsed.mapInArrow(write, "result string").collect()]
 
 
-def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed: list[str], files: list[RawFile], first_day: str, max_bad_share: float,
+def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed: list[str], ahead: list[str], files: list[RawFile], first_day: str, max_bad_share: float,
                 stats: list[dict]) -> tuple[dict[str, list[dict]], dict[str, int]]:
-    """Return the figures of each day's buckets and the summary of the run.
+    """Return the figures of each day's buckets and files, and the summary of the run.
 
     Raises:
         StageError: too many rows are refused, an archive is damaged, or `dt` has no row.
     """
     by_day: dict[str, list[dict]] = collections.defaultdict(list)
-    summary = dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "already_published"), 0)
+    summary = dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "built_ahead", "already_published"), 0)
     reasons: collections.Counter = collections.Counter()
     elsewhere: collections.Counter = collections.Counter()
-    days_seen, built_days = set(), set(needed)
+    days_seen, built_days, days_ahead = set(), set(needed), set(ahead)
     for stat in stats:
         if "elsewhere" in stat:
             elsewhere[stat["where"]] += stat["elsewhere"]
@@ -248,10 +318,14 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
         if "counted" in stat:
             summary["rows_read"] += stat["counted"]
             days_seen.add(day)
+            by_day[day].append(stat)
             if day not in built_days:
-                summary["already_published" if first_day <= day <= dt else "outside_days"] += stat["counted"]
+                summary["built_ahead" if day in days_ahead else "already_published" if first_day <= day <= dt else "outside_days"] += stat["counted"]
             continue
         by_day[day].append(stat)
+        if day in days_ahead:
+            elsewhere.update(stat.get("reasons", {}))
+            continue
         for name in ("events", "duplicates", "quarantined"):
             summary[name] += stat[name]
         reasons.update(stat.get("reasons", {}))
@@ -267,7 +341,7 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     if cut := [where for where in reasons if where.rpartition(": ")[2] in BREAKS]:
         # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
         raise StageError(f"an archive in {raw.uri} is damaged: {', '.join(sorted(cut))}", "deliver the file again")
-    if not any(stat["events"] for stat in by_day[dt]):
+    if dt in built_days and not any(stat.get("events") for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
         raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
     refused = reasons + elsewhere
@@ -278,19 +352,59 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     return by_day, summary
 
 
-def _write_manifests(store: TableStore, definition: DatasetDefinition, raw: RawLocation, work: Try, files: list[RawFile], by_day: dict[str, list[dict]],
-                     needed: list[str], settings: dict[str, dict]) -> None:
-    version, inputs = code_version(), {file.name: _file_digest(raw, file) for file in files}
-    fingerprint = schema_fingerprint(events_schema(definition))
-    for day in needed:
-        counts = {name: sum(s[name] for s in by_day[day]) for name in ("rows_read", "events", "duplicates", "quarantined", "users")}
+def _write_manifests(store: TableStore, definition: DatasetDefinition, judge: Judge, by_day: dict[str, list[dict]],
+                     days: Sequence[tuple[Try, str, dict]]) -> None:
+    """Write the manifests of days, each with its settings and where it is staged."""
+    version, fingerprint = code_version(), schema_fingerprint(events_schema(definition))
+    for work, day, settings in days:
+        buckets = [stat for stat in by_day[day] if "counted" not in stat]
+        rows: collections.Counter = collections.Counter()
+        for stat in by_day[day]:
+            if "counted" in stat:
+                rows[stat["file"]] += stat["counted"]
+        files = [file for file in judge.files if file.may_hold(day)]
+        known = json.dumps({file.name: [file.size, file.modified_ns, rows[file.name]] for file in files}, sort_keys=True)
+        inputs = {file.name: judge.file_digest(file) for file in files}
+        counts = {name: sum(s[name] for s in buckets) for name in ("rows_read", "events", "duplicates", "quarantined", "users")}
         tables = [("events", fingerprint, "events_file")]
         # A day without refused rows has no quarantine, unless one that was published has to be emptied.
         if counts["quarantined"] or store.manifest("quarantine", day) is not None:
             tables.insert(0, ("quarantine", schema_fingerprint(QUARANTINE), "quarantine_file"))
         for table, schema, key in tables:
-            found = tuple(sorted((DataFile(**s[key]) for s in by_day[day] if key in s), key=lambda f: f.bucket))
-            store.write_staged_manifest(work, Manifest(store.dataset, table, day, work.attempt, schema, version, found, counts, inputs, settings[day]))
+            found = tuple(sorted((DataFile(**s[key]) for s in buckets if key in s), key=lambda f: f.bucket))
+            store.write_staged_manifest(work, Manifest(store.dataset, table, day, work.attempt, schema, version, found, counts, inputs, {**settings, "raw_files": known}))
+
+
+def _days_ahead(store: TableStore, definition: DatasetDefinition, lookback: list[str], waiting: set[str]) -> list[str]:
+    """Return the days that partitions of the data set read and that are neither published, waiting nor of this lookback, the next ones first."""
+    last = definition.last_day or dtm.datetime.now(dtm.UTC).date() - dtm.timedelta(days=1)
+    there = {*store.days("events"), *waiting}
+    first = add_days(definition.first_day.isoformat(), 1 - len(lookback))  # the lookback of the first day
+    later, earlier = days_between(add_days(lookback[-1], 1), last.isoformat()), days_between(first, add_days(lookback[0], -1))
+    return [day for day in [*later, *reversed(earlier)] if day not in there][:AHEAD_DAYS]
+
+
+def _is_made(manifest: Manifest | None, judge: Judge, layout: Layout) -> bool:
+    """Whether a day is what this code would build now, byte for byte."""
+    return (manifest is not None and manifest.code_version == code_version() and Layout.of(manifest) == layout and "accepted_loss" not in manifest.settings
+            and judge(manifest.dt, manifest).action is Action.FRESH)
+
+
+def _take(store: TableStore, work: Try, day: str, waiting: bool, empty: bool) -> bool:
+    """Stage a day that waits, or is published; False where its files are not what its manifests say, or it is empty and may not be."""
+    found = [store.staged_manifest(AHEAD, table, day) if waiting else store.manifest(table, day) for table in ("quarantine", "events")]
+    manifests = [manifest for manifest in found if manifest is not None]
+    if not empty and not manifests[-1].rows:
+        return False
+    try:
+        if any(sha256_of(store.fs, f"{store.root}/{file.path}") != file.digest for manifest in manifests for file in manifest.files):
+            return False
+    except OSError:
+        return False
+    for manifest in manifests:
+        files = tuple(store.write_file(work, manifest.table, day, file.bucket, store.read_file(file)) for file in manifest.files)
+        store.write_staged_manifest(work, replace(manifest, attempt=work.attempt, files=files))
+    return True
 
 
 def _unexpected(reasons: collections.Counter, definition: DatasetDefinition) -> collections.Counter:
@@ -298,7 +412,7 @@ def _unexpected(reasons: collections.Counter, definition: DatasetDefinition) -> 
     return collections.Counter({where: count for where, count in reasons.items() if not where.endswith(expected)}) if expected else reasons
 
 
-def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], buckets: int, schema: pa.Schema) -> pa.Table:
+def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], layout: Layout, schema: pa.Schema) -> pa.Table:
     day = chunk.time_ms // MS_PER_DAY
     kept = np.isin(day, np.fromiter(needed, np.int64, len(needed)))
     rows, day, time_ms, row_hash = chunk.rows.filter(pa.array(kept)), day[kept], chunk.time_ms[kept], chunk.row_hash[kept]
@@ -309,7 +423,7 @@ def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[i
     user = hashed_ids(rows[events.user])
     zeros = np.zeros(rows.num_rows, np.int64)
     columns = {
-        "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": bucket_of(user, buckets), "row_hash": row_hash, "user_id": user,
+        "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": layout.bucket_of(user), "row_hash": row_hash, "user_id": user,
         "item_id": hashed_ids(rows[events.item]), "event_time_ms": time_ms, "feedback": feedback,
         "watch_time_ms": _watch_time_ms(rows, events), "duration_ms": _milliseconds(rows, events.duration),
         "context": np.clip(rows[events.context].fill_null(-1).to_numpy(), -1, 32_767).astype(np.int16) if events.context else zeros.astype(np.int16) - 1,
@@ -378,9 +492,10 @@ def _elsewhere_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: f
                     "reason": list(codes), "row_number": list(codes.values())}, len(codes), schema)
 
 
-def _count_rows(days: np.ndarray, schema: pa.Schema) -> pa.Table:
+def _count_rows(days: np.ndarray, file: RawFile, schema: pa.Schema) -> pa.Table:
     numbers, counts = np.unique(days, return_counts=True)
-    return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "row_number": counts}, len(numbers), schema)
+    return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "source_file": [file.name] * len(numbers),
+                    "row_number": counts}, len(numbers), schema)
 
 
 def _parsed(columns: dict, rows: int, schema: pa.Schema) -> pa.Table:
@@ -388,44 +503,28 @@ def _parsed(columns: dict, rows: int, schema: pa.Schema) -> pa.Table:
                      else columns.get(f.name, pa.nulls(rows, f.type)) for f in schema], schema=schema)
 
 
-def _buckets(published: dict[str, Manifest], files: list[RawFile]) -> int:
-    """Return the buckets of the latest published day, else a power of two by the raw bytes."""
-    for day in sorted(published, reverse=True):
-        if published[day].rows:
-            return int(published[day].settings["buckets"])
-    wanted = -(-sum(_raw_bytes(file) for file in files) // BUCKET_BYTES)
-    return min(1 << max(0, wanted - 1).bit_length(), MAX_BUCKETS)
+def _buckets(published: dict[str, Manifest], files: list[RawFile], definition: DatasetDefinition, lookback: list[str]) -> int:
+    """Return the buckets of new days: those of the latest published day, until a whole lookback asks for many more.
+
+    A feed that begins with one day is sized by the lookback that it will have: so many days like its largest one.
+    """
+    span = len(lookback) if definition.last_day is None else max(len(lookback), (definition.last_day - definition.first_day).days + 1)
+    undated = sum(_raw_bytes(file) for file in files if file.first_utc_dt is None or file.last_utc_dt is None) / span
+    dated = [(file, _raw_bytes(file) / len(days_between(file.first_utc_dt, file.last_utc_dt))) for file in files if file.first_utc_dt and file.last_utc_dt]
+    largest = max(sum(size for file, size in dated if file.may_hold(day)) for day in lookback)
+    wanted = min(1 << max(0, math.ceil((undated + largest) * len(lookback) / BUCKET_BYTES) - 1).bit_length(), MAX_BUCKETS)
+    current = next((Layout.of(published[day]).buckets for day in sorted(published, reverse=True) if published[day].rows), None)
+    if current is None:
+        return wanted
+    if wanted < GROWTH * current:
+        return current
+    log(f"note: published days have {current} bucket(s), a lookback of the size of its largest day asks for {wanted}: new days get {wanted}; "
+        "python -m etl.jobs.rebucket gives them to the others")
+    return wanted
 
 
 def _raw_bytes(file: RawFile) -> int:
     return file.size * (GZIP_RATIO if promised_compression(file.name) or file.name.endswith(".parquet") else 1)
-
-
-def _is_there(manifest: Manifest | None, listing: str, settings: dict) -> bool:
-    """Whether a published day can be used as it is: same raw place, buckets and definition, and no file added or delivered again since.
-
-    A day of which a file is gone stays as it is, unless it is empty: built again, it would hold less.
-    """
-    if manifest is None or any(manifest.settings.get(name) != value for name, value in settings.items()):
-        return False
-    before = str(manifest.settings.get("listing"))
-    gone = {_file_name(line) for line in before.splitlines()} - {_file_name(line) for line in listing.splitlines()}
-    return before == listing or (manifest.rows > 0 and bool(gone))
-
-
-def _listing(files: list[RawFile], day: str) -> str:
-    """Return name, size and time of change of every file that may hold a day, one a line."""
-    return "\n".join(f"{f.name} {f.size} {f.modified_ns}" for f in files if f.may_hold(day))
-
-
-def _file_name(line: str) -> str:
-    return line.rsplit(" ", 2)[0]
-
-
-def _file_digest(raw: RawLocation, file: RawFile) -> str:
-    if file.size > HASHED_BYTES:
-        return f"size:{file.size}"
-    return f"sha256:{sha256_of(raw.fs, file.path)}"
 
 
 def _spark_schema(schema: pa.Schema):

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.buckets import Part, common_layout, parts_by_bucket, read_bucket
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
@@ -72,16 +73,15 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     dt = window.dt
     staging = store.begin_try(attempt, ("items", "sequences"), [dt])
     manifests = [store.require("events", day) for day in window.event_days]
-    layouts = {str(m.settings.get("buckets")): m.dt for m in manifests if m.rows}
-    if len(layouts) > 1:  # a user would lie in several buckets and get a row in each
-        raise StageError(f"events of the window are cut into different numbers of buckets: {', '.join(f'{n} on {day}' for n, day in sorted(layouts.items()))}",
-                         f"build events for {dt} again with one --buckets and --lookback-days {window.lookback_days}: it builds the other days anew")
     if not manifests[-1].rows:
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")
     if definition.targets.positions is None:
         _require_training_day(manifests, window)
-    files = store.files_by_bucket(store.compacted(manifests))
-    buckets = sorted(files)
+    layout = common_layout(manifests)
+    parts = parts_by_bucket(store.compacted(manifests), layout)
+    buckets = sorted(parts)
+    if any(part.mixed for found in parts.values() for part in found):
+        log(f"days are cut into different buckets: some files are read more than once until `python -m etl.jobs.rebucket --buckets {layout.buckets}` has run")
     users = _user_fields(raw, definition)
     item_files = [read_features(raw, rule) for rule in definition.items]
     for rule, table in zip(definition.items, item_files, strict=True):
@@ -93,32 +93,32 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     spark = spark_session(attempt)
     try:
         context = spark.sparkContext
-        log(f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)} bucket(s), {sum(map(len, files.values())):,} file(s)")
+        log(f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)} bucket(s), {sum(map(len, parts.values())):,} file(s)")
 
-        def count(work: list[DataFile]) -> dict[str, bytes]:
+        def count(task: tuple[int, list[Part]]) -> dict[str, bytes]:
             columns = ["item_id", "event_time_ms", *definition.events.item_fields]
-            events = TableStore(warehouse, dataset).read_files(work, columns)
+            events = read_bucket(TableStore(warehouse, dataset), task[1], task[0], layout, columns)
             return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()}
 
         rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)
         measuring = take_measures is not None
 
-        def build(task: tuple[int, list[DataFile]]) -> tuple[DataFile | None, dict[str, int], Bucket | None]:
+        def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Bucket | None]:
             bucket, work = task
             here = TableStore(warehouse, dataset)
-            rows, counts = sequence_rows(here.read_files(work), known.value, seen.value, user_table.value, window, definition)
+            rows, counts = sequence_rows(read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition)
             file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
             if file is None or not measuring:
                 return file, counts, None
             return file, counts, measured_bucket(here.read_file(file, SEQUENCE_COLUMNS), trained.value, rules)
 
-        parts = context.parallelize([files[b] for b in buckets], len(buckets)).map(count).collect()
-        totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in parts])
+        counts_of = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(count).collect()
+        totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
         items = item_rows(totals, item_files, definition, raw.uri)
         item_file = store.write_file(staging, "items", dt, 0, items)
         known, seen = context.broadcast(items["item_id"].to_numpy()), context.broadcast(totals[""]["occurrences"].to_numpy())
         user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
-        results = context.parallelize([(b, files[b]) for b in buckets], len(buckets)).map(build).collect()
+        results = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(build).collect()
     finally:
         spark.stop()
     counts = {name: sum(counted[name] for _, counted, _ in results) for name in results[0][1]}

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
 from etl.errors import StageError
+from etl.freshness import rows_to_keep, same_rows
 from etl.partitions import MS_PER_DAY, Window, add_days
 from etl.quality import kept, own, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
@@ -201,7 +202,8 @@ class Audit:
                 self._check_files(quarantine)
             row = stats.events_row(
                 day, day == self.dt, table, manifest.counts, quarantine.rows if quarantine else 0, self._trailing_rows(day),
-                definition.label_bit, len(definition.feedback_fields), limits, drift, definition.logs.repeats == "keep")  # fmt: skip
+                definition.label_bit, len(definition.feedback_fields), limits, drift, definition.logs.repeats == "keep",
+                rows_to_keep(manifest, self.store.manifest("events", day)))  # fmt: skip
             memory = profile.memory_of(self._memory_days(day, tables)) if table.num_rows else None
             row |= profile.events_profile(table, definition.feedback_fields, fields, memory, limits)
             today = numbers(row)
@@ -231,8 +233,9 @@ class Audit:
         for manifest in (items, sequences):
             self._check_files(manifest)
         days = _window(sequences).event_days
-        current = {day: m.data_digest for day in days if (m := self.store.manifest("events", day)) is not None}
         inputs = {day: sequences.inputs[name] for day in days if (name := f"events/dt={day}") in sequences.inputs}
+        published = {day: m for day in days if (m := self.store.manifest("events", day)) is not None}
+        current = {day: inputs[day] if inputs.get(day) in same_rows(m) else m.data_digest for day, m in published.items()}
         # Published files never change: what gate sequences measured of this attempt still holds.
         measured = kept.read_stats(self.store, "sequences", self.dt, 1).to_pylist()
         if measured and all(row["attempt"] == sequences.attempt for row in measured):

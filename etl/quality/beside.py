@@ -33,8 +33,14 @@ def judging_events(store: TableStore, definition: DatasetDefinition, raw: RawLoc
         StageError: a gate could not judge, or the raw files did not pass.
     """
     audit = Audit(store, definition, dt, attempt, reports, raw)
-    with _while_spark_starts(lambda: audit.publish("raw")) as gate:
-        yield lambda wait: gate.result() if wait or gate.done() else None
+    with _while_spark_starts(lambda: audit.publish("raw")) as (gate, over):
+
+        def asked(wait: bool) -> object:
+            if wait:
+                over.set()  # Spark does not start where nothing is left to build
+            return gate.result() if wait or gate.done() else None
+
+        yield asked
     audit.judge_ahead("events")
 
 
@@ -59,7 +65,7 @@ def judging_sequences(store: TableStore, definition: DatasetDefinition, dt: str,
 
 
 @contextmanager
-def _while_spark_starts(work: Callable[[], object]) -> Iterator[concurrent.futures.Future]:
+def _while_spark_starts(work: Callable[[], object]) -> Iterator[tuple[concurrent.futures.Future, threading.Event]]:
     over = threading.Event()
 
     def later() -> object:
@@ -69,7 +75,7 @@ def _while_spark_starts(work: Callable[[], object]) -> Iterator[concurrent.futur
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(later)
         try:
-            yield future
+            yield future, over
         except StageError:
             over.set()
             future.result()  # what it says of the file is nearer to the cause

@@ -48,6 +48,7 @@ def events_row(
     limits: EventThresholds,
     drift: DriftThresholds,
     repeats_kept: bool = False,
+    rows_to_keep: int = 0,
 ) -> Row:
     """Return the metrics of one day of events; what an empty day cannot have is not a number.
 
@@ -61,6 +62,7 @@ def events_row(
         feedback_bits: bits of `feedback` that are in use.
         limits, drift: how many rows, users and trailing days it takes to judge.
         repeats_kept: the data set keeps repeated rows, so they are no sign of a fault.
+        rows_to_keep: rows that are published of the day.
     """
     rows = events.num_rows
     user, time_ms, feedback = (_numpy(events[name]) for name in ("user_id", "event_time_ms", "feedback"))
@@ -80,6 +82,7 @@ def events_row(
         "rows": rows,
         "rows_read": rows_read,
         "lost_day_count": int(rows == 0 and (is_partition_day or rows_read > 0)),
+        "rows_lost_count": max(0, rows_to_keep - rows),
         "gap_count": int(rows == 0 and len(filled) > 0 and np.median(filled) >= limits.min_judged_rows),
         "unreconciled_count": abs(rows_read - rows - duplicates - quarantined),
         "manifest_rows_difference_count": abs(counts.get("events", 0) - rows),

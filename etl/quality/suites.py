@@ -74,6 +74,8 @@ def events_days(limits: EventThresholds, drift: DriftThresholds) -> list[Expecta
         *_zero_or_stop("outside_day_count", "Every event is of its partition's UTC day.", _REBUILD),
         *_zero_or_stop("feedback_out_of_range_count", "No feedback bit is set that the data set does not define.", _REBUILD),
         *_zero_or_stop("lost_day_count", "The partition's day has events, and so has every day with raw rows.", arrived),
+        *_zero_or_stop("rows_lost_count", "A day has no fewer rows than what is published of it.",
+                       "bring back the raw files that it was built from; or, if fewer rows are right, build it with a new attempt and --accept-loss DAY"),
         _band("gap_count", WARNING, "No lookback day is empty after days with events.", arrived, low=0, high=0),
         _band("rows", INFO, "Recorded: lookback days that the raw logs do not cover.", arrived, low=1),
         _band("label_rate", CRITICAL, "The label is neither always 0 nor always 1.", raw, low=0, high=1, strict=True),

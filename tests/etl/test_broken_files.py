@@ -8,6 +8,7 @@ import random
 import pyarrow as pa
 import pytest
 
+from etl.buckets import Layout
 from etl.datasets import dataset
 from etl.errors import StageError
 from etl.features import read_features
@@ -35,7 +36,7 @@ def location(folder, name: str, body: bytes) -> RawLocation:
 def parsed(place: RawLocation) -> tuple[list[int], list[tuple[int, str]], int]:
     """Return the users of the events, (row number, code) of the refused rows, and the rows counted."""
     [file] = place.logs(KUAIRAND)
-    rows = pa.concat_tables(parse_split(place, Split(file, 0, file.size, 2, COLUMNS), KUAIRAND, DAYS, "2022-04-08", 2)).to_pylist()
+    rows = pa.concat_tables(parse_split(place, Split(file, 0, file.size, 2, COLUMNS), KUAIRAND, DAYS, "2022-04-08", Layout(2))).to_pylist()
     refused = [(r["row_number"], r["reason"].split(":")[0]) for r in rows if r["kind"] == REFUSED]
     return [r["user_id"] for r in rows if r["kind"] == EVENT], refused, sum(r["row_number"] for r in rows if r["kind"] == COUNTED)
 

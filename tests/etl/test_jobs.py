@@ -11,13 +11,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from etl.affected import affected
+from etl.buckets import Layout
 from etl.datasets import dataset
 from etl.errors import StageError
+from etl.freshness import Action
 from etl.jobs.compact import compact
-from etl.jobs.events import _is_there, _listing, build_events
+from etl.jobs.events import Judge, build_events
+from etl.jobs.rebucket import rebucket
 from etl.jobs.sequences import build_sequences
 from etl.partitions import Window
 from etl.raw import RawLocation
@@ -39,9 +43,9 @@ def raw(tmp_path_factory) -> Path:
     return folder
 
 
-def ingest(warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01) -> tuple[TableStore, dict[str, int]]:
+def ingest(warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01, buckets: int = BUCKETS) -> tuple[TableStore, dict[str, int]]:
     store = TableStore(str(warehouse), NAME)
-    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), dt, attempt, DAYS, BUCKETS, max_bad_share)
+    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), dt, attempt, DAYS, buckets, max_bad_share)
     for table in ("quarantine", "events"):
         for day in store.staged_days(attempt, table):
             store.publish(attempt, table, day)
@@ -97,11 +101,11 @@ def test_a_day_is_built_again_when_a_file_that_may_hold_it_comes_later(built, ra
     assert digests(store, days) == digests(built[0], days)
     # A file that is gone takes no published row with it.
     (tmp_path / "raw" / sorted(raw.glob("log_standard_*.csv"))[0].name).unlink()
-    files = RawLocation(str(tmp_path / "raw")).logs(dataset(NAME))
+    place = RawLocation(str(tmp_path / "raw"))
     manifest = store.require("events", EARLIER)
-    settings = {name: manifest.settings[name] for name in ("raw", "buckets", "definition")}
-    assert _is_there(manifest, _listing(files, EARLIER), settings)
-    assert not _is_there(manifest, _listing(files, EARLIER), settings | {"definition": "another"})
+    assert Judge(dataset(NAME), place, place.logs(dataset(NAME)))(EARLIER, manifest).action is Action.FRESH
+    keeping = dataset(NAME).model_copy(update={"logs": dataset(NAME).logs.model_copy(update={"repeats": "keep"})})
+    assert Judge(keeping, place, place.logs(keeping))(EARLIER, manifest).action is Action.STOP
 
 
 def test_sequences_are_the_same_bytes_on_a_re_run_and_fit_their_items(built, raw):
@@ -154,19 +158,20 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     store.publish("again", "events", EARLIER)
     stale = affected(store, dataset(NAME), None)
     assert [(s.table, s.dt, s.because) for s in stale] == [(t, DT, (f"events/dt={EARLIER} was built again",)) for t in ("items", "sequences")]
-    # With the raw folder: a file delivered again, of the same size.
-    os.utime(sorted((tmp_path / "raw").glob("log_standard_*.csv"))[-1], ns=(1, 1))
-    from_raw = affected(store, dataset(NAME), place)  # another folder than the one built from: every day is stale
-    assert {s.dt for s in from_raw if s.table == "events"} == set(store.days("events"))
-    assert all(s.because[0].startswith("built from another raw folder") for s in from_raw if s.table == "events")
+    # With the raw folder, which was moved meanwhile; copied files have another time of change, and the same bytes.
+    *_, late = sorted((tmp_path / "raw").glob("log_standard_*.csv"))
+    os.utime(late, ns=(1, 1))
+    assert [s.table for s in affected(store, dataset(NAME), place)] == ["items", "sequences"]
     changed_definition = dataset(NAME).model_copy(update={"logs": dataset(NAME).logs.model_copy(update={"repeats": "keep"})})
     assert affected(store, changed_definition, RawLocation(str(raw)))[0].because == ("the definition changed",)
     with pytest.raises(StageError, match="no day of kuairand_simulated is published"):
         affected(TableStore(str(tmp_path / "typo"), NAME), dataset(NAME), None)
-    os.utime(sorted(raw.glob("log_standard_*.csv"))[-1], ns=(1, 1))
-    changed = [s.dt for s in affected(store, dataset(NAME), RawLocation(str(raw))) if s.table == "events"]
-    assert DT in changed
-    assert "2022-04-08" not in changed
+    # A file delivered again, of the same size.
+    late.write_bytes(late.read_bytes().replace(b",1,", b",0,", 1))
+    changed = [s for s in affected(store, dataset(NAME), place) if s.table == "events"]
+    assert DT in {s.dt for s in changed}
+    assert "2022-04-08" not in {s.dt for s in changed}
+    assert {(s.because, s.whole) for s in changed} == {((f"raw files changed: {late.name}",), True)}
     done = run_cli("etl.affected", "--dataset", NAME, "--warehouse", store.warehouse, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["backfill"] == [[DT, DT]]
@@ -227,13 +232,44 @@ def test_lines_without_a_day_count_against_the_share_of_refused_rows_whatever_th
     assert store.staged_days("bad", "events") == []
 
 
-def test_days_in_different_numbers_of_buckets_are_not_joined(built, raw, tmp_path):
+@pytest.mark.parametrize("buckets", [1, BUCKETS + 1, 2 * BUCKETS])
+def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(built, raw, tmp_path, buckets):
     shutil.copytree(built[0].warehouse, tmp_path / "w")
-    store = TableStore(str(tmp_path / "w"), NAME)
-    build_events(store, dataset(NAME), RawLocation(str(raw)), DT, "other", 1, BUCKETS + 1, 0.01)
-    store.publish("other", "events", DT)
-    with pytest.raises(StageError, match="different numbers of buckets"):
-        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 2, DAYS), "other")
+    store, window = TableStore(str(tmp_path / "w"), NAME), Window(DT, 2, DAYS)
+
+    def sequences(attempt: str) -> list[dict]:
+        """Build and publish; return every user's row, in no order of buckets."""
+        build_sequences(store, dataset(NAME), RawLocation(str(raw)), window, attempt)
+        manifests = [store.publish(attempt, table, DT) for table in ("items", "sequences")]
+        rows = store.read(manifests[1]).to_pylist()
+        assert len({row["user_id"] for row in rows}) == len(rows)
+        return [manifests[0].data_digest, *sorted(rows, key=lambda row: row["user_id"])]
+
+    alike = sequences("alike")
+    build_events(store, dataset(NAME), RawLocation(str(raw)), DT, "other", 1, buckets, 0.01)
+    cut_otherwise = store.publish("other", "events", DT)
+    # A day as an earlier version has cut it.
+    old = Layout(buckets, "product")
+    for_old = store.read(store.require("events", EARLIER))
+    bucket = old.bucket_of(for_old["user_id"].to_numpy())
+    work = store.begin_try("old", ["events"], [EARLIER])
+    files = tuple(store.write_file(work, "events", EARLIER, b, for_old.filter(pa.array(bucket == b)).sort_by("user_id")) for b in sorted(set(bucket.tolist())))
+    settings = {name: value for name, value in store.require("events", EARLIER).settings.items() if name != "bucket_hash"} | {"buckets": buckets}
+    store.write_staged_manifest(work, replace(store.require("events", EARLIER), attempt="old", files=files, settings=settings))
+    store.publish("old", "events", EARLIER)
+    assert sequences("mixed") == alike
+    block = compact(store, window.event_days[:-1], "compact")
+    assert block.rows == sum(store.require("events", day).rows for day in window.event_days[:-1])
+    assert sequences("block") == alike
+    # Cut alike, they are the bytes of a build with so many buckets, and what was made of them is not stale.
+    rebucket(store, dataset(NAME), window.event_days, "cut", buckets)
+    assert store.require("events", DT).data_digest == cut_otherwise.data_digest
+    whole, _ = ingest(tmp_path / "fresh", raw, DT, "fresh", buckets=buckets)
+    days = [day for day in window.event_days if day != EARLIER]  # its users were sorted, nothing else
+    assert digests(store, days) == digests(whole, days)
+    assert not [s for s in affected(store, dataset(NAME), RawLocation(str(raw))) if s.table == "sequences" and DT not in s.because[0] and EARLIER not in s.because[0]]
+    assert rebucket(store, dataset(NAME), window.event_days, "again", buckets) == []
+    assert sequences("cut") == alike
 
 
 def run_cli(*words: str) -> subprocess.CompletedProcess:
@@ -289,6 +325,6 @@ def test_sequences_of_a_day_that_was_never_ingested_name_it(built, raw):
 def test_all_real_kuairand_rows_are_accounted_for(tmp_path):
     store = TableStore(str(tmp_path), "kuairand")
     summary = build_events(store, dataset("kuairand"), RawLocation(str(REAL)), "2022-04-21", "real", 30, 4, 0.01)
-    assert summary == {"rows_read": 41_828, "events": 41_712, "duplicates": 116, "quarantined": 0, "outside_days": 0, "already_published": 0}
+    assert summary == {"rows_read": 41_828, "events": 41_712, "duplicates": 116, "quarantined": 0, "outside_days": 0, "built_ahead": 0, "already_published": 0}
     staged: list[Manifest] = [store.staged_manifest("real", "events", day) for day in store.staged_days("real", "events")]
     assert sum(m.rows for m in staged) == 41_712

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import etl.raw
+from etl.buckets import Layout
 from etl.datasets import dataset
 from etl.jobs.events import COUNTED, ELSEWHERE, parse_split, parsed_schema, write_day_bucket
 from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number
@@ -38,7 +39,7 @@ def built(folder, store: TableStore, attempt: str, days: list[int], split_bytes:
         splits = place.splits(place.logs(KUAIRAND), KUAIRAND.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
     finally:
         etl.raw.SPLIT_BYTES = before
-    tables = [t for split in splits for t in parse_split(place, split, KUAIRAND, frozenset(days), dt_of_day_number(days[-1]), BUCKETS)]
+    tables = [t for split in splits for t in parse_split(place, split, KUAIRAND, frozenset(days), dt_of_day_number(days[-1]), Layout(BUCKETS))]
     rows = pa.concat_tables(tables) if tables else parsed_schema(KUAIRAND).empty_table()
     kind = rows["kind"].to_numpy()
     counted = rows.filter(pa.array(kind == COUNTED))

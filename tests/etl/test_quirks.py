@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from etl.buckets import Layout
 from etl.datasets import DatasetDefinition, dataset
 from etl.features import read_features
-from etl.jobs.events import EVENT, REFUSED, bucket_of, parse_split, write_day_bucket
+from etl.jobs.events import EVENT, REFUSED, parse_split, write_day_bucket
 from etl.partitions import day_number
 from etl.raw import RawLocation, hashed_ids
 from etl.store import TableStore
@@ -27,7 +28,7 @@ def parsed(definition: DatasetDefinition, folder: Path, days: list[str]) -> tupl
     place = RawLocation(str(folder))
     numbers = frozenset(day_number(day) for day in days)
     files = place.logs(definition)
-    tables = [table for split in place.splits(files, definition.logs, None) for table in parse_split(place, split, definition, numbers, days[-1], 1)]
+    tables = [table for split in place.splits(files, definition.logs, None) for table in parse_split(place, split, definition, numbers, days[-1], Layout(1))]
     rows = pa.concat_tables(tables).to_pylist()
     return [r for r in rows if r["kind"] == EVENT], [r for r in rows if r["kind"] == REFUSED]
 
@@ -71,7 +72,7 @@ def test_kuairec_repeated_pairs_stay_and_repeated_rows_go(tmp_path):
     place = RawLocation(str(tmp_path))
     days = frozenset({day_number("2020-07-04"), day_number("2020-07-06")})
     [split] = place.splits(place.logs(definition), definition.logs, None)
-    rows = pa.concat_tables(parse_split(place, split, definition, days, "2020-07-04", 1))
+    rows = pa.concat_tables(parse_split(place, split, definition, days, "2020-07-04", Layout(1)))
     rows = rows.filter(pa.array(np.isin(rows["kind"].to_numpy(), [EVENT, REFUSED])))
     store = TableStore(str(tmp_path / "w"), definition.name)
     by_day = {day: rows.filter(pa.array(rows["day"].to_numpy() == day)) for day in days}
@@ -175,7 +176,7 @@ def test_text_ids_are_hashed_alike_in_logs_and_files():
     assert (ids >= 0).all()
     assert ids.tolist() == hashed_ids(pa.array(["u-1", "u-2", "u-1", "ü"])).tolist()
     assert ids[0] == 7_412_408_520_282_046_469  # of the text alone: no seed of the process, no version
-    assert set(bucket_of(ids, 4)) <= {0, 1, 2, 3}
+    assert set(Layout(4).bucket_of(ids)) <= {0, 1, 2, 3}
 
 
 def test_parquet_logs_with_nulls_and_wrong_values_keep_row_numbers(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,23 @@ def test_faulty_events_are_stopped(store: TableStore, reports: Path, fault: str,
     assert store.require("events", DT).data_digest == digest
     assert store.manifest("quarantine", DT) is None
     assert result(store, attempt, "events").max_severity == "critical"
+
+
+def test_a_day_with_fewer_rows_than_are_published_is_stopped_unless_somebody_accepts_it(store: TableStore, reports: Path) -> None:
+    before = events_table()
+    stage_events(store, "before", table=before)
+    store.publish("before", "events", DT)
+    stage_events(store, "fewer", table=before.slice(1))
+    with pytest.raises(StageError, match=r"rows_lost_count[\s\S]*--accept-loss DAY"):
+        run(store, "events", "fewer", reports)
+    assert failures(store, "fewer", "events", "critical") == {"rows_lost_count"}
+    assert store.require("events", DT).rows == before.num_rows
+    stage_events(store, "accepted", table=before.slice(1))
+    staged = store.staged("accepted", "events", DT)
+    assert staged is not None
+    store.write_staged_manifest(staged.work, replace(staged.manifest, settings={"accepted_loss": "yes"}))
+    run(store, "events", "accepted", reports)
+    assert store.require("events", DT).rows == before.num_rows - 1
 
 
 def test_fault_on_a_lookback_day_stops_every_day(store: TableStore, reports: Path) -> None:

@@ -1,0 +1,101 @@
+"""How users are spread over the buckets of a day, and how days that are cut into different buckets are read together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from etl.store import DataFile, Manifest, TableStore
+
+MAX_BUCKETS = 4_096
+
+
+def splitmix64(user_id: np.ndarray) -> np.ndarray:
+    """Mix ids so that every bit of the result hangs on every bit of the id (splitmix64's finaliser), uint64."""
+    mixed = user_id.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _product(user_id: np.ndarray) -> np.ndarray:
+    # Ids whose low bits are equal fall into few buckets: only to read days that were cut by it.
+    return (user_id.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
+
+
+HASHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"splitmix64": splitmix64, "product": _product}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a day is cut: a user lies in the bucket `hash(user_id) mod buckets`."""
+
+    buckets: int
+    hash: str = "splitmix64"
+
+    @staticmethod
+    def of(manifest: Manifest) -> Layout:
+        """Return the layout of a published day or block."""
+        return Layout(int(manifest.settings["buckets"]), str(manifest.settings.get("bucket_hash", "product")))
+
+    def settings(self) -> dict[str, str | int]:
+        """Return what a manifest says of it."""
+        return {"buckets": self.buckets, "bucket_hash": self.hash}
+
+    def bucket_of(self, user_id: np.ndarray) -> np.ndarray:
+        """Return the bucket of each user: of the id alone, stable over versions and machines, int32."""
+        return (HASHES[self.hash](user_id) % np.uint64(self.buckets)).astype(np.int32)
+
+    def nested_in(self, other: Layout) -> int:
+        """Return the number m with: a user in bucket a here and b there has a = b modulo m; 1 tells nothing."""
+        return math.gcd(self.buckets, other.buckets) if self.hash == other.hash else 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that holds users of a bucket; `mixed`: others, too."""
+
+    file: DataFile
+    mixed: bool
+
+
+def common_layout(days: Sequence[Manifest]) -> Layout:
+    """Return the layout in which the most rows of some days lie: the fewest bytes are read twice by it."""
+    rows: Counter[Layout] = Counter()
+    for day in days:
+        if day.rows:
+            rows[Layout.of(day)] += day.rows
+    return max(rows, key=lambda layout: (rows[layout], layout.buckets, layout.hash), default=Layout(1))
+
+
+def parts_by_bucket(manifests: Sequence[Manifest], layout: Layout) -> dict[int, list[Part]]:
+    """Return what holds the users of each bucket of a layout, in the manifests' order; buckets that nothing holds are left out."""
+    parts: dict[int, list[Part]] = {}
+    for manifest in manifests:
+        if not manifest.files:
+            continue
+        own = Layout.of(manifest)
+        same = own.nested_in(layout)
+        mixed = same < layout.buckets
+        for bucket in range(layout.buckets):
+            found = [Part(file, mixed) for file in sorted(manifest.files, key=lambda f: f.bucket) if (file.bucket - bucket) % same == 0]
+            if found:
+                parts.setdefault(bucket, []).extend(found)
+    return parts
+
+
+def read_bucket(store: TableStore, parts: Sequence[Part], bucket: int, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the rows of one bucket, in the order of its parts."""
+    tables = []
+    for part in parts:
+        wanted = None if columns is None else list(dict.fromkeys([*columns, *(["user_id"] if part.mixed else [])]))
+        rows = store.read_file(part.file, wanted)
+        if part.mixed:
+            rows = rows.filter(pa.array(layout.bucket_of(rows["user_id"].to_numpy()) == bucket))
+        tables.append(rows if columns is None else rows.select(list(columns)))
+    return pa.concat_tables(tables)

@@ -1,0 +1,183 @@
+"""Decide of a published day of `events` whether it is still what the raw files and the definition say, and what may be done.
+
+Pure: no file is opened here. A day is a function of the raw rows that may lie in it and of the definition's keys that shape
+rows; where the raw folder is, and how many buckets a day has, is no part of it. What is published is never built again from
+less than it was built from, unless somebody accepts that loss by name.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from etl.datasets import DatasetDefinition
+from etl.partitions import days_between, parse_dt
+from etl.raw import RawFile
+from etl.schemas import event_field_type
+from etl.store import Manifest
+
+DIGEST_KIND = "rows1:"  # of `rows_digest`; digests of another kind cannot be compared with it
+NAMED = 5  # files in a message
+
+
+class Action(enum.Enum):
+    """What is to be done with a day."""
+
+    FRESH = "fresh"  # as it would be built, or its raw files are past their retention and nothing else has changed
+    BUILD = "build"
+    KEEP = "keep"  # no longer what its inputs say, but it could only be built from less: it stays as it is
+    STOP = "stop"  # it would have to be built, and could only be built from less
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A raw file as it was when a day was built from it.
+
+    Attributes:
+        modified_ns: time of its last change.
+        digest: `sha256:...` of its bytes; anything else tells nothing about them.
+        rows: raw rows of it that were of the day; None: not known.
+    """
+
+    name: str
+    size: int
+    modified_ns: int
+    digest: str
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published of a day, and what it was built from.
+
+    Attributes:
+        rows: events.
+        definition: `rows_digest` of the definition; '' where it is of another kind.
+        files: every raw file that could hold the day then.
+    """
+
+    rows: int
+    definition: str
+    files: tuple[KnownFile, ...]
+
+    @staticmethod
+    def of(manifest: Manifest) -> Published:
+        """Return what the manifest of a day of `events` says."""
+        settings, definition = manifest.settings, str(manifest.settings.get("definition", ""))
+        if "raw_files" in settings:
+            known = json.loads(str(settings["raw_files"]))
+        else:  # written before files were judged one by one
+            lines = [line.rsplit(" ", 2) for line in str(settings.get("listing", "")).splitlines()]
+            known = {name: [int(size), int(modified), None] for name, size, modified in lines}
+        files = tuple(KnownFile(name, size, modified, manifest.inputs.get(name, ""), rows) for name, (size, modified, rows) in sorted(known.items()))
+        return Published(manifest.rows, definition if definition.startswith(DIGEST_KIND) else "", files)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done with a day, and why in words."""
+
+    dt: str
+    action: Action
+    reason: str
+
+
+def judged(dt: str, published: Published | None, files: Sequence[RawFile], definition: str, digest_of: Callable[[RawFile], str], *,
+           wanted: bool = False, accept_loss: bool = False) -> Verdict:
+    """Judge one day.
+
+    Args:
+        published: what is published of it, None: nothing.
+        files: all raw files that are there now.
+        definition: `rows_digest` of the definition.
+        digest_of: returns a file's digest as a manifest has it; asked only of a file of the same size with another time of change.
+        wanted: the day is to be built whether it is fresh or not.
+        accept_loss: it may be built from what is left.
+    """
+    if published is None:
+        return Verdict(dt, Action.BUILD, "not published yet")
+    before, now = {f.name: f for f in published.files}, {f.name: f for f in files}
+    holding = {f.name for f in files if f.may_hold(dt)}
+    # A file that gave the day no row takes none along; a day without events has none to lose.
+    gone = [name for name, f in before.items() if name not in now and f.rows != 0] if published.rows else []
+    came = sorted(holding - before.keys())
+    changed = [name for name, f in before.items() if name in now and (name not in holding or _is_another(f, now[name], digest_of))]
+    other_definition = published.definition not in ("", definition)
+    because = "; ".join([*(["the definition changed"] if other_definition else []), *([f"raw files came: {_names(came)}"] if came else []),
+                         *([f"raw files changed: {_names(changed)}"] if changed else [])])  # fmt: skip
+    if not gone:
+        if not published.definition and not because:
+            because = "the definition that it was built by is not known"
+        return Verdict(dt, Action.BUILD if because or wanted else Action.FRESH, because or ("the partition itself" if wanted else "unchanged"))
+    lost = f"raw files are gone: {_names(gone)}"
+    if accept_loss:
+        return Verdict(dt, Action.BUILD, "; ".join(filter(None, (because, lost, "the loss is accepted"))))
+    if other_definition or wanted:
+        return Verdict(dt, Action.STOP, "; ".join(filter(None, (because, lost))))
+    if because:
+        return Verdict(dt, Action.KEEP, f"late rows came but the day can no longer be rebuilt whole ({because}; {lost})")
+    return Verdict(dt, Action.FRESH, lost)
+
+
+def rows_digest(definition: DatasetDefinition) -> str:
+    """Return the digest of what shapes the rows of `events`, whatever the order in which it is written down.
+
+    A key that says what is said without it is no part of it, so that a new key of a later version makes no day stale. Which
+    files match, and which days their names promise, is judged by the files themselves.
+    """
+    logs = definition.logs.model_dump(mode="json", exclude_defaults=True, exclude={"files", "days_in_name", "expected_refusals"})
+    events = definition.events.model_dump(mode="json", exclude_defaults=True)
+    for column in logs["columns"].values():
+        if "one_of" in column:
+            column["one_of"] = _as_set(column["one_of"])
+    if "missing" in logs:
+        logs["missing"] = _as_set(logs["missing"])
+    if definition.logs.format == "csv" and not definition.logs.header:
+        logs["columns"] = list(logs["columns"].items())  # their order is that of the cells
+    for condition in events["signals"].values():
+        if isinstance(condition.get("equals"), list):
+            condition["equals"] = _as_set(condition["equals"])
+    events["signals"] = list(events["signals"].items())  # bit i of `feedback` is the i-th
+    events["item_fields"] = [(name, rule.column, str(event_field_type(rule.kind))) for name, rule in definition.events.item_fields.items()]
+    return DIGEST_KIND + hashlib.sha256(json.dumps([logs, events], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def same_rows(manifest: Manifest) -> set[str]:
+    """Return the data digests of a day that stand for the rows that it has, however they are cut into buckets."""
+    return {manifest.data_digest, *filter(None, str(manifest.settings.get("same_rows_as", "")).split(","))}
+
+
+def rows_to_keep(staged: Manifest, published: Manifest | None) -> int:
+    """Return how many rows a staged day must have: those that are published, unless their loss is accepted."""
+    return 0 if published is None or "accepted_loss" in staged.settings else published.rows
+
+
+def accepted_days(given: Collection[str]) -> frozenset[str]:
+    """Return the days that `--accept-loss` names: `DAY`, or `FIRST..LAST`.
+
+    Raises:
+        StageError: one is no day.
+    """
+    days: set[str] = set()
+    for text in given:
+        first, _, last = text.partition("..")
+        days |= set(days_between(parse_dt(first), parse_dt(last or first)))
+    return frozenset(days)
+
+
+def _is_another(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], str]) -> bool:
+    """Whether a file's bytes may differ: copying or moving a file changes its time, not its bytes."""
+    if before.size != now.size:
+        return True
+    return before.modified_ns != now.modified_ns and (not before.digest.startswith("sha256:") or digest_of(now) != before.digest)
+
+
+def _as_set(values: list) -> list:
+    return sorted({json.dumps(value) for value in values})
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,0 +1,80 @@
+"""Users spread over buckets whatever their ids look like, and days of different layouts give each user once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etl.buckets import HASHES, Layout, common_layout, parts_by_bucket, read_bucket
+from etl.raw import hashed_ids
+from etl.schemas import EVENTS
+from etl.store import Manifest, TableStore
+
+USERS = 200_000
+COUNT = np.arange(USERS, dtype=np.int64)
+IDS = {
+    "sequential": COUNT + 1,
+    "even": 2 * COUNT,
+    "shifted by 40 bits": (COUNT % (1 << 22)) << 40,
+    "snowflake": ((1_700_000_000_000 + COUNT * 37) << 22) | ((COUNT % 32) << 12),
+    "multiples of 4,096": COUNT * 4_096,
+    "hashed texts": hashed_ids(pa.array([f"user-{i}" for i in range(USERS)])),
+    "negative": -COUNT,
+    "round": COUNT * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("buckets", [2, 3, 16, 64, 256])
+@pytest.mark.parametrize("kind", IDS)
+def test_each_bucket_holds_about_the_mean(kind, buckets):
+    held = np.bincount(Layout(buckets).bucket_of(IDS[kind]), minlength=buckets)
+    mean = USERS / buckets
+    assert len(held) == buckets
+    assert np.abs(held - mean).max() < 5 * np.sqrt(mean)  # of a fair spread one bucket in a million lies beyond
+
+
+def test_the_bucket_of_a_user_never_changes():
+    # Published days lie by it: another result would tear users apart.
+    assert Layout(64).bucket_of(np.array([0, 1, 2, 1 << 40, -1, 7_412_408_520_282_046_469])).tolist() == [47, 1, 14, 9, 32, 45]
+    assert Layout(64, "product").bucket_of(np.array([1, 2, 3])).tolist() == [28, 57, 22]
+
+
+@settings(max_examples=30)
+@given(layouts=st.lists(st.builds(Layout, st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.sampled_from(sorted(HASHES))), min_size=1, max_size=4),
+       users=st.lists(st.integers(0, 2**62), min_size=1, max_size=40, unique=True), seed=st.integers(0, 99))
+def test_days_of_any_layouts_give_every_row_once_in_the_order_of_days(tmp_path_factory, layouts, users, seed):
+    store = TableStore(str(tmp_path_factory.mktemp("w")), "d")
+    rng, days = np.random.default_rng(seed), []
+    for number, layout in enumerate(layouts):
+        who = np.sort(rng.choice(users, rng.integers(0, len(users) + 1), replace=False))
+        rows = pa.table({f.name: pa.array(np.full(len(who), number) if f.name == "event_time_ms" else who if f.name == "user_id" else np.zeros(len(who)), f.type)
+                         if f.name != "is_random" else pa.array(np.zeros(len(who), bool)) for f in EVENTS}, schema=EVENTS)  # fmt: skip
+        bucket = layout.bucket_of(who) if len(who) else np.zeros(0, np.int32)
+        work = store.begin_try("a", ["events"], [f"2024-01-0{number + 1}"])
+        files = tuple(store.write_file(work, "events", f"2024-01-0{number + 1}", b, rows.filter(pa.array(bucket == b))) for b in sorted(set(bucket.tolist())))
+        days.append(Manifest("d", "events", f"2024-01-0{number + 1}", "a", "s", "v", files, settings=layout.settings()))
+    chosen = common_layout(days)
+    found = []
+    for bucket, parts in parts_by_bucket(days, chosen).items():
+        rows = read_bucket(store, parts, bucket, chosen)
+        assert (chosen.bucket_of(rows["user_id"].to_numpy()) == bucket).all()
+        assert (np.diff(rows["event_time_ms"].to_numpy()) >= 0).all()
+        narrow = read_bucket(store, parts, bucket, chosen, ["event_time_ms"])
+        assert narrow.column_names == ["event_time_ms"]
+        assert narrow.equals(rows.select(["event_time_ms"]))
+        found += zip(rows["event_time_ms"].to_pylist(), rows["user_id"].to_pylist(), strict=True)
+    written = [(number, user) for number, day in enumerate(days) for user in store.read(day)["user_id"].to_pylist()]
+    assert sorted(found) == sorted(written)
+
+
+def test_days_of_one_layout_are_read_file_by_file():
+    from etl.store import DataFile
+
+    day = Manifest("d", "events", "2024-01-01", "a", "s", "v", tuple(DataFile(b, 1, 1, str(b), str(b)) for b in (0, 2, 5)), settings=Layout(8).settings())
+    assert {b: [(p.file.bucket, p.mixed) for p in parts] for b, parts in parts_by_bucket([day], Layout(8)).items()} == {b: [(b, False)] for b in (0, 2, 5)}
+    # Twice as many buckets hold halves of these; half as many hold them whole.
+    assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(4))[1]] == [(5, False)]
+    assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(16))[10]] == [(2, True)]
