@@ -43,6 +43,7 @@ from etl.parquet_rows import can_be, row_text, typed_rows
 from etl.partitions import MS_PER_DAY, day_number
 from etl.uris import without_secrets
 
+SINGLE, REPEATED, MISSING = 0, 1, 2  # how often a local time occurred on its day
 SPLIT_BYTES = 64 << 20
 HEAD_TEXT_BYTES = 64 << 10
 BOM = b"\xef\xbb\xbf"
@@ -112,12 +113,14 @@ class Chunk:
         rows: the declared columns, typed.
         time_ms: int64 [rows], Unix milliseconds.
         row_hash: int64 [rows], of all declared columns: equal rows have equal ones.
+        clock: int8 [rows], whether the local time was SINGLE, REPEATED or MISSING on the day.
     """
 
     rows: pa.Table
     time_ms: np.ndarray
     row_hash: np.ndarray
     refused: list[Refused]
+    clock: np.ndarray
 
 
 class RawLocation:
@@ -724,11 +727,20 @@ def time_values(columns: Sequence[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArra
 
 def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 Unix milliseconds, and which of them are times at all (others are 0)."""
+    return clocked_times_ms(values, time)[:2]
+
+
+def clocked_times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return int64 Unix milliseconds, which of them are times at all (others are 0), and int8: SINGLE, REPEATED or MISSING.
+
+    Where clocks are set back, the repeated hour is read as its second pass (standard time). Where they are set forward, a time
+    of the hour that does not exist is read by the clock as it was before.
+    """
     import pandas as pd
 
     if pa.types.is_timestamp(values.type):
-        stamps = pd.Series(values.to_numpy()).dt.tz_localize(time.zone, ambiguous=np.zeros(len(values), dtype=bool), nonexistent="shift_forward")
-        return _epoch_ms(stamps)
+        stamps, clock = _utc_stamps(pd.Series(values.to_numpy()), time.zone)
+        return *_epoch_ms(stamps), clock
     if time.unit is not None:
         per_second = _UNIT_PER_SECOND[time.unit]
         number = values.to_numpy()
@@ -737,8 +749,8 @@ def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray
         there = (number >= low) & (number < high)  # false for nan; beyond it a product would not fit
         number = np.where(there, number, 0)
         if number.dtype.kind == "f":
-            return np.rint(number * (1_000 / per_second)).astype(np.int64) + origin, there
-        return (number * 1_000 if per_second == 1 else number // (per_second // 1_000)) + origin, there
+            return np.rint(number * (1_000 / per_second)).astype(np.int64) + origin, there, np.full(len(number), SINGLE, np.int8)
+        return (number * 1_000 if per_second == 1 else number // (per_second // 1_000)) + origin, there, np.full(len(number), SINGLE, np.int8)
     encoded = pc.dictionary_encode(values.cast(pa.string()))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     texts = pd.Series(encoded.dictionary.to_pylist(), dtype=object).astype(str)
@@ -747,14 +759,27 @@ def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray
     form, dated = (time.format, texts) if time.year is None else (f"%Y {time.format}", f"{time.year} " + texts)
     if "%z" in str(form):
         stamps = pd.to_datetime(dated, format=form, errors="coerce", utc=True)  # each text has its own offset
+        clock = np.full(len(stamps), SINGLE, np.int8)
     else:
-        stamps = pd.to_datetime(dated, format=form, errors="coerce")
-        stamps = stamps.dt.tz_localize(time.zone, ambiguous=np.zeros(len(stamps), dtype=bool), nonexistent="shift_forward")
+        stamps, clock = _utc_stamps(pd.to_datetime(dated, format=form, errors="coerce"), time.zone)
     known, there = _epoch_ms(stamps)
     # strptime takes blanks for digits ("08 9" for the 9th of August).
     there &= (texts.str.count(r"\s") == len(re.findall(r"\s", str(time.format)))).to_numpy()
     code = encoded.indices.to_numpy()
-    return known[code], there[code]
+    return known[code], there[code], clock[code]
+
+
+def _utc_stamps(local, zone: str):
+    """Return local stamps as UTC ones, and whether each was SINGLE, REPEATED or MISSING on its day."""
+    second = np.zeros(len(local), dtype=bool)
+    stamps = local.dt.tz_localize(zone, ambiguous=second, nonexistent="shift_backward").dt.tz_convert("UTC")
+    there, clock = ~local.isna().to_numpy(), np.full(len(local), SINGLE, np.int8)
+    if (unclear := local.dt.tz_localize(zone, ambiguous="NaT", nonexistent="NaT").isna().to_numpy() & there).any():
+        missing = local.dt.tz_localize(zone, ambiguous=second, nonexistent="NaT").isna().to_numpy() & there
+        before = stamps.dt.tz_convert(zone).dt.tz_localize(None) - stamps.dt.tz_localize(None)  # the offset of the last moment before the gap
+        stamps = stamps.where(~missing, (local - before).dt.tz_localize("UTC"))
+        clock[unclear], clock[missing] = REPEATED, MISSING
+    return stamps, clock
 
 
 def _epoch_ms(stamps) -> tuple[np.ndarray, np.ndarray]:
@@ -827,7 +852,7 @@ def _known_times(rows: pa.Table, definition: DatasetDefinition) -> tuple[np.ndar
 def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lines: pa.Array | None, definition: DatasetDefinition) -> Chunk:
     """Refuse rows whose values cannot be right: bounds, allowed values, time."""
     time = definition.events.time
-    time_ms, there = times_ms(time_values([rows[name] for name in time.columns]), time)
+    time_ms, there, clock = clocked_times_ms(time_values([rows[name] for name in time.columns]), time)
     earliest, latest = _bounds_ms(time)
     in_range = there & (time_ms >= earliest) & (time_ms < latest)
     bad = ~in_range
@@ -846,8 +871,8 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
         for place, reason in sorted(reasons.items()):
             text = lines[place].as_py() if lines is not None else row_text(rows, place)
             refused.append(Refused(int(row_number[place]), reason, text, int(time_ms[place]) if in_range[place] else None))
-        rows, time_ms = rows.filter(pa.array(~bad)), time_ms[~bad]
-    return Chunk(rows, time_ms, row_hashes(rows), refused)
+        rows, time_ms, clock = rows.filter(pa.array(~bad)), time_ms[~bad], clock[~bad]
+    return Chunk(rows, time_ms, row_hashes(rows), refused, clock)
 
 
 def _with_times(refused: list[Refused], header: tuple[str, ...], definition: DatasetDefinition) -> list[Refused]:

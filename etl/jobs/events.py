@@ -30,12 +30,13 @@ from etl.datasets import MILLISECONDS, DatasetDefinition, Events, FieldRule, Spa
 from etl.errors import StageError
 from etl.freshness import Action, Published, Verdict, accepted_days, judged, rows_digest
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
-from etl.raw import Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
+from etl.raw import MISSING, REPEATED, Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
 from etl.schemas import EVENTS, QUARANTINE, event_field_type, schema_fingerprint, table_schema
 from etl.spark import spark_session
 from etl.store import DataFile, Manifest, TableStore, Try, code_version, sha256_of
 
 EVENT, REFUSED, COUNTED, ELSEWHERE = 0, 1, 2, 3  # ELSEWHERE: refused lines that are filed under days not built now
+CLOCK_CHANGES = {"repeated_times": REPEATED, "missing_times": MISSING}  # counts of a day
 BYTES_PER_TASK = 128 << 20
 BUCKET_BYTES = 128 << 20  # raw bytes of the lookback that one bucket holds: what one task of the sequences job reads
 GROWTH = 4  # new days get more buckets than the published ones when the lookback asks for so many times their number
@@ -215,6 +216,9 @@ def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, n
         yield _elsewhere_rows(refused, split.file, needed, schema)
         days = np.concatenate([chunk.time_ms // MS_PER_DAY, np.array([day for day, _ in refused], dtype=np.int64)])
         yield _count_rows(days, split.file, schema)
+        for what, code in CLOCK_CHANGES.items():
+            if (told := chunk.time_ms[chunk.clock == code] // MS_PER_DAY).size:
+                yield _count_rows(told, split.file, schema, what)
 
 
 def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int) -> dict:
@@ -253,7 +257,8 @@ def write_rows(rows: pa.Table, store: TableStore, definition: DatasetDefinition,
     """
     buckets, waiting = layout.buckets, frozenset(later.days if later else ())
     counted = rows.filter(pc.equal(rows["kind"], COUNTED))
-    results = [{"day": row["day"], "file": row["source_file"], "counted": row["row_number"]} for row in counted.select(["day", "source_file", "row_number"]).to_pylist()]
+    results = [{"day": row["day"], "file": row["source_file"], row["reason"] or "counted": row["row_number"]}
+               for row in counted.select(["day", "source_file", "reason", "row_number"]).to_pylist()]
     for row in rows.filter(pc.equal(rows["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist():
         results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
     rows = rows.filter(pc.less(rows["kind"], COUNTED))
@@ -309,6 +314,7 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     summary = dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "built_ahead", "already_published"), 0)
     reasons: collections.Counter = collections.Counter()
     elsewhere: collections.Counter = collections.Counter()
+    clock: collections.Counter = collections.Counter()
     days_seen, built_days, days_ahead = set(), set(needed), set(ahead)
     for stat in stats:
         if "elsewhere" in stat:
@@ -323,6 +329,10 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
                 summary["built_ahead" if day in days_ahead else "already_published" if first_day <= day <= dt else "outside_days"] += stat["counted"]
             continue
         by_day[day].append(stat)
+        if "file" in stat:  # clock changes
+            if day in built_days:
+                clock.update({what: stat[what] for what in CLOCK_CHANGES if what in stat})
+            continue
         if day in days_ahead:
             elsewhere.update(stat.get("reasons", {}))
             continue
@@ -344,6 +354,9 @@ def _reconciled(definition: DatasetDefinition, raw: RawLocation, dt: str, needed
     if dt in built_days and not any(stat.get("events") for stat in by_day[dt]):
         span = f"{min(days_seen)} .. {max(days_seen)}" if days_seen else "no day at all"
         raise StageError(f"no row for dt={dt} in {raw.uri}: the files that may hold it ({', '.join(f.name for f in files)}) hold {span}", "choose a DT in that span, or deliver the day's file")
+    if clock:
+        log(f"clock changes: {clock['repeated_times']:,} event(s) have a local time that occurs twice on the day and is read as its second pass, "
+            f"{clock['missing_times']:,} one that does not occur and is read by the clock before the change")
     refused = reasons + elsewhere
     for where, count in refused.most_common(5):
         log(f"refused: {where} ({count:,} rows)")
@@ -357,7 +370,7 @@ def _write_manifests(store: TableStore, definition: DatasetDefinition, judge: Ju
     """Write the manifests of days, each with its settings and where it is staged."""
     version, fingerprint = code_version(), schema_fingerprint(events_schema(definition))
     for work, day, settings in days:
-        buckets = [stat for stat in by_day[day] if "counted" not in stat]
+        buckets = [stat for stat in by_day[day] if "file" not in stat]
         rows: collections.Counter = collections.Counter()
         for stat in by_day[day]:
             if "counted" in stat:
@@ -366,6 +379,7 @@ def _write_manifests(store: TableStore, definition: DatasetDefinition, judge: Ju
         known = json.dumps({file.name: [file.size, file.modified_ns, rows[file.name]] for file in files}, sort_keys=True)
         inputs = {file.name: judge.file_digest(file) for file in files}
         counts = {name: sum(s[name] for s in buckets) for name in ("rows_read", "events", "duplicates", "quarantined", "users")}
+        counts |= {what: sum(stat.get(what, 0) for stat in by_day[day]) for what in CLOCK_CHANGES}
         tables = [("events", fingerprint, "events_file")]
         # A day without refused rows has no quarantine, unless one that was published has to be emptied.
         if counts["quarantined"] or store.manifest("quarantine", day) is not None:
@@ -492,10 +506,10 @@ def _elsewhere_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: f
                     "reason": list(codes), "row_number": list(codes.values())}, len(codes), schema)
 
 
-def _count_rows(days: np.ndarray, file: RawFile, schema: pa.Schema) -> pa.Table:
+def _count_rows(days: np.ndarray, file: RawFile, schema: pa.Schema, what: str | None = None) -> pa.Table:
     numbers, counts = np.unique(days, return_counts=True)
     return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "source_file": [file.name] * len(numbers),
-                    "row_number": counts}, len(numbers), schema)
+                    "reason": [what] * len(numbers), "row_number": counts}, len(numbers), schema)
 
 
 def _parsed(columns: dict, rows: int, schema: pa.Schema) -> pa.Table:

@@ -78,3 +78,16 @@ def test_days_of_one_layout_are_read_file_by_file():
     # Twice as many buckets hold halves of these; half as many hold them whole.
     assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(4))[1]] == [(5, False)]
     assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(16))[10]] == [(2, True)]
+
+
+def test_rows_that_are_kept_under_another_definition_have_its_signals_and_columns():
+    from etl.jobs.rebucket import Conform
+
+    old = pa.table({f.name: pa.array([1, 2], f.type) if f.name != "is_random" else pa.array([True, False]) for f in EVENTS}, schema=EVENTS)
+    old = old.set_column(3, "feedback", pa.array([0b011, 0b110], pa.int16())).append_column("gone", pa.array(["a", "b"]))
+    schema = pa.schema([*EVENTS, pa.field("new", pa.float64())])
+    kept = Conform(((0, 2), (2, 0)), schema)(old)  # the first signal became the third, the second is gone, the third became the first
+    assert kept["feedback"].to_pylist() == [0b100, 0b001]
+    assert kept.column_names == schema.names
+    assert kept["new"].to_pylist() == [None, None]
+    assert kept["user_id"].equals(old["user_id"])
