@@ -195,7 +195,7 @@ def _failures(p: Partition) -> str:
         parts.append("<p>Nothing: no critical expectation and no warning.</p>")
     if p.pass_commands:
         commands = "\n".join(p.pass_commands)
-        parts.append("<p>Once looked at, a person can let exactly what failed through, once, with a reason that stands on the model version; then clear the failed task:</p>"
+        parts.append("<p>Once looked at, a person can let exactly what failed through, once, with a reason that stands on the model version; then clear the whole run:</p>"
                      f'<pre class="command">{_text(commands, WHOLE)}</pre>')  # fmt: skip
     if recorded := [_failure(stage, outcome, p.data_docs) for stage, outcome in p.failed("info")]:
         parts.append(f"<details><summary>{len(recorded)} recorded as info</summary>{_table(columns, recorded)}</details>")

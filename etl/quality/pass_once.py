@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     decision = decide(store, args.dt, args.stage, args.attempt, args.by or getpass.getuser(), args.reason, args.expectation)
     for one in decision.failing:
         log(f"may fail once: {one.message}")
-    log(f"decided by {decision.by}: {decision.reason}. Clear the failed task, or run the partition again: its gate {decision.stage} then lets exactly this through")
+    log(f"decided by {decision.by}: {decision.reason}. Clear the whole run, or run the partition again: its gate {decision.stage} then lets exactly this through")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from etl.buckets import Layout
 from etl.datasets import dataset
 from etl.errors import StageError
 from etl.features import read_features
@@ -101,7 +102,7 @@ def built(definition, folder: Path, days: tuple[str, ...], warehouse: Path) -> t
     place = RawLocation(str(folder))
     numbers = frozenset(day_number(day) for day in days)
     splits = place.splits(place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
-    rows = pa.concat_tables([table for split in splits for table in parse_split(place, split, definition, numbers, days[-1], 1)])
+    rows = pa.concat_tables([table for split in splits for table in parse_split(place, split, definition, numbers, days[-1], Layout(1))])
     kind = rows["kind"].to_numpy()
     counted = rows.filter(pa.array(kind == COUNTED))
     counts = {"read": sum(n for day, n in zip(counted["day"].to_pylist(), counted["row_number"].to_pylist(), strict=True) if day in numbers)}

@@ -232,7 +232,7 @@ def test_lines_without_a_day_count_against_the_share_of_refused_rows_whatever_th
     assert store.staged_days("bad", "events") == []
 
 
-@pytest.mark.parametrize("buckets", [1, BUCKETS + 1, 2 * BUCKETS])
+@pytest.mark.parametrize("buckets", [pytest.param(1, marks=pytest.mark.slow), pytest.param(BUCKETS + 1, marks=pytest.mark.slow), 2 * BUCKETS])
 def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(built, raw, tmp_path, buckets):
     shutil.copytree(built[0].warehouse, tmp_path / "w")
     store, window = TableStore(str(tmp_path / "w"), NAME), Window(DT, 2, DAYS)

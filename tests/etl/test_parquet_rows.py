@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from etl.buckets import Layout
 from etl.datasets import DatasetDefinition, dataset
 from etl.errors import StageError
 from etl.jobs.events import COUNTED, REFUSED, parse_split
@@ -59,7 +60,7 @@ def parsed(folder: Path, kind: str) -> list[dict]:
     rules, place = definition(folder, kind), RawLocation(str(folder))
     days = frozenset({day_number(DAY)})
     splits = place.splits(place.logs(rules), rules.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
-    return pa.concat_tables([t for split in splits for t in parse_split(place, split, rules, days, DAY, 2)]).to_pylist()
+    return pa.concat_tables([t for split in splits for t in parse_split(place, split, rules, days, DAY, Layout(2))]).to_pylist()
 
 
 def refused(rows: list[dict]) -> list[dict]:

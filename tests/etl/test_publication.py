@@ -26,6 +26,7 @@ from etl.store import Manifest, Staged, TableStore, Try
 from tests.etl.quality.test_audit import stage_events
 from tests.etl.test_cluster import BUCKET, s3  # noqa: F401  (a fixture)
 from tests.etl.test_store import DT, rows, stage, staged_manifest
+from tests.waiting import wait_for
 
 DATASET = "kuairand_simulated"
 
@@ -141,7 +142,7 @@ def test_a_zombie_that_goes_on_writing_changes_nothing_that_is_published(tmp_pat
     process = context.Process(target=zombie, args=(store.warehouse, work, str(tmp_path / "begun"), str(tmp_path / "stop")))
     process.start()
     try:
-        wait_until(lambda: (tmp_path / "begun").exists())
+        wait_for("first writes of the zombie", lambda: (tmp_path / "begun").exists())
         assert store.staged_days("retried", "events") == [DT], "the first try is whole, until its retry begins"
         retry = stage_events(store, "retried")
         gate = ["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--attempt", "retried", "--stage", "events", "--reports", str(tmp_path / "reports")]
@@ -149,7 +150,7 @@ def test_a_zombie_that_goes_on_writing_changes_nothing_that_is_published(tmp_pat
         published = store.require("events", DT)
         assert published.data_digest == retry.data_digest
         before = mtime(store, work)
-        wait_until(lambda: mtime(store, work) > before)  # it still writes, after the publication
+        wait_for("write of the zombie", lambda: mtime(store, work) > before)  # it still writes, after the publication
         audit.main(gate)
         assert process.is_alive()
     finally:
@@ -166,13 +167,6 @@ def test_a_zombie_that_goes_on_writing_changes_nothing_that_is_published(tmp_pat
 def mtime(store: TableStore, work: Try) -> int:
     path = Path(store.root, work.partition_dir("events", DT), "manifest.json")
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_a_file_overwritten_between_judgement_and_publication_is_refused(tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from etl.schemas import EVENTS, schema_fingerprint
 from etl.store import Manifest, TableStore
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text().split("## Reading the tables with other engines")[1].split("\n## ")[0]
-PREPARE, *SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 DT, USERS = "2022-04-21", (7, 5)  # rows of the first and of the second publication
 
 
@@ -30,10 +29,8 @@ def events(rows: int, seed: int) -> pa.Table:
 
 
 @pytest.fixture
-def published(tmp_path, monkeypatch) -> pa.Table:
-    """A warehouse where the documentation says; the working folder is the one to read it from."""
-    monkeypatch.chdir(tmp_path)
-    store = TableStore("var/warehouse", "kuairand")
+def published(tmp_path) -> pa.Table:
+    store = TableStore(str(tmp_path), "kuairand")
     for attempt, rows in zip(("first", "second"), USERS, strict=True):
         work = store.begin_try(attempt, ["events"], [DT])
         files = tuple(store.write_file(work, "events", DT, bucket, events(rows, bucket)) for bucket in (0, 1))
@@ -59,13 +56,16 @@ def assert_same(found: Any, wanted: pa.Table, more: set[str] = frozenset()) -> N
 
 
 @pytest.mark.spark
-def test_the_documented_recipes_read_exactly_what_the_manifest_lists(published):
-    assert [re.search(r"import (duckdb|SparkSession|pandas)", text).group(1) for text in SNIPPETS] == ["duckdb", "SparkSession", "pandas"]
-    for snippet in SNIPPETS:
+def test_the_documented_recipes_read_exactly_what_the_manifest_lists(published, tmp_path):
+    # A Spark that other tests have started does not follow into another working folder.
+    docs = DOCS.replace("var/warehouse", str(tmp_path))
+    prepare, *snippets = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    assert [re.search(r"import (duckdb|SparkSession|pandas)", text).group(1) for text in snippets] == ["duckdb", "SparkSession", "pandas"]
+    for snippet in snippets:
         names: dict[str, Any] = {}
-        exec(PREPARE + snippet, names)
+        exec(prepare + snippet, names)
         assert_same(names["rows"], published)
-    plain = re.findall(r"`((?:duckdb|spark|pd)\.read[^`]*)`", DOCS)
+    plain = re.findall(r"`((?:duckdb|spark|pd)\.read[^`]*)`", docs)
     assert len(plain) == 3
     import duckdb
 

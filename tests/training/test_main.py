@@ -58,6 +58,7 @@ def test_training_in_one_process_and_a_retry_continues_the_mlflow_run(tmp_path, 
     assert [m["validation_logloss"] for m in first["models"].values()] == [m["validation_logloss"] for m in second["models"].values()]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_ray_workers_train_every_model(tmp_path, warehouse):
     done = train(tmp_path, warehouse, "--workers", "2")

@@ -343,7 +343,7 @@ def test_events_built_again_after_the_sequences_stop_training(built: Feed, tmp_p
     feed = built.copy(tmp_path)
     feed.audit("today").publish("sequences")
     feed.audit("today").publish("training_input")  # nothing is wrong yet
-    feed.change_log(changed("play_time_ms", lambda watched, _: watched + 1), YESTERDAY)
+    feed.change_log(lambda table: set_column(table, "play_time_ms", table["play_time_ms"].to_numpy() + 1), YESTERDAY)
     feed.build_events("again", YESTERDAY)
     feed.audit("again", YESTERDAY).publish("events")
     with pytest.raises(StageError, match=rf"training must not start[\s\S]*stale_count[\s\S]*{YESTERDAY}"):

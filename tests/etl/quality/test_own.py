@@ -297,7 +297,7 @@ def test_the_share_of_refused_rows_is_a_bound_of_the_data_set(tmp_path: Path, mo
 
     def build_events(*arguments: object) -> dict[str, int]:
         taken.append(arguments[7])
-        return dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "already_published"), 0)
+        return dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "built_ahead", "already_published"), 0)
 
     monkeypatch.setattr(events_job, "build_events", build_events)
     definition(tmp_path, bounds={"raw.max_refused_share": {"value": 0.05, "reason": "the app of 2019"}})
