@@ -88,11 +88,11 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
 @pytest.mark.slow
 def test_the_whole_report_from_nothing(tmp_path):
     command = [sys.executable, "-m", "benchmarks.claims", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--sets", "simulated",
-               "--variants", "exact,vql,mean_pooling,vql_missing_50", "--seeds", "1", "--steps", "prepare,train,page"]  # fmt: skip
+               "--variants", "vql,mean_pooling", "--seeds", "1", "--steps", "prepare,train,page"]  # fmt: skip
     subprocess.run(command, check=True)
     runs = read(tmp_path / "results/trainings.jsonl")
-    assert {run["variant"] for run in runs} == {"exact", "vql", "mean_pooling", "vql_missing_50"}
     auc = {run["variant"]: run["auc"] for run in runs}
-    assert auc["vql"] > auc["vql_missing_50"] > auc["mean_pooling"]
+    assert auc.keys() == {"vql", "mean_pooling"}
+    assert auc["vql"] > auc["mean_pooling"]
     subprocess.run(command, check=True)  # nothing left to train
-    assert len(read(tmp_path / "results/trainings.jsonl")) == 4
+    assert len(read(tmp_path / "results/trainings.jsonl")) == 2

@@ -87,8 +87,9 @@ class Project:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(GATE if module == "etl.quality.audit" else STAGE)
-        for module in ("kept", "page", "plots", "report", "thresholds"):
-            shutil.copy(settings.ROOT / "etl" / "quality" / f"{module}.py", root / "etl" / "quality")
+        for file in (settings.ROOT / "etl" / "quality").glob("*.py"):
+            if file.stem != "audit":
+                shutil.copy(file, root / "etl" / "quality")
         (root / "training" / "page.py").write_text(PAGE)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
@@ -138,7 +139,8 @@ class Project:
 
     def question(self, run: str) -> dict:
         """Return what a run that waits for a person shows him."""
-        wait_for(f"question of {run}", lambda: self.states(run).get(APPROVAL) == "awaiting_input", every=1)
+        wait_for(f"question of {run}", lambda: self.states(run).get(APPROVAL) in ("awaiting_input", "success", "failed", "upstream_failed"), every=1)
+        assert self.states(run)[APPROVAL] == "awaiting_input"
         # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one, and
         # asks again; no person is that fast.
         time.sleep(8)
