@@ -104,6 +104,7 @@ class TableStore:
                              "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from error
         self.root = f"{root.rstrip('/')}/{dataset}"
         self.dataset = dataset
+        self._tries: dict[str, Try] = {}  # by the path of their record
 
     # ---- staging -------------------------------------------------------------------------------------------------
 
@@ -124,8 +125,14 @@ class TableStore:
         """Return the tries that this attempt has begun, newest first; a folder without a record is what a zombie left."""
         infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_staging/{attempt}", allow_not_found=True))
         names = sorted((info.base_name for info in infos if info.type == pafs.FileType.Directory), reverse=True)
-        texts = [self.read_text(f"_staging/{attempt}/{name}/try.json") for name in names]
-        return [Try(**{**raw, "tables": tuple(raw["tables"]), "days": tuple(raw["days"])}) for raw in map(json.loads, filter(None, texts))]
+        return [work for name in names if (work := self._try(f"_staging/{attempt}/{name}/try.json")) is not None]
+
+    def _try(self, path: str) -> Try | None:
+        """Return the try of a record, which is read once: nothing ever changes it. None: there is none (yet)."""
+        if path not in self._tries and (text := self.read_text(path)) is not None:
+            raw = json.loads(text)
+            self._tries[path] = Try(**{**raw, "tables": tuple(raw["tables"]), "days": tuple(raw["days"])})
+        return self._tries.get(path)
 
     def prune_staging(self, before_ms: int) -> list[str]:
         """Drop the staging of every attempt whose last try began before `before_ms` (Unix); return the attempts' names."""
@@ -155,6 +162,7 @@ class TableStore:
     def _drop(self, path: str) -> None:
         """Drop a folder of staging. What a zombie writes into it meanwhile may stay: nobody looks there."""
         full = f"{self.root}/{path}"
+        self._tries.clear()
         if self.fs.get_file_info(full).type != pafs.FileType.NotFound:
             with contextlib.suppress(OSError):
                 self.fs.delete_dir(full)
@@ -183,7 +191,7 @@ class TableStore:
 
     def staged(self, attempt: str, table: str, dt: str) -> Staged | None:
         """Return the partition as the newest try that was begun for it has staged it, None where that one is not complete."""
-        work = next((one for one in self.tries(attempt) if table in one.tables and dt in one.days), None)
+        work = next((one for one in self.tries(attempt) if f"{table}/dt={dt}" in one.expected), None)
         text = self.read_text(f"{work.partition_dir(table, dt)}/manifest.json") if work else None
         return self._as_staged(work, table, dt, text) if work and text is not None else None
 
