@@ -175,7 +175,7 @@ def taobao(home: Home, command: str) -> None:
 
 def buildroot(home: Home, command: str) -> None:
     absent("../shared/data/gitlog_buildroot")
-    home.registers(command, "vql_buildroot")
+    home.registers(command, "vql_buildroot", LOOKBACK_DAYS="1000")  # of 9,010: a partition of each day is published
 
 
 def up(home: Home, command: str) -> None:

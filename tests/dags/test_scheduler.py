@@ -113,9 +113,17 @@ class Project:
         (self.root / "fault.json").write_text(json.dumps([module, code, once]))
 
     def start_backfill(self, first: str, last: str, **body) -> int:
-        return self.api.call("POST", "/api/v2/backfills", {
-            "dag_id": DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body,
-        })["id"]  # fmt: skip
+        asked = {"dag_id": DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body}
+
+        def begun() -> dict | None:
+            try:
+                return self.api.call("POST", "/api/v2/backfills", asked)
+            except InfraError as error:
+                if "answered 503" in str(error) and "locked" in str(error):  # SQLite, while the scheduler writes
+                    return None
+                raise
+
+        return wait_for("backfill", begun, every=2)["id"]
 
     def backfill(self, first: str, last: str, **body) -> None:
         identity = self.start_backfill(first, last, **body)
