@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from etl.cli import dataset_parser, definition_of, run_stage
 from etl.datasets import DatasetDefinition
@@ -28,12 +28,18 @@ TABLES = ("items", "sequences", "user_caches")  # in the order in which they han
 
 @dataclass(frozen=True)
 class Stale:
-    """One stale partition and what made it so; `whole`: all that it takes to build it again is there."""
+    """One stale partition and what made it so.
+
+    Attributes:
+        whole: all that it was built from is there.
+        runs: a run of its day can build it: the raw files of the day itself are there.
+    """
 
     table: str
     dt: str
     because: tuple[str, ...]
     whole: bool = True
+    runs: bool = True
 
 
 def main() -> None:
@@ -58,12 +64,14 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
         StageError: nothing is published there.
     """
     found: list[Stale] = []
+    no_run: set[str] = set()
     events = {dt: manifest for dt in store.days("events") if (manifest := store.manifest("events", dt)) is not None}
     if not events:
         raise StageError(f"no day of {store.dataset} is published under {store.warehouse}", "correct --warehouse or --dataset, or run the stages first")
     if raw is not None:
         judge = Judge(definition, raw, raw.logs(definition))
         verdicts = [judge(dt, manifest) for dt, manifest in events.items()]
+        no_run = {dt for dt, m in events.items() if judge(dt, m, wanted=True).action is not Action.BUILD or not any(f.may_hold(dt) for f in judge.files)}
         found = [Stale("events", v.dt, (v.reason,), v.action is Action.BUILD) for v in verdicts if v.action is not Action.FRESH]
     digests = {f"events/dt={dt}": same_rows(manifest) for dt, manifest in events.items()}
     old = {f"events/dt={stale.dt}" for stale in found if stale.whole}
@@ -79,7 +87,7 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
             if because:
                 old.add(key)
                 found.append(Stale(name, dt, tuple(because)))
-    return found
+    return [replace(stale, runs=stale.dt not in no_run) for stale in found]
 
 
 def backfill_days(stale: list[Stale], store: TableStore) -> list[list[str]]:
@@ -87,7 +95,7 @@ def backfill_days(stale: list[Stale], store: TableStore) -> list[list[str]]:
 
     A run builds the stale days of its lookback anew, so only days that lie in none need a run of their own.
     """
-    stale = [s for s in stale if s.whole]
+    stale = [s for s in stale if s.whole and s.runs]
     days = {s.dt for s in stale if s.table != "events"}
     covered = set(days)
     for dt in days:
@@ -113,6 +121,8 @@ def table(stale: list[Stale], store: TableStore) -> str:
         lines.append(f"{s.table:<14}{s.dt:<12}{s.because[0]}{more}")
     if lost := [s.dt for s in stale if not s.whole]:
         lines.append(f"\ncannot be built again whole until their raw files are back: {', '.join(lost)}")
+    if fixed := sorted({s.dt for s in stale if s.whole and not s.runs and s.table != "events"}):
+        lines.append(f"\nno run can build these again, since raw files of the day itself are not there: {', '.join(fixed)}")
     ranges = backfill_days(stale, store)
     if not ranges:
         return "\n".join(lines)

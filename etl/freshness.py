@@ -103,7 +103,9 @@ def judged(dt: str, published: Published | None, files: Sequence[RawFile], defin
     holding = {f.name for f in files if f.may_hold(dt)}
     # A file that gave the day no row takes none along; a day without events has none to lose.
     gone = [name for name, f in before.items() if name not in now and f.rows != 0] if published.rows else []
-    came = sorted(holding - before.keys())
+    moved = {name: f.name for name in gone for f in files if f.name not in before and _same_bytes(before[name], f, digest_of)}
+    gone = [name for name in gone if name not in moved]
+    came = sorted(holding - before.keys() - set(moved.values()))
     changed = [name for name, f in before.items() if name in now and (name not in holding or _is_another(f, now[name], digest_of))]
     other_definition = published.definition not in ("", definition)
     because = "; ".join([*(["the definition changed"] if other_definition else []), *([f"raw files came: {_names(came)}"] if came else []),
@@ -118,7 +120,7 @@ def judged(dt: str, published: Published | None, files: Sequence[RawFile], defin
     if other_definition or wanted:
         return Verdict(dt, Action.STOP, "; ".join(filter(None, (because, lost))))
     if because:
-        return Verdict(dt, Action.KEEP, f"late rows came but the day can no longer be rebuilt whole ({because}; {lost})")
+        return Verdict(dt, Action.KEEP, f"late rows may have come, but the day can no longer be rebuilt whole ({because}; {lost})")
     return Verdict(dt, Action.FRESH, lost)
 
 
@@ -173,6 +175,11 @@ def _is_another(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], 
     if before.size != now.size:
         return True
     return before.modified_ns != now.modified_ns and (not before.digest.startswith("sha256:") or digest_of(now) != before.digest)
+
+
+def _same_bytes(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], str]) -> bool:
+    """Whether a file of another name is the one that was there: moved into a folder, or renamed."""
+    return before.size == now.size and before.digest.startswith("sha256:") and digest_of(now) == before.digest
 
 
 def _as_set(values: list) -> list:

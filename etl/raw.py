@@ -205,7 +205,7 @@ class RawLocation:
         logs, notes = definition.logs, []
         if hidden := self.hidden(logs.files):
             notes.append(f"{len(hidden)} hidden file(s) in {self.uri} are not read, such as {hidden[0]}")
-        if files and logs.format != "parquet":
+        if files and logs.format != "parquet" and files[0].size:
             header, head = self.header(files[0], logs), self.head(files[0], logs)
             body = head.partition(b"\n")[2] if logs.names_columns else head
             rows, *_ = parse_lines(body[: body.rfind(b"\n") + 1], 1, header, logs.model_copy(update={"encoding": "utf-8"}))

@@ -311,8 +311,8 @@ class TableStore:
                         self._settle(table, dt)  # takes out what was placed before the pointer moved
                     raise
                 self._place(manifest, published)
-                kept = hashlib.sha256(text.encode()).hexdigest()[:8]
-                self.write_text(f"_manifests/{table}/dt={dt}/history/{published.data_digest}.{published.attempt}.{kept}.json", text, durable=True)
+                if current is not None:
+                    self._remember(current)
                 with contextlib.suppress(Moved):  # by somebody else: look again
                     pointer.replace(text)
                     won = True
@@ -348,6 +348,8 @@ class TableStore:
         lock, another publisher may do the same meanwhile: whoever ends last has looked at the manifest that counts.
         """
         current = self.require(table, dt)
+        # Behind the pointer, so that a history without a pointer always means a pointer that was lost.
+        self._remember(current)
         self._sort_out(current)
         while (after := self.require(table, dt)).files != current.files:
             current = after
@@ -377,7 +379,25 @@ class TableStore:
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""
         text = self.read_text(_pointer(table, dt))
+        if text is None and (kept := self._history(table, dt)):
+            text = self.read_text(_pointer(table, dt))  # published just now: the history is written behind the pointer
+            if text is None:
+                raise StageError(f"{self.root}/{_pointer(table, dt)} is gone, yet the partition was published: {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
+                                 "copy the newest good one of them over it; to withdraw a partition for good, remove its whole folder below _manifests")
         return self._as_current(table, dt, text) if text is not None else None
+
+    def _history(self, table: str, dt: str) -> list[str]:
+        """Return the paths of every manifest of a partition that was ever published."""
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_manifests/{table}/dt={dt}/history", allow_not_found=True))
+        return [info.path for info in infos if info.base_name.endswith(".json")]
+
+    def _remember(self, manifest: Manifest) -> None:
+        """Write a manifest that is published into its partition's history, under a name that nothing else has."""
+        text = manifest.to_json()
+        kept = hashlib.sha256(text.encode()).hexdigest()[:8]
+        path = f"_manifests/{manifest.table}/dt={manifest.dt}/history/{manifest.data_digest}.{manifest.attempt}.{kept}.json"
+        if self.fs.get_file_info(f"{self.root}/{path}").type != pafs.FileType.File:
+            self.write_text(path, text, durable=True)
 
     def _as_current(self, table: str, dt: str, text: str) -> Manifest:
         where = f"{self.root}/{_pointer(table, dt)}"
@@ -423,10 +443,11 @@ class TableStore:
         names = None if columns is None else list(columns)
         try:
             return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None, columns=names)
-        except OSError:
+        except OSError as error:
             old = f"{self.root}/{SUPERSEDED}/{file.path}"
             if self.fs.get_file_info(old).type != pafs.FileType.File:
-                raise
+                raise StageError(f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
+                                 "restore it, or build its partition again with a new attempt and let its gate publish it") from error
             return pq.read_table(old, filesystem=self.fs, partitioning=None, columns=names)
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:

@@ -90,7 +90,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
         StageError: files or columns are missing, a day cannot be built again without loss, too many rows are refused, or `dt` has no row.
     """
     files = raw.logs(definition)
-    for note in raw.notes(files, definition):
+    for note in raw.notes([file for file in files if file.may_hold(dt)], definition):
         log(f"note: {note}")
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
     if strangers := sorted(set(accept_loss) - set(lookback)):
@@ -130,6 +130,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     else:
         stats = []
     by_day, summary = _reconciled(definition, raw, dt, to_build, ahead, relevant, lookback[0], max_bad_share, stats)
+    _tell_losses(verdicts, by_day, {day: published[day].rows for day in accept_loss if day in published and day in to_build})
     raw_gate(True)
     settings = {"raw": raw.uri, "definition": judge.digest, "signals": ",".join(definition.feedback_fields), **layout.settings()}
     _write_manifests(store, definition, judge, by_day, [*((work, day, {**settings, "accepted_loss": "yes"} if day in accept_loss else settings) for day in to_build),
@@ -181,9 +182,23 @@ def _tell(verdicts: list[Verdict], raw: RawLocation) -> None:
         log(f"{len(archived)} published day(s) {archived[0].dt} .. {archived[-1].dt} stay as they are: {archived[0].reason}")
     if stopped := [v for v in verdicts if v.action is Action.STOP]:
         days = "".join(f"\n  dt={v.dt}: {v.reason}" for v in stopped)
+        adopt = ("or keep the published rows of days whose definition changed: python -m etl.jobs.rebucket --adopt-definition (docs/operations.md); "
+                 if any("definition" in v.reason for v in stopped) else "")  # fmt: skip
         raise StageError(f"{len(stopped)} published day(s) would have to be built again, but from less than they were built from:{days}",
-                         f"bring the files back to {raw.uri}; or keep the published rows of days whose definition changed: python -m etl.jobs.rebucket --adopt-definition "
-                         "(docs/operations.md); or build them from what is left, which loses rows: --accept-loss DAY")
+                         f"bring the files back to {raw.uri}; {adopt}or build them from what is left, which loses rows: --accept-loss DAY")
+
+
+def _tell_losses(verdicts: Sequence[Verdict], by_day: dict[str, list[dict]], accepted: dict[str, int]) -> None:
+    """Log what is not published: rows of days that stay as they are, and rows whose loss was accepted.
+
+    Args:
+        accepted: day -> events that are published of it.
+    """
+    for dt in (v.dt for v in verdicts if v.action is Action.KEEP):
+        if rows := sum(stat.get("counted", 0) for stat in by_day.get(dt, [])):
+            log(f"warning: dt={dt}: {rows:,} raw rows of it were read and are not published anew: the day can no longer be rebuilt whole")
+    for dt, before in accepted.items():
+        log(f"warning: dt={dt}: {before:,} published events become {sum(stat.get('events', 0) for stat in by_day.get(dt, [])):,}: the loss was accepted")
 
 
 def events_schema(definition: DatasetDefinition) -> pa.Schema:

@@ -23,7 +23,7 @@ from etl.errors import StageError
 from etl.freshness import rows_digest, same_rows
 from etl.jobs.events import events_schema
 from etl.partitions import days_between, parse_dt
-from etl.schemas import schema_fingerprint
+from etl.schemas import EVENTS, schema_fingerprint
 from etl.spark import spark_session
 from etl.store import DataFile, Manifest, TableStore, code_version
 
@@ -79,7 +79,7 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
                          else "--first-dt is after --last-dt", "correct --first-dt, --last-dt or --warehouse")
     layout = Layout(buckets or common_layout(published).buckets)
     digest, schema = rows_digest(definition), events_schema(definition)
-    adopting = {m.dt: _conform(m, definition, schema) for m in published if adopt and m.settings.get("definition") != digest}
+    adopting = {m.dt: _conform(store, m, definition, schema) for m in published if adopt and m.settings.get("definition") != digest}
     work = [m for m in published if m.dt in adopting or Layout.of(m) != layout]
     if not work:
         return []
@@ -115,6 +115,7 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
         settings = {**manifest.settings, **layout.settings()}
         if manifest.dt in adopting:
             settings |= {"definition": digest, "signals": ",".join(definition.feedback_fields), "adopted_from": str(manifest.settings.get("definition"))}
+            settings.pop("same_rows_as", None)  # bits and fields may have changed
         else:
             settings["same_rows_as"] = ",".join(sorted(same_rows(manifest)))
         store.write_staged_manifest(staging, replace(
@@ -138,10 +139,25 @@ def _groups(manifest: Manifest, layout: Layout) -> list[list[DataFile]]:
     return list(groups.values())
 
 
-def _conform(manifest: Manifest, definition: DatasetDefinition, schema: pa.Schema) -> Conform:
+def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinition, schema: pa.Schema) -> Conform:
+    """Return how the rows of a day become rows of a definition; tell which signals are lost and which are new.
+
+    Raises:
+        StageError: the manifest does not say which signals its bits are, or a field has another type now.
+    """
     if "signals" not in manifest.settings:
         raise StageError(f"the manifest of dt={manifest.dt} does not say which signals its bits are", "build the day again from its raw files")
     before, now = str(manifest.settings["signals"]).split(","), definition.feedback_fields
+    found = store.read_file(manifest.files[0]).schema if manifest.files else EVENTS
+    for field in schema:
+        if field.name in found.names and found.field(field.name).type != field.type:
+            raise StageError(f"dt={manifest.dt}: the field {field.name} is {found.field(field.name).type} in what is published, and {field.type} by the definition",
+                             f"keep its kind, or call the new field otherwise: rows of these days have no {field.name} then")
+    if lost := [name for name in before if name not in now]:
+        log(f"warning: dt={manifest.dt}: the signal(s) {', '.join(lost)} are not in the definition any more, and are dropped")
+    if new := [name for name in now if name not in before]:
+        label = f"; the label {definition.targets.label} is 0 on all of them" if definition.targets.label in new else ""
+        log(f"warning: dt={manifest.dt}: the signal(s) {', '.join(new)} have not happened in its rows{label}")
     return Conform(tuple((bit, now.index(name)) for bit, name in enumerate(before) if name in now), schema)
 
 

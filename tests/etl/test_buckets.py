@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.buckets import HASHES, Layout, common_layout, parts_by_bucket, read_bucket
+from etl.datasets import DatasetDefinition
+from etl.errors import StageError
 from etl.raw import hashed_ids
-from etl.schemas import EVENTS
+from etl.schemas import EVENTS, schema_fingerprint
 from etl.store import Manifest, TableStore
 
 USERS = 200_000
@@ -91,3 +93,38 @@ def test_rows_that_are_kept_under_another_definition_have_its_signals_and_column
     assert kept.column_names == schema.names
     assert kept["new"].to_pylist() == [None, None]
     assert kept["user_id"].equals(old["user_id"])
+
+
+@pytest.mark.spark
+def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp_path, capsys):
+    """What was made from the day under its old definition is stale then, also when the day had been cut anew before."""
+    from etl.freshness import rows_digest, same_rows
+    from etl.jobs.events import events_schema
+    from etl.jobs.rebucket import rebucket
+
+    def shop(signal: str, kind: str = "category") -> DatasetDefinition:
+        return DatasetDefinition.model_validate({
+            "name": "shop", "title": "Shop", "first_day": "2024-03-01",
+            "logs": {"files": ["a.csv"], "columns": {"user": "integer", "item": "integer", "at": "integer", "act": "integer", "cat": "integer"}},
+            "events": {"user": "user", "item": "item", "time": {"column": "at", "unit": "seconds"}, "signals": {signal: {"column": "act", "equals": 1}},
+                       "item_fields": {"category": {"column": "cat", "kind": kind}}},
+            "targets": {"label": signal},
+        })  # fmt: skip
+
+    before, day = shop("buy"), "2024-03-01"
+    store = TableStore(str(tmp_path), "shop")
+    schema = events_schema(before)
+    rows = pa.table({f.name: pa.array(["c"] * 4 if f.name == "category" else [1, 2, 3, 4]).cast(f.type) for f in schema}, schema=schema)
+    work = store.begin_try("a", ["events"], [day])
+    settings = {"definition": rows_digest(before), "signals": "buy", **Layout(1).settings()}
+    store.write_staged_manifest(work, Manifest("shop", "events", day, "a", schema_fingerprint(schema), "v", (store.write_file(work, "events", day, 0, rows),), settings=settings))
+    first = store.publish("a", "events", day)
+    [cut] = rebucket(store, before, [day], "b", buckets=2)
+    assert first.data_digest in same_rows(cut)
+    with pytest.raises(StageError, match=r"field category is string in what is published, and double by the definition"):
+        rebucket(store, shop("buy", "number"), [day], "c", adopt=True)
+    assert store.require("events", day) == cut
+    [adopted] = rebucket(store, shop("order"), [day], "d", adopt=True)
+    assert same_rows(adopted) == {adopted.data_digest} and first.data_digest not in same_rows(adopted)
+    said = capsys.readouterr().out
+    assert "signal(s) buy are not in the definition any more" in said and "the label order is 0 on all of them" in said

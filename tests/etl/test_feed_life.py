@@ -252,7 +252,7 @@ def test_a_late_file_of_an_archived_day_is_told_and_leaves_the_day_as_it_is(tmp_
     before = store.require("events", days[0])
     build(store, raw, shop(), days[1], "b", 2)
     said = capsys.readouterr().out
-    assert f"dt={days[0]}: late rows came but the day can no longer be rebuilt whole" in said
+    assert f"dt={days[0]}: late rows may have come, but the day can no longer be rebuilt whole" in said
     assert store.staged_days("b", "events") == [days[1]]
     publish(store, "b")
     assert store.require("events", days[0]) == before

@@ -148,3 +148,29 @@ def test_rows_with_a_missing_column_are_refused(store):
 def test_a_missing_partition_names_table_day_and_remedy(store):
     with pytest.raises(StageError, match=r"dt=2022-04-21 of kuairand/quarantine is not published.*(?s:.*)remedy: run the stage"):
         store.require("quarantine", DT)
+
+
+def test_a_pointer_that_was_lost_is_no_day_that_was_never_published(store):
+    """Built again from what raw files are left, the day would be published empty."""
+    stage(store, "a", "one")
+    published = store.publish("a", "quarantine", DT)
+    pointer = Path(store.root, "_manifests", "quarantine", f"dt={DT}", "current.json")
+    text = pointer.read_text()
+    pointer.unlink()
+    for ask in (lambda: store.manifest("quarantine", DT), lambda: stage(store, "b", "two")):
+        with pytest.raises(StageError, match=r"current\.json is gone, yet the partition was published.*history") as stopped:
+            ask()
+        assert "copy the newest good one" in stopped.value.remedy
+    [kept] = (pointer.parent / "history").glob("*.json")
+    assert kept.read_text() == text
+    pointer.write_text(kept.read_text())
+    assert store.require("quarantine", DT) == published
+
+
+def test_a_published_file_that_is_gone_is_named_with_the_way_out(store):
+    stage(store, "a", "one")
+    published = store.publish("a", "quarantine", DT)
+    Path(store.root, published.files[0].path).unlink()
+    with pytest.raises(StageError, match=rf"{published.files[0].path}.* cannot be read") as stopped:
+        store.read(published)
+    assert "build its partition again" in stopped.value.remedy
