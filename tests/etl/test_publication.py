@@ -278,8 +278,10 @@ def test_files_and_folders_are_on_the_disk_before_the_pointer_moves(tmp_path, mo
     published = store.publish("a", "quarantine", DT)
     name = Path(published.files[0].path).name
     assert done[:3] == ["sync part.parquet", f"move {name}", "sync bucket=000"]
-    assert done[-2:] == ["move current.json", f"sync dt={DT}"]
-    assert done[-3].startswith("sync .current.json")
+    pointer = done.index("move current.json")
+    assert pointer > 2 and done[pointer + 1] == f"sync dt={DT}"
+    assert done[-1] == "sync history", "behind the pointer: a history without one means that it was lost"
+    assert done[pointer - 1].startswith("sync .current.json")
 
 
 # ---- the folder --------------------------------------------------------------------------------------------------------
