@@ -14,6 +14,7 @@ import pytest
 
 CODE = """
 import importlib, sys, threading, time
+import pyspark.sql  # as a job has, before its gate begins beside it
 from etl.quality.gx import great_expectations
 
 failed = []
@@ -28,8 +29,8 @@ thread.start()
 while not any(name.startswith("great_expectations.") for name in list(sys.modules)):
     time.sleep(0.001)
 time.sleep({wait})
-# What Spark and S3 need, imported anew by this thread while the other one is at it.
-for name in ("pyspark", "pyspark.sql", "pyspark.ml", "boto3", "sqlalchemy"):
+# What a job and S3 need, imported anew by this thread while the other one is at it.
+for name in ("pyspark.sql.pandas.types", "boto3", "sqlalchemy", "botocore"):
     importlib.import_module(name)
     assert sys.modules[name] is not None, name
 thread.join()
