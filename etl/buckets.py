@@ -79,14 +79,20 @@ def parts_by_bucket(manifests: Sequence[Manifest], layout: Layout) -> dict[int, 
     for manifest in manifests:
         if not manifest.files:
             continue
-        own = Layout.of(manifest)
-        same = own.nested_in(layout)
-        mixed = same < layout.buckets
+        same = Layout.of(manifest).nested_in(layout)
+        groups = files_by_remainder(manifest, same)
         for bucket in range(layout.buckets):
-            found = [Part(file, mixed) for file in sorted(manifest.files, key=lambda f: f.bucket) if (file.bucket - bucket) % same == 0]
-            if found:
-                parts.setdefault(bucket, []).extend(found)
+            if found := groups.get(bucket % same):
+                parts.setdefault(bucket, []).extend(Part(file, same < layout.buckets) for file in found)
     return parts
+
+
+def files_by_remainder(manifest: Manifest, modulus: int) -> dict[int, list[DataFile]]:
+    """Return the files of a day by their bucket modulo a number, each group in the order of buckets."""
+    groups: dict[int, list[DataFile]] = {}
+    for file in sorted(manifest.files, key=lambda f: f.bucket):
+        groups.setdefault(file.bucket % modulus, []).append(file)
+    return groups
 
 
 def read_bucket(store: TableStore, parts: Sequence[Part], bucket: int, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from etl.buckets import MAX_BUCKETS, Layout, common_layout
+from etl.buckets import MAX_BUCKETS, Layout, common_layout, files_by_remainder
 from etl.cli import dataset_parser, definition_of, log, run_stage
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
@@ -86,7 +86,8 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
     log(f"cutting {len(work)} day(s) of {sum(m.rows for m in work):,} events into {layout.buckets} bucket(s)")
     warehouse, dataset = store.warehouse, store.dataset
     staging = store.begin_try(attempt, ["events"], [m.dt for m in work])
-    tasks = [(m.dt, found) for m in work for found in _groups(m, layout)]
+    # No two groups of a day hold users of the same new bucket.
+    tasks = [(m.dt, found) for m in work for found in files_by_remainder(m, Layout.of(m).nested_in(layout)).values()]
     spark = spark_session(attempt)
     try:
 
@@ -128,15 +129,6 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
             raise StageError(f"dt={manifest.dt} was published anew by attempt {current.attempt} meanwhile; it stays as it is", "run again")
         done.append(store.publish(attempt, "events", manifest.dt))
     return done
-
-
-def _groups(manifest: Manifest, layout: Layout) -> list[list[DataFile]]:
-    """Return files of a day in groups, no two of which hold users of the same new bucket."""
-    same = Layout.of(manifest).nested_in(layout)
-    groups: dict[int, list[DataFile]] = {}
-    for file in sorted(manifest.files, key=lambda f: f.bucket):
-        groups.setdefault(file.bucket % same, []).append(file)
-    return list(groups.values())
 
 
 def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinition, schema: pa.Schema) -> Conform:
