@@ -9,11 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text so that a reader sees the old file or the whole new one."""
+def replace_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write a text so that a reader sees the old file or the whole new one.
+
+    Args:
+        durable: wait until it would survive a loss of power.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if durable:
+        sync(temporary)
     os.replace(temporary, path)
+    if durable:
+        sync(path.parent)
 
 
 @contextmanager

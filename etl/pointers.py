@@ -7,9 +7,7 @@ Arrow's file system cannot ask for, hence boto3. Other stores have no condition 
 from __future__ import annotations
 
 import functools
-import os
 import urllib.parse
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow.fs as pafs
 
 from etl.errors import StageError
-from etl.local_files import one_at_a_time, sync
+from etl.local_files import one_at_a_time, replace_text
 
 
 class Moved(Exception):
@@ -57,11 +55,7 @@ class _Local:
         self.text = path.read_text("utf-8", "replace") if path.exists() else None
 
     def replace(self, text: str) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(text, "utf-8")
-        sync(temporary)
-        os.replace(temporary, self.path)
-        sync(self.path.parent)
+        replace_text(self.path, text, durable=True)
 
 
 class _S3:

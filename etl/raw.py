@@ -41,6 +41,7 @@ from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, Logs, Name
 from etl.errors import StageError
 from etl.parquet_rows import can_be, row_text, typed_rows
 from etl.partitions import MS_PER_DAY, day_number
+from etl.store import sha256_of
 from etl.uris import without_secrets
 
 SINGLE, REPEATED, MISSING = 0, 1, 2  # how often a local time occurred on its day
@@ -335,16 +336,13 @@ class RawLocation:
         Raises:
             OSError, DamagedError: it cannot be read.
         """
-        digest = hashlib.sha256()
         with self.fs.open_input_stream(file.path, compression=None, buffer_size=BLOCK_BYTES) as stream:
             packed = compression_of(stream.read(HEAD_BYTES)) is not None
         if not packed:
-            with self.fs.open_input_stream(file.path, compression=None) as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    digest.update(block)
-        else:
-            for block in self._text(file):
-                digest.update(block)
+            return sha256_of(self.fs, file.path)
+        digest = hashlib.sha256()
+        for block in self._text(file):
+            digest.update(block)
         return digest.hexdigest()
 
     def refuse_copies(self, files: Sequence[RawFile], logs: Logs) -> None:
