@@ -149,10 +149,10 @@ def _accuracy(r: Results) -> str:
         rows = []
         for name in sorted(names, key=lambda n: -r.mean(data_set, n, "auc")):
             difference = r.difference(data_set, name)
-            rows.append([_name(name), f"{r.mean(data_set, name, 'auc'):.4f}", "" if name == "exact" else str(difference), f"{r.mean(data_set, name, 'gauc'):.4f}",
+            rows.append([_name(name), f"{r.mean(data_set, name, 'auc'):.4f}", "" if name == "exact" else _shown(difference), f"{r.mean(data_set, name, 'gauc'):.4f}",
                          f"{r.mean(data_set, name, 'logloss'):.4f}", str(len(r.runs(data_set, name)))])  # fmt: skip
         if rows:
-            targets = int(r.mean(data_set, "exact", "targets"))
+            targets = r.runs(data_set, names[0])[0]["targets"]  # the partition is the data set's: the same of every model
             parts.append(f"<details{' open' if data_set == 'simulated' else ''}><summary>{title} ({targets:,} evaluation targets)</summary>"
                          + _table(["model", "AUC", "minus exact, 95 %", "GAUC", "log loss", "runs"], rows) + "</details>")  # fmt: skip
     return _section("Accuracy", "Every model on every data set, best epoch by the early stop. Differences are paired by seed; the simulated sets also change their partition with the seed, the real ones do not: there, an interval says nothing of another sample of users.", *parts)  # fmt: skip
@@ -169,16 +169,16 @@ def _codebooks(r: Results) -> str:
                 axes[0].errorbar([c for c, _ in known], [d.mean for _, d in known], [d.half for _, d in known], marker="o", ms=3, capsize=2, label=SETS[data_set])
         axes[0].axhline(0, color="0.6", lw=0.8)
         axes[0].set(xscale="log", xlabel="codes a group (4 groups)", ylabel="AUC minus exact attention")
-        axes[0].legend(fontsize=7, frameon=False)
+        _legend(axes[0])
         axes[1].plot(codes, [r.mean("simulated", named(c), "key_error") for c in codes], marker="o", ms=3, label="key error / key variance")
         axes[1].plot(codes, [r.mean("simulated", named(c), "attention_error") for c in codes], marker="o", ms=3, label="L1 error of the weights")
         axes[1].set(xscale="log", xlabel="codes a group", ylabel="mean over users")
-        axes[1].legend(fontsize=7, frameon=False)
+        _legend(axes[1])
         ratio = [r.mean("simulated", named(c), "cache_bytes") / r.mean("simulated", named(c), "key_value_bytes") for c in codes]
         axes[2].plot(ratio, [r.difference("simulated", named(c)).mean if r.difference("simulated", named(c)) else math.nan for c in codes], marker="o", ms=3)
         for c, x in zip(codes, ratio, strict=True):
-            if not math.isnan(x):
-                axes[2].annotate(f"{c}", (x, r.difference("simulated", named(c)).mean), fontsize=7, xytext=(3, -9), textcoords="offset points")
+            if not math.isnan(x) and (difference := r.difference("simulated", named(c))):
+                axes[2].annotate(f"{c}", (x, difference.mean), fontsize=7, xytext=(3, -9), textcoords="offset points")
         axes[2].set(xscale="log", xlabel="cache bytes / bytes of fp16 keys and values", ylabel="AUC minus exact attention")
 
     rows = []
@@ -186,7 +186,7 @@ def _codebooks(r: Results) -> str:
         if r.runs("simulated", name):
             model = VARIANTS[name].model
             compression = r.mean("simulated", name, "key_value_bytes") / r.mean("simulated", name, "cache_bytes")
-            rows.append([_name(name), str(model.groups), str(model.codes), str(r.difference("simulated", name)), f"{r.mean('simulated', name, 'key_error'):.3f}",
+            rows.append([_name(name), str(model.groups), str(model.codes), _shown(r.difference("simulated", name)), f"{r.mean('simulated', name, 'key_error'):.3f}",
                          f"{r.mean('simulated', name, 'attention_error'):.3f}", f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'cache_bytes') / 1024:.1f}", f"{compression:.1f}"])  # fmt: skip
     table = _table(["model", "groups", "codes", "AUC minus exact", "key error", "L1 error", "perplexity / C", "KiB a user", "compression"], rows)
     text = ("Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of his history; here histories have about 490 events; "
@@ -211,12 +211,12 @@ def _length(r: Results) -> str:
         x, y, _ = curve("vql", "top_100_error")
         axes[0].plot(x, y, "k--", lw=1, label="top 100 events, renormalised")
         axes[0].set(xscale="log", xlabel="events", ylabel="L1 error of the weights (at most 2)", ylim=(0, 2.05))
-        axes[0].legend(fontsize=7, frameon=False)
+        _legend(axes[0])
         for field, label in (("error", "measured"), ("bound", "2 tanh(Delta / 4)"), ("half_delta", "Delta / 2"), ("cauchy", "||q|| eps")):
             x, y, _ = curve("vql", field)
             axes[1].plot(x, y, marker="o", ms=3, label=label)
         axes[1].set(xscale="log", yscale="log", xlabel="events", ylabel="64 codes")
-        axes[1].legend(fontsize=7, frameon=False)
+        _legend(axes[1])
         x, y, sd = curve("vql", "error", "heavy_tails")
         axes[2].errorbar(x, y, sd, marker="o", ms=3, capsize=2, label="error, heavy-tailed keys")
         x, y, _ = curve("vql", "eps_max", "heavy_tails")
@@ -224,7 +224,7 @@ def _length(r: Results) -> str:
         twin.plot(x, y, "C3--", lw=1, label="largest key error")
         twin.set(yscale="log", ylabel="largest key error (dashed)")
         axes[2].set(xscale="log", xlabel="events", ylabel="L1 error of the weights", ylim=(0, 2.05))
-        axes[2].legend(fontsize=7, frameon=False)
+        _legend(axes[2])
 
     text = ("Histories drawn by the items' popularity, keys and codebooks of the trained models. With a fixed codebook and bounded keys the error is flat in the length while a top-100 retrieval loses nearly "
             "all of the mass; with keys of heavy-tailed lengths (Student's t, 3 degrees) the largest key error grows with the length and the error with it: keys are normalised for this reason.")  # fmt: skip
@@ -247,9 +247,9 @@ def _context(r: Results) -> str:
                 known += [(s, interval([run["auc"] for run in runs])) for s in (25, 50, 100) if (runs := r.runs("simulated", f"{name}_{how}_{s}"))]
                 ax.errorbar([s for s, _ in known], [d.mean for _, d in known], [d.half for _, d in known], marker="o", ms=3, capsize=2, label=label)
             ax.set(xlabel=f"items whose static fields are {how} (%)", ylabel="AUC")
-            ax.legend(fontsize=7, frameon=False)
+            _legend(ax)
 
-    rows = [[how, f"{share} %", *[f"{r.mean('simulated', f'{n}_{how}_{share}', 'auc'):.4f}" for n in ("exact", "vql")], str(r.difference("simulated", f"vql_{how}_{share}", f"exact_{how}_{share}"))]
+    rows = [[how, f"{share} %", *[f"{r.mean('simulated', f'{n}_{how}_{share}', 'auc'):.4f}" for n in ("exact", "vql")], _shown(r.difference("simulated", f"vql_{how}_{share}", f"exact_{how}_{share}"))]
             for how in ("missing", "shuffled") for share in (25, 50, 100)]  # fmt: skip
     text = ("All static fields of a share of the items (author, tags, durations, kinds) are emptied, or given those of other such items, in training and scoring alike; the item's own id stays. Wrong context is worse than none. VQL and exact "
             "attention lose alike until nothing is left: then keys come from ids alone and too few of them are seen often enough for a codebook to follow.")  # fmt: skip
@@ -267,7 +267,7 @@ def _failures(r: Results) -> str:
         if runs:
             said = sorted({re.sub(r"[\d.]+", "…", warning) for run in runs for warning in run.get("warnings", [])})
             told = sum(bool(run.get("warnings")) for run in runs)
-            rows.append([what, str(r.difference("simulated", name)), f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'dead'):.2f}", f"{r.mean('simulated', name, 'key_error'):.3f}",
+            rows.append([what, _shown(r.difference("simulated", name)), f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'dead'):.2f}", f"{r.mean('simulated', name, 'key_error'):.3f}",
                          f"{r.mean('simulated', name, 'attention_error'):.2f} of {r.mean('simulated', name, 'bound'):.2f}", f"{told} of {len(runs)}: {'; '.join(said)}" if said else "none"])  # fmt: skip
     scales = [run["by_scale"] for run in r.runs("simulated", "vql") if "by_scale" in run]
     tables = [_table(["what goes wrong", "AUC minus exact", "perplexity / C", "dead codes", "key error", "L1 error of bound", "runs warned in training"], rows)]
@@ -288,13 +288,13 @@ def _refined(r: Results) -> str:
         for name in names:
             axes[0].plot([row["length"] for row in rows], [row[name] for row in rows], marker="o", ms=3, label=_name(name))
         axes[0].set(xscale="log", yscale="log", xlabel="events", ylabel="ms for 500 candidates, one CPU thread")
-        axes[0].legend(fontsize=7, frameon=False)
+        _legend(axes[0])
         for data_set in SETS:
             known = [(k, d) for k, n in ((0, "vql"), (4, "vql_refined_4"), (16, "vql_refined_16"), (64, "vql_refined_64")) if (d := r.difference(data_set, n))]
             axes[1].errorbar([k for k, _ in known], [d.mean for _, d in known], [d.half for _, d in known], marker="o", ms=3, capsize=2, label=SETS[data_set])
         axes[1].axhline(0, color="0.6", lw=0.8)
         axes[1].set(xlabel="refined events", ylabel="AUC minus exact attention")
-        axes[1].legend(fontsize=7, frameon=False)
+        _legend(axes[1])
 
     table = _table(["events", *[f"{_name(n)}, ms" for n in names], "cache, KiB"], [[f"{row['length']:,}", *[f"{row[n]:.1f}" for n in names], f"{row['cache_bytes'] / 1024:.0f}"] for row in rows])
     text = ("Refined codes keep the head of the attention exact. Memory: the plain cache is all that plain VQL stores of a user; refined codes also need his events by code (4 bytes each) and the items' keys. On these data, with a "
@@ -312,7 +312,7 @@ def _memory(r: Results) -> str:
             mine = [row for row in rows if row["shape"] == shape]
             axes[0].plot([row["events"] for row in mine], [row["bytes"] / 2**20 for row in mine], marker="o", ms=4, label=f"{shape} (longest {max(row['longest'] for row in mine):,})")
         axes[0].set(xlabel="events in the batch (64 users, 64 targets each)", ylabel="MiB held by a step", ylim=(0, None))
-        axes[0].legend(fontsize=7, frameon=False)
+        _legend(axes[0])
 
     table = _table(["histories", "events", "longest", "MiB"], [[row["shape"], f"{row['events']:,}", f"{row['longest']:,}", f"{row['bytes'] / 2**20:,.0f}"] for row in rows])
     return _section("Memory of a training step", f"Forward and backward, {html.escape(r.memory['device'])}: linear in the events of the batch, whether one user has nearly all of them or all have the same. Padding to the longest would cost 64 times the longest.", _figure(draw, 1), table)  # fmt: skip
@@ -355,11 +355,30 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _figure(draw: Callable, columns: int) -> str:
     figure, axes = plt.subplots(1, columns, figsize=(3.9 * columns, 2.9), squeeze=False)
     draw(axes[0])
+    for axis in axes[0]:
+        _stand_without_data(axis)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=False)
     plt.close(figure)
     text = buffer.getvalue()
     return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _legend(axis) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=False)
+
+
+def _stand_without_data(axis) -> None:
+    """Let a panel of which nothing was measured be drawn empty: a logarithmic axis needs data."""
+    for name in "xy":
+        values = np.concatenate([np.ravel(getattr(line, f"get_{name}data")()).astype(float) for line in axis.lines] or [np.array([])])
+        if getattr(axis, f"get_{name}scale")() == "log" and not (np.isfinite(values) & (values > 0)).any():
+            axis.set(**{f"{name}scale": "linear"})
+
+
+def _shown(difference: Difference | None) -> str:
+    return "not measured" if difference is None else str(difference)
 
 
 def _name(variant: str) -> str:

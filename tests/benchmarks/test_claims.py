@@ -22,10 +22,10 @@ def verdict(page: Path, claim: str) -> str:
 
 
 def changed(tmp_path: Path, change) -> Path:
-    """Render the page from the measured results after `change` of each training."""
+    """Render the page from the measured results after `change` of each training (None: as if it had not been run)."""
     results = tmp_path / "results"
     results.mkdir()
-    runs = [change(dict(run)) for run in read(RESULTS / "trainings.jsonl")]
+    runs = [after for run in read(RESULTS / "trainings.jsonl") if (after := change(dict(run)))]
     (results / "trainings.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     for name in ("latency.json", "memory.json"):
         (results / name).write_text((RESULTS / name).read_text())
@@ -39,6 +39,12 @@ def test_the_page_stands_alone_and_holds_every_section_and_five_runs_of_every_mo
     found = Results(RESULTS)
     short = [(data_set, name) for name in VARIANTS for data_set in EPOCHS if VARIANTS[name].runs_on(data_set) and len(found.runs(data_set, name)) < 5]
     assert short == []
+
+
+@pytest.mark.parametrize("variants", [("vql", "mean_pooling"), ("exact",), ("vql_missing_50",), ("vql_16_codes",), ()])
+def test_a_page_of_some_variants_says_what_was_not_measured(tmp_path, variants):
+    page = changed(tmp_path, lambda run: run if run["variant"] in variants and run["number"] == 0 else None).read_text()
+    assert page.count("<section>") == 9 and ">None<" not in page and "not measured" in page
 
 
 def test_a_refuted_claim_is_told_as_refuted(tmp_path):
