@@ -318,6 +318,30 @@ def test_attempt_is_kept_over_retries_and_new_when_cleared():
     assert first != attempt_of(context_of(run_id="manual__2"), "kuairand", "2022-04-21")
 
 
+# ---- the note of a run -----------------------------------------------------------------------------------------------
+
+
+def test_of_a_note_that_gets_too_long_the_oldest_lines_go():
+    from dags._notes import LONGEST_NOTE, with_line
+
+    assert with_line([], "dt=2022-04-21") == "dt=2022-04-21"
+    note = ""
+    for number in range(200):
+        note = with_line(note.splitlines(), f"line {number}")
+    assert len(note) <= LONGEST_NOTE
+    assert note.splitlines()[-1] == "line 199"
+    assert len(with_line(["old"], "x" * 5_000)) == LONGEST_NOTE
+
+
+def test_a_note_that_cannot_be_written_costs_the_task_nothing(monkeypatch, tmp_path, caplog):
+    from dags._notes import append_note
+
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    monkeypatch.setenv("LONGVIEW_AIRFLOW_PORT", "1")  # nobody listens
+    append_note({"dag_run": SimpleNamespace(dag_id="d", run_id="r")}, "promoted")
+    assert "this log only" in caplog.text
+
+
 # ---- the trigger form ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,41 @@
+"""The note of a run, which Airflow shows beside it: its partition and attempt, and what became of them."""
+
+from __future__ import annotations
+
+import logging
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+LONGEST_NOTE = 1_000  # characters; Airflow refuses more
+ANSWER_WITHIN_SECONDS = 10
+
+log = logging.getLogger(__name__)
+
+
+def append_note(context: Mapping[str, Any], line: str) -> None:
+    """Add a line to the note of the task's run; of a note that gets too long the oldest lines go.
+
+    A task has no way to the note but the REST API, with the login of `make up`. Where it does not answer, or refuses, the line is
+    in the task's log only; it costs the task nothing.
+    """
+    from infra.services import AirflowApi, InfraError  # loads more than a DAG file needs
+
+    log.info("note of the run: %s", line)
+    run = context["dag_run"]
+    path = f"/api/v2/dags/{run.dag_id}/dagRuns/{urllib.parse.quote(run.run_id)}"
+    try:
+        api = AirflowApi()
+        lines = (api.call("GET", path, timeout=ANSWER_WITHIN_SECONDS)["note"] or "").splitlines()
+        if line not in lines:
+            api.call("PATCH", f"{path}?update_mask=note", {"note": with_line(lines, line)}, timeout=ANSWER_WITHIN_SECONDS)
+    except (OSError, ValueError, KeyError, InfraError) as error:
+        log.warning("the note stands in this log only: %s", error)
+
+
+def with_line(lines: list[str], line: str) -> str:
+    """Return the note with one more line, as far as it may be long."""
+    kept = [*lines, line[:LONGEST_NOTE]]
+    while len("\n".join(kept)) > LONGEST_NOTE:
+        del kept[0]
+    return "\n".join(kept)
