@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from etl.errors import StageError
 from etl.store import DataFile, Manifest, TableStore
 
 MAX_BUCKETS = 4_096
@@ -40,8 +41,17 @@ class Layout:
 
     @staticmethod
     def of(manifest: Manifest) -> Layout:
-        """Return the layout of a published day or block."""
-        return Layout(int(manifest.settings["buckets"]), str(manifest.settings.get("bucket_hash", "product")))
+        """Return the layout of a published day or block.
+
+        Raises:
+            StageError: its manifest does not say it, or names a hash of a later version.
+        """
+        buckets, name = manifest.settings.get("buckets"), str(manifest.settings.get("bucket_hash", "product"))
+        if not str(buckets).isdecimal() or not 1 <= int(str(buckets)) <= MAX_BUCKETS or name not in HASHES:
+            raise StageError(f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has {buckets!r} buckets by the hash {name!r}; "
+                             f"known are 1 to {MAX_BUCKETS} by {', '.join(HASHES)}",
+                             f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its current.json, or update longview")
+        return Layout(int(str(buckets)), name)
 
     def settings(self) -> dict[str, str | int]:
         """Return what a manifest says of it."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from etl.datasets import DatasetDefinition
+from etl.errors import StageError
 from etl.partitions import days_between, parse_dt
 from etl.raw import RawFile
 from etl.schemas import event_field_type
@@ -65,14 +66,25 @@ class Published:
 
     @staticmethod
     def of(manifest: Manifest) -> Published:
-        """Return what the manifest of a day of `events` says."""
+        """Return what the manifest of a day of `events` says.
+
+        Raises:
+            StageError: what it says of the raw files is no such thing.
+        """
         settings, definition = manifest.settings, str(manifest.settings.get("definition", ""))
-        if "raw_files" in settings:
-            known = json.loads(str(settings["raw_files"]))
-        else:  # written before files were judged one by one
-            lines = [line.rsplit(" ", 2) for line in str(settings.get("listing", "")).splitlines()]
-            known = {name: [int(size), int(modified), None] for name, size, modified in lines}
-        files = tuple(KnownFile(name, size, modified, manifest.inputs.get(name, ""), rows) for name, (size, modified, rows) in sorted(known.items()))
+        name = "raw_files" if "raw_files" in settings else "listing"  # the latter was written before files were judged one by one
+        try:
+            if name == "raw_files":
+                known = json.loads(str(settings[name]))
+            else:
+                lines = [line.rsplit(" ", 2) for line in str(settings.get(name, "")).splitlines()]
+                known = {file: [int(size), int(modified), None] for file, size, modified in lines}
+            files = tuple(KnownFile(file, int(size), int(modified), manifest.inputs.get(file, ""), None if rows is None else int(rows))
+                          for file, (size, modified, rows) in sorted(known.items()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StageError(f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has the setting {name} {str(settings.get(name))[:80]!r}, "
+                             f"which does not say of which size, age and rows its raw files were: {error}",
+                             f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its current.json") from error
         return Published(manifest.rows, definition if definition.startswith(DIGEST_KIND) else "", files)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from etl.errors import StageError
 
 FORMAT_VERSION = 1  # raised when an older reader would misread a manifest; a new key alone is ignored by it
+CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_json(self) -> str:
-        derived = {"format_version": FORMAT_VERSION, "rows": self.rows, "data_digest": self.data_digest}
-        return json.dumps({**asdict(self), **derived}, indent=1, sort_keys=True)
+        """Return the manifest with its checksum: the data digest tells of the files alone, not of counts, inputs and settings."""
+        content = {**asdict(self), "format_version": FORMAT_VERSION, "rows": self.rows, "data_digest": self.data_digest}
+        return json.dumps({**content, CHECKSUM: checksum(content)}, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str, where: str, remedy: str) -> Manifest:
@@ -76,7 +78,8 @@ class Manifest:
             where, remedy: its path, and what its reader should do when it is damaged.
 
         Raises:
-            StageError: it is empty, cut or garbled, its digest is not that of what it lists, or a newer longview wrote it.
+            StageError: it is empty, cut or garbled, its digest is not that of what it lists, its checksum is not that of what it
+                says (manifests of earlier versions have none), or a newer longview wrote it.
         """
         try:
             raw = json.loads(text)
@@ -93,9 +96,19 @@ class Manifest:
             rows, digest = manifest.rows, manifest.data_digest
         except (TypeError, KeyError, AttributeError) as error:
             raise StageError(f"the manifest {where} is garbled: {error}", remedy) from error
+        if wrong := [name for name in ("counts", "inputs", "settings") if not isinstance(getattr(manifest, name), dict)]:
+            raise StageError(f"the manifest {where} is garbled: {wrong[0]} is {str(raw[wrong[0]])[:40]!r}, not names with values", remedy)
         if (raw.get("rows"), raw.get("data_digest")) != (rows, digest):
             raise StageError(f"the manifest {where} says {raw.get('rows')} rows and the data digest {raw.get('data_digest')}, its files have {rows} rows and {digest}", remedy)
+        if CHECKSUM in raw and raw[CHECKSUM] != (found := checksum(raw)):
+            raise StageError(f"the manifest {where} was changed after it was written: its {CHECKSUM} is {str(raw[CHECKSUM])[:20]}, what it says has {found[:20]}", remedy)
         return manifest
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of all that a manifest says but its checksum: keys of a later version, too, and whatever the layout of the JSON."""
+    said = {name: value for name, value in content.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _known(kind: type, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class RawLocation:
             OSError, pa.ArrowInvalid, DamagedError: it cannot be read.
         """
         if logs.format == "parquet":
-            return tuple(pq.read_schema(file.path, filesystem=self.fs).names)
+            return tuple(self._schema(file).names)
         head = self.head(file, logs) if file.size else b""
         if not head.strip():
             raise StageError(f"{file.name} in {self.uri} is empty", "deliver the file again, or remove it")
@@ -279,8 +279,11 @@ class RawLocation:
         Raises:
             StageError: the file cannot be read, is empty, or lacks a declared column.
         """
+        schema = None
         try:
-            found = self.column_names(file, logs)
+            if logs.format == "parquet":
+                schema = self._schema(file)
+            found = self.column_names(file, logs) if schema is None else tuple(schema.names)
         except (OSError, pa.ArrowInvalid, DamagedError) as error:  # an archive that is none, or that breaks off within the header
             raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
         where = f"{file.name} in {self.uri}"
@@ -307,13 +310,15 @@ class RawLocation:
                              f"deliver the file with the columns {', '.join(logs.columns)}")
         if len(set(found)) < len(found):
             raise StageError(f"{where} has a column twice: {', '.join(found)[:500]}", "deliver the file again")
-        if logs.format == "parquet":
-            self._check_types(file, logs)
+        if schema is not None:
+            self._check_types(file, schema, logs)
         return found if logs.format != "jsonl" else tuple(logs.columns)
 
-    def _check_types(self, file: RawFile, logs: Logs) -> None:
+    def _schema(self, file: RawFile) -> pa.Schema:
+        return pq.read_schema(file.path, filesystem=self.fs)
+
+    def _check_types(self, file: RawFile, schema: pa.Schema, logs: Logs) -> None:
         """Refuse a Parquet file whose columns are of a kind that no cast makes right."""
-        schema = pq.read_schema(file.path, filesystem=self.fs)
         for name, column in logs.columns.items():
             kind = schema.field(name).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind

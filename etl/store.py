@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -43,6 +44,7 @@ OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have
 SUPERSEDED = "_superseded"
 STAGING_DAYS = 14  # staging of an attempt that began no try for so long is left over
 REQUESTS = 8  # small files that are read at once
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,24 @@ class TableStore:
 
     # ---- staging -------------------------------------------------------------------------------------------------
 
-    def begin_try(self, attempt: str, tables: Sequence[str], days: Sequence[str]) -> Try:
-        """Begin to stage these tables and days: what earlier tries of the attempt staged of them counts no more."""
-        earlier = self.tries(attempt)
-        number = 1 + (int(earlier[0].name.split("-")[1]) if earlier else 0)
+    def published(self, tables: Sequence[str], days: Sequence[str]) -> dict[tuple[str, str], Manifest]:
+        """Return (table, day) -> current manifest of what is published of these, each read once."""
         names = [(table, day) for table in tables for day in days]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            published = list(pool.map(lambda name: self.manifest(*name), names))
-        expected = {f"{table}/dt={day}": m.data_digest if m else "" for (table, day), m in zip(names, published, strict=True)}
+            found = list(pool.map(lambda name: self.manifest(*name), names))
+        return {name: manifest for name, manifest in zip(names, found, strict=True) if manifest is not None}
+
+    def begin_try(self, attempt: str, tables: Sequence[str], days: Sequence[str], published: Mapping[tuple[str, str], Manifest] | None = None) -> Try:
+        """Begin to stage these tables and days: what earlier tries of the attempt staged of them counts no more.
+
+        Args:
+            published: what the job builds on, where it has read that already: nobody may publish anything else meanwhile.
+        """
+        earlier = self.tries(attempt)
+        number = 1 + (int(earlier[0].name.split("-")[1]) if earlier else 0)
+        if published is None:
+            published = self.published(tables, days)
+        expected = {f"{table}/dt={day}": m.data_digest if (m := published.get((table, day))) else "" for table in tables for day in days}
         work = Try(attempt, f"try-{number:04d}-{uuid.uuid4().hex[:8]}", tuple(tables), tuple(days), round(time.time() * 1_000), expected)
         self.write_text(f"{work.folder}/try.json", json.dumps(asdict(work), indent=1, sort_keys=True))
         self._drop_staged(earlier, tables, days)
@@ -439,16 +451,28 @@ class TableStore:
         return pa.concat_tables([self.read_file(file, columns) for file in files])
 
     def read_file(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a file where its manifest says, or, when that manifest counts no more, where publication has moved it."""
+        """Read a file where its manifest says, or where publication has moved it. Raises: see `wherever`."""
         names = None if columns is None else list(columns)
+        return self.wherever(file, lambda path: pq.read_table(path, filesystem=self.fs, partitioning=None, columns=names))
+
+    def open_parquet(self, file: DataFile) -> pq.ParquetFile:
+        """Open a file where its manifest says, or where publication has moved it. Raises: see `wherever`."""
+        return self.wherever(file, lambda path: pq.ParquetFile(path, filesystem=self.fs))
+
+    def wherever(self, file: DataFile, use: Callable[[str], Found]) -> Found:
+        """Return what `use` makes of a file's path in the file system: the manifest's, or, when that counts no more, where it was moved.
+
+        Raises:
+            StageError: the file is in neither place, or cannot be read.
+        """
         try:
-            return pq.read_table(f"{self.root}/{file.path}", filesystem=self.fs, partitioning=None, columns=names)
+            return use(f"{self.root}/{file.path}")
         except OSError as error:
             old = f"{self.root}/{SUPERSEDED}/{file.path}"
             if self.fs.get_file_info(old).type != pafs.FileType.File:
                 raise StageError(f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
                                  "restore it, or build its partition again with a new attempt and let its gate publish it") from error
-            return pq.read_table(old, filesystem=self.fs, partitioning=None, columns=names)
+            return use(old)
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Return days of `events` in order, with blocks in place of the days that these were made from.

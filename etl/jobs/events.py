@@ -95,8 +95,9 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     lookback = days_between(add_days(dt, 1 - lookback_days), dt)
     if strangers := sorted(set(accept_loss) - set(lookback)):
         raise StageError(f"--accept-loss names {strangers[0]}, which is no day of the lookback {lookback[0]} .. {dt}", "name days that this partition reads")
-    work = store.begin_try(attempt, ("quarantine", "events"), lookback)
-    published = {day: manifest for day in lookback if (manifest := store.manifest("events", day)) is not None}
+    found = store.published(("quarantine", "events"), lookback)
+    work = store.begin_try(attempt, ("quarantine", "events"), lookback, found)
+    published = {day: manifest for day in lookback if (manifest := found.get(("events", day))) is not None}
     layout = Layout(buckets or _buckets(published, files, definition, lookback))
     judge = Judge(definition, raw, files)
     verdicts = [judge(day, published.get(day), wanted=day == dt, accept_loss=day in accept_loss) for day in lookback]
@@ -397,7 +398,7 @@ def _write_manifests(store: TableStore, definition: DatasetDefinition, judge: Ju
         counts |= {what: sum(stat.get(what, 0) for stat in by_day[day]) for what in CLOCK_CHANGES}
         tables = [("events", fingerprint, "events_file")]
         # A day without refused rows has no quarantine, unless one that was published has to be emptied.
-        if counts["quarantined"] or store.manifest("quarantine", day) is not None:
+        if counts["quarantined"] or work.expected[f"quarantine/dt={day}"]:
             tables.insert(0, ("quarantine", schema_fingerprint(QUARANTINE), "quarantine_file"))
         for table, schema, key in tables:
             found = tuple(sorted((DataFile(**s[key]) for s in buckets if key in s), key=lambda f: f.bucket))

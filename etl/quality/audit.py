@@ -435,14 +435,14 @@ class Audit:
         """Compare every file with its table's contract: columns, types and number of rows.
 
         Raises:
-            StageError: a file is missing, unreadable or differs.
+            StageError: a file is missing (and was not moved by a publication meanwhile), unreadable or differs.
         """
         for file in manifest.files:
             where = f"file {self.store.root}/{file.path} of table {manifest.table} dt={manifest.dt}"
             remedy = "rebuild the partition with a new attempt; nothing was published"
             try:
-                parquet = pq.ParquetFile(f"{self.store.root}/{file.path}", filesystem=self.store.fs)
-            except (OSError, pa.ArrowInvalid) as error:
+                parquet = self.store.open_parquet(file)
+            except pa.ArrowInvalid as error:
                 raise StageError(f"{where} cannot be read: {error}", remedy) from error
             with parquet:
                 found, rows = parquet.schema_arrow, parquet.metadata.num_rows

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from etl.datasets import DatasetDefinition
 from etl.errors import StageError
@@ -133,7 +132,7 @@ def counted(store: TableStore, definition: DatasetDefinition, manifest: Manifest
     """
     import pyarrow.dataset as pads  # with pandas, which a gate without conditions does not load
 
-    rows = pads.dataset([f"{store.root}/{file.path}" for file in manifest.files], schema=contract(definition, manifest.table), format="parquet", filesystem=store.fs) \
+    rows = pads.dataset([store.wherever(file, lambda path: _there(store, path)) for file in manifest.files], schema=contract(definition, manifest.table), format="parquet", filesystem=store.fs) \
         if manifest.files else contract(definition, manifest.table).empty_table()  # fmt: skip
     return _counted(rows, manifest.dt, conditions)
 
@@ -153,7 +152,7 @@ def sampled(store: TableStore, definition: DatasetDefinition, manifest: Manifest
     step = max(1, math.ceil(manifest.rows / MOST_ROWS))
     parts, before = [], 0
     for file in manifest.files:
-        with pq.ParquetFile(f"{store.root}/{file.path}", filesystem=store.fs) as parquet:
+        with store.open_parquet(file) as parquet:
             for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE if _has_lists(schema) else 1 << 16, columns=schema.names):
                 first = -before % step
                 before += batch.num_rows
@@ -172,6 +171,11 @@ def sampled_statistics(stage: str, days: Sequence[tuple[str, Mapping[str, Any]]]
 def frame_columns(schema: pa.Schema) -> list[str]:
     """Return the columns of a table as expectations see it."""
     return [f"{field.name}_length" if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.name for field in schema]
+
+
+def _there(store: TableStore, path: str) -> str:
+    with store.fs.open_input_file(path):
+        return path
 
 
 def _flat(table: pa.Table) -> pa.Table:

@@ -164,10 +164,8 @@ def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
 
 
 def _batches(store: TableStore, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
     for file in manifest.files:
-        with pq.ParquetFile(f"{store.root}/{file.path}", filesystem=store.fs) as parquet:
+        with store.open_parquet(file) as parquet:
             yield from parquet.iter_batches(columns=list(columns))
 
 

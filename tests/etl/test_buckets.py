@@ -82,6 +82,13 @@ def test_days_of_one_layout_are_read_file_by_file():
     assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(16))[10]] == [(2, True)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"buckets": "many"}, {"buckets": 0}, {"buckets": None}, {"buckets": 4, "bucket_hash": "of tomorrow"}], ids=str)
+def test_a_layout_that_is_not_known_is_one_clear_error(settings):
+    day = Manifest("shop", "events", "2024-01-01", "a", "s", "v", (), settings=settings)
+    with pytest.raises(StageError, match=r"the manifest of shop/events dt=2024-01-01 has .* buckets by the hash"):
+        Layout.of(day)
+
+
 def test_rows_that_are_kept_under_another_definition_have_its_signals_and_columns():
     from etl.jobs.rebucket import Conform
 

@@ -5,6 +5,7 @@ Everything runs as the jobs run it, but for Spark: the tasks' own functions are 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from etl.affected import affected
@@ -237,6 +239,34 @@ def test_three_archived_days_and_a_harmless_key_leave_what_is_published_alone(tm
     assert store.require("events", days[0]).settings["accepted_loss"] == "yes"
     with pytest.raises(StageError, match="--accept-loss names 2023-12-01, which is no day of the lookback"):
         build(store, raw, shop(), days[3], "no", 4, ("2023-12-01",))
+
+
+class CountingFiles(pafs.LocalFileSystem):
+    """A local disk that counts how often each file is opened to be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: collections.Counter[str] = collections.Counter()
+
+    def open_input_stream(self, path, *more, **names):
+        self.opened[str(path)] += 1
+        return super().open_input_stream(path, *more, **names)
+
+
+def test_a_daily_run_reads_each_manifest_of_its_lookback_once(tmp_path):
+    """On an object store each read is a request; a lookback may have thousands of days."""
+    raw, store = tmp_path / "raw", TableStore(str(tmp_path / "w"), "shop")
+    raw.mkdir()
+    days, rng = days_between(FIRST, add_days(FIRST, 5)), random.Random(0)
+    for day in days:
+        write_log(raw / f"{day}.csv", rng, [day])
+    build(store, raw, shop(), days[4], "before", 5)
+    publish(store, "before")
+    store.fs = CountingFiles()
+    build(store, raw, shop(), days[5], "after", 6)
+    manifests = {path: count for path, count in store.fs.opened.items() if "/_manifests/events/" in path}
+    assert len(manifests) == 5
+    assert set(manifests.values()) == {1}, manifests
 
 
 def test_a_late_file_of_an_archived_day_is_told_and_leaves_the_day_as_it_is(tmp_path, capsys):

@@ -92,6 +92,18 @@ def test_a_manifest_of_an_earlier_version_is_built_again_once_and_kept_where_it_
     assert judged(DAY, published, there[:1], SAME, lambda f: "sha256:0").action is Action.FRESH
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"raw_files": text} for text in ("", "{", "[1]", "7", '{"a.csv": 5}', '{"a.csv": [1, 2]}', '{"a.csv": ["large", 0, 1]}', '{"a.csv": [1, 0, "many"]}', '{"a.csv": [1, null, 1]}')]
+    + [{"raw_files": ["a.csv"]}, {"raw_files": None}, {"listing": "a.csv"}, {"listing": "a.csv 100 then"}],
+    ids=str,
+)
+def test_raw_files_of_a_wrong_shape_are_one_clear_error(settings):
+    manifest = Manifest("shop", "events", DAY, "a", "s", "v", (DataFile(0, 3, 1, "x", "p"),), {}, {}, settings)
+    with pytest.raises(StageError, match=rf"the manifest of shop/events dt={DAY} has the setting {next(iter(settings))} [\s\S]*remedy: copy the newest good manifest"):
+        Published.of(manifest)
+
+
 files = st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.sampled_from([0, 1, 10]), st.integers(0, 2), st.booleans()), max_size=6)
 
 

@@ -214,3 +214,12 @@ def test_the_same_rows_as_text_and_as_parquet_give_the_same(tmp_path_factory, lo
     assert found["csv"] == found["parquet"]
     assert found["csv counts"] == found["parquet counts"]
     assert sum(count for (kind, _, _), count in found["csv counts"].items() if kind == COUNTED) == table.num_rows
+
+
+def test_the_schema_of_a_file_is_read_once(tmp_path, monkeypatch):
+    """On an object store it costs a request or two; a folder has thousands of files."""
+    write(tmp_path, "user", pa.array([1, 2]))
+    rules, place, read = definition(tmp_path, "parquet"), RawLocation(str(tmp_path)), []
+    monkeypatch.setattr(pq, "read_schema", lambda *given, real=pq.read_schema, **names: read.append(given) or real(*given, **names))
+    assert "score" in place.header(place.logs(rules)[0], rules.logs)
+    assert len(read) == 1

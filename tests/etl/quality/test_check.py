@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from etl.errors import StageError
 from etl.quality import check, kept
@@ -25,6 +26,7 @@ from tests.etl.quality.test_audit import (
     run,
     set_column,
     stage_events,
+    stage_table,
 )
 
 
@@ -73,6 +75,29 @@ def test_without_an_attempt_the_published_day_is_checked(tmp_path: Path, capsys:
     capsys.readouterr()
     assert check.main(arguments(store)) == 0
     assert json.loads(capsys.readouterr().out)["attempt"] is None
+
+
+def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are no longer where its manifest says: publication has moved them."""
+    path = tmp_path / "own.yaml"
+    own = {"table": "events", "severity": "critical", "reason": "a test", "remedy": "none"}
+    path.write_text(yaml.safe_dump({"extends": DATASET, "name": "own", "quality": {
+        "conditions": [{**own, "name": "known", "sql": "user_id >= 0"}],
+        "expectations": [{**own, "name": "present", "expectation": "ExpectColumnValuesToNotBeNull", "arguments": {"column": "item_id"}}]}}))  # fmt: skip
+    store = TableStore(str(tmp_path / "warehouse"), "own")
+    stage_events(store, "first")
+    for table in ("quarantine", "events"):
+        store.publish("first", table, DT)
+    held = {table: store.require(table, DT) for table in ("quarantine", "events")}
+    stage_events(store, "second", table=all_zero_labels())
+    store.publish("second", "events", DT)
+    stage_table(store, "second", "quarantine", DT, [])
+    store.publish("second", "quarantine", DT)
+    monkeypatch.setattr(TableStore, "manifest", lambda self, table, dt: held.get(table) if dt == DT else None)
+    assert check.main(["--dataset", str(path), "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["max_severity"] is None
+    assert {"known", "present"} <= {one["column"] for one in found["outcomes"]}
 
 
 def test_standard_output_is_json_alone(tmp_path: Path) -> None:

@@ -230,6 +230,16 @@ def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore,
     assert ATTEMPT in (tmp_path / "reports" / "index.html").read_text()
 
 
+def test_refused_rows_of_a_day_that_was_published_anew_meanwhile_are_shown(store: TableStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(store, ["bad_time: 1"] * 3)
+    held = store.publish(ATTEMPT, "quarantine", DT)
+    refuse(store, ["bad_id: 5"], "later")
+    store.publish("later", "quarantine", DT)
+    monkeypatch.setattr(TableStore, "manifest", lambda self, table, dt: held if (table, dt) == ("quarantine", DT) else None)
+    report.write(dataset(DATASET), store, DT, ATTEMPT, tmp_path / "reports", "")
+    assert re.search(r"bad_time\s*3", Reader(report_page(tmp_path / "reports", DATASET, DT, ATTEMPT).read_text()).text)
+
+
 def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_outcome(store, gate("events", "warning", outcome("warning")))
     report.main(["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--attempt", ATTEMPT, "--reports", str(tmp_path), "--json"])
