@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import datetime as dtm
@@ -15,15 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException
 
+from dags._exits import told, with_levels
 from etl.datasets import definition_name
 from etl.identity import attempt_name
 from infra import settings
 
-EXIT_STAGE_ERROR = 2  # etl.cli.EXIT_STAGE_ERROR, whose module imports too much for a DAG file
 KILL_AFTER_SECONDS = 15
-LAST_LINES = 40
 
 
 def partition_of(context: Mapping[str, Any]) -> str:
@@ -68,8 +66,8 @@ def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
 class StageOperator(BaseOperator):
     """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
 
-    Exit code 2 means that the stage told its user what to mend: the task fails without a retry. Any other failure may be
-    retried. The process and all its children end with the task: when it is killed, times out, or dies.
+    Its exit code decides whether it is tried again (`dags._exits`); what it says of an error stands at that level in the log,
+    without a trace of Airflow's behind it. The process and all its children end with the task: when it is killed, times out, or dies.
 
     Args:
         module: module of the stage, for example `etl.jobs.events`.
@@ -94,22 +92,20 @@ class StageOperator(BaseOperator):
     def execute(self, context: Any) -> dict[str, str]:
         command = self.command(context)
         self.log.info("running: %s", shlex.join(command))
-        tail: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self._process = subprocess.Popen(
             command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             assert self._process.stdout is not None
-            for line in self._process.stdout:
-                tail.append(line.rstrip())
-                self.log.info("%s", tail[-1])
+            for line, is_error in with_levels(self._process.stdout):
+                (self.log.error if is_error else self.log.info)(line)
             code = self._process.wait()
         finally:
             self._end_stage()
         if code != 0:
-            message = f"{self.module} exited with code {code}: {_reason(tail)}"
-            raise (AirflowFailException if code == EXIT_STAGE_ERROR else AirflowException)(message)
+            self.log.error(f"{self.module} {told(code)}")
+            raise SystemExit(code)  # of all ways to fail the one that Airflow puts no trace behind
         outcome = {"dataset": definition_name(self.dataset), "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
         for outlet in self.outlets or ():
             context["outlet_events"][outlet].extra = outcome
@@ -127,13 +123,6 @@ class StageOperator(BaseOperator):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=KILL_AFTER_SECONDS)
         _signal_group(process.pid, signal.SIGKILL)
-
-
-def _reason(tail: Sequence[str]) -> str:
-    """Return the lines from the last `error:` on, or the last few lines."""
-    lines = list(tail)
-    starts = [index for index, line in enumerate(lines) if line.lstrip().startswith("error:")]
-    return "\n".join(lines[starts[-1] :] if starts else lines[-5:]) or "no output"
 
 
 def _day(text: str) -> str:

@@ -8,6 +8,7 @@ import functools
 from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, TaskGroup, chain
 
 from dags._common import StageOperator
+from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from etl.datasets import DatasetDefinition
 from infra import settings
@@ -18,8 +19,8 @@ just ended (`dt` is the first day of its data interval); a backfill from A to B 
 a manual run builds the parameter `dt`.
 
 Stages write under the name of the run's *attempt*, pass an audit, and only then publish. A retry continues its attempt; a
-cleared or reprocessed run is a new attempt and does all its work again. A stage that exits with code 2 printed what is
-wrong and what to do (`error:` and `remedy:` in its log) and is not retried.
+cleared or reprocessed run is a new attempt and does all its work again. A stage that ends with `error:` and `remedy:` in its
+log is not retried when there is something to mend or a gate said no; a server that does not answer is asked again for minutes.
 
 Each task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """
@@ -59,8 +60,9 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         owner_links=links,
         default_args={
             "owner": "longview",
-            "retries": 1,
-            "retry_delay": dtm.timedelta(seconds=20),
+            "retries": len(settings.retry_waits()),
+            "retry_policy": StageRetries(),
+            "retry_delay": WAIT_AFTER_CRASH,
             "execution_timeout": dtm.timedelta(hours=1),
             "pool": "default_pool",
         },

@@ -66,7 +66,7 @@ class GateOperator(StageOperator):
             self._start_logger(context)
         try:
             outcome = super().execute(context)
-        except AirflowException:
+        except SystemExit:
             self._log_report(context)
             raise
         if not self.only_stopped:

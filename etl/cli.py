@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable
 
 from etl.datasets import DatasetDefinition, built_in_names, dataset
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError, kind_of
 from etl.partitions import parse_dt
 from etl.store import TableStore
-
-EXIT_STAGE_ERROR = 2
 
 
 class _Dataset(argparse.Action):
@@ -59,11 +57,20 @@ def log(message: str) -> None:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage; a StageError becomes one clear message and exit code 2 (a trace only with LONGVIEW_TRACE=1)."""
+    """Run a stage; a StageError becomes one clear message and the exit code of its kind (a trace only with LONGVIEW_TRACE=1)."""
     try:
         main()
-    except StageError as error:
-        if os.environ.get("LONGVIEW_TRACE") == "1":
+    except Exception as error:
+        told = error if isinstance(error, StageError) else _no_answer(error)
+        if told is None or os.environ.get("LONGVIEW_TRACE") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STAGE_ERROR)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        sys.exit(told.exit_code)
+
+
+def _no_answer(error: Exception) -> StageError | None:
+    """Return what to say of a store that does not answer; None for any other error, which is a crash."""
+    if kind_of(error) is StageError:
+        return None
+    reason = next((line.strip() for line in str(error).splitlines() if kind_of(Exception(line)) is TryAgainError), str(error))
+    return TryAgainError(f"a store does not answer: {reason[:500]}", "run the same command again once it does")

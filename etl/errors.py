@@ -1,6 +1,12 @@
-"""The one kind of failure that a stage tells its user about: what is wrong, where, and what to do."""
+"""The failures that a stage tells its user about, and the exit code of each kind; imports next to nothing, so that a DAG file may."""
 
 from __future__ import annotations
+
+import re
+
+EXIT_MEND = 2  # something for a person to mend; argparse's code, too
+EXIT_GATE = 3  # a gate said no
+EXIT_TRY_AGAIN = 75  # nothing to mend here: the same command line may succeed a minute later (EX_TEMPFAIL of sysexits.h)
 
 
 class StageError(Exception):
@@ -11,7 +17,31 @@ class StageError(Exception):
         remedy: what the user should do about it.
     """
 
+    exit_code = EXIT_MEND
+
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}\n  remedy: {remedy}")
         self.what = what
         self.remedy = remedy
+
+
+class GateError(StageError):
+    """A gate said no: the same data will be stopped again."""
+
+    exit_code = EXIT_GATE
+
+
+class TryAgainError(StageError):
+    """A stage cannot go on now: a server does not answer, a worker was lost, somebody else changed what was being read."""
+
+    exit_code = EXIT_TRY_AGAIN
+
+
+# How Arrow, boto3 and Spark's connectors say it, also in the middle of a trace of Java.
+_NO_ANSWER = re.compile(r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING)|Could not connect to the endpoint URL"
+                        r"|\((SlowDown|ServiceUnavailable|InternalError|RequestTimeout|503|500)\)|Connect timeout on endpoint URL|Read timeout on endpoint URL|Connection was closed before")
+
+
+def kind_of(error: BaseException) -> type[StageError]:
+    """Return the kind of failure that an error of a store is: TryAgainError where it does not answer, else StageError."""
+    return TryAgainError if _NO_ANSWER.search(str(error)) else StageError

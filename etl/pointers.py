@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow.fs as pafs
 
-from etl.errors import StageError
+from etl.errors import StageError, kind_of
 from etl.local_files import one_at_a_time, replace_text
 
 
@@ -90,7 +90,7 @@ class _S3:
         return found["Body"].read().decode("utf-8", "replace"), found["ETag"]
 
     def _failed(self, error: Exception) -> StageError:
-        return StageError(f"s3://{self.where['Bucket']}/{self.where['Key']} cannot be read or replaced: {error}",
+        return kind_of(error)(f"s3://{self.where['Bucket']}/{self.where['Key']} cannot be read or replaced: {error}",
                           "look at the rights of the AWS_* credentials; the store has to know conditional writes (PutObject with If-Match)")
 
 

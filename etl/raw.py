@@ -38,7 +38,7 @@ from etl.compression import (
     unpacked,
 )
 from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, Logs, NamedDays, Time
-from etl.errors import StageError
+from etl.errors import StageError, kind_of
 from etl.parquet_rows import can_be, row_text, typed_rows
 from etl.partitions import MS_PER_DAY, day_number
 from etl.store import sha256_of
@@ -133,7 +133,7 @@ class RawLocation:
         try:
             self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, OSError) as error:
-            raise StageError(f"the raw folder {uri} cannot be opened: {error}", "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from None
+            raise kind_of(error)(f"the raw folder {uri} cannot be opened: {error}", "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from None
 
     # ---- which files ---------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class RawLocation:
                 schema = self._schema(file)
             found = self.column_names(file, logs) if schema is None else tuple(schema.names)
         except (OSError, pa.ArrowInvalid, DamagedError) as error:  # an archive that is none, or that breaks off within the header
-            raise StageError(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
+            raise kind_of(error)(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
         where = f"{file.name} in {self.uri}"
         if logs.format == "csv" and not logs.header:
             if len(found) != len(logs.columns):

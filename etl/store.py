@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from etl.errors import StageError
+from etl.errors import StageError, kind_of
 from etl.local_files import sync
 from etl.manifests import DataFile, Manifest
 from etl.pointers import Moved, opened
@@ -102,8 +102,8 @@ class TableStore:
         try:
             self.fs, root = pafs.FileSystem.from_uri(self.warehouse)
         except (pa.ArrowInvalid, OSError) as error:
-            raise StageError(f"the warehouse {warehouse} cannot be opened: {error}",
-                             "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from error
+            raise kind_of(error)(f"the warehouse {warehouse} cannot be opened: {error}",
+                                 "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from error
         self.root = f"{root.rstrip('/')}/{dataset}"
         self.dataset = dataset
         self._tries: dict[str, Try] = {}  # by the path of their record
@@ -470,8 +470,8 @@ class TableStore:
         except OSError as error:
             old = f"{self.root}/{SUPERSEDED}/{file.path}"
             if self.fs.get_file_info(old).type != pafs.FileType.File:
-                raise StageError(f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
-                                 "restore it, or build its partition again with a new attempt and let its gate publish it") from error
+                raise kind_of(error)(f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
+                                     "restore it, or build its partition again with a new attempt and let its gate publish it") from error
             return use(old)
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:

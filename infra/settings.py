@@ -31,6 +31,7 @@ STAGE_NAMES = frozenset("""
 """.split())
 STAGE_PREFIXES = ("LONGVIEW_", "LC_", "XDG_", "PYTHON", "SPARK_", "PYSPARK_", "HADOOP_", "YARN_", "MLFLOW_", "GX_", "RAY_", "AWS_", "GOOGLE_", "AZURE_", "ARROW_",
                   "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_")
+RETRY_WAITS = "30 60 120 240 300"  # seconds before each retry of what may pass by itself: 12.5 minutes in all
 CONTINUE, APPROVE = "continue", "approve"  # what a run does before training when a gate warned
 
 
@@ -76,6 +77,15 @@ def tracking_uri() -> str:
 
 def artifact_root() -> Path:
     return home() / "mlartifacts"
+
+
+def retry_waits() -> list[float]:
+    """Seconds before each retry of a stage that may succeed a minute later."""
+    text = os.environ.get("LONGVIEW_RETRY_WAITS") or RETRY_WAITS
+    try:
+        return [float(word) for word in text.split()]
+    except ValueError:
+        raise SystemExit(f"error: LONGVIEW_RETRY_WAITS={text!r} is no list of seconds\n  remedy: give numbers with spaces between, such as {RETRY_WAITS!r}") from None
 
 
 def airflow_port() -> int:

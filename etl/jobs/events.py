@@ -27,7 +27,7 @@ from etl.buckets import MAX_BUCKETS, Layout
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.compression import BREAKS, promised_compression
 from etl.datasets import MILLISECONDS, DatasetDefinition, Events, FieldRule, Span
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError
 from etl.freshness import Action, Published, Verdict, accepted_days, judged, rows_digest
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between, dt_of_day_number
 from etl.raw import MISSING, REPEATED, Chunk, RawFile, RawLocation, Refused, Split, bound, day_of, hashed_ids, promised
@@ -160,13 +160,13 @@ class Judge:
         """Return the digest of a file as manifests have it; large files are known by their size alone.
 
         Raises:
-            StageError: it is no longer the file that was listed.
+            TryAgainError: it is no longer the file that was listed.
         """
         if file.name not in self._digests:
             self._digests[file.name] = f"size:{file.size}" if file.size > HASHED_BYTES else f"sha256:{sha256_of(self.raw.fs, file.path)}"
             now = self.raw.fs.get_file_info(file.path)
             if (now.size, now.mtime_ns or 0) != (file.size, file.modified_ns):
-                raise StageError(f"{file.name} in {self.raw.uri} changed while it was read", "run again once it has been delivered whole")
+                raise TryAgainError(f"{file.name} in {self.raw.uri} changed while it was read", "run again once it has been delivered whole")
         return self._digests[file.name]
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from etl.buckets import MAX_BUCKETS, Layout, common_layout, files_by_remainder
 from etl.cli import dataset_parser, definition_of, log, run_stage
 from etl.datasets import DatasetDefinition
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError
 from etl.freshness import rows_digest, same_rows
 from etl.jobs.events import events_schema
 from etl.partitions import days_between, parse_dt
@@ -126,7 +126,7 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
     for manifest in work:
         current = store.require("events", manifest.dt)
         if current.data_digest != manifest.data_digest:
-            raise StageError(f"dt={manifest.dt} was published anew by attempt {current.attempt} meanwhile; it stays as it is", "run again")
+            raise TryAgainError(f"dt={manifest.dt} was published anew by attempt {current.attempt} meanwhile; it stays as it is", "run again")
         done.append(store.publish(attempt, "events", manifest.dt))
     return done
 

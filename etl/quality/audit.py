@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition, History
-from etl.errors import StageError
+from etl.errors import GateError, StageError, TryAgainError
 from etl.freshness import rows_to_keep, same_rows
 from etl.partitions import MS_PER_DAY, Window, add_days
 from etl.quality import kept, own, profile, raw_stats, stats
@@ -104,7 +104,8 @@ class Audit:
         """Validate, keep what was found, and publish; None when this attempt has published already.
 
         Raises:
-            StageError: nothing to audit, an unreadable table, or a failed critical expectation.
+            GateError: a critical expectation failed.
+            StageError: nothing to audit, or an unreadable table.
         """
         assert self.attempt is not None
         if self._published_already(stage):
@@ -114,7 +115,7 @@ class Audit:
         ahead = self._judged_ahead(staged)
         outcome, statistics = ahead or self._judged_now(stage)
         if self._staged(stage) != staged:
-            raise StageError(f"stage {stage}, dt={self.dt}: attempt {self.attempt} began a new try while its gate judged the one before, nothing was published",
+            raise TryAgainError(f"stage {stage}, dt={self.dt}: attempt {self.attempt} began a new try while its gate judged the one before, nothing was published",
                              "run the gate again when the stage that builds it has ended")  # fmt: skip
         if outcome.stopped:
             outcome = kept.let_through(self.store, outcome)
@@ -340,11 +341,11 @@ class Audit:
         pages = ", ".join(dict.fromkeys(o.data_docs for o in outcome.outcomes if o.data_docs)) or "not written"
         log(f"{outcome.stage} dt={self.dt}: {len(outcome.outcomes)} expectations, failed: {counts}; Data Docs {pages}")
 
-    def _critical(self, outcome: StageOutcome) -> StageError:
+    def _critical(self, outcome: StageOutcome) -> GateError:
         failed = outcome.failed("critical")
         lines = "".join(f"\n  {o.message} [{o.expectation} of suite {o.suite}]\n    see {o.data_docs or 'no page'}" for o in failed)
         consequence = {"raw": "nothing was built", "training_input": "training must not start", "model_output": "the model must not be registered"}
-        return StageError(f"stage {outcome.stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, "
+        return GateError(f"stage {outcome.stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, "
                           f"{consequence.get(outcome.stage, 'nothing was published')}{lines}",
                           f"{'; '.join(dict.fromkeys(o.remedy for o in failed))}. Once looked at, a person can let exactly this through, once: "
                           f"{pass_command(self.store.warehouse, outcome)}, then clear the task")  # fmt: skip

@@ -3,7 +3,7 @@
     python -m etl.quality.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--runs RUNS] [--json]
 
 With --attempt, what that attempt has staged (or published); without, what is published. No statistics, outcomes or pages are
-written. Exit code: 0 passed, 3 a warning, 2 critical or not to be judged.
+written. Exit code: 0 passed, 4 a warning, 3 critical; 2 and 75 as every stage (docs/stages.md).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import dataclasses
 import json
 import sys
 
-from etl.cli import EXIT_STAGE_ERROR, run_stage
+from etl.cli import run_stage
+from etl.errors import EXIT_GATE
 from etl.quality.audit import Evidence, audit_of, audit_parser
 from etl.quality.gx import import_early
 from etl.quality.kept import SEVERITIES, StageOutcome
 
-EXIT_WARNING = 3
+EXIT_WARNING = 4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     evidence = audit.measure(args.stage)
     outcome = audit.judge(args.stage, evidence)
     print(as_json(outcome, evidence) if args.json else as_text(outcome), flush=True)
-    return {"critical": EXIT_STAGE_ERROR, "warning": EXIT_WARNING}.get(outcome.max_severity or "", 0)
+    return {"critical": EXIT_GATE, "warning": EXIT_WARNING}.get(outcome.max_severity or "", 0)
 
 
 def as_json(outcome: StageOutcome, evidence: Evidence) -> str:

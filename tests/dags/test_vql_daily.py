@@ -14,11 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, ParamValidationError
+from airflow.sdk.exceptions import AirflowFailException, ParamValidationError
 
-from etl.cli import EXIT_STAGE_ERROR
 from etl.datasets import built_in_names, dataset
-from etl.errors import StageError
+from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
 from infra import settings
 from tests.waiting import wait_for
 
@@ -190,7 +189,8 @@ def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
 def test_every_task_has_a_retry_a_timeout_and_a_pool_that_is_made(own):
     for dag in (*map(dag_of, built_in_names()), own_dags()["vql_daily_shop"]):
         for task in dag.tasks:
-            assert task.retries == 1
+            assert task.retries == len(settings.retry_waits())
+            assert task.has_retry_policy
             assert task.retry_delay <= dtm.timedelta(minutes=1)
             assert task.execution_timeout
             assert task.pool in {"default_pool", *settings.POOLS}
@@ -401,48 +401,71 @@ def run_code(tmp_path, monkeypatch, code: str, dataset: str = "kuairand"):
     return operator, lambda: operator.execute({})
 
 
-def test_the_exit_code_is_that_of_the_stages():
-    from dags import _common
-
-    assert _common.EXIT_STAGE_ERROR == EXIT_STAGE_ERROR
-
-
 @pytest.mark.parametrize(("dataset", "name"), [("kuairand", "kuairand"), ("/home/me/shop.yaml", "shop")])
 def test_success_returns_the_partition(tmp_path, monkeypatch, dataset, name):
     _, execute = run_code(tmp_path, monkeypatch, "print('fine')", dataset)
     assert execute() == {"dataset": name, "dt": "2022-04-21", "attempt": "a"}
 
 
-def test_a_stage_error_fails_without_retry_and_says_why(tmp_path, monkeypatch):
-    code = "import sys\nprint('noise')\nprint('error: no raw rows', file=sys.stderr)\nprint('  remedy: give RAW', file=sys.stderr)\nsys.exit(2)"
+def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path, monkeypatch):
+    from structlog.testing import capture_logs
+
+    code = "import sys\nprint('noise')\nprint('error: no raw rows', file=sys.stderr)\nprint('  remedy: give RAW', file=sys.stderr)\nprint('late', file=sys.stderr)\nsys.exit(2)"
     _, execute = run_code(tmp_path, monkeypatch, code)
-    with pytest.raises(AirflowFailException, match=r"error: no raw rows\n  remedy: give RAW"):
+    with capture_logs() as records, pytest.raises(SystemExit) as ended:
         execute()
+    assert ended.value.code == EXIT_MEND
+    said = {record["event"]: record["log_level"] for record in records}
+    assert {"noise": "info", "error: no raw rows": "error", "  remedy: give RAW": "error", "late": "info"}.items() <= said.items()
+    assert said["stage found something to mend and is not tried again (exit code 2)"] == "error"
 
 
-@pytest.mark.parametrize(("code", "raised"), [("print('fine')", None), ("import sys; sys.exit(2)", AirflowFailException), ("import sys; sys.exit(1)", AirflowException)])
-def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(tmp_path, monkeypatch, code, raised):
+def test_what_may_pass_by_itself_is_retried_for_ten_minutes_a_crash_once_and_the_rest_never():
+    from airflow.sdk import RetryAction
+
+    [(policy, retries)] = {(task.retry_policy, task.retries) for task in dag_of("kuairand").tasks}
+    waits = settings.retry_waits()
+    assert retries == len(waits)
+    assert sum(waits) >= 600
+    assert waits == sorted(waits)
+
+    def after(code: int | None, tried: int, cleared_after: int = 0):
+        decision = policy.evaluate(SystemExit(code) if code is not None else RuntimeError("odd"), cleared_after + tried, cleared_after + retries)
+        return decision.action, decision.retry_delay and decision.retry_delay.total_seconds()
+
+    for cleared_after in (0, 3):  # clearing a task begins the count anew
+        assert [after(EXIT_TRY_AGAIN, tried, cleared_after) for tried in range(1, retries + 1)] == [(RetryAction.RETRY, wait) for wait in waits]
+        for code in (EXIT_MEND, EXIT_GATE):
+            assert after(code, 1, cleared_after)[0] is RetryAction.FAIL
+        for code in (1, -9, None):
+            assert after(code, 1, cleared_after) == (RetryAction.RETRY, 20)
+            assert after(code, 2, cleared_after)[0] is RetryAction.FAIL
+
+
+@pytest.mark.parametrize("code", [0, EXIT_MEND, EXIT_GATE, EXIT_TRY_AGAIN, 1])
+def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(tmp_path, monkeypatch, code):
     from dags._common import StageOperator
     from dags._gates import GateOperator, ReportLink
 
     script = tmp_path / "gate.py"
-    script.write_text(code)
+    script.write_text(f"import sys; sys.exit({code})")
     monkeypatch.setattr(StageOperator, "command", lambda self, context: [sys.executable, str(script), "--dt", "2022-04-21", "--attempt", "a"])
     gate = GateOperator(task_id="gate", module="gate", dataset="kuairand", reports=str(tmp_path / "no reports"))
-    if raised is None:
+    if code == 0:
         assert gate.execute(context_of(dt="2022-04-21"))["attempt"] == "a"
     else:
-        with pytest.raises(raised):
+        with pytest.raises(SystemExit) as ended:
             gate.execute(context_of(dt="2022-04-21"))
+        assert ended.value.code == code
     assert ReportLink().get_link(gate, ti_key=None) == ""
 
 
-@pytest.mark.parametrize("code", ["raise ValueError('odd')", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-def test_other_failures_may_be_retried(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(("code", "expected"), [("raise ValueError('odd')", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9)])
+def test_a_crash_has_a_code_of_its_own(tmp_path, monkeypatch, code, expected):
     _, execute = run_code(tmp_path, monkeypatch, code)
-    with pytest.raises(AirflowException) as caught:
+    with pytest.raises(SystemExit) as ended:
         execute()
-    assert not isinstance(caught.value, AirflowFailException)
+    assert ended.value.code == expected
 
 
 def test_the_stage_does_not_see_airflows_secrets(tmp_path, monkeypatch):
@@ -472,7 +495,7 @@ def test_killing_the_task_ends_the_stage_and_its_children(tmp_path, monkeypatch)
     killer = threading.Thread(target=kill_when_it_runs)
     killer.start()
     try:
-        with pytest.raises(AirflowException):
+        with pytest.raises(SystemExit):
             execute()
     finally:
         killer.join()

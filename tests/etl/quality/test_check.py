@@ -44,7 +44,7 @@ def arguments(store: TableStore, *more: str) -> list[str]:
     return ["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json", *more]
 
 
-@pytest.mark.parametrize(("table", "code", "severity"), [(events_table, 0, None), (bot, 3, "warning"), (all_zero_labels, 2, "critical")])
+@pytest.mark.parametrize(("table", "code", "severity"), [(events_table, 0, None), (bot, 4, "warning"), (all_zero_labels, 3, "critical")])
 def test_a_check_says_what_the_gate_will_say_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], table, code: int, severity: str | None) -> None:
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "tried", table=table())
@@ -104,5 +104,5 @@ def test_standard_output_is_json_alone(tmp_path: Path) -> None:
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "tried", table=all_zero_labels())
     done = subprocess.run([sys.executable, "-m", "etl.quality.check", *arguments(store, "--attempt", "tried")], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert json.loads(done.stdout)["stage"] == "events"

@@ -1,0 +1,51 @@
+"""How the end of a stage becomes the end of its task: what is retried, how long, and what is said of it."""
+
+from __future__ import annotations
+
+import datetime as dtm
+from collections.abc import Iterator
+from typing import Any
+
+from airflow.sdk import RetryDecision, RetryPolicy
+
+from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN
+from infra import settings
+
+WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)
+
+
+class StageRetries(RetryPolicy):
+    """Retry what may pass by itself for minutes, a crash once, and what a person or a gate has to say nothing of, never.
+
+    Airflow asks it in the task's own process. A task needs `retries=len(settings.retry_waits())`; clearing it begins anew.
+    """
+
+    def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
+        waits = settings.retry_waits()
+        tried = len(waits) - (max_tries - try_number)  # a clear raises both numbers
+        code = exception.code if isinstance(exception, SystemExit) else None
+        if code == EXIT_MEND:
+            return RetryDecision.fail("there is something to mend: see the error line of the log")
+        if code == EXIT_GATE:
+            return RetryDecision.fail("a gate said no: see the error line of the log")
+        if code == EXIT_TRY_AGAIN:
+            return RetryDecision.retry(dtm.timedelta(seconds=waits[min(tried, len(waits)) - 1]), "try again: see the error line of the log")
+        if tried > 1:
+            return RetryDecision.fail("it crashed again")
+        return RetryDecision.retry(WAIT_AFTER_CRASH, "it crashed: one more try")
+
+
+def told(code: int) -> str:
+    """Return what the end of a stage means, as the end of a sentence that begins with its module."""
+    kinds = {EXIT_MEND: "found something to mend and is not tried again", EXIT_GATE: "was stopped by a gate and is not tried again",
+             EXIT_TRY_AGAIN: "cannot go on now and is tried again, for some minutes"}  # fmt: skip
+    return f"{kinds.get(code, 'crashed')} (exit code {code})"
+
+
+def with_levels(lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of a stage, each with whether it tells an error: `error:` and the indented lines below it."""
+    telling = False
+    for line in lines:
+        line = line.rstrip()
+        telling = line.startswith("error:") or (telling and line.startswith(" "))
+        yield line, telling
