@@ -347,8 +347,9 @@ class Audit:
         consequence = {"raw": "nothing was built", "training_input": "training must not start", "model_output": "the model must not be registered"}
         return GateError(f"stage {outcome.stage}, dt={self.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s) failed, "
                           f"{consequence.get(outcome.stage, 'nothing was published')}{lines}",
-                          f"{'; '.join(dict.fromkeys(o.remedy for o in failed))}. Once looked at, a person can let exactly this through, once: "
-                          f"{pass_command(self.store.warehouse, outcome)}, then clear the task")  # fmt: skip
+                          "; ".join(dict.fromkeys(o.remedy for o in failed)) + (
+                              f". Once looked at, a person can let exactly this through, once: {pass_command(self.store.warehouse, outcome)}, then clear the task"
+                              if outcome.passable else ""))  # fmt: skip
 
     def _published_already(self, stage: str) -> bool:
         """Whether this attempt has staged nothing more of what the gate publishes."""

@@ -48,6 +48,8 @@ class Outcome:
         observed, expected: what was found (day -> value for statistics) and the bounds, as JSON values.
         message: one sentence that names the thing, the value and the bound.
         data_docs: path of the Data Docs page that shows it, None where no page was written.
+        rows: every day (or file) on which it failed; `observed` shows some. Not told by outcomes of earlier versions.
+        passable: a person can let its failure through; what breaks the tables' contract nobody can.
     """
 
     suite: str
@@ -60,6 +62,12 @@ class Outcome:
     remedy: str
     message: str
     data_docs: str | None
+    rows: tuple[str, ...] = ()
+    passable: bool = True
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Outcome:
+        return Outcome(**{**raw, "rows": tuple(raw.get("rows", ()))})
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,13 @@ class Failing:
 
     @staticmethod
     def of(outcome: Outcome) -> Failing:
-        rows = tuple(sorted(outcome.observed)) if isinstance(outcome.observed, Mapping) else ()
-        return Failing(outcome.suite, outcome.expectation, outcome.column, rows, outcome.message)
+        rows = outcome.rows or (outcome.observed if isinstance(outcome.observed, Mapping) else ())
+        return Failing(outcome.suite, outcome.expectation, outcome.column, tuple(sorted(rows)), outcome.message)
 
     def covers(self, outcome: Outcome) -> bool:
-        """Whether it is this expectation that failed, and nowhere else than seen."""
+        """Whether it is this expectation that failed, nowhere else than seen, and one that may be let through."""
         other = Failing.of(outcome)
-        return (self.suite, self.expectation, self.column) == (other.suite, other.expectation, other.column) and set(other.rows) <= set(self.rows)
+        return outcome.passable and (self.suite, self.expectation, self.column) == (other.suite, other.expectation, other.column) and set(other.rows) <= set(self.rows)
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,11 @@ class StageOutcome:
     def stopped(self) -> bool:
         return self.max_severity == "critical" and self.passed is None
 
+    @property
+    def passable(self) -> bool:
+        """Whether a person can let through what has stopped it."""
+        return self.stopped and all(outcome.passable for outcome in self.failed("critical"))
+
     def failed(self, severity: str) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if not outcome.success and outcome.severity == severity]
 
@@ -147,7 +160,7 @@ class StageOutcome:
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> StageOutcome:
         passed = Decision.from_dict(raw["passed"]) if raw.get("passed") else None
-        return StageOutcome(**{**raw, "outcomes": tuple(Outcome(**outcome) for outcome in raw["outcomes"]), "passed": passed})
+        return StageOutcome(**{**raw, "outcomes": tuple(map(Outcome.from_dict, raw["outcomes"])), "passed": passed})
 
 
 def write_stats(store: TableStore, stage: str, dt: str, attempt: str, metrics: Mapping[str, float | None], rejected: bool = False) -> str:

@@ -36,7 +36,7 @@ def decide(store: TableStore, dt: str, stage: str, attempt: str | None, by: str,
         expectations: the failed metrics to let through; none named: all that failed.
 
     Raises:
-        StageError: nothing was stopped there, a named expectation had not failed, or who or why is missing.
+        StageError: nothing was stopped there, a named expectation had not failed, breaks the tables' contract, or who or why is missing.
     """
     if len(reason.strip(" .")) < 3 or not by.strip():
         raise StageError("a decision needs who takes it and why", "give --reason with a sentence that others will understand, and --by with a name")
@@ -49,7 +49,11 @@ def decide(store: TableStore, dt: str, stage: str, attempt: str | None, by: str,
     failed = outcome.failed("critical")
     if unknown := sorted(set(expectations) - {one.column for one in failed}):
         raise StageError(f"{', '.join(unknown)} had not failed there", f"name some of: {', '.join(sorted({one.column for one in failed}))}")
-    chosen = tuple(Failing.of(one) for one in failed if not expectations or one.column in expectations)
+    let = [one for one in failed if not expectations or one.column in expectations]
+    if broken := [one for one in let if not one.passable]:
+        raise StageError(f"{', '.join(dict.fromkeys(one.column for one in broken))} cannot be let through: what breaks the contract of the tables (columns, keys, counts, order) would mislead "
+                         f"every reader of them. {broken[0].message}", "; ".join(dict.fromkeys(one.remedy for one in broken)))  # fmt: skip
+    chosen = tuple(Failing.of(one) for one in let)
     decision = Decision(dt, stage, outcome.attempt, by.strip(), time.time_ns() // 1_000_000, reason.strip(), chosen)
     write_decision(store, decision)
     return decision

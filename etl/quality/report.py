@@ -94,7 +94,7 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
         quarantine=_quarantine(store, dt, attempt),
         data_docs={path: _relative(path, page.parent) if Path(path).exists() else None for path in docs},
         other_attempts=others,
-        pass_commands=[pass_command(store.warehouse, gate) for gate in outcomes if gate.stopped],
+        pass_commands=[pass_command(store.warehouse, gate) for gate in outcomes if gate.passable],
         written_at_ms=time.time_ns() // 1_000_000,
     )
     found = summary(partition)

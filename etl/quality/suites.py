@@ -39,8 +39,8 @@ def raw_files(limits: RawThresholds) -> list[Expectation]:
     other = "have the day's own file delivered; if the file is right, correct the time zone in logs.days_in_name or events.time of the definition"
     return [
         *_zero_or_stop("empty_count", "No file is empty.", again),
-        *_zero_or_stop("unreadable_count", "Every file can be read.", again),
-        *_zero_or_stop("missing_column_count", "Every file has the declared columns.", columns),
+        *_contract("unreadable_count", "Every file can be read.", again),
+        *_contract("missing_column_count", "Every file has the declared columns.", columns),
         *_zero_or_stop("cut_count", "Every file ends with a whole line.", again),
         *_zero_or_stop("copy_count", "No two files hold the same bytes.", other),
         *_graded("refused_share", "Nearly all sampled lines are rows.", "correct the file, or events.time and logs.columns of the definition if the logs have changed",
@@ -65,17 +65,17 @@ def events_days(limits: EventThresholds, drift: DriftThresholds) -> list[Expecta
     raw = _RAW
     arrived = "check that the raw logs of the day have arrived"
     return [
-        *_zero_or_stop("null_count", "No column of the contract has nulls.", _REBUILD),
-        *_zero_or_stop("negative_count", "Ids, watch times and durations are not negative.", _REBUILD),
-        *_zero_or_stop("context_out_of_range_count", "Contexts are -1 (unknown) or more.", _REBUILD),
-        *_zero_or_stop("unreconciled_count", "Raw rows read = events + duplicates + quarantined.", _REBUILD),
-        *_zero_or_stop("manifest_rows_difference_count", "The manifest's count of events is the table's.", _REBUILD),
-        *_zero_or_stop("quarantine_rows_difference_count", "Every quarantined row is in table quarantine.", _REBUILD),
-        *_zero_or_stop("outside_day_count", "Every event is of its partition's UTC day.", _REBUILD),
-        *_zero_or_stop("feedback_out_of_range_count", "No feedback bit is set that the data set does not define.", _REBUILD),
+        *_contract("null_count", "No column of the contract has nulls.", _REBUILD),
+        *_contract("negative_count", "Ids, watch times and durations are not negative.", _REBUILD),
+        *_contract("context_out_of_range_count", "Contexts are -1 (unknown) or more.", _REBUILD),
+        *_contract("unreconciled_count", "Raw rows read = events + duplicates + quarantined.", _REBUILD),
+        *_contract("manifest_rows_difference_count", "The manifest's count of events is the table's.", _REBUILD),
+        *_contract("quarantine_rows_difference_count", "Every quarantined row is in table quarantine.", _REBUILD),
+        *_contract("outside_day_count", "Every event is of its partition's UTC day.", _REBUILD),
+        *_contract("feedback_out_of_range_count", "No feedback bit is set that the data set does not define.", _REBUILD),
         *_zero_or_stop("lost_day_count", "The partition's day has events, and so has every day with raw rows.", arrived),
-        *_zero_or_stop("rows_lost_count", "A day has no fewer rows than what is published of it.",
-                       "bring back the raw files that it was built from; or, if fewer rows are right, build it with a new attempt and --accept-loss DAY"),
+        *_contract("rows_lost_count", "A day has no fewer rows than what is published of it.",
+                   "bring back the raw files that it was built from; or, if fewer rows are right, build it with a new attempt and --accept-loss DAY"),
         _band("gap_count", WARNING, "No lookback day is empty after days with events.", arrived, low=0, high=0),
         _band("rows", INFO, "Recorded: lookback days that the raw logs do not cover.", arrived, low=1),
         _band("label_rate", CRITICAL, "The label is neither always 0 nor always 1.", raw, low=0, high=1, strict=True),
@@ -150,20 +150,20 @@ def sequences(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expect
     look = "compare with the partitions before it; the events of the window are the likely cause"
     empty = "check that events of every day of the window are published and that the target window covers them"
     return [
-        *_zero_or_stop("leak_count", "No target sees an event of its own time or later.", _REBUILD),
-        *_zero_or_stop("history_disorder_count", "History times never decrease.", _REBUILD),
-        *_zero_or_stop("target_disorder_count", "Target times never decrease.", _REBUILD),
-        *_zero_or_stop("unequal_length_count", "The lists of a side are equally long.", _REBUILD),
-        *_zero_or_stop("history_end_out_of_range_count", "target_history_end lies within the history.", _REBUILD),
-        *_zero_or_stop("item_index_out_of_range_count", "Every item index points into items.", _REBUILD),
-        *_zero_or_stop("item_index_not_dense_count", "items.item_index is the row's position.", _REBUILD),
-        *_zero_or_stop("item_id_not_increasing_count", "items is in strict item_id order.", _REBUILD),
-        *_zero_or_stop("label_not_binary_count", "Labels are 0 or 1.", _REBUILD),
-        *_zero_or_stop("watch_bucket_out_of_range_count", "Watch buckets are those of etl.schemas.", _REBUILD),
-        *_zero_or_stop("target_outside_window_count", "Targets are of the target window.", _REBUILD),
-        *_zero_or_stop("split_wrong_count", "Evaluation targets are those of the evaluation days, and no others.", _REBUILD),
-        *_zero_or_stop("repeated_user_count", "A user is one row.", _REBUILD),
-        *_zero_or_stop("unreconciled_count", "The manifest's counts are the table's.", _REBUILD),
+        *_contract("leak_count", "No target sees an event of its own time or later.", _REBUILD),
+        *_contract("history_disorder_count", "History times never decrease.", _REBUILD),
+        *_contract("target_disorder_count", "Target times never decrease.", _REBUILD),
+        *_contract("unequal_length_count", "The lists of a side are equally long.", _REBUILD),
+        *_contract("history_end_out_of_range_count", "target_history_end lies within the history.", _REBUILD),
+        *_contract("item_index_out_of_range_count", "Every item index points into items.", _REBUILD),
+        *_contract("item_index_not_dense_count", "items.item_index is the row's position.", _REBUILD),
+        *_contract("item_id_not_increasing_count", "items is in strict item_id order.", _REBUILD),
+        *_contract("label_not_binary_count", "Labels are 0 or 1.", _REBUILD),
+        *_contract("watch_bucket_out_of_range_count", "Watch buckets are those of etl.schemas.", _REBUILD),
+        *_contract("target_outside_window_count", "Targets are of the target window.", _REBUILD),
+        *_contract("split_wrong_count", "Evaluation targets are those of the evaluation days, and no others.", _REBUILD),
+        *_contract("repeated_user_count", "A user is one row.", _REBUILD),
+        *_contract("unreconciled_count", "The manifest's counts are the table's.", _REBUILD),
         *_stop("train_targets", "There is something to train on.", empty, low=1),
         *_stop("eval_targets", "There is something to evaluate on.", empty, low=1),
         _band("train_label_rate", WARNING, "The label rate is plausible.", look, limits.min_label_rate, limits.max_label_rate),
@@ -196,7 +196,7 @@ def training_input(limits: TrainingInputThresholds) -> list[Expectation]:
     again = "build sequences of this partition again with a new attempt, then train"
     drift = "look for a change of the product or of the logging between the training days and the evaluation day"
     return [
-        *_zero_or_stop("mixed_attempts_count", "items and sequences come from one attempt.", again),
+        *_contract("mixed_attempts_count", "items and sequences come from one attempt.", again),
         *_stop("train_targets", "There is something to train on.", again, low=1),
         *_stop("eval_targets", "There is something to evaluate on.", again, low=1),
         _band("label_rate_difference", WARNING, "Training days and evaluation day have about the same label rate.", drift,
@@ -217,8 +217,8 @@ def model_output(limits: ModelOutputThresholds) -> list[Expectation]:
     data = "compare the label rates of training days and evaluation day (gate training_input), then train again with a new attempt"
     return [
         *_stop("targets", "There are scores.", model, low=1),
-        *_zero_or_stop("not_a_number_count", "Every score is a number.", model),
-        *_zero_or_stop("out_of_range_count", "Every score is a probability.", model),
+        *_contract("not_a_number_count", "Every score is a number.", model),
+        *_contract("out_of_range_count", "Every score is a probability.", model),
         *_graded("constant_share", "Scores differ.", model, (None, limits.max_constant_share_warning), (None, limits.max_constant_share_critical)),
         _band("score_sd", CRITICAL, "Scores differ by more than rounding.", model, low=limits.min_score_sd),
         *_graded("expected_ratio", "Probabilities add up to the positives (calibration in the mean).", data, limits.expected_ratio_warning, limits.expected_ratio_critical),
@@ -253,13 +253,13 @@ def build_suite(name: str, thresholds: Thresholds, own: Sequence[Condition] = ()
     found = expectations[name]()
     if any((expectation.meta or {}).get("must_be_known") for expectation in found):
         # One for all of them: an expectation costs more than a metric.
-        found.append(_band(UNKNOWN, CRITICAL, "Every metric that decides is known.", _REBUILD, low=0, high=0))
+        found.append(_band(UNKNOWN, CRITICAL, "Every metric that decides is known.", _REBUILD, low=0, high=0, contract=True))
     return gx.ExpectationSuite(name=name, expectations=found)
 
 
 def _band(
     metric: str, severity: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False,
-    must_be_known: bool = False,
+    must_be_known: bool = False, contract: bool = False,
 ) -> Expectation:
     import great_expectations.expectations as gxe
 
@@ -273,7 +273,7 @@ def _band(
     return gxe.ExpectColumnValuesToBeBetween(
         description=f"{severity}: {metric} is {' and '.join(bounds)}. {notes}",
         column=metric, min_value=low, max_value=high, strict_min=strict, strict_max=strict,
-        severity=_severity(severity), notes=notes, meta={"remedy": remedy, "bounds": " and ".join(bounds), "must_be_known": must_be_known})  # fmt: skip
+        severity=_severity(severity), notes=notes, meta={"remedy": remedy, "bounds": " and ".join(bounds), "must_be_known": must_be_known, "contract": contract})  # fmt: skip
 
 
 def _graded(metric: str, notes: str, remedy: str, warning: tuple[float | None, float | None], critical: tuple[float | None, float | None]) -> list[Expectation]:
@@ -282,10 +282,10 @@ def _graded(metric: str, notes: str, remedy: str, warning: tuple[float | None, f
 
 
 def _stop(
-    metric: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False
+    metric: str, notes: str, remedy: str, low: float | None = None, high: float | None = None, strict: bool = False, contract: bool = False
 ) -> list[Expectation]:
     """Expect a metric within critical bounds, and known (see UNKNOWN): a bound alone holds for a null."""
-    return [_band(metric, CRITICAL, notes, remedy, low, high, strict, must_be_known=True)]
+    return [_band(metric, CRITICAL, notes, remedy, low, high, strict, must_be_known=True, contract=contract)]
 
 
 def must_be_known(suite: ExpectationSuite) -> list[str]:
@@ -295,6 +295,11 @@ def must_be_known(suite: ExpectationSuite) -> list[str]:
 
 def _zero_or_stop(metric: str, notes: str, remedy: str) -> list[Expectation]:
     return _stop(metric, notes, remedy, low=0, high=0)
+
+
+def _contract(metric: str, notes: str, remedy: str) -> list[Expectation]:
+    """Expect none of what breaks the tables' contract (columns, keys, counts, order): nobody can let that through."""
+    return _stop(metric, notes, remedy, low=0, high=0, contract=True)
 
 
 def as_words(text: str) -> str:

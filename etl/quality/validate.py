@@ -180,7 +180,7 @@ def _outcome(check: Check, item: Any, page: str | None) -> Outcome:
     return Outcome(
         suite=check.suite, expectation=config.type, column=column, severity=str(config.severity.value), success=success, observed=observed,
         expected=expected, remedy=str(meta.get("remedy", "")), message=f"{message.rstrip('.')}; {'; '.join(details)}" if details else message,
-        data_docs=page)  # fmt: skip
+        data_docs=page, rows=() if success else tuple(values), passable=not meta.get("contract"))  # fmt: skip
 
 
 def _own_outcome(check: OwnCheck, item: Any, page: str | None) -> Outcome:

@@ -21,6 +21,7 @@ from etl.quality import kept, own, pass_once
 from etl.quality.audit import Audit
 from etl.quality.kept import StageOutcome
 from etl.quality.report import write
+from etl.raw import RawLocation
 from etl.store import TableStore
 from evaluation import register
 from tests.etl.quality.test_audit import (
@@ -28,6 +29,7 @@ from tests.etl.quality.test_audit import (
     USERS,
     all_zero_labels,
     events_table,
+    items_table,
     set_column,
     stage_events,
     stage_sequences,
@@ -278,6 +280,79 @@ def test_a_decision_that_means_nothing_is_refused(store: TableStore, tmp_path: P
     with pytest.raises(StageError, match=says):
         decide(store, *more)
     assert kept.read_decisions(store, DT, "events") == []
+
+
+def test_a_decision_is_for_every_day_that_failed_however_many(store: TableStore, tmp_path: Path) -> None:
+    """An outcome shows twenty of the days; the decision holds all of them, and no other."""
+    days = [add_days(DT, -back) for back in range(24, -1, -1)]
+
+    def staged(attempt: str, bad: set[str]) -> Audit:
+        for day in days:
+            table = events_table(day)
+            stage_events(store, attempt, day, set_column(table, "feedback", np.zeros(table.num_rows)) if day in bad else table)
+        return audit(store, tmp_path, attempt, None)
+
+    decided = set(days[:23])
+    with pytest.raises(StageError):
+        staged("first", decided).publish("events")
+    decide(store, "--expectation", "label_rate")
+    [decision] = kept.read_decisions(store, DT, "events")
+    assert set(decision.failing[0].rows) == decided
+    with pytest.raises(StageError, match="label_rate"):
+        staged("others", {*days[:20], *days[-3:]}).publish("events")
+    outcome = staged("same", decided).publish("events")
+    assert outcome is not None and outcome.passed is not None
+
+
+def lost_rows(store: TableStore) -> None:
+    stage_events(store, "first", lost_rows=5)
+
+
+def fewer_rows(store: TableStore) -> None:
+    stage_events(store, "before")
+    store.publish("before", "events", DT)
+    stage_events(store, "first", table=events_table().slice(0, 900))
+
+
+def a_user_twice(store: TableStore) -> None:
+    rows = user_rows()
+    rows["user_id"][1] = rows["user_id"][0]
+    stage_sequences(store, "first", rows)
+
+
+def an_item_twice(store: TableStore) -> None:
+    items = items_table()
+    stage_sequences(store, "first", items=set_column(items, "item_id", [*items["item_id"].to_pylist()[:-1], items["item_id"][-2].as_py()]))
+
+
+def no_user_column(store: TableStore) -> None:
+    raw = Path(store.warehouse, "raw")
+    raw.mkdir(parents=True)
+    (raw / "SIMULATED.json").write_text('{"simulated": true}')
+    (raw / "log_standard_4_21_to_4_21_sim.csv").write_text("video_id,time_ms\n1,1650500000000\n")
+
+
+@pytest.mark.parametrize(
+    ("stage", "breaks", "metric"),
+    [("events", lost_rows, "unreconciled_count"), ("events", fewer_rows, "rows_lost_count"), ("sequences", a_user_twice, "repeated_user_count"),
+     ("sequences", an_item_twice, "item_id_not_increasing_count"), ("raw", no_user_column, "missing_column_count")],
+)  # fmt: skip
+def test_what_breaks_the_contract_of_the_tables_nobody_lets_through(store: TableStore, tmp_path: Path, stage: str, breaks, metric: str) -> None:
+    breaks(store)
+    gate = audit(store, tmp_path, "first", None)
+    gate.raw = RawLocation(f"{store.warehouse}/raw") if stage == "raw" else None
+    with pytest.raises(StageError, match=metric) as stopped:
+        gate.publish(stage)
+    assert "pass_once" not in str(stopped.value), "it offers what it would refuse"
+    for more in ([], ["--expectation", metric]):
+        with pytest.raises(StageError, match=rf"(?s){metric}.* cannot be let through.*remedy: ."):
+            pass_once.main(["--dataset", "own", "--warehouse", store.warehouse, "--dt", DT, "--stage", stage, "--by", "Ada", "--reason", "they said it is fine", *more])
+    assert kept.read_decisions(store, DT, stage) == []
+    # Nor does a decision that was kept before such were refused.
+    [outcome] = [one for one in kept.read_outcomes(store, DT, "first") if one.stage == stage]
+    kept.write_decision(store, kept.Decision(DT, stage, "first", "Ada", 1, "old", tuple(map(kept.Failing.of, outcome.failed("critical")))))
+    with pytest.raises(StageError, match=metric):
+        gate.publish(stage)
 
 
 def test_the_model_version_says_who_let_what_through(store: TableStore, tmp_path: Path) -> None:
