@@ -309,7 +309,7 @@ class FeatureFile(_Model):
     """A file with one row an item or a user; of an id that stands in several rows the first one counts.
 
     Attributes:
-        files: glob within the raw folder; may match nothing; text files may be packed as logs are.
+        files: glob within the raw folder; where it matches nothing the fields are empty. Text files may be packed as logs are.
         format: csv or parquet; files whose names end in .parquet are Parquet whatever it says.
         key: column of the id.
         delimiter, quoting: of csv; quoted values may hold the delimiter and line breaks. Without quoting a quote is part of a value.
@@ -324,6 +324,16 @@ class FeatureFile(_Model):
     columns: tuple[Name, ...] | None = Setting(default=None, min_length=1)  # of a file without header
     missing: tuple[str, ...] = ("",)
     fields: dict[str, FieldRule] = Setting(min_length=1)
+
+
+class ItemFile(FeatureFile):
+    """A file with one row an item.
+
+    Attributes:
+        optional: the feed may come without it. Else the gate of sequences stops a partition of which no item is described.
+    """
+
+    optional: bool = False
 
 
 class Events(_Model):
@@ -466,7 +476,7 @@ class DatasetDefinition(_Model):
     download: Download | None = None
     logs: Logs
     events: Events
-    items: tuple[FeatureFile, ...] = ()
+    items: tuple[ItemFile, ...] = ()
     users: tuple[FeatureFile, ...] = ()
     history: History = History()
     targets: Targets

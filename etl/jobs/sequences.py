@@ -131,7 +131,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
                 **definition.history.model_dump(include={"cutoff", "availability_lag_ms", "max_events"}),
                 "user_fields": ",".join(definition.user_fields), "signals": ",".join(definition.feedback_fields)}
     known_fields = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
-    item_counts = {"items": items.num_rows, "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
+    item_counts = {"items": items.num_rows, "item_files": sum(table is not None for table in item_files), "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
     for name, schema, found, figures in (("items", items.schema, (item_file,), item_counts),
                                          ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
         store.write_staged_manifest(staging, Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))

@@ -308,7 +308,8 @@ class Audit:
             usual = median_of(trailing, name, drift)
             judged = row["targets"] >= drift.min_rows  # type: ignore[operator]
             row[f"{name}_to_trailing"] = float(row[name]) / usual if judged and usual > 0 else NAN
-        item_row = stats.items_row(self.dt, item_table, items.counts.get("without_fields", 0), fields, bool(definition.items))
+        described = any(not rule.optional for rule in definition.items) or (bool(definition.items) and items.counts.get("item_files", 1) > 0)
+        item_row = stats.items_row(self.dt, item_table, items.counts.get("without_fields", 0), fields, described)
         before = [day for day in self._statistics("items", self.dt, drift.trailing_days) if day]
         usual_items = median_of([day for day in before if day.get("event_days") == len(event_days)], "items", drift)
         item_row |= {"event_days": len(event_days), "new_category_share": NAN, "field_psi": NAN,

@@ -158,7 +158,7 @@ class SequenceThresholds:
         min_label_rate, max_label_rate: of the training and of the evaluation targets; a warning.
         max_empty_history_share_*: evaluation targets that see no event; judged where there are min_judged_targets of them.
         max_truncated_user_share: users of whom a target sees less than there is, by the limit; a warning.
-        max_items_without_fields_share_*: items that no item file describes; judged where there are item files. Item files that
+        max_items_without_fields_share_*: items that no item file describes; judged where there are item files, or must be. Item files that
             describe few of the items are ordinary (a warning); critical only where they describe none.
         max_items_without_fields_rise_*: that share above its trailing median: an item file that no longer fits the logs.
         min_users_ratio, max_users_ratio: users and items over those of trailing partitions; warnings.

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, add_days, day_number, days_between
 from etl.quality import kept
@@ -337,6 +338,27 @@ def test_fault_in_an_item_file_is_found(built: Feed, tmp_path: Path, fault: Faul
         error = raised
     require_found(feed, fault, error)
     assert (feed.store.manifest("sequences", DT) is None) == (fault.severity == "critical")
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_feed_without_item_file_passes_where_its_definition_says_so(built: Feed, tmp_path: Path, optional: bool) -> None:
+    feed = built.copy(tmp_path)
+    (feed.raw / "video_features_basic_sim.csv").unlink()
+    raw = feed.definition.model_dump(exclude_unset=True)
+    feed.definition = DatasetDefinition.model_validate({**raw, "items": [{**rule, "optional": optional} for rule in raw["items"]]})
+    feed.build_sequences("today")
+    if not optional:
+        with pytest.raises(StageError, match="without_fields_share is 1 "):
+            feed.audit("today").publish("sequences")
+        return
+    outcome = feed.audit("today").publish("sequences")
+    assert outcome is not None and not {one.column for one in outcome.outcomes if not one.success and one.severity != "info"}
+    assert feed.audit("today").publish("training_input") is not None
+    # A file that is there is judged, whatever the definition says of its absence.
+    write_log(feed.raw / "video_features_basic_sim.csv", set_column(read_log(built.raw / "video_features_basic_sim.csv"), "video_id", np.arange(50_000, 50_600)))
+    feed.build_sequences("later")
+    with pytest.raises(StageError, match="without_fields_share is 1 "):
+        feed.audit("later").publish("sequences")
 
 
 def test_events_built_again_after_the_sequences_stop_training(built: Feed, tmp_path: Path) -> None:
