@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.claims.variants import SIMULATED
+from benchmarks.claims.variants import MAX_EVENTS, SIMULATED
 from etl.datasets import dataset
 from etl.store import TableStore
 
@@ -64,7 +64,8 @@ def _built(folder: Path, real: RealSet, raw: Path) -> Path:
             subprocess.run([sys.executable, "-m", stage, *common, *more], check=True)
         store = TableStore(warehouse, dataset(real.definition).name)
         tables = {name: store.read_files(sorted(store.require(name, real.dt).files, key=lambda file: (file.bucket, file.path))) for name in ("items", "sequences")}
-    return _written(folder, tables["items"], tables["sequences"])
+        max_events = int(store.require("sequences", real.dt).settings["max_events"])
+    return written(folder, tables["items"], tables["sequences"], max_events)
 
 
 def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
@@ -100,10 +101,12 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
         columns = [users[rule.column].to_pylist() for rule in definition.users[0].fields.values()]
         fields = {int(user): list(values) for user, values in zip(users["user_id"].to_pylist(), zip(*columns, strict=True), strict=True)}
         sequences, _ = sequence_rows(events, items["item_id"].to_numpy(), counts[""]["occurrences"].to_numpy(), fields, window, definition)
-    return _written(folder, items, sequences)
+    return written(folder, items, sequences, definition.history.max_events)
 
 
-def _written(folder: Path, items: pa.Table, sequences: pa.Table) -> Path:
+def written(folder: Path, items: pa.Table, sequences: pa.Table, max_events: int) -> Path:
+    """Write a partition, and of how many events a target sees at most."""
+    sequences = sequences.replace_schema_metadata({MAX_EVENTS: str(max_events)})
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(items, folder / "items.parquet", compression="zstd")
     pq.write_table(sequences, folder / "sequences.parquet", compression="zstd")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.claims.length import attention_error_by_length, heavy_tails, logit_scales
-from benchmarks.claims.variants import SIMULATED, VARIANTS
+from benchmarks.claims.variants import MAX_EVENTS, SIMULATED, VARIANTS
 from evaluation.metrics import auc, gauc, logloss
 from training.config import TrainConfig
 from training.data import Sequences, UserBatches
@@ -86,8 +86,20 @@ def _each(runs: list[Run], jobs: int, device: str) -> Iterator[dict]:
 
 @functools.lru_cache(maxsize=2)
 def _data(folder: Path, seed: int) -> TrainingData:
-    items, sequences = pq.read_table(folder / "items.parquet"), Sequences.from_arrow(pq.read_table(folder / "sequences.parquet"))
-    return TrainingData.of(sequences, items, TrainConfig(seed=seed))
+    return TrainingData.of(bounded_sequences(folder / "sequences.parquet"), pq.read_table(folder / "items.parquet"), TrainConfig(seed=seed))
+
+
+def bounded_sequences(path: Path) -> Sequences:
+    """Read sequences as the training of the pipeline does: a row stores more than `max_events`, of which a target sees the latest.
+
+    Raises:
+        ValueError: the file does not say how many.
+    """
+    rows = pq.read_table(path)
+    bound = (rows.schema.metadata or {}).get(MAX_EVENTS)
+    if bound is None:
+        raise ValueError(f"{path} does not say how many events a target sees at most: remove its folder and run the step prepare again")
+    return Sequences.from_arrow(rows, int(bound))
 
 
 def measured(run: Run, device: str) -> dict:

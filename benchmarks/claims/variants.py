@@ -13,6 +13,7 @@ from training.loop import TrainingData
 from training.model.ranker import Ranker
 from training.vocabulary import ItemFeatures
 
+MAX_EVENTS = b"max_events"  # key of a sequences.parquet's metadata: a target sees at most so many
 SIMULATED = {"simulated": 0.0, "drifting": 4.0}  # mean days that a taste lasts; 0 = for ever
 
 

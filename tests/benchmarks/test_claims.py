@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.claims.page import Results, interval, write_page
-from benchmarks.claims.train import EPOCHS, grid, missing, read
+from benchmarks.claims.partitions import written
+from benchmarks.claims.train import EPOCHS, bounded_sequences, grid, missing, read
 from benchmarks.claims.variants import VARIANTS
+from etl.schemas import SEQUENCES
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/claims"
 
@@ -89,6 +93,17 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
     assert len(runs) > 500 and missing(runs, RESULTS / "trainings.jsonl") == []
     (tmp_path / "some.jsonl").write_text(json.dumps({"data_set": "simulated", "variant": "vql", "number": 3}))
     assert len(missing(runs, tmp_path / "some.jsonl")) == len(runs) - 1
+
+
+def test_a_target_sees_no_more_than_the_pipeline_would_show_it(tmp_path):
+    rows = pa.table({name: [value] for name, value in {
+        "user_id": 1, "user_fields": ["a"], "history_item_index": [0, 1, 2], "history_time_ms": [1, 2, 3], "history_feedback": [0, 0, 0], "history_watch_bucket": [0, 0, 0],
+        "target_item_index": [1, 2], "target_time_ms": [2, 4], "target_label": [0, 1], "target_context": [0, 0], "target_split": [0, 2], "target_history_end": [1, 3]}.items()}, schema=SEQUENCES)  # fmt: skip
+    folder = written(tmp_path / "set", pa.table({"item_index": [0]}), rows, 2)
+    assert bounded_sequences(folder / "sequences.parquet").target_first.tolist() == [0, 1]
+    pq.write_table(rows, folder / "sequences.parquet")
+    with pytest.raises(ValueError, match="run the step prepare again"):
+        bounded_sequences(folder / "sequences.parquet")
 
 
 @pytest.mark.slow
