@@ -71,7 +71,7 @@ class _SharedQuantizer(GroupedQuantizer):
 
 
 class SharedCodebook(Alternate):
-    """R2 with one codebook: assignment per head."""
+    """One codebook for all heads, each of which has codes of its own."""
 
     def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
         super().__init__(sizes, config)

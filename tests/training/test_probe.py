@@ -1,4 +1,4 @@
-"""The theorem, inequality by inequality, and the tool that reports it.
+"""The theorem (docs/method.md#error-bound), inequality by inequality, and the tool that reports it.
 
 Legend: L events, T targets, H heads, d head width.
 """
@@ -48,10 +48,10 @@ def test_every_inequality_of_the_theorem_holds(length, seed, scale):
     log_alpha, log_alpha_hat = exact.log_softmax(-1), coarse.log_softmax(-1)
     alpha, alpha_hat, slack = log_alpha.exp(), log_alpha_hat.exp(), 1e-9
     seen = ~bias.isinf()
-    # (i) every weight changes by a factor of e^Delta at most
+    # 1: every weight changes by a factor of e^Delta at most
     ratio = (log_alpha_hat - log_alpha)[seen].abs()
     assert (ratio <= found.delta[..., None].expand_as(bias)[seen] + slack).all()
-    # (ii) and (iv)
+    # 2 and 4
     assert torch.allclose(found.error, (alpha_hat - alpha).abs().sum(-1), atol=1e-12)
     assert (found.error <= found.bound + slack).all()
     assert (found.bound <= found.delta / 2 + slack).all()
@@ -60,14 +60,14 @@ def test_every_inequality_of_the_theorem_holds(length, seed, scale):
     assert torch.allclose(
         found.key_error.square(), (alpha * (keys - hard).square().sum(-1).T[:, None]).sum(-1), atol=1e-12
     )
-    # (iii)
+    # 3
     divergence = torch.where(seen, alpha * (log_alpha - log_alpha_hat), 0.0).sum(-1)
     assert (divergence <= found.delta.square() / 8 + slack).all()
-    # (v) values in a ball of radius R around any centre
+    # 5: values in a ball of radius R around any centre
     values = torch.nn.functional.normalize(torch.randn(length, 5, dtype=torch.float64), dim=-1) * 2.0 + 7.0
     moved = ((alpha_hat - alpha) @ values).norm(dim=-1)
     assert (moved <= 2.0 * found.error + slack).all()
-    # 4.5, the attention-weighted key error
+    # 6: the attention-weighted key error
     factor = torch.where(found.delta > 1e-6, 2 * torch.expm1(found.delta / 2) / found.delta.clamp(min=1e-6), 1.0)
     assert (found.error <= factor * query.norm(dim=-1).T * found.key_error + 1e-7).all()
 

@@ -130,9 +130,9 @@ def window_part(
     window: int,
     first_T: Tensor | None = None,
 ) -> Attended:
-    """Attention of every target over the newest `window` events before its cut-off, for their exact keys (vql 3.5).
+    """Attention of every target over the newest `window` events before its cut-off, for their exact keys.
 
-    Events before `first` (default 0) are none of the target's.
+    Events before `first` (default 0) are none of the target's. See docs/method.md#recent-window.
 
     The same function trains (all events, a cut-off per target) and serves (the newest events alone, every cut-off at their
     end); the other part ends at `target_end - window`, clamped at 0, or is a cache that leaves the newest events out.
@@ -153,7 +153,7 @@ def window_part(
 def cache_part(
     query_THd: Tensor, codebook_HCd: Tensor, cache: UserCache, target_time_ms_T: Tensor, kernel: MixtureKernel | None
 ) -> Attended:
-    """Attention over codes (vql 3.5, 3.7): softmax(q . e_c + log phi + log n_c) on the means.
+    """Attention over codes (docs/method.md#cached-form): softmax(q . e_c + log phi + log n_c) on the means.
 
     The log count is what makes the softmax over codes the softmax over events; without it a code with a thousand events
     weighs no more than a code with one.
@@ -172,7 +172,7 @@ def cache_attention(
 
 
 def straight_through_codes(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
-    """Return keys at their codewords whose gradient goes to the exact keys (vql 3.3), [L, H, d]."""
+    """Return keys at their codewords whose gradient goes to the exact keys, [L, H, d] (docs/method.md#straight-through-gradient)."""
     heads = codebook_HCd.shape[0]
     code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
     word_LHd = codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]

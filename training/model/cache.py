@@ -35,7 +35,7 @@ class UserCache:
 
 
 def tables(codes_LG: Tensor, value_LHd: Tensor, log_weight_HML: Tensor, codes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum weighted events into their codes (vql 3.7), with a maximum per code: linear counts underflow.
+    """Sum weighted events into their codes (docs/method.md#cached-form), with a maximum per code: linear counts underflow.
 
     Args:
         codes_LG: int64 assignments; the heads of a group share them.

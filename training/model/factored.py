@@ -1,4 +1,4 @@
-"""Straight-through training of attention over codewords without a T x L product (vql 3.11).
+"""Straight-through training of attention over codewords without a T x L product (docs/method.md#factored-training-pass).
 
 With keys at codewords an event's weight depends on the event through its code alone, so the forward pass is the cache's and
 the straight-through gradients are one small matrix per code. Over a kernel component m, with A the softmax over (m, c), g the

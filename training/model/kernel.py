@@ -1,4 +1,4 @@
-"""The separable temporal kernel: a mixture of exponentials inside the softmax.
+"""The separable temporal kernel: a mixture of exponentials inside the softmax (docs/method.md#temporal-kernel).
 
     K(t_q - t_i) = sum_m b_m exp(-a_m (t_q - t_i)),   b = softmax,   per head        (a single exponential would cancel)
 

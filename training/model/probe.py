@@ -1,8 +1,10 @@
-"""How far quantized attention is from exact attention, beside what the theorem promises (vql 4), by length of history.
+"""How far quantized attention is from exact attention, beside what the theorem promises, by length of history.
 
 With delta_i the error of event i's logit, Delta its range over the history, eps_i = ||k_i - e_i|| and alpha the exact weights:
 
     ||alpha_hat - alpha||_1  <=  2 tanh(Delta / 4)  <=  Delta / 2  <=  ||q|| max eps        (no L anywhere)
+
+Its proof, and when eps grows: docs/method.md#error-bound.
 
 Legend: L events, T targets, H heads, d head width. Queries and keys arrive scaled, so tau is 1.
 """

@@ -1,4 +1,4 @@
-"""Key-only quantization in groups of heads (vql: grouped codebooks, straight-through, codebook + commitment loss).
+"""Key-only quantization in groups of heads (docs/method.md#quantization and the three sections behind it).
 
 Legend: N keys (one a distinct item), H heads, d head width, G groups, w = D / G group width, C codes.
 
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 
 def straight_through(key: Tensor, word: Tensor) -> Tensor:
-    """Return codewords whose gradient goes to the keys (vql 3.3): the codewords to the bit, so that equal codes tie."""
+    """Return codewords whose gradient goes to the keys (docs/method.md#straight-through-gradient).
+
+    They are the codewords to the bit, so that events of one code have one logit: `key + (word - key)` would round.
+    """
     return word.detach() + (key - key.detach())
 
 

@@ -5,6 +5,7 @@ S width of an item's static embedding, G groups, C codes.
 
 Keys are made of static item fields only, so a key, and its code, is a property of the item: each distinct item is
 projected and searched once per step, never once per event. Values add what the user did (feedback, watch time).
+The equations and their reasons: docs/method.md#embedding and the sections behind it.
 """
 
 from __future__ import annotations

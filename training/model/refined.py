@@ -1,4 +1,4 @@
-"""Refined codes (vql 3.10): in the softmax over codewords, the few events that weigh most get their exact logits.
+"""Refined codes (docs/method.md#refined-codes): in the softmax over codewords, the events that weigh most get their exact logits.
 
 An event's quantized logit is q . e_z + log K(t_q - t_i). The `refine` events of the highest, newer ones first among equals, get
 q . k_i + log K instead; all others keep their code's. In training that is a substitution among T x L logits. In serving the codes
