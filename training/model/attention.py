@@ -75,6 +75,7 @@ def event_attention(
     out_THd = torch.zeros_like(query_THd)
     if key_LHd.shape[0] == 0:
         return out_THd
+    # A softmax over nothing is 0 / 0, in its gradient too: targets that see no event take no part.
     seen = target_end_T > (0 if first_T is None else first_T)
     every = bool(seen.all())
     q, end, times = (
@@ -140,7 +141,7 @@ def window_part(
     if key_LHd.shape[0] == 0:
         return Attended(torch.zeros_like(query_THd), query_THd.new_full(query_THd.shape[:2], NOTHING))
     place_TR = target_end_T[:, None] + torch.arange(-window, 0, device=query_THd.device)
-    event_TR = place_TR.clamp(min=0)
+    event_TR = place_TR.clamp(min=0)  # places before the history are hidden below; what is read there does not matter
     logit_HTR = torch.einsum("thd,trhd->htr", query_THd, key_LHd[event_TR])
     if kernel is not None:
         logit_HTR = logit_HTR + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L[event_TR]).to(
@@ -191,6 +192,7 @@ def code_logits(
     logit_HT1C = (query_THd.transpose(0, 1) @ codebook_HCd.transpose(1, 2))[:, :, None]
     if kernel is None:
         return logit_HT1C + log_count_HMC[:, None].to(query_THd.dtype)
+    # Under a fast kernel log phi and log n are in the thousands: summed in fp64, and only the sum is rounded.
     age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, reference_time_ms), torch.float64)
     log_phi_HTM = kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None]
     return logit_HT1C + (log_phi_HTM[..., None] + log_count_HMC[:, None]).to(query_THd.dtype)

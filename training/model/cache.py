@@ -51,10 +51,12 @@ def tables(codes_LG: Tensor, value_LHd: Tensor, log_weight_HML: Tensor, codes: i
     index_HML = code_HL[:, None].expand(-1, components, -1)
     empty = log_weight_HML.new_full((heads, components, codes), float("-inf"))
     top_HMC = empty.scatter_reduce(2, index_HML, log_weight_HML, "amax")
-    safe_top = torch.where(top_HMC.isinf(), 0.0, top_HMC)
+    safe_top = torch.where(top_HMC.isinf(), 0.0, top_HMC)  # -inf - -inf of an empty code would be nan
     mass_HMC = torch.zeros_like(empty).scatter_add(2, index_HML, (log_weight_HML - safe_top.gather(2, index_HML)).exp())
     log_count_HMC = safe_top + mass_HMC.log()
+    # Shares of a code sum to 1, so its mean is never formed as a quotient of two sums that may both be tiny.
     share_HML = (log_weight_HML - log_count_HMC.gather(2, index_HML)).exp().to(value_LHd.dtype)
+    # One sum over all heads and components at once: events are added to rows, no [L, C] of zeros and ones is ever made.
     row_HML = index_HML + codes * torch.arange(heads * components, device=codes_LG.device).view(heads, components, 1)
     weighted_HMLd = share_HML[..., None] * value_LHd.transpose(0, 1)[:, None]
     mean_Rd = value_LHd.new_zeros(heads * components * codes, width)

@@ -221,6 +221,7 @@ class _CodeAttention(torch.autograd.Function):
         newest_ms: Tensor | None = None
         for segment in segments:
             events, aims = slice(segment.first, segment.last), slice(segment.target_first, segment.target_last)
+            # The newest event so far is the reference time: no weight is above 1, whatever the rates.
             older_ms, newest_ms = newest_ms, event_time_ms_L[segment.last - 1]
             log_new_HML = -rate_HM1 * age_days(newest_ms, event_time_ms_L[events], rate_HM.dtype)
             count_HMC, new_mean_HMCd, share = tables(codes_LG[events], value_LHd[events], log_new_HML, codes)
@@ -241,6 +242,7 @@ class _CodeAttention(torch.autograd.Function):
             logit_HTK = torch.baddbmm(log_count_H1K, query_HTd[:, aims], codebook_HKd.transpose(1, 2))
             logit_HTK.view(heads, -1, components, codes).add_(log_phi_HTM[..., None])
             weights.append(logit_HTK.softmax(-1))
+            # The largest weight is exp(largest logit - log sum): the log sum without a second pass of exponentials.
             lse_HT[:, aims] = logit_HTK.amax(-1) - weights[-1].amax(-1).log()
             out_HTd[:, aims] = weights[-1] @ mean_HMCd.flatten(1, 2)
         ctx.save_for_backward(
@@ -282,7 +284,7 @@ class _CodeAttention(torch.autograd.Function):
         for s in reversed(range(count)):
             segment = ctx.segments[s]
             events, aims = slice(segment.first, segment.last), slice(segment.target_first, segment.target_last)
-            if s + 1 < count:
+            if s + 1 < count:  # later targets' sums are per unit of a later count, of which this segment's is a part
                 table_HMCX *= carried[s][..., None]
             per_target = (weights[s], query_HTd[:, aims], grad_HTd[:, aims], base_HT1[:, aims])
             for weight, query, grad, base in zip(*(t.split(TARGETS_PER_PRODUCT, 1) for t in per_target), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from etl.partitions import MS_PER_DAY
 
+# At an hour's half-life an event of ten years ago has a log weight of -61,000, which fp64 counts hold to 1e-11.
 MIN_HALF_LIFE_DAYS, MAX_HALF_LIFE_DAYS = 1 / 24, 365.0
 
 
@@ -43,6 +44,7 @@ class MixtureKernel(nn.Module):
     def log_kernel_of_age(self, age_H: Tensor) -> Tensor:
         """Return log K of ages in days, [H or 1, ...] -> [H, ...]."""
         per_head = (-1, *[1] * (age_H.dim() - 1))
+        # One component after the other: stacked, they would be M times the largest tensor of a step.
         parts = [
             log_weight_H.view(per_head) - rate_H.view(per_head) * age_H
             for log_weight_H, rate_H in zip(self.log_weight_HM().unbind(1), self.rate_HM().unbind(1), strict=True)

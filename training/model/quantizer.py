@@ -67,6 +67,7 @@ class GroupedQuantizer(nn.Module):
             centre_G1w = self.codebook_GCw.mean(1, keepdim=True)  # a common offset costs precision, not distance
             codes_GCw = self.codebook_GCw - centre_G1w
             square_G1C = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf).unsqueeze(1)
+            # The distance without |k|^2, which is the same for all codes of a key.
             scores_GNC = torch.baddbmm(
                 square_G1C, keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0
             )
@@ -114,6 +115,7 @@ class GroupedQuantizer(nn.Module):
             picked = torch.randperm(n, generator=generator)[: self.codes]
             if len(picked) < self.codes:
                 picked = torch.cat([picked, torch.randint(n, (self.codes - len(picked),), generator=generator)])
+            # With fewer distinct keys than codes some are drawn twice; of two equal codewords the second would never be found.
             noise = torch.randn(self.codes, self.group_width, generator=generator).to(keys_NHd.device) * 1e-4
             self.codebook_GCw[g] = keys_GNw[g][picked.to(keys_NHd.device)] + noise
         for _ in range(iterations):
@@ -168,6 +170,7 @@ class GroupedQuantizer(nn.Module):
     def _track(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> None:
         sums_GCk = self._sums(codes_NG, keys_GNw, weight_N)
         share_GC = sums_GCk[..., -1] / weight_N.sum().clamp(min=1)
+        # Slow enough that a rare code is not taken for dead: from an even share it takes 77 batches without an event.
         self.usage_GC.lerp_(share_GC.to(self.usage_GC.dtype), 0.05)
         if self.ema_decay is not None:
             self.step_GCk.copy_(sums_GCk)  # not added: a recomputed forward pass must not count twice

@@ -123,6 +123,7 @@ def refined_cache_part(
     code_weight_HTK = (logit_HTK - top_HT1).exp()
     event_weight_HTK = (exact_HTK - top_HT1).exp() - (coarse_HTK - top_HT1).exp() * keeps_HTK
     total_HT1 = code_weight_HTK.sum(-1, keepdim=True) + event_weight_HTK.sum(-1, keepdim=True)
+    # What is left of a code may be far below the 1 that it had, and the rounding of that 1 larger than all of it.
     total_HT1 = total_HT1.clamp(min=torch.finfo(total_HT1.dtype).eps)
     mixed_HTd = code_weight_HTK @ mean_HKd + (event_weight_HTK[:, :, None] @ value_HTKd)[:, :, 0]
     return Attended((mixed_HTd / total_HT1).transpose(0, 1), (top_HT1 + total_HT1.log())[..., 0].T)
@@ -151,11 +152,13 @@ def _best_events(
     def rank(score_HTX: Tensor, event_HTX: Tensor) -> Tensor:
         """Quantized logit and, among equals, position."""
         log_kernel_HTX = _log_kernel(event_HTX, event_time_ms_L, target_time_ms_T, kernel).to(score_HTX.dtype)
+        # Summed in the logits' own precision first, as in training: events that tie there have to tie here.
         return (score_HTX + log_kernel_HTX).double() + TIE * event_HTX
 
     event_HTC = index.event_GL[group_H11, next_HTC.clamp(min=0)]
     rank_HTC = rank(score_HTC, event_HTC).masked_fill(next_HTC < first_HTC, float("-inf"))
     events, owners = [], []
+    # One event a round, for all targets at once: what lies behind a list's front weighs no more than it, so fronts are enough.
     for _ in range(min(refine, len(event_time_ms_L))):
         code_HT1 = rank_HTC.argmax(-1, keepdim=True)
         place_HT1 = next_HTC.gather(2, code_HT1)
