@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from great_expectations.expectations.metadata_types import FailureSeverity
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
+# gate -> suite -> what a row of it is
+SUITES = {"raw": {"raw_day": "day", "raw_files": "file"}, "events": {"events_days": "staged day"}, "sequences": {"items": "partition: items", "sequences": "partition: sequences"},
+          "training_input": {"training_window": "day of the window", "training_input": "partition"}, "model_output": {"model_output": "model"}}
 UNKNOWN = "unknown_count"  # metrics of a row that must be known and are not
 
 _REBUILD = "rebuild the stage with a new attempt; if it fails again, the job that built it has a bug"
@@ -311,3 +314,23 @@ def _severity(name: str) -> FailureSeverity:
     from great_expectations.expectations.metadata_types import FailureSeverity
 
     return FailureSeverity(name)
+
+
+def table() -> str:
+    """Return every expectation as a page for people, with the default bounds: docs/expectations.md."""
+    lines = ["# Every expectation", "", "Written by `python -m etl.quality.suites > docs/expectations.md`, of the default bounds; `quality.bounds` of a definition sets others. What the",
+             "metrics are for and which faults they were tried on: [validation.md](validation.md).", ""]  # fmt: skip
+    for gate, suites in SUITES.items():
+        lines += [f"## Gate {gate}", "", "| of each | metric | severity | must be | so that | else |", "|---|---|---|---|---|---|"]
+        for suite, row in suites.items():
+            for one in build_suite(suite, Thresholds()).expectations:
+                meta = one.meta or {}
+                severity = f"{one.severity.value}{', nobody lets it through' if meta['contract'] else ''}"
+                bounds = meta["bounds"] if one.min_value != one.max_value else f"{one.min_value:g}"  # type: ignore[attr-defined]
+                lines.append(f"| {row} | `{one.column}` | {severity} | {bounds} | {one.notes} | {meta['remedy'] if one.severity.value != INFO else ''} |")  # type: ignore[attr-defined]
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
