@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING REASON BY
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING REASON BY KEEP FROM
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl claims validate let-through lint up down lock clean
+.PHONY: help setup data run test readme test-slow bench-etl claims validate let-through lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ up: setup ## start Airflow and MLflow in the background and say where they are
 
 down: ## stop what `make up` started
 	@if [ -x $(PY) ]; then $(PY) -m infra.stack down; else echo "nothing was running"; fi
+
+backup: setup ## copy the databases of Airflow and MLflow to var/backups/<time>, while they work or not; KEEP=7 newest stay
+	@$(PY) -m infra.database backup --keep "$${KEEP:-7}"
+
+restore: setup ## put a backup in place of the databases: FROM=var/backups/<time>; after make down
+	@$(PY) -m infra.database restore "$$FROM"
 
 # Compiled from nothing: an existing torch pin would make uv prefer the CUDA build and pin its 20 companions.
 lock: ## compile requirements.txt from pyproject.toml (needs uv); no index address, no local build of torch

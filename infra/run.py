@@ -23,7 +23,7 @@ from etl.errors import StageError
 from etl.identity import attempt_name, report_page
 from etl.partitions import parse_dt
 from etl.uris import without_secrets
-from infra import services, settings
+from infra import database, services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
 WAITING = "awaiting_input"
@@ -300,7 +300,10 @@ def run_partition(children: dict[Service, int]) -> int:
     api = AirflowApi()
     shared = services.running_pid(API_SERVER) is not None and api.healthy("scheduler", "dag_processor")
     if not shared:
+        services.end_left_behind()
         services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
+    base = {} if shared else database.ensure(create=False)
+    children.update(base)
     env = settings.environment()
     simulator = None
     if choice.simulate:
@@ -310,7 +313,7 @@ def run_partition(children: dict[Service, int]) -> int:
     elif "://" not in raw and not Path(raw).is_dir():
         raise InfraError(f"no raw logs under {raw}", "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated")
     started = time.time()
-    airflow: dict[Service, int] = {}
+    airflow: dict[Service, int] = dict(base)
     if shared:
         say(f"using the Airflow of `make up` at {settings.airflow_url()}")
         started = started if news else 0.0  # what was parsed before is the DAG of the old definition
@@ -363,7 +366,10 @@ def main() -> int:
         print("interrupted; stopping", file=sys.stderr, flush=True)
         return 130
     finally:
-        services.stop(children.values())
+        services.stop(pid for service, pid in children.items() if service.name != services.POSTGRES)
+        services.end_left_behind()
+        if any(service.name == services.POSTGRES for service in children):
+            database.stop()
 
 
 if __name__ == "__main__":

@@ -16,15 +16,19 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from infra import settings
 
 STOP_SECONDS = 12
+MARK = "LONGVIEW_SERVICE"  # in the environment of everything below a service: whose it is
+POSTGRES = "postgres"  # the service that infra.database alone starts and ends
 HEALTHY_WITHIN_SECONDS = 300  # a service that ends is told at once; one that only takes long is on a busy machine
 ANSWER_WITHIN_SECONDS = 120
 MEMORY_NEEDED_GB = 6
@@ -44,11 +48,13 @@ class Service:
 
     Attributes:
         name: names its log `<name>.out` and its pid file.
-        arguments: what follows the interpreter.
+        arguments: what follows the program.
+        program: the interpreter where nothing else is said.
     """
 
     name: str
     arguments: tuple[str, ...]
+    program: str = sys.executable
 
 
 API_SERVER = Service("api-server", ("-m", "airflow", "api-server"))
@@ -58,7 +64,7 @@ TRIGGERER = Service("triggerer", ("-m", "airflow", "triggerer", "--skip-serve-lo
 
 
 def mlflow_server() -> Service:
-    """Return the tracking server over the same SQLite store that the stages write."""
+    """Return the tracking server over the same store that the stages write."""
     return Service("mlflow", (
         "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(settings.mlflow_port()), "--workers", "1",
         "--backend-store-uri", settings.tracking_uri(), "--default-artifact-root", settings.artifact_root().as_uri(),
@@ -84,8 +90,6 @@ def check_port(port: int, variable: str) -> None:
 
 def _port_owner(port: int) -> str:
     with contextlib.suppress(Exception):
-        import psutil
-
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr.port == port and connection.status == "LISTEN" and connection.pid:
                 process = psutil.Process(connection.pid)
@@ -120,22 +124,64 @@ def log_path(service: Service) -> Path:
     return settings.airflow_home() / "logs" / f"{service.name}.out"
 
 
-def start(service: Service, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a service in a session of its own, its output appended to its log."""
+def start(service: Service, env: dict[str, str], stays: bool = False) -> subprocess.Popen[bytes]:
+    """Start a service in a session of its own, its output appended to its log.
+
+    Args:
+        stays: it is one of `make up`, else it belongs to this process. Everything below it carries that in its environment.
+    """
     path = log_path(service)
     path.parent.mkdir(parents=True, exist_ok=True)
+    mark = {"home": str(settings.home()), "service": service.name, "of": None if stays else [os.getpid(), _started(os.getpid())]}
     with path.open("ab") as log:
-        return subprocess.Popen([sys.executable, *service.arguments], cwd=settings.ROOT, env=env, stdin=subprocess.DEVNULL,
+        return subprocess.Popen([service.program, *service.arguments], cwd=settings.ROOT, env=env | {MARK: json.dumps(mark)}, stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def stop(pids: Iterable[int]) -> None:
-    """End processes with everything below them: ask first, then force."""
+def _marked() -> Iterator[tuple[psutil.Process, dict[str, Any]]]:
+    """Yield every process below a service of this home, with its mark, but not this one and those above it.
+
+    A process is known by the mark in its environment, which it has from the service above it, whatever became of those between.
+    """
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError, TypeError):
+            mark = json.loads(process.environ()[MARK])
+            if mark["home"] == str(settings.home()) and mark["service"] != POSTGRES and process.pid not in own:
+                yield process, mark
+
+
+def users_of_home() -> list[str]:
+    """Return the names of this home's services that run, of `make up` and of any `make run`; its database is none."""
+    return sorted({mark["service"] for process, mark in _marked() if alive(process.pid)})
+
+
+def end_left_behind(names: Iterable[str] = ()) -> list[int]:
+    """End at once what outlived its service: all of a `make run` of this home that was killed or is this
+    process, and of the named services of `make up`.
+
+    Returns what was ended.
+    """
+    names, ended = set(names), []
+    for process, mark in _marked():
+        of = mark["of"]
+        if mark["service"] in names if of is None else of[0] == os.getpid() or _started(of[0]) != of[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # the very process whose environment was read: psutil compares its start
+                ended.append(process.pid)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline and any(alive(pid) for pid in ended):
+        time.sleep(0.05)
+    return ended
+
+
+def stop(pids: Iterable[int], ask: signal.Signals = signal.SIGTERM, seconds: float | None = None) -> None:
+    """End processes with everything below them: ask first, then, after STOP_SECONDS or `seconds`, force."""
     roots = [pid for pid in pids if alive(pid)]
     family = {pid: started for root in roots for pid, started in _family(root).items()}
     for pid in roots:
-        _signal(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
+        _signal(pid, ask)
+    deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
     while time.monotonic() < deadline and any(alive(pid) for pid in roots):
         time.sleep(0.1)
     for pid, started in family.items():
@@ -167,8 +213,6 @@ def _signal(pid: int, signum: int) -> None:
 
 def _started(pid: int) -> float | None:
     try:
-        import psutil
-
         return psutil.Process(pid).create_time()
     except Exception:
         return None
@@ -176,8 +220,6 @@ def _started(pid: int) -> float | None:
 
 def _family(pid: int) -> dict[int, float]:
     try:
-        import psutil
-
         root = psutil.Process(pid)
         return {process.pid: process.create_time() for process in [root, *root.children(recursive=True)]}
     except Exception:
@@ -331,24 +373,6 @@ def running_pid(service: Service) -> int | None:
     """Return the pid of a service of `make up` that still runs; a number that another process took over is not it."""
     pid, started = _recorded(service)
     return pid if pid and alive(pid) and str(_started(pid)) == started else None
-
-
-def orphans(service: Service) -> list[int]:
-    """Return what a service of `make up` left when its own process was killed: the rest of its session.
-
-    The kernel gives a session's number to no other process while one of the session lives.
-    """
-    import psutil
-
-    leader, _ = _recorded(service)
-    if not leader or alive(leader):
-        return []
-    found = []
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError):
-            if os.getsid(pid) == leader and alive(pid):
-                found.append(pid)
-    return found
 
 
 def _recorded(service: Service) -> tuple[int, str]:

@@ -6,9 +6,11 @@ Every value has a `LONGVIEW_*` variable, so that another topology changes the en
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pwd
+import re
 import secrets
 import sys
 from collections.abc import Mapping
@@ -22,12 +24,16 @@ POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs 
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
 WORKERS = 2
 AIRFLOW_USER = "admin"
+POSTGRES_USER = "longview"
 # What a stage gets of the environment of the services. Credentials of the stores that it reads and writes are among it.
 DATABASE = "LONGVIEW_AIRFLOW_DB"  # may hold a password: Airflow's alone
+EMBEDDED = "LONGVIEW_DB"  # which database a home has of its own: SQLite, POSTGRESQL
+SQLITE, POSTGRESQL = "sqlite", "postgresql"
+SOCKET_PATH_BYTES = 103  # of a Unix socket on every system (Linux 107), its end not counted
 STAGE_NAMES = frozenset("""
     PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP PWD HOSTNAME TERM VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH
     JAVA_HOME JAVA_TOOL_OPTIONS JDK_JAVA_OPTIONS http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
-    SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE KUBECONFIG DO_NOT_TRACK SCARF_ANALYTICS PGPASSFILE PGSSLMODE PGSSLROOTCERT
+    SPT_NOENV SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE KUBECONFIG DO_NOT_TRACK SCARF_ANALYTICS PGPASSFILE PGSSLMODE PGSSLROOTCERT
 """.split())
 STAGE_PREFIXES = ("LONGVIEW_", "LC_", "XDG_", "PYTHON", "SPARK_", "PYSPARK_", "HADOOP_", "YARN_", "MLFLOW_", "GX_", "RAY_", "AWS_", "GOOGLE_", "AZURE_", "ARROW_",
                   "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_")
@@ -72,7 +78,55 @@ def airflow_home() -> Path:
 
 
 def tracking_uri() -> str:
-    return _address("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    return _address("MLFLOW_TRACKING_URI") or (postgres_address("mlflow") if has_postgres() else f"sqlite:///{mlflow_sqlite()}")
+
+
+def airflow_database() -> str:
+    """Address of Airflow's database; one that was given may hold a password."""
+    return os.environ.get(DATABASE) or (postgres_address("airflow") if has_postgres() else f"sqlite:///{airflow_home() / 'airflow.db'}")
+
+
+def mlflow_sqlite() -> Path:
+    return home() / "mlflow.db"
+
+
+def embedded() -> str:
+    """Return what LONGVIEW_DB asks for: SQLITE, POSTGRESQL, or "" for what the home has."""
+    text = os.environ.get(EMBEDDED) or ""
+    if text not in ("", SQLITE, POSTGRESQL):
+        raise SystemExit(f"error: {EMBEDDED}={text!r} is unknown\n  remedy: give {SQLITE} or {POSTGRESQL}, or nothing: `make up` takes {POSTGRESQL}")
+    return text
+
+
+def has_postgres() -> bool:
+    """Whether this home's runs and models are in a PostgreSQL of its own: since the first `make up`, and for good.
+
+    Raises:
+        SystemExit: they are, and LONGVIEW_DB=sqlite would hide them.
+    """
+    found = (postgres_data() / "PG_VERSION").exists()
+    if embedded() == SQLITE and found:
+        raise SystemExit(f"error: {EMBEDDED}={SQLITE}, but the runs and models of {home()} are in its PostgreSQL ({postgres_data()})\n"
+                         f"  remedy: leave {EMBEDDED} out, or give a home of its own: LONGVIEW_HOME=folder")
+    return found
+
+
+def postgres_data() -> Path:
+    return home() / "postgres" / "data"
+
+
+def postgres_socket() -> Path:
+    """Folder of PostgreSQL's Unix socket: beside its data, or below /tmp where the home's path is too long or has characters
+    that mean something in an address (a space, a comma, a percent sign). Its owner alone may enter it."""
+    folder = home() / "postgres"
+    if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES and re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
+        return folder
+    return Path("/tmp") / f"longview-{os.getuid()}-{hashlib.sha256(os.fsencode(home())).hexdigest()[:12]}"
+
+
+def postgres_address(database: str) -> str:
+    """Return the address of a database of the home's PostgreSQL. It holds no password: the socket tells the server who calls."""
+    return f"postgresql+psycopg2:///{database}?host={postgres_socket()}&port=5432&user={POSTGRES_USER}"
 
 
 def artifact_root() -> Path:
@@ -182,7 +236,7 @@ def environment() -> dict[str, str]:
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file()),
         "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
         "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "5",
-        "DATABASE__SQL_ALCHEMY_CONN": os.environ.get(DATABASE) or f"sqlite:///{airflow_home() / 'airflow.db'}",
+        "DATABASE__SQL_ALCHEMY_CONN": airflow_database(),
         "API__HOST": "127.0.0.1",
         "API__PORT": str(airflow_port()),
         "API__BASE_URL": airflow_url(),
@@ -213,6 +267,7 @@ def environment() -> dict[str, str]:
         SPARK_LOCAL_IP=os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"),
         PYTHONPATH=os.pathsep.join([str(ROOT), *_other_python_paths()]),
         PYTHONUNBUFFERED="1",
+        SPT_NOENV="1",  # process titles leave /proc/<pid>/environ alone: it tells which service a process belongs to
         LONGVIEW_HOME=str(home()),
         LONGVIEW_DEFINITIONS=str(definitions()),
         LONGVIEW_WAREHOUSE=warehouse(),

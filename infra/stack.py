@@ -6,7 +6,7 @@ import sys
 import time
 
 from etl.errors import StageError
-from infra import services, settings
+from infra import database, services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, AirflowApi, InfraError, Service
 
 
@@ -18,28 +18,29 @@ def up() -> None:
     """Start what does not run yet, wait until all is healthy and say where it is."""
     for warning in services.check_room():
         print(f"warning: {warning}", flush=True)
-    running = {service: pid for service in stack() if (pid := services.running_pid(service))}
-    missing = [service for service in stack() if service not in running]
-    services.stop([pid for service in missing for pid in services.orphans(service)])
-    for service in missing:
-        if service is API_SERVER:
+    running = {service.name: pid for service in stack() if (pid := services.running_pid(service))}
+    services.end_left_behind(service.name for service in stack() if service.name not in running)
+    for service in stack():
+        if service is API_SERVER and service.name not in running:
             services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
-        if service.name == "mlflow":
+        if service.name == "mlflow" and service.name not in running:
             services.check_port(settings.mlflow_port(), "LONGVIEW_MLFLOW_PORT")
+    base = database.ensure(create=not running)  # what runs over SQLite goes on over it, until `make down`
+    processes = {service: running.get(service.name, 0) for service in stack()}
     env = settings.environment()
-    if missing:
+    if not all(processes.values()):
         print("preparing Airflow's database ...", flush=True)
         services.migrate(env)
-    for service in missing:
-        running[service] = services.start(service, settings.stage_environment(env) if service.name == "mlflow" else env).pid
-        services.write_pid(service, running[service])
-        print(f"started {service.name} (process {running[service]}, log {services.log_path(service)})", flush=True)
+    for service in [service for service, pid in processes.items() if not pid]:
+        processes[service] = services.start(service, settings.stage_environment(env) if service.name == "mlflow" else env, stays=True).pid
+        services.write_pid(service, processes[service])
+        print(f"started {service.name} (process {processes[service]}, log {services.log_path(service)})", flush=True)
     api = AirflowApi()
-    services.wait_healthy(api, running, "scheduler", "dag_processor", "triggerer")
+    services.wait_healthy(api, base | processes, "scheduler", "dag_processor", "triggerer")
     api.set_pools()
     deadline = time.monotonic() + services.HEALTHY_WITHIN_SECONDS
     while not services.http_ok(settings.mlflow_url() + "/health"):
-        services.check_alive(running)
+        services.check_alive(base | processes)
         if time.monotonic() > deadline:
             raise InfraError("the MLflow server does not answer", f"see {services.log_path(services.mlflow_server())}")
         time.sleep(0.5)
@@ -47,6 +48,7 @@ def up() -> None:
 Airflow    {settings.airflow_url()}/dags   ({_who_may()})
 MLflow     {settings.mlflow_url()}   (no login: every user of this machine may read and change it)
 reports    {settings.reports() / "index.html"}   (every partition, with its Data Docs)
+database   {settings.postgres_data() if base else "SQLite, or what was given"}   (make backup)
 logs       {settings.airflow_home() / "logs"}
 stop       make down""")
 
@@ -58,12 +60,16 @@ def _who_may() -> str:
 
 
 def down() -> None:
-    """Stop everything that `up` started."""
+    """Stop everything that `up` started, with all that is below it; the database last."""
     running = {service: pid for service in stack() if (pid := services.running_pid(service))}
-    services.stop([*running.values(), *(pid for service in stack() for pid in services.orphans(service))])
+    services.stop(running.values())
+    left = services.end_left_behind(service.name for service in stack())
+    stopped = [service.name for service in running] + [f"{len(left)} processes that a killed one left"] * bool(left and not running)
+    if database.stop():
+        stopped.append(services.POSTGRES)
     for service in stack():
         services.pid_file(service).unlink(missing_ok=True)
-    print(f"stopped: {', '.join(service.name for service in running) or 'nothing was running'}")
+    print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from etl.datasets import DatasetDefinition
 from etl.errors import StageError
 from etl.store import code_version
 from etl.uris import without_secrets
+from infra import settings
 
 ATTEMPT_TAG = "pipeline.attempt"
 METRICS_PER_REQUEST = 500
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def set_tracking() -> str:
-    """Point MLflow at MLFLOW_TRACKING_URI (default: `var/mlflow.db` of the repository), quietly; return the URI."""
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{ROOT / 'var' / 'mlflow.db'}")
+    """Point MLflow at MLFLOW_TRACKING_URI (default: the store of `make run` and `make up`), quietly; return the URI."""
+    os.environ.setdefault("MLFLOW_TRACKING_URI", settings.tracking_uri())
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -131,8 +132,8 @@ def _find_or_create(definition: DatasetDefinition, dt: str, attempt: str, tags: 
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(definition.name)
     if experiment is None:
-        # A server keeps artifacts where it was told to; beside a bare database file they get a folder, never the cwd.
-        location = (_database(uri).parent / "mlartifacts" / definition.name).as_uri() if uri.startswith("sqlite:///") else None
+        # A server keeps artifacts where it was told to; beside a bare database they get a folder, never the cwd.
+        location = None if uri.startswith("http") else (_artifact_root(uri) / definition.name).as_uri()
         experiment_id = client.create_experiment(definition.name, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
@@ -170,6 +171,10 @@ def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict
         if variable.startswith("AIRFLOW_CTX_"):
             tags[f"airflow.{variable.removeprefix('AIRFLOW_CTX_').lower()}"] = value
     return tags
+
+
+def _artifact_root(uri: str) -> Path:
+    return _database(uri).parent / "mlartifacts" if uri.startswith("sqlite:///") else settings.artifact_root()
 
 
 def _database(uri: str) -> Path:

@@ -298,24 +298,63 @@ def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
     wait_for("end of the child", lambda: not services.alive(child))
 
 
-def test_what_a_killed_service_left_ends_with_make_down(monkeypatch, tmp_path):
-    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
-    note = tmp_path / "child"
+def left_by(monkeypatch, home: Path, stays: bool, service: str = "scheduler") -> int:
+    """Start a service in a home and kill it; return what it leaves: a grandchild in a session of its own that ignores SIGTERM."""
+    monkeypatch.setenv("LONGVIEW_HOME", str(home))
+    home.mkdir(parents=True, exist_ok=True)
+    note = home / "child"
     child = (f"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(note)!r} + '.tmp', 'w').write(str(os.getpid()));"
              f"os.rename({str(note)!r} + '.tmp', {str(note)!r}); time.sleep(900)")  # fmt: skip
-    service = services.Service("scheduler", ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(900)"))
-    process = services.start(service, dict(os.environ))
-    services.write_pid(service, process.pid)
-    executor = int(wait_for("child", lambda: note.exists() and note.read_text()))
-    assert services.orphans(service) == []
+    between = f"import setproctitle, subprocess, sys; setproctitle.setproctitle('idle'); subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
+    of = services.Service(service, ("-c", f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {between!r}]); time.sleep(900)"))
+    process = services.start(of, {**os.environ, "SPT_NOENV": "1"}, stays)
+    services.write_pid(of, process.pid)
+    left = int(wait_for("child", lambda: note.exists() and note.read_text()))
     process.kill()
     process.wait()
-    assert services.orphans(service) == [executor]
-    monkeypatch.setattr(services, "STOP_SECONDS", 0.5)
-    monkeypatch.setattr(stack, "stack", lambda: [service])
-    stack.down()
-    wait_for("end of the child", lambda: not services.alive(executor))
-    assert services.orphans(service) == []
+    note.unlink()
+    return left
+
+
+def test_what_a_killed_service_left_ends_with_make_down_and_nothing_else(monkeypatch, tmp_path):
+    elsewhere = left_by(monkeypatch, tmp_path / "other", stays=True)
+    foreign = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
+    left = left_by(monkeypatch, tmp_path / "home", stays=True)
+    try:
+        stack.down()
+        assert not services.alive(left)
+        assert services.alive(elsewhere)
+        assert services.alive(foreign.pid)
+    finally:
+        foreign.kill()
+        foreign.wait()
+        monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path / "other"))
+        stack.down()
+    assert not services.alive(elsewhere)
+
+
+def test_make_up_ends_what_is_left_of_a_missing_service_and_keeps_those_that_run(monkeypatch, tmp_path):
+    left = left_by(monkeypatch, tmp_path, stays=True)
+    triggerer = left_by(monkeypatch, tmp_path, stays=True, service="triggerer")  # stands for one that runs
+    assert services.end_left_behind(["scheduler"]) == [left]
+    assert services.users_of_home() == ["triggerer"]
+    assert services.end_left_behind(["triggerer"]) == [triggerer]
+
+
+def test_the_next_run_ends_what_a_killed_run_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    run_of = ("import os, subprocess, sys; from infra import services;"
+              "service = services.Service('scheduler', ('-c', 'import time; time.sleep(900)'));"
+              "print(services.start(service, dict(os.environ)).pid, flush=True); sys.stdin.read()")  # fmt: skip
+    runs = [subprocess.Popen([sys.executable, "-c", run_of], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT) for _ in range(2)]
+    killed, working = (int(process.stdout.readline()) for process in runs)
+    runs[0].kill()
+    runs[0].wait()
+    assert services.end_left_behind() == [killed]
+    assert services.alive(working)
+    runs[1].kill()
+    runs[1].wait()
+    assert services.end_left_behind() == [working]
 
 
 def test_a_reused_pid_is_not_taken_for_a_service(monkeypatch, tmp_path):
