@@ -116,6 +116,36 @@ def _json_cells(text: str, logs: Logs) -> list[str]:
     return [_json_cell(name, row.get(name), column) for name, column in logs.columns.items()]
 
 
+_JSON_TEXT = r'"[^"\\\x00-\x1f]*"'  # without an escape: what stands there is the text
+_JSON_INTEGER = r"-?[1-9][0-9]{0,17}|0"
+_JSON_DECIMAL = rf"{_JSON_INTEGER}|-?(?:0|[1-9][0-9]{{0,14}})\.[0-9]{{1,25}}"
+_JSON_PLAIN = {"text": _JSON_TEXT, "integer": _JSON_INTEGER, "decimal": _JSON_DECIMAL}
+_JSON_OTHER = rf"{_JSON_TEXT}|{_JSON_DECIMAL}|true|false|null"  # of a key that is not declared
+
+
+def plain_object_pattern(line: bytes, logs: Logs) -> str | None:
+    """Return the regular expression (RE2) of lines with the keys of this one, in its order, of which a JSON reader makes what `_json_cells` would.
+
+    None: there is none, since the line is no object, lacks a declared key that is needed, or because of what the definition says.
+    """
+    try:
+        keys = json.loads(line, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
+    except (ValueError, RecursionError):
+        return None
+    known = [key for key in keys if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_. -]+", key)] if isinstance(keys, list) and line.lstrip().startswith(b"{") else []
+    if not known or len(known) < len(keys) or len(set(keys)) < len(keys) or any(name not in keys and not column.optional for name, column in logs.columns.items()):
+        return None
+    # A word for "no value" is a text: of a decimal it would be compared as it is written.
+    if any(column.type == "decimal" and missing_numbers(column, logs.missing) is not None for column in logs.columns.values()):
+        return None
+
+    def value(key: str) -> str:
+        column = logs.columns.get(key)
+        return _JSON_OTHER if column is None else _JSON_PLAIN[column.type] + ("|null" if column.optional else "")
+
+    return r"\A\{" + ", ?".join(f'"{re.escape(key)}": ?(?:{value(key)})' for key in keys) + r"\}\z"
+
+
 def _json_cell(name: str, value: Any, column: Column) -> str:
     if value is None:
         return ""

@@ -25,9 +25,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
+import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from etl.cells import ARROW_TYPES, MARKS, NotARowError, is_missing, missing_numbers, split_line, typed_cells, why_wrong
+from etl.cells import (
+    ARROW_TYPES,
+    MARKS,
+    NotARowError,
+    is_missing,
+    missing_numbers,
+    plain_object_pattern,
+    split_line,
+    typed_cells,
+    why_wrong,
+)
 from etl.compression import (
     BLOCK_BYTES,
     HEAD_BYTES,
@@ -559,10 +570,19 @@ def parse_lines(body: bytes, first_row: int, header: tuple[str, ...], logs: Logs
 
 
 def _parse_json_lines(body: bytes, first_row: int, logs: Logs, undecodable: dict[int, str]) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
-    lines = body.split(b"\n")
+    """Do what `parse_lines` does: nearly every line has the keys of the first one, in its order, with plain values."""
+    lines = pc.split_pattern(pa.array([body], pa.large_binary()), b"\n")[0].values
+    good, rows = np.zeros(len(lines), bool), _no_rows(logs)
+    pattern = plain_object_pattern(body.lstrip().split(b"\n", 1)[0], logs)
+    if pattern is not None and not undecodable and _is_utf8(body):
+        good = _matching(lines, pattern)
+        rows, right = _without_words(_read_json(body if good.all() else _joined(lines, good), logs), logs)
+        good[np.flatnonzero(good)[~right]] = False
+        rows = rows.filter(pa.array(right))
     cells: list[list[str]] = []
     number, refused = [], []
-    for place, line in enumerate(lines):
+    for place in np.flatnonzero(~good).tolist():
+        line = lines[place].as_py()
         if not line.strip():
             continue
         try:
@@ -572,9 +592,22 @@ def _parse_json_lines(body: bytes, first_row: int, logs: Logs, undecodable: dict
             number.append(place)
         except NotARowError as error:
             refused.append(Refused(first_row + place, str(error), line))
-    columns = [pa.array(texts, pa.string()) for texts in zip(*cells, strict=True)] if cells else [pa.array([], pa.string())] * len(logs.columns)
-    rows = pa.table([typed_cells(texts, column, logs.missing)[0] for texts, column in zip(columns, logs.columns.values(), strict=True)], names=list(logs.columns))
-    return rows, first_row + np.array(number, dtype=np.int64), pa.array([lines[place] for place in number], pa.large_binary()), refused
+    if cells:
+        columns = [typed_cells(pa.array(texts, pa.string()), column, logs.missing)[0] for texts, column in zip(zip(*cells, strict=True), logs.columns.values(), strict=True)]
+        order = np.argsort(np.concatenate([np.flatnonzero(good), number]), kind="stable")
+        rows = pa.concat_tables([rows, pa.table(columns, names=list(logs.columns))]).take(pa.array(order))
+        good[number] = True
+    return rows, first_row + np.flatnonzero(good), lines.filter(pa.array(good)), refused
+
+
+def _read_json(body: bytes, logs: Logs) -> pa.Table:
+    """Return the declared columns of objects that are known to be plain."""
+    if not body:
+        return _no_rows(logs)
+    schema = pa.schema([(name, ARROW_TYPES[column.type]) for name, column in logs.columns.items()])
+    rows = pajson.read_json(pa.BufferReader(body), pajson.ReadOptions(use_threads=False, block_size=len(body) + 1),
+                            pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"))  # fmt: skip
+    return rows.select(schema.names)
 
 
 def _no_rows(logs: Logs) -> pa.Table:
