@@ -24,6 +24,9 @@ class StageError(Exception):
         self.what = what
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.remedy)  # a worker's comes back by pickle
+
 
 class GateError(StageError):
     """A gate said no: the same data will be stopped again."""

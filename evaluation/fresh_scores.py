@@ -15,7 +15,11 @@ def main() -> None:
     import mlflow
     import pandas as pd
 
-    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(uri))
+    except Exception as error:
+        print(error, file=sys.stderr)
+        sys.exit(75)  # `etl.errors.EXIT_TRY_AGAIN`: says nothing of the model
     model = mlflow.pyfunc.load_model(str(folder))
     requests = pd.DataFrame(json.loads(Path(requests_file).read_text()))
     example = model.input_example

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,17 +15,19 @@ import pyarrow.parquet as pq
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.datasets import SIMULATED_MARKER
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError
 from etl.local_files import replace_text
 from etl.quality.audit import Audit
 from etl.quality.report import written_after
 from etl.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
-from training.registry import CHAMPION, PREVIOUS_CHAMPION, Registry
+from training.registry import CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
+from training.run_folder import run_folder
 from training.scoring import ScoredTargets, load_scorer
-from training.tracking import ATTEMPT_TAG, MetricsBuffer, attempt_run
+from training.tracking import ATTEMPT_TAG, MetricsBuffer, asking_mlflow, attempt_run
 
 RESAMPLES = 200
+TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
 ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 
 
@@ -33,11 +37,18 @@ def main() -> None:
     parser.add_argument("--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC")
     parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs (default: %(default)s)")
     args = parser.parse_args()
-    simulated = definition_of(args).simulated
     store = store_of(args)
-    run_dir = Path(args.runs).absolute() / args.attempt
+    run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training = read_training(run_dir)
-    sequences_manifest = store.require("sequences", args.dt)
+    sequences = store.require("sequences", args.dt)
+    tags = {"data.snapshot_digest": sequences.data_digest, "config_digest": training["config_digest"]}  # MLflow may have been away when training began
+    with attempt_run(args.definition, args.dt, args.attempt, tags) as run:
+        evaluate(args, store, run_dir, training, sequences, run.info.run_id)
+
+
+def evaluate(args: argparse.Namespace, store: TableStore, run_dir: Path, training: dict, sequences_manifest: Manifest, run_id: str) -> None:
+    """Score, compare, log and judge; `evaluation.json` and `scores.parquet` are written."""
+    simulated = args.definition.simulated
     items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
 
     scored: dict[str, ScoredTargets] = {}
@@ -51,15 +62,13 @@ def main() -> None:
     champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences)
     if champion_scores is not None:
         scores[CHAMPION] = champion_scores
-    pq.write_table(pa.table({"user_id": targets.user_id, "item_id": targets.item_id, "time_ms": targets.time_ms, "label": targets.label,
-                             "history_length": targets.history_length, **scores}), run_dir / "scores.parquet")
-
+    write_scores(run_dir, targets, scores)
     evaluation = {"dt": args.dt, "dataset": args.dataset, "attempt": args.attempt, "simulated": simulated,
                   "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
                   **compare(targets, scores, training["primary"], champion), "rows": _ingested(store, sequences_manifest)}
     write_json(run_dir / "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
-    _log_to_mlflow(args, run_dir, evaluation, targets, scores)
+    log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
     # Last: what stops the registration is told with everything that explains it already logged.
     with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
         Audit(store, definition_of(args), args.dt, args.attempt, Path(args.reports), run_dir=run_dir).publish("model_output")
@@ -75,6 +84,29 @@ def read_training(run_dir: Path) -> dict:
     if not path.exists():
         raise StageError(f"{path} is missing", "run training.main with the same --attempt and --runs first")
     return json.loads(path.read_text())
+
+
+def judge_again(registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Path, training: dict, run_id: str) -> dict:
+    """Compare the attempt with the champion of now, which is not the one that its evaluation met; return the new evaluation, written and logged."""
+    kept, names = pq.read_table(run_dir / "scores.parquet"), list(training["models"])
+    columns = {name: kept[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
+    targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
+    scores = {name: columns[name] for name in names}
+    items, sequences = store.read(store.require("items", dt)), store.read(store.require("sequences", dt))
+    champion, champion_scores = score_champion(registry, dt, attempt, items, sequences)
+    if champion_scores is not None:
+        scores[CHAMPION] = champion_scores
+    evaluation = json.loads((run_dir / "evaluation.json").read_text()) | compare(targets, scores, training["primary"], champion)
+    write_scores(run_dir, targets, scores)
+    write_json(run_dir / "evaluation.json", evaluation)
+    print(table(evaluation), flush=True)
+    log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
+    return json.loads((run_dir / "evaluation.json").read_text())
+
+
+def write_scores(run_dir: Path, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+    """Write `scores.parquet`: one row a target, one column a model."""
+    pq.write_table(pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), run_dir / "scores.parquet")
 
 
 def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table) -> tuple[dict | None, np.ndarray | None]:
@@ -97,9 +129,12 @@ def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, s
         return champion | {"warning": f"it is of partition {champion['partition']}, so it was trained on {dt}"}, None
     try:
         return champion, load_scorer(registry.package(version)).score(items, sequences).score
+    except TryAgainError:
+        raise  # says nothing of the champion
     except Exception as error:
-        log(f"warning: champion version {version} cannot score: {type(error).__name__}: {error}")
-        return champion | {"warning": f"it cannot be loaded or scored: {type(error).__name__}: {error}"[:500]}, None
+        reason = str(error) if isinstance(error, ArtifactGone) else f"it cannot be loaded or scored: {type(error).__name__}: {error}"
+        log(f"warning: champion version {version}: {reason}. remedy: restore it, or point the alias {CHAMPION} at another version; until then nothing is promoted")
+        return champion | {"warning": reason[:500]}, None
 
 
 def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str, champion: dict | None) -> dict:
@@ -180,29 +215,30 @@ def _best_auc(raw: Path, dt: str) -> float | None:
     return json.loads(marker.read_text()).get("best_auc_by_dt", {}).get(dt) if marker.exists() else None
 
 
-def _log_to_mlflow(args, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+def log_to_mlflow(run_id: str, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+    """Log an evaluation to its run, and what training could not send.
+
+    Raises:
+        TryAgainError: MLflow does not answer.
+    """
     plot = run_dir / "evaluation.png"
     _plot(evaluation, targets, scores, plot)
-    with attempt_run(args.definition, args.dt, args.attempt, {}) as run:
-        # What training could not send, if MLflow was down then.
-        MetricsBuffer(run.info.run_id, run_dir / "metrics.jsonl").flush()
-        champion = evaluation["champion"]
-        metrics = {f"{row['name']}/{metric}": row[metric] for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
-                   for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")}
-        metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
-        if evaluation["best_auc"] is not None:
-            metrics["best_auc"] = evaluation["best_auc"]
-        MetricsBuffer(run.info.run_id, run_dir / "evaluation_metrics.jsonl").log({key: value for key, value in metrics.items() if math.isfinite(value)}, step=0)
-        if run.info.run_id is None:
-            return
-        import mlflow
+    champion = evaluation["champion"]
+    metrics = {f"{row['name']}/{metric}": row[metric] for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
+               for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")}
+    metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
+    metrics |= {"best_auc": evaluation["best_auc"]}
+    now = int(time.time() * 1000)
+    with asking_mlflow():
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
 
-        try:
-            for path in (run_dir / "evaluation.json", plot):
-                mlflow.log_artifact(str(path), "evaluation")
-            mlflow.log_text(table(evaluation), "evaluation/table.txt")
-        except Exception as error:
-            log(f"warning: MLflow took no artifacts: {type(error).__name__}: {error}")
+        client = MlflowClient()
+        MetricsBuffer(run_id, run_dir / "metrics.jsonl").send()
+        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if value is not None and math.isfinite(value)])
+        for path in (run_dir / "evaluation.json", plot):
+            client.log_artifact(run_id, str(path), "evaluation")
+        client.log_text(run_id, table(evaluation), "evaluation/table.txt")
 
 
 def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray], path: Path) -> None:

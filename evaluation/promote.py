@@ -1,27 +1,43 @@
-"""Two gates, then one move of the alias `champion`: quality against the champion, and the exported artifact in a fresh process."""
+"""Two gates, then one move of the alias `champion`: quality against the champion, and the exported artifact in a fresh process.
+
+MLflow has no "move the alias only if it is still there". So one promotion of a folder of runs works at a time (a lock file), and the
+champion is asked for again right before the move: what another machine does within those milliseconds stays unseen.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import StageError
+from etl.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
+from etl.local_files import one_at_a_time
 from etl.store import TableStore
 from evaluation.gate import Decision, quality_gate
-from evaluation.main import read_training, write_json
+from evaluation.main import judge_again, read_training, write_json
 from evaluation.register import read_evaluation, request_frame
 from training.data import Sequences
-from training.registry import CHAMPION, PREVIOUS_CHAMPION, Registry, unreachable
+from training.registry import CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
+from training.run_folder import run_folder
 from training.scoring import load_scorer, request_of
+from training.tracking import asking_mlflow, attempt_run
 
+PROMOTED, KEPT, REFUSED = "promoted", "kept", "refused"
+SAID = {PROMOTED: "promoted", KEPT: "NOT promoted, it is the champion's equal", REFUSED: "NOT promoted, stays challenger"}
+OUTCOME_TAG = "promotion"
+DIGESTS = (DIGEST_TAG, "data.snapshot_digest", "config_digest")
+REASON_LENGTH = 1000
+COMPARISONS = 3
 SCORE_TOLERANCE = 1e-4
 USERS_CHECKED = 4
 FRESH_PROCESS_SECONDS = 300
@@ -31,60 +47,104 @@ def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
     args = parser.parse_args()
-    definition_of(args)
     store = store_of(args)
-    run_dir = Path(args.runs).absolute() / args.attempt
+    run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
-    registry = Registry(args.dataset)
-    version = registry.version_of_attempt(args.attempt)
-    if version is None:
-        raise StageError(f"attempt {args.attempt} has registered no version of {registry.name}", "run evaluation.register with the same --attempt first")
-    tags = registry.version(version).tags
-    if tags["validation_status"] != "pending":
-        decision = Decision(tags["validation_status"] == "passed", tags["gate_reason"])
-        log(f"already decided: {decision.reason}")
-    else:
-        decision = quality_gate(evaluation, training["primary"])
-        if decision.passed:
-            mechanical = mechanical_gate(store, args.dt, run_dir, training["primary"], Path(training["models"][training["primary"]]["package"]),
-                                         f"models:/{registry.name}/{version}", registry.uri)
-            decision = Decision(mechanical.passed, f"{decision.reason}; {mechanical.reason}" if mechanical.passed else mechanical.reason)
-        try:
-            apply(registry, version, decision, evaluation["champion"])
-        except StageError:
-            raise
-        except Exception as error:
-            raise unreachable(registry.uri, error) from error
-    aliases = registry.aliases_of(version)
-    path = run_dir / "registration.json"
-    registration = json.loads(path.read_text()) if path.exists() else {"model_name": registry.name, "version": version, "run_id": training["mlflow_run_id"]}
-    write_json(path, registration | {"aliases": aliases, "gate": decision.to_dict()})
-    log(f"{registry.name} version {version} {'promoted' if decision.passed else 'NOT promoted, stays challenger'}: {decision.reason}")
+    with one_at_a_time(run_dir.parent / f".promotion_of_{args.dataset}.lock"), attempt_run(args.definition, args.dt, args.attempt, {}) as run:
+        registry = Registry(args.dataset)
+        version = registry.version_of_attempt(args.attempt, args.dt)
+        if version is None:
+            raise StageError(f"attempt {args.attempt} has registered no version of {registry.name}, or it was deleted", "run evaluation.register with the same --attempt")
+        outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(evaluation)
+        aliases, tags = registry.aliases_of(version), registry.version(version).tags
+    registration = {"model_name": registry.name, "version": version, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+    write_json(run_dir / "registration.json", registration | {"aliases": aliases, "gate": decision.to_dict(), "outcome": outcome,
+               "digests": {name: tags[name] for name in DIGESTS if name in tags}})  # fmt: skip
+    log(f"{registry.name} version {version} {SAID[outcome]}: {decision.reason}")
 
 
-def apply(registry: Registry, version: str, decision: Decision, judged_against: dict | None) -> None:
-    """Write the decision on the version and, when it passed, move the aliases; the champion's move is one call, the last.
+@dataclass(frozen=True)
+class _Promotion:
+    """The decision on one version, made once; a try that died anywhere in it is repeated safely, since `validation_status` leaves `pending` last."""
 
-    A try that died anywhere in here is repeated safely: `validation_status` leaves `pending` after the move.
+    registry: Registry
+    store: TableStore
+    args: argparse.Namespace
+    run_dir: Path
+    training: dict
+    run_id: str
+    version: str
+
+    def decided(self, evaluation: dict) -> tuple[str, Decision]:
+        """Return the outcome (a key of SAID) and its reason.
+
+        Raises:
+            TryAgainError: the champion moves faster than it can be compared with, or MLflow does not answer.
+        """
+        tags = self.registry.version(self.version).tags
+        if tags["validation_status"] != "pending":
+            decision = Decision(tags["validation_status"] == "passed", tags["gate_reason"])
+            log(f"already decided: {decision.reason}")
+            return tags.get(OUTCOME_TAG, PROMOTED if decision.passed else REFUSED), decision
+        mechanical: Decision | None = None
+        for _ in range(COMPARISONS):
+            champion = self.registry.aliases().get(CHAMPION)
+            if champion == self.version:  # a try that died behind its move
+                return self._write(PROMOTED, Decision(True, tags["gate_reason"]))
+            compared = evaluation["champion"]["version"] if evaluation["champion"] else None
+            if champion != compared:
+                log(f"the champion is {_name(champion)} now, the evaluation compared with {_name(compared)}: comparing again")
+                evaluation = judge_again(self.registry, self.store, self.args.dt, self.args.attempt, self.run_dir, self.training, self.run_id)
+            decision = quality_gate(evaluation, self.training["primary"])
+            if decision.passed and champion is not None and self._same_as(champion):
+                return self._write(KEPT, Decision(True, f"the same model as the champion, version {champion}: no alias moves"))
+            if decision.passed:
+                mechanical = mechanical or self._mechanical()
+                decision = Decision(mechanical.passed, f"{decision.reason}; {mechanical.reason}" if mechanical.passed else mechanical.reason)
+            if not decision.passed:
+                return self._write(REFUSED, decision)
+            if self._moved(champion, decision):
+                return self._write(PROMOTED, decision)
+        raise TryAgainError(f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared with it", "run evaluation.promote again")
+
+    def _moved(self, champion: str | None, decision: Decision) -> bool:
+        """Move the aliases while `champion` is still the one that was compared with; the champion's move is one call, the last."""
+        client, name = self.registry.client, self.registry.name
+        with asking_mlflow():
+            client.set_model_version_tag(name, self.version, "gate_reason", decision.reason[:REASON_LENGTH])
+            if self.registry.aliases().get(CHAMPION) != champion:
+                return False
+            if champion is not None:
+                client.set_registered_model_alias(name, PREVIOUS_CHAMPION, champion)
+            client.set_registered_model_alias(name, CHAMPION, self.version)
+        return True
+
+    def _write(self, outcome: str, decision: Decision) -> tuple[str, Decision]:
+        """Write the decision on the version, its status last."""
+        with asking_mlflow():
+            for key, value in (("gate_reason", decision.reason[:REASON_LENGTH]), (OUTCOME_TAG, outcome), ("validation_status", "passed" if decision.passed else "failed")):
+                self.registry.client.set_model_version_tag(self.registry.name, self.version, key, value)
+        return outcome, decision
+
+    def _same_as(self, champion: str) -> bool:
+        mine, theirs = (self.registry.version(version).tags.get(DIGEST_TAG) for version in (self.version, champion))
+        return mine is not None and mine == theirs
+
+    def _mechanical(self) -> Decision:
+        primary = self.training["primary"]
+        return mechanical_gate(self.store, self.args.dt, self.run_dir, primary, Path(self.training["models"][primary]["package"]), self.registry, self.version)
+
+
+def _name(version: str | None) -> str:
+    return "none" if version is None else f"version {version}"
+
+
+def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, package: Path, registry: Registry, version: str) -> Decision:
+    """Load the registered artifact in a fresh process, with its own code, and compare its scores with the evaluation's.
 
     Raises:
-        StageError: the champion is not the one that the evaluation compared with.
+        TryAgainError: it cannot be had now, or this machine has no time or memory for it: that says nothing of the artifact.
     """
-    champion = registry.aliases().get(CHAMPION)
-    expected = judged_against["version"] if judged_against else None
-    if decision.passed and champion not in (expected, version):
-        raise StageError(f"the champion of {registry.name} is version {champion}, but the evaluation compared with {expected or 'none'}",
-                         "run evaluation.main again with the same --attempt, then evaluation.promote")
-    registry.client.set_model_version_tag(registry.name, version, "gate_reason", decision.reason[:1000])
-    if decision.passed and champion != version:
-        if champion is not None:
-            registry.client.set_registered_model_alias(registry.name, PREVIOUS_CHAMPION, champion)
-        registry.client.set_registered_model_alias(registry.name, CHAMPION, version)
-    registry.client.set_model_version_tag(registry.name, version, "validation_status", "passed" if decision.passed else "failed")
-
-
-def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, package: Path, model_uri: str, tracking_uri: str) -> Decision:
-    """Load the registered artifact in a fresh process, with its own code, and compare its scores with the evaluation's."""
     items = store.read(store.require("items", dt))
     sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
     evaluated = pq.read_table(run_dir / "scores.parquet", columns=["user_id", primary])
@@ -98,10 +158,19 @@ def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, pac
     scorer = load_scorer(package)
     expected.append(scorer.score_request(scorer.example_request()))
     try:
-        fresh = _score_in_fresh_process(model_uri, requests, tracking_uri)
-    except (subprocess.SubprocessError, OSError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return Decision(False, f"the artifact does not run in a fresh process: {detail[-1] if detail else error}")
+        fresh = _score_in_fresh_process(f"models:/{registry.name}/{version}", requests, registry.uri)
+    except subprocess.TimeoutExpired as error:
+        raise TryAgainError(f"the artifact of version {version} did not score a few requests within {FRESH_PROCESS_SECONDS} s", "run evaluation.promote again on a less busy machine") from error
+    except subprocess.CalledProcessError as error:
+        detail = (error.stderr.strip().splitlines() or [str(error)])[-1]
+        if error.returncode == EXIT_TRY_AGAIN:
+            try:
+                registry.package(version)
+            except ArtifactGone as gone:
+                return Decision(False, str(gone))
+        if error.returncode in (EXIT_TRY_AGAIN, -signal.SIGKILL):  # the latter is how a machine without memory ends it
+            raise TryAgainError(f"version {version} of {registry.name} could not be loaded in a fresh process: {detail}", "run evaluation.promote again") from error
+        return Decision(False, f"the artifact does not run in a fresh process: {detail}")
     if not fresh["own_code"]:
         return Decision(False, "the artifact runs code from elsewhere instead of its own")
     if fresh["pickles"]:

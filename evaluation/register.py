@@ -7,12 +7,13 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import StageError
+from etl.errors import GateError, StageError
 from etl.quality.kept import read_outcomes
 from etl.store import TableStore, code_version
 from evaluation.main import read_training, write_json
-from training.registry import CHALLENGER, Registry, unreachable
-from training.tracking import ATTEMPT_TAG, attempt_run
+from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
+from training.run_folder import run_folder
+from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVING_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
@@ -23,39 +24,38 @@ def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
     args = parser.parse_args()
-    definition = definition_of(args)
     store = store_of(args)
-    run_dir = Path(args.runs).absolute() / args.attempt
+    run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
-    _require_sound_scores(store, args.dt, args.attempt)
-    primary = next(row for row in evaluation["models"] if row["name"] == training["primary"])
-    registry = Registry(args.dataset)
-    version = registry.version_of_attempt(args.attempt)
-    try:
-        with attempt_run(args.definition, args.dt, args.attempt, {}, required=True) as run:
-            if version is None:
-                tags = {
-                    ATTEMPT_TAG: args.attempt,
-                    "pipeline.partition": args.dt,
-                    "pipeline.dataset": args.dataset,
-                    "data.snapshot_digest": run.data.tags.get("data.snapshot_digest") or store.require("sequences", args.dt).data_digest,
-                    "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
-                    "config_digest": training["config_digest"],
-                    "simulated": str(definition.simulated).lower(),
-                    "validation_status": "pending",
-                    **_passes(store, args.dt, args.attempt),
-                    **{metric: f"{primary[metric]:.6f}" for metric in ("auc", "gauc", "logloss") if primary[metric] is not None},
-                }
-                version = _create_version(registry, Path(training["models"][training["primary"]]["package"]), training["primary"], tags)
+    with attempt_run(args.definition, args.dt, args.attempt, {}) as run:
+        _require_sound_scores(store, args.dt, args.attempt)
+        registry = Registry(args.dataset)
+        version = registry.version_of_attempt(args.attempt, args.dt)
+        if version is None:
+            package = Path(training["models"][training["primary"]]["package"])
+            primary = next(row for row in evaluation["models"] if row["name"] == training["primary"])
+            tags = {
+                ATTEMPT_TAG: args.attempt,
+                PARTITION_TAG: args.dt,
+                "pipeline.dataset": args.dataset,
+                "data.snapshot_digest": run.data.tags.get("data.snapshot_digest") or store.require("sequences", args.dt).data_digest,
+                "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
+                "config_digest": training["config_digest"],
+                DIGEST_TAG: model_digest(package),
+                "simulated": str(args.definition.simulated).lower(),
+                "validation_status": "pending",
+                **_passes(store, args.dt, args.attempt),
+                **{metric: f"{primary[metric]:.6f}" for metric in ("auc", "gauc", "logloss") if primary[metric] is not None},
+            }
+            with asking_mlflow():
+                _create_version(registry, run, package, training["primary"], tags)
+            version = registry.version_of_attempt(args.attempt, args.dt)
+            assert version is not None
+        with asking_mlflow():
+            if (holder := registry.aliases().get(CHALLENGER)) is None or int(holder) < int(version):
                 registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
-            elif (holder := registry.aliases().get(CHALLENGER)) is None or int(holder) < int(version):
-                registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)  # a try that died in between
-            run_id = run.info.run_id
-    except Exception as error:
-        if isinstance(error, StageError) or not _is_tracking_failure(error):
-            raise
-        raise unreachable(registry.uri, error) from error
-    registration = {"model_name": registry.name, "version": version, "aliases": registry.aliases_of(version), "run_id": run_id}
+        registration = {"model_name": registry.name, "version": version, "aliases": registry.aliases_of(version), "run_id": run.info.run_id,
+                        "experiment_id": run.info.experiment_id}
     write_json(run_dir / "registration.json", registration)
     log(f"{registry.name} version {version}: {', '.join(registration['aliases']) or 'no alias'}")
 
@@ -79,7 +79,20 @@ def request_frame(requests: list[dict]):
     return pd.DataFrame({name: [list(request[name]) for request in requests] for name in (*LONG_LISTS, "user_fields")})
 
 
-def _create_version(registry: Registry, package: Path, name: str, tags: dict[str, str]) -> str:
+def _create_version(registry: Registry, run, package: Path, name: str, tags: dict[str, str]) -> None:
+    """Register the package, from what an earlier try has already logged of it when that is whole."""
+    import mlflow
+
+    logged = None
+    for one in registry.client.search_logged_models([run.info.experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{tags[ATTEMPT_TAG]}'"):
+        if logged is None and one.status == "READY" and one.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]:
+            logged = one.model_uri
+        else:
+            registry.client.delete_logged_model(one.model_id)
+    mlflow.register_model(logged or _log_model(run.info.run_id, package, name, tags), registry.name, tags=tags)
+
+
+def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -91,24 +104,22 @@ def _create_version(registry: Registry, package: Path, name: str, tags: dict[str
         inputs=Schema([*(ColSpec(Array(DataType.long), column) for column in LONG_LISTS), ColSpec(Array(DataType.string), "user_fields")]),
         outputs=Schema([ColSpec(Array(DataType.double), "scores")]),
     )
-    logged = mlflow.pyfunc.log_model(
-        name=name,
-        python_model=str(ROOT / "evaluation" / "served_model.py"),
-        artifacts={"package": str(package)},
-        code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
-        signature=signature,
-        input_example=request_frame([load_scorer(package).example_request()]),
-        pip_requirements=[f"{requirement}=={installed_version(requirement)}" for requirement in SERVING_PACKAGES],
-        model_type="ranker",
-        tags=tags,
-    )
-    return str(mlflow.register_model(logged.model_uri, registry.name, tags=tags).version)
-
-
-def _is_tracking_failure(error: Exception) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    return isinstance(error, (MlflowException, OSError))
+    # The client has no way to name the run; leaving it leaves it RUNNING, and an MLflow that is away then has failed before.
+    mlflow.start_run(run_id=run_id)
+    try:
+        return mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(ROOT / "evaluation" / "served_model.py"),
+            artifacts={"package": str(package)},
+            code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
+            signature=signature,
+            input_example=request_frame([load_scorer(package).example_request()]),
+            pip_requirements=[f"{requirement}=={installed_version(requirement)}" for requirement in SERVING_PACKAGES],
+            model_type="ranker",
+            tags=tags,
+        ).model_uri
+    finally:
+        mlflow.end_run("RUNNING")
 
 
 def _passes(store: TableStore, dt: str, attempt: str) -> dict[str, str]:
@@ -127,12 +138,12 @@ def _require_sound_scores(store: TableStore, dt: str, attempt: str) -> None:
     """Refuse an attempt whose scores the gate has stopped: the evaluation ended with an error, but left its files.
 
     Raises:
-        StageError: it has.
+        GateError: it has.
     """
     for outcome in read_outcomes(store, dt, attempt):
         if outcome.stage == "model_output" and outcome.stopped:
             failed = outcome.failed("critical")
-            raise StageError(f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy)
+            raise GateError(f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from etl.cli import log, partition_parser, run_stage, store_of
+from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError
 from etl.partitions import MS_PER_DAY, day_number
 from etl.schemas import USER_CACHES, history_first, schema_fingerprint
 from etl.store import Manifest, TableStore, code_version
 from training.checkpoint import load_package
 from training.data import Joined, Sequences, make_batch
+from training.run_folder import run_folder
+from training.tracking import attempt_run
 
 USERS_PER_CHUNK = 64
 
@@ -25,13 +28,18 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="folder of runs; this one reads <runs>/<attempt>/")
     args = parser.parse_args()
     store = store_of(args)
-    run_dir = Path(args.runs).absolute() / args.attempt
+    run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     registration_file = run_dir / "registration.json"
     if not registration_file.exists():
         raise StageError(
             f"{registration_file} is missing", "run evaluation.register and evaluation.promote for this attempt first"
         )
-    registration = json.loads(registration_file.read_text())
+    with attempt_run(args.definition, args.dt, args.attempt, {}, last=True):
+        _publish_caches(args, store, run_dir, json.loads(registration_file.read_text()))
+
+
+def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, registration: dict) -> None:
+    """Build and publish the caches of what this attempt has promoted; nothing where it did not."""
     if "champion" not in registration["aliases"]:
         log(
             f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches stay as they are"

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,14 +21,15 @@ import pyarrow as pa
 import torch
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError
 from etl.local_files import replace_text
 from etl.store import TableStore, code_version
 from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
 from training.data import Sequences
 from training.loop import EpochResult, TrainingData, Worker, train_model
-from training.registry import CHAMPION, Registry
+from training.registry import CHAMPION, ArtifactGone, Registry
+from training.run_folder import run_folder
 from training.scoring import request_of
 from training.tracking import MetricsBuffer, attempt_run
 from training.vocabulary import Vocabulary
@@ -55,8 +56,8 @@ def main() -> None:
     definition_of(args)
     store_of(args)
     config = _narrowed(load_config(args.config), args.models, args.seed)
-    run_dir = Path(args.runs).absolute() / args.attempt
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = run_folder(args.runs, args.definition, args.dt, args.attempt, config.digest)
+    tags = _tags(args, config)
     job = {
         "warehouse": args.warehouse,
         "dataset": args.dataset,
@@ -67,10 +68,9 @@ def main() -> None:
         "ray": args.workers > 0,
         "models": args.models,
         "seed": args.seed,
-        "warm_start": _warm_start(args.warm_start, args.dataset, args.dt),
     }
-    with attempt_run(args.definition, args.dt, args.attempt, _tags(args, config)) as run:
-        job["mlflow_run_id"] = run.info.run_id
+    with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
+        job |= {"mlflow_run_id": run.info.run_id, "warm_start": _warm_start(args.warm_start, args.dataset, args.dt)}
         if args.workers == 0:
             summaries = train_all(job, Worker(), on_report=None, resume=None)
         else:
@@ -82,6 +82,7 @@ def main() -> None:
         "primary": next(iter(config.models)),
         "seed": config.seed,
         "mlflow_run_id": job["mlflow_run_id"],
+        "mlflow_experiment_id": run.info.experiment_id,
     }
     replace_text(run_dir / "training.json", json.dumps(summary, indent=1))
     log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
@@ -198,13 +199,17 @@ def _warm_start(wanted: str, dataset: str, dt: str) -> str | None:
     if partition >= dt:
         log(f"the champion is of partition {partition}, not earlier than {dt}: starting cold")
         return None
+    try:
+        package = registry.package(version)
+    except ArtifactGone as error:
+        raise StageError(f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version") from error
     log(f"starting from champion version {version} of partition {partition}")
-    return str(registry.package(version))
+    return str(package)
 
 
 def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     gpus = torch.cuda.is_available()
@@ -237,12 +242,32 @@ def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
     follower.start()
     try:
         trainer.fit()
+    except WorkerGroupError as error:
+        told = _told_of_workers(error.worker_failures)
+        if told is None:
+            raise
+        raise told from error
     finally:
         following.set()
         follower.join()
         ray.shutdown()
     done = Path(job["run_dir"]) / "models" / "summaries.json"
     return json.loads(done.read_text())
+
+
+def _told_of_workers(failures: Mapping[int, Exception]) -> StageError | None:
+    """Return what workers that failed have to say to a user; None: they crashed in code of ours."""
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    of_code = [failure._base_exc for failure in failures.values() if isinstance(failure, UserExceptionWithTraceback)]
+    for error in of_code:
+        if isinstance(error, StageError):
+            return error
+    lost = [rank for rank, failure in failures.items() if not isinstance(failure, UserExceptionWithTraceback)]
+    if not lost:
+        return None
+    reason = str(failures[lost[0]]).splitlines()[0][:300]
+    return TryAgainError(f"training lost worker {', '.join(map(str, lost))}: {reason}", "run the same command again: it goes on from the last checkpoint")
 
 
 def _follow(path: Path, finished: threading.Event) -> None:

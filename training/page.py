@@ -18,7 +18,7 @@ from pathlib import Path
 from etl.cli import log, partition_parser, run_stage, store_of
 from etl.datasets import DatasetDefinition
 from etl.identity import report_page
-from training.tracking import attempt_run, set_tracking
+from training.tracking import asking_mlflow, run_of_attempt, set_tracking
 
 ARTIFACT_FOLDER = "validation"
 
@@ -34,14 +34,13 @@ def log_page(definition: DatasetDefinition, dt: str, attempt: str, page: Path) -
         return nowhere
     stopped = json.loads(page.with_suffix(".json").read_text())["verdict"] == "stopped"
     try:
-        with attempt_run(definition, dt, attempt, {}) as run:
-            if run.info.run_id is None:
-                return nowhere
-            import mlflow
+        with asking_mlflow():
+            run = run_of_attempt(definition, dt, attempt, {})
+            from mlflow import MlflowClient
 
-            mlflow.log_artifact(str(page), ARTIFACT_FOLDER)
-        if stopped:
-            mlflow.MlflowClient().set_terminated(run.info.run_id, status="FAILED")
+            MlflowClient().log_artifact(run.info.run_id, str(page), ARTIFACT_FOLDER)
+            if stopped:
+                MlflowClient().set_terminated(run.info.run_id, status="FAILED")
     except Exception as error:
         log(f"warning: MLflow did not take the report {page}: {error}")
         return nowhere

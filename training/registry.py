@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
 
 from etl.errors import StageError
-from training.tracking import ATTEMPT_TAG, set_tracking
+from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, set_tracking
 
 CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"
+DIGEST_TAG = "model.digest"
+# Of a package: what scores depend on. The example request is of the day that the model was trained on.
+EXAMPLE = "example_request.json"
 
 
 def model_name(dataset: str) -> str:
@@ -16,60 +19,112 @@ def model_name(dataset: str) -> str:
     return f"vql_{dataset}"
 
 
+def model_digest(package: Path) -> str:
+    """Return the digest of what a model is: its weights, vocabulary and settings; two models of one digest give the same scores."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.iterdir() if path.name != EXAMPLE):
+        digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class ArtifactGone(Exception):
+    """The registry has a version, but not its files."""
+
+
 class Registry:
     """One registered model.
 
     Raises:
-        StageError: from any method, when MLflow does not answer. "No champion" is never guessed from silence.
+        TryAgainError: from any method, when MLflow does not answer. "No champion" is never guessed from silence.
+        StageError: from any method, when MLflow refuses.
     """
 
     def __init__(self, dataset: str) -> None:
         self.uri = set_tracking()
         from mlflow import MlflowClient
 
-        self.client, self.name = MlflowClient(), model_name(dataset)
+        with asking_mlflow():
+            self.client, self.name = MlflowClient(), model_name(dataset)
 
     def aliases(self) -> dict[str, str]:
         """Return alias -> version; empty when the model is not registered yet."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            return {alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
-            raise unreachable(self.uri, error) from error
-        except Exception as error:
-            raise unreachable(self.uri, error) from error
+        with asking_mlflow():
+            try:
+                return {alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return {}
+                raise
 
     def version(self, version: str):
-        """Return a model version with its tags."""
-        try:
-            return self.client.get_model_version(self.name, version)
-        except Exception as error:
-            raise unreachable(self.uri, error) from error
+        """Return a model version with its tags.
 
-    def version_of_attempt(self, attempt: str) -> str | None:
-        """Return the version that this attempt registered, if it did."""
-        try:
-            found = self.client.search_model_versions(f"name = '{self.name}' AND tags.`{ATTEMPT_TAG}` = '{attempt}'")
-        except Exception as error:
-            raise unreachable(self.uri, error) from error
-        return str(min(int(version.version) for version in found)) if found else None
+        Raises:
+            StageError: it is gone, though an alias may still point at it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with asking_mlflow():
+            try:
+                return self.client.get_model_version(self.name, version)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                aliases = [alias for alias, owner in self.aliases().items() if owner == version]
+                what = f"version {version} of {self.name} is gone" + (f", yet the alias {' and '.join(aliases)} points at it" if aliases else "")
+                client = f"mlflow.MlflowClient({self.uri!r})"
+                remedy = " and ".join(f"{client}.delete_registered_model_alias({self.name!r}, {alias!r})" for alias in aliases)
+                raise StageError(what, f"point the alias at a version that exists, or take it away: {remedy}" if aliases
+                                 else "run the partition again, as a new attempt") from error  # fmt: skip
+
+    def version_of_attempt(self, attempt: str, dt: str) -> str | None:
+        """Return the version that this attempt registered, if it did. Of doubles, which a lost answer leaves, the first stays.
+
+        Raises:
+            StageError: it was registered for another day.
+        """
+        with asking_mlflow():
+            found = sorted(self.client.search_model_versions(f"name = '{self.name}' AND tags.`{ATTEMPT_TAG}` = '{attempt}'"), key=lambda one: int(one.version))
+            if not found:
+                return None
+            if (other := found[0].tags.get(PARTITION_TAG)) != dt:
+                raise StageError(f"attempt {attempt} has registered version {found[0].version} of {self.name} for dt={other}, not for dt={dt}",
+                                 "give every day an --attempt of its own")
+            for double in found[1:]:
+                self.client.delete_model_version(self.name, double.version)
+            return str(found[0].version)
 
     def package(self, version: str) -> Path:
-        """Download a version and return its package folder."""
-        import mlflow
+        """Download a version and return its package folder.
 
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}"))
-        return next(folder.glob("artifacts/*/model.safetensors")).parent
+        Raises:
+            ArtifactGone: its files are not there any more.
+        """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        with asking_mlflow():
+            try:
+                folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}"))
+            except (MlflowException, OSError) as error:
+                if _is_gone(error):
+                    raise ArtifactGone(f"the files of version {version} of {self.name} are gone: {type(error).__name__}: {error}"[:500]) from error
+                raise
+        weights = next(folder.glob("artifacts/*/model.safetensors"), None)
+        if weights is None:
+            raise ArtifactGone(f"version {version} of {self.name} holds no artifacts/*/model.safetensors")
+        return weights.parent
 
     def aliases_of(self, version: str) -> list[str]:
         return sorted(alias for alias, owner in self.aliases().items() if owner == version)
 
 
-def unreachable(uri: str, error: Exception) -> StageError:
-    """Return the failure of a registry that does not answer."""
-    first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return StageError(f"the MLflow registry at {uri} does not answer ({first})",
-                      f"start it or correct MLFLOW_TRACKING_URI (now {os.environ.get('MLFLOW_TRACKING_URI', 'not set')}), then retry the task")
+def _is_gone(error: Exception) -> bool:
+    """Whether the files are not there; a server or a store that does not answer says something else."""
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code == 404
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")

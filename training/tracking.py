@@ -1,10 +1,13 @@
-"""One attempt has one MLflow run, found again by its tag, and a tracking server that is down never costs a training."""
+"""One attempt has one MLflow run, found again by its tag; a tracking server that is away costs waiting, never a training."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +16,17 @@ from types import SimpleNamespace
 
 from etl.cli import log
 from etl.datasets import DatasetDefinition
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError, kind_of
+from etl.identity import RUN_URL_VARIABLE
 from etl.store import code_version
 from etl.uris import without_secrets
 from infra import settings
 
-ATTEMPT_TAG = "pipeline.attempt"
+ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"
+LEAVE_WITHIN_SECONDS = 12  # the task that waits for the stage kills it after 15
+# MLflow's names of HTTP's 401 and 403, and of requests that no repetition makes good.
+UNAUTHORIZED = frozenset(("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"))
+REFUSED = frozenset(("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND", "INVALID_STATE", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"))
 METRICS_PER_REQUEST = 500
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,33 +49,97 @@ def set_tracking() -> str:
 
 
 @contextmanager
-def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str], required: bool = False) -> Iterator:
-    """Find or create the attempt's run (experiment = data set), make it the active one and yield it.
+def asking_mlflow() -> Iterator[None]:
+    """Tell a failure of MLflow as what it is.
 
-    A retry continues the run, a finished one is reopened. The run ends FINISHED, or FAILED when the body raises.
+    Raises:
+        TryAgainError: it does not answer.
+        StageError: it refuses, or does not have what it is asked for.
+    """
+    try:
+        yield
+    except StageError:
+        raise
+    except Exception as error:
+        told = failure_of(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def failure_of(error: Exception) -> StageError | None:
+    """Return what to tell of an error that MLflow's client raised; None for one of another origin, which is a crash."""
+    import requests
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    uri, first = os.environ.get("MLFLOW_TRACKING_URI"), _first_line(error)
+    if isinstance(error, requests.RequestException):
+        response = error.response
+        refused = response is not None and response.status_code < 500
+        unauthorized = response is not None and response.status_code in (401, 403)
+    elif isinstance(error, MlflowException):
+        unauthorized = error.error_code in UNAUTHORIZED
+        refused = error.error_code in REFUSED
+    elif isinstance(error, sqlalchemy.exc.DBAPIError):
+        unauthorized = refused = False
+    elif kind_of(error) is TryAgainError:  # a store of artifacts
+        return TryAgainError(f"the artifacts of MLflow at {uri} cannot be reached: {first}", "run the same command again once they can")
+    elif isinstance(error, OSError):
+        return StageError(f"the artifacts of MLflow at {uri} cannot be read or written: {first}", "look at its rights and its free space, then run the same command again")
+    else:
+        return None
+    if unauthorized:
+        return StageError(f"MLflow at {uri} refuses this user: {first}", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of one who may write")
+    if refused:
+        return StageError(f"MLflow at {uri} cannot do that: {first}", "look for what it names: somebody may have deleted it; is the address that of an MLflow server?")
+    return TryAgainError(f"MLflow at {uri} does not answer: {first}", "start it, or correct MLFLOW_TRACKING_URI, and run the same command again")
+
+
+@contextmanager
+def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str], required: bool = True, last: bool = False) -> Iterator:
+    """Find or create the attempt's run (experiment = data set) and yield it; it is RUNNING until the last stage of the chain has ended.
+
+    A retry continues the run and reopens one that has ended. The run ends FAILED when the body raises, unless the same command
+    line may succeed a minute later; KILLED when this process gets SIGTERM, which ends it with code 143.
 
     Args:
         tags: added to the standard ones (partition, data set, git, Airflow ids); the same key wins over those.
         required: False: when MLflow does not answer, warn and yield a run whose `info.run_id` is None.
-    """
-    try:
-        run = _find_or_create(definition, dt, attempt, tags)
-    except StageError:
-        raise  # an address to mend, not to print
-    except Exception as error:
-        if required:
-            raise
-        log(
-            f"warning: MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} does not answer, going on without it: {_first_line(error)}"
-        )
-        run = None
-    if run is None:
-        yield SimpleNamespace(info=SimpleNamespace(run_id=None, experiment_id=None))
-        return
-    import mlflow
+        last: the body is the last stage: the run ends FINISHED with it.
 
-    with mlflow.start_run(run_id=run.info.run_id) as active:
-        yield active
+    Raises:
+        TryAgainError: MLflow does not answer.
+        StageError: it refuses, the experiment was deleted, or the attempt is another partition's.
+    """
+    with _heard_sigterm() as killed:
+        try:
+            with asking_mlflow():
+                run = run_of_attempt(definition, dt, attempt, tags)
+        except TryAgainError as error:
+            if required:
+                raise
+            log(f"warning: going on without MLflow: {error.what}")
+            run = SimpleNamespace(info=SimpleNamespace(run_id=None, experiment_id=None))
+        try:
+            yield run
+        except BaseException as error:
+            if run.info.run_id is not None and not isinstance(error, TryAgainError):
+                _end_soon(run.info.run_id, "KILLED" if killed.is_set() else "FAILED")
+            raise
+    if last:
+        with asking_mlflow():
+            _client().set_terminated(run.info.run_id, "FINISHED")
+
+
+def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
+    """End the attempt's run, if it has one that is still RUNNING: what its own stage could not do any more."""
+    set_tracking()
+    client = _client()
+    experiment = client.get_experiment_by_name(definition.name)
+    for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
+        if run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, status)
 
 
 class MetricsBuffer:
@@ -103,53 +175,115 @@ class MetricsBuffer:
         if self.run_id is None:
             return False
         try:
-            set_tracking()
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric
-
-            client = MlflowClient()
-            while self._pending:
-                part = self._pending[:METRICS_PER_REQUEST]
-                client.log_batch(
-                    self.run_id,
-                    metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part],
-                )
-                self._pending = self._pending[len(part) :]
+            self.send()
         except Exception as error:
             if not self._server_down:
                 log(f"warning: MLflow takes no metrics, keeping them in {self.path}: {_first_line(error)}")
             self._server_down = True
             return False
         self._server_down = False
-        self.path.unlink(missing_ok=True)
         return True
 
+    def send(self) -> None:
+        """Send what is pending; raises what MLflow raises."""
+        set_tracking()
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
 
-def _find_or_create(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str]):
+        assert self.run_id is not None
+        client = MlflowClient()
+        while self._pending:
+            part = self._pending[:METRICS_PER_REQUEST]
+            client.log_batch(self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part])
+            self._pending = self._pending[len(part) :]
+        self.path.unlink(missing_ok=True)
+
+
+def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str]):
+    """Return the attempt's one run, made where there is none, RUNNING and with these tags; see `attempt_run`."""
     uri = set_tracking()
-    import mlflow
+    client = _client()
+    experiment_id = _experiment(client, definition.name, uri)
+    wanted = {**_standard_tags(definition, dt, attempt), **tags}
+    if not _runs(client, experiment_id, attempt):
+        client.create_run(experiment_id, run_name=attempt, tags=wanted)
+    # A request whose answer was lost is sent again: the oldest run counts, as it does for every other process.
+    run, *extra = _runs(client, experiment_id, attempt)
+    other = run.data.tags.get(PARTITION_TAG)
+    if other != dt:
+        raise StageError(f"attempt {attempt} belongs to dt={other} of {definition.name} (MLflow run {run.info.run_id}), not to dt={dt}", "give every day an --attempt of its own")
+    for double in extra:
+        client.delete_run(double.info.run_id)
+    for key, value in wanted.items():
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
+    if run.info.status != "RUNNING":
+        client.update_run(run.info.run_id, status="RUNNING")
+    return run
 
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(definition.name)
+
+def _experiment(client, name: str, uri: str) -> str:
+    """Return the id of the experiment, made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server keeps artifacts where it was told to; beside a bare database they get a folder, never the cwd.
-        location = None if uri.startswith("http") else (_artifact_root(uri) / definition.name).as_uri()
-        experiment_id = client.create_experiment(definition.name, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
-    wanted = {**_standard_tags(definition, dt, attempt), **tags}
-    runs = client.search_runs(
-        [experiment_id],
-        filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'",
-        max_results=1,
-        order_by=["attributes.start_time ASC"],
-    )
-    if not runs:
-        return client.create_run(experiment_id, run_name=attempt, tags=wanted)
-    for key, value in wanted.items():
-        if runs[0].data.tags.get(key) != value:
-            client.set_tag(runs[0].info.run_id, key, value)
-    return runs[0]
+        location = None if uri.startswith("http") else (_artifact_root(uri) / name).as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another process was faster
+    if experiment.lifecycle_stage != "active":
+        raise StageError(f"the experiment {name} of MLflow at {uri} was deleted",
+                         f"restore it: MLFLOW_TRACKING_URI={uri} {sys.executable} -m mlflow experiments restore --experiment-id {experiment.experiment_id}")
+    return experiment.experiment_id
+
+
+def _runs(client, experiment_id: str, attempt: str) -> list:
+    return list(client.search_runs([experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'", order_by=["attributes.start_time ASC"]))
+
+
+def _client():
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+@contextmanager
+def _heard_sigterm() -> Iterator[threading.Event]:
+    """Leave the body by SystemExit(143) on SIGTERM, once, so that what was begun is ended; the event says that it came.
+
+    Whoever sends it again is not heard, but `LEAVE_WITHIN_SECONDS` later the process ends in any case.
+    """
+    killed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield killed
+        return
+
+    def leave(signum: int, _frame: object) -> None:
+        killed.set()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.alarm(LEAVE_WITHIN_SECONDS)
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield killed
+    finally:
+        if not killed.is_set():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_soon(run_id: str, status: str) -> None:
+    """End a run without waiting for a server that does not answer: the process is about to end, with an error that says more."""
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    try:
+        _client().set_terminated(run_id, status)
+    except Exception as error:
+        log(f"warning: MLflow still shows the run as RUNNING, not as {status}: {_first_line(error)}")
 
 
 def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict[str, str]:
@@ -161,15 +295,14 @@ def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict
     )
     tags = {
         ATTEMPT_TAG: attempt,
-        "pipeline.partition": dt,
+        PARTITION_TAG: dt,
         "pipeline.dataset": definition.name,
         "simulated": str(definition.simulated).lower(),
         "mlflow.source.git.commit": code_version(),
         "git.dirty": str(bool(dirty.stdout.strip())).lower() if dirty.returncode == 0 else "unknown",
     }
-    for variable, value in os.environ.items():
-        if variable.startswith("AIRFLOW_CTX_"):
-            tags[f"airflow.{variable.removeprefix('AIRFLOW_CTX_').lower()}"] = value
+    if url := os.environ.get(RUN_URL_VARIABLE):
+        tags |= {"airflow.run_url": url, "mlflow.note.content": f"[Run in Airflow]({url})"}  # the note is shown as Markdown
     return tags
 
 
@@ -182,4 +315,4 @@ def _database(uri: str) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -23,6 +23,7 @@ from training.checkpoint import Cutoff, save_package
 from training.config import ModelConfig
 from training.data import Sequences
 from training.model.ranker import FieldSizes, Ranker
+from training.run_folder import run_folder
 from training.scoring import request_of
 from training.tracking import attempt_run
 
@@ -71,7 +72,7 @@ class Stages:
             model = Ranker(FieldSizes.of(vocabulary), ModelConfig(interest=name, codes=16)).eval()
             if model.quantizer is not None:
                 model.quantizer.started.fill_(1)
-            package = self.runs / attempt / "models" / name
+            package = run_folder(str(self.runs), dataset(DATASET), dt, attempt, "c0") / "models" / name
             save_package(package, model, vocabulary, Cutoff(), example)
             models[name] = {"package": str(package), "epochs": 1, "best_epoch": 0, "train_seconds": 1.0, "validation_logloss": 0.7}
         with attempt_run(dataset(DATASET), dt, attempt, {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"}) as run:

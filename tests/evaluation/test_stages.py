@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
-from etl.errors import StageError
+from etl.errors import StageError, TryAgainError
 from evaluation import promote
 from evaluation.gate import Decision
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
@@ -65,7 +67,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert Registry(DATASET).aliases() == {"challenger": "1", "champion": "1"}
     assert len(Registry(DATASET).client.search_model_versions(f"name = 'vql_{DATASET}'")) == 1
     run = Registry(DATASET).client.get_run(registration["run_id"])
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "RUNNING"  # the caches, which end the chain, have not been built
     assert run.data.metrics["vql/auc"] == pytest.approx(evaluation["models"][0]["auc"])
     assert run.data.tags["data.snapshot_digest"] == version.tags["data.snapshot_digest"]
 
@@ -120,9 +122,23 @@ def test_a_refused_challenger_stays_challenger_with_the_reason(stages, same_proc
 def test_a_champion_that_cannot_be_loaded_is_a_warning(stages, lenient, same_process, monkeypatch):
     chain(stages, FIRST)
     stages.train(SECOND, NEXT_DT)
-    monkeypatch.setattr(Registry, "package", lambda self, version: stages.runs / "gone")
-    stages.run("main", SECOND, NEXT_DT)
+    with monkeypatch.context() as broken:
+        broken.setattr(Registry, "package", lambda self, version: stages.runs / "gone")
+        stages.run("main", SECOND, NEXT_DT)
     assert "cannot be loaded" in stages.json(SECOND, "evaluation")["champion"]["warning"]
+    # Files that are gone are named as such; silence of the server is not taken for either.
+    registry = Registry(DATASET)
+    location = registry.client.get_logged_model(registry.version("1").source.removeprefix("models:/")).artifact_location
+    shutil.rmtree(location.removeprefix("file://"))
+    stages.run("main", SECOND, NEXT_DT)
+    assert "the files of version 1 of vql_kuairand_simulated are gone" in stages.json(SECOND, "evaluation")["champion"]["warning"]
+
+    def silent(*args, **kwargs):
+        raise MlflowException("API request to /artifacts failed with exception refused")
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", silent)
+    with pytest.raises(TryAgainError):
+        stages.run("main", SECOND, NEXT_DT)
 
 
 def test_an_artifact_with_other_scores_is_refused(stages, lenient, monkeypatch):
@@ -170,15 +186,78 @@ def test_a_registry_that_is_down_is_not_an_absent_champion(stages, monkeypatch):
     stages.train(FIRST)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(StageError, match="does not answer"):
+    with pytest.raises(TryAgainError, match="does not answer"):
         stages.run("main", FIRST)
 
 
-def test_a_champion_that_moved_since_the_evaluation_stops_the_promotion(stages, lenient, same_process):
+def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_decision(stages, same_process, monkeypatch, capsys):
+    """Version 1 is in service when 2 and 3 are evaluated; 2 is promoted, then 3 is judged against 2 and never against 1."""
+    met = []
+
+    def gate(evaluation, primary):
+        met.append((evaluation["champion"] or {}).get("version"))
+        assert ("vql_minus_champion" in evaluation["paired"]) == (met[-1] is not None)
+        return Decision(True, f"compared with {met[-1]}")
+
+    monkeypatch.setattr(promote, "quality_gate", gate)
     chain(stages, FIRST)
-    stages.train(SECOND, NEXT_DT)
-    stages.run("main", SECOND, NEXT_DT)
-    stages.run("register", SECOND, NEXT_DT)
+    third = SECOND.replace("c0", "c1")
+    for seed, attempt in enumerate((SECOND, third), 2):
+        stages.train(attempt, NEXT_DT, seed)
+        for module in ("main", "register"):
+            stages.run(module, attempt, NEXT_DT)
+    before = stages.json(third, "evaluation")
+    stages.run("promote", SECOND, NEXT_DT)
+    stages.run("promote", third, NEXT_DT)
+    assert met == [None, "1", "2"]
+    assert Registry(DATASET).aliases() == {"challenger": "3", "champion": "3", "previous_champion": "2"}
+    assert "the champion is version 2 now, the evaluation compared with version 1" in capsys.readouterr().out
+    after = stages.json(third, "evaluation")
+    assert (before["champion"]["version"], after["champion"]["version"]) == ("1", "2")
+    assert after["models"] == before["models"]
+    assert after["rows"] == before["rows"]
+    # Nobody in service any more: judged as a first model is.
+    fourth = SECOND.replace("c0", "c2")
+    stages.train(fourth, NEXT_DT, 9)
+    for module in ("main", "register"):
+        stages.run(module, fourth, NEXT_DT)
     Registry(DATASET).client.delete_registered_model_alias(f"vql_{DATASET}", "champion")
-    with pytest.raises(StageError, match="is version None"):
-        stages.run("promote", SECOND, NEXT_DT)
+    stages.run("promote", fourth, NEXT_DT)
+    assert met[-1] is None
+    assert Registry(DATASET).aliases()["champion"] == "4"
+
+
+def test_a_champion_that_moves_all_the_time_is_tried_again_later(stages, lenient, same_process, monkeypatch):
+    chain(stages, FIRST)
+    for number in (1, 2):
+        attempt = SECOND.replace("c0", f"c{number}")
+        stages.train(attempt, NEXT_DT, seed=number + 1)
+        stages.run("main", attempt, NEXT_DT)
+        stages.run("register", attempt, NEXT_DT)
+    others = iter("2121212121")
+    real = promote.quality_gate
+
+    def somebody_promotes_meanwhile(*args):
+        registry = Registry(DATASET)
+        registry.client.set_registered_model_alias(registry.name, "champion", next(others))
+        return real(*args)
+
+    monkeypatch.setattr(promote, "quality_gate", somebody_promotes_meanwhile)
+    with pytest.raises(TryAgainError, match="moved 3 times"):
+        stages.run("promote", attempt, NEXT_DT)
+    assert Registry(DATASET).version("3").tags["validation_status"] == "pending"
+
+
+def test_the_champions_equal_moves_no_alias(stages, lenient, same_process, capsys):
+    """A partition that is processed again gives the same model: with it as champion, `previous_champion` would be the champion's twin."""
+    chain(stages, FIRST)
+    chain(stages, SECOND, NEXT_DT, seed=2)
+    again = SECOND.replace("c0", "c1")
+    chain(stages, again, NEXT_DT, seed=2)
+    assert Registry(DATASET).aliases() == {"challenger": "3", "champion": "2", "previous_champion": "1"}
+    registration = stages.json(again, "registration")
+    assert registration["outcome"] == "kept"
+    assert registration["gate"] == {"passed": True, "reason": "the same model as the champion, version 2: no alias moves"}
+    assert "version 3 NOT promoted, it is the champion's equal" in capsys.readouterr().out
+    stages.run("promote", again, NEXT_DT)
+    assert stages.json(again, "registration") == registration

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from etl.datasets import dataset
-from training.tracking import MetricsBuffer, attempt_run
+from etl.errors import EXIT_MEND, GateError, StageError, TryAgainError
+from infra import settings
+from training.tracking import MetricsBuffer, attempt_run, end_run
 
-ATTEMPT = "kuairand-2022-04-21-000000000000"
+ATTEMPT = "kuairand-2022-04-21-00000000-c0"
 
 
 def runs(attempt: str = ATTEMPT) -> list:
@@ -18,21 +23,76 @@ def runs(attempt: str = ATTEMPT) -> list:
 
 
 def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, monkeypatch):
-    monkeypatch.setenv("AIRFLOW_CTX_TRY_NUMBER", "1")
     with pytest.raises(RuntimeError, match="killed"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {"config_digest": "a"}) as first:
         raise RuntimeError("killed")
     assert runs()[0].info.status == "FAILED"
-    monkeypatch.setenv("AIRFLOW_CTX_TRY_NUMBER", "2")
+    monkeypatch.setenv("LONGVIEW_AIRFLOW_RUN_URL", "http://127.0.0.1:8080/dags/d/runs/r")
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as second:
         assert runs()[0].info.status == "RUNNING"
-    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT[:-1] + "1", {}) as other:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT.replace("c0", "c1"), {}) as other:
         pass
     assert second.info.run_id == first.info.run_id != other.info.run_id
     (run,) = runs()
-    assert run.info.status == "FINISHED"
-    expected = {"pipeline.partition": "2022-04-21", "pipeline.dataset": "kuairand", "simulated": "false", "config_digest": "a", "airflow.try_number": "2"}
+    assert run.info.status == "RUNNING"  # other stages follow
+    expected = {"pipeline.partition": "2022-04-21", "pipeline.dataset": "kuairand", "simulated": "false", "config_digest": "a",
+                "airflow.run_url": "http://127.0.0.1:8080/dags/d/runs/r", "mlflow.note.content": "[Run in Airflow](http://127.0.0.1:8080/dags/d/runs/r)"}  # fmt: skip
     assert expected.items() <= run.data.tags.items()
     assert {"mlflow.source.git.commit", "git.dirty"} <= run.data.tags.keys()
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, last=True):
+        pass
+    assert runs()[0].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("error", "status"), [(StageError("odd", "mend it"), "FAILED"), (GateError("no", "mend it"), "FAILED"), (RuntimeError("odd"), "FAILED"),
+                                               (TryAgainError("odd", "wait"), "RUNNING")])  # fmt: skip
+def test_a_run_ends_with_its_stage_unless_the_same_line_may_succeed_later(mlflow_store, error, status):
+    with pytest.raises(type(error)), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
+        raise error
+    assert runs()[0].info.status == status
+    end_run(dataset("kuairand"), ATTEMPT, "KILLED")  # what the task does when its stage cannot
+    assert runs()[0].info.status == ("KILLED" if status == "RUNNING" else status)
+    end_run(dataset("kuairand"), "never begun", "KILLED")
+    assert runs("never begun") == []
+
+
+def test_sigterm_ends_the_run_as_killed_and_a_second_one_takes_nothing_of_it(mlflow_store):
+    code = f"""if True:
+        import os, signal, time
+        from etl.datasets import dataset
+        from training.tracking import attempt_run
+        with attempt_run(dataset("kuairand"), "2022-04-21", {ATTEMPT!r}, {{}}):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(600)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # while it leaves
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=settings.ROOT)
+    assert done.returncode == 143, done.stderr
+    assert runs()[0].info.status == "KILLED"
+
+
+def test_an_attempt_of_another_day_is_refused(mlflow_store):
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
+        pass
+    with pytest.raises(StageError, match=r"belongs to dt=2022-04-21 of kuairand .* not to dt=2022-04-22"), attempt_run(dataset("kuairand"), "2022-04-22", ATTEMPT, {}):
+        pass
+    assert runs()[0].data.tags["pipeline.partition"] == "2022-04-21"
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(mlflow_store):
+    from mlflow import MlflowClient
+
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
+        pass
+    MlflowClient().delete_experiment(run.info.experiment_id)
+    for required in (True, False):
+        with pytest.raises(StageError, match="was deleted") as caught, attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=required):
+            pass
+        assert caught.value.exit_code == EXIT_MEND
+    subprocess.run(caught.value.remedy.removeprefix("restore it: "), shell=True, check=True, capture_output=True)
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as again:
+        assert again.info.experiment_id == run.info.experiment_id
 
 
 def test_artifacts_stay_beside_the_database_whatever_the_working_folder(mlflow_store, tmp_path):
@@ -69,12 +129,12 @@ def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypat
 def test_training_goes_on_without_mlflow(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=False) as run:
         buffer = MetricsBuffer(run.info.run_id, tmp_path / "metrics.jsonl")
         buffer.log({"vql/loss": 0.9}, 0)
     assert run.info.run_id is None
-    assert "going on without it" in capsys.readouterr().out
+    assert "going on without MLflow" in capsys.readouterr().out
     assert buffer.flush() is False
     assert "0.9" in (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(Exception, match=r"127\.0\.0\.1"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=True):
+    with pytest.raises(TryAgainError, match=r"127\.0\.0\.1.* does not answer"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
         pass

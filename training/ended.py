@@ -1,0 +1,28 @@
+"""Ends the MLflow run of an attempt that no stage will end any more: its stage was killed, or failed for good outside of MLflow.
+
+    python -m training.ended --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --status FAILED
+
+A run that has ended, or was never begun, stays as it is. An MLflow that does not answer is told, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from etl.cli import log, partition_parser, run_stage
+from training.tracking import end_run
+
+
+def main() -> None:
+    parser = partition_parser(__doc__)
+    parser.add_argument("--status", required=True, choices=("FAILED", "KILLED"), help="how the run ends")
+    args = parser.parse_args()
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    try:
+        end_run(args.definition, args.attempt, args.status)
+    except Exception as error:
+        log(f"warning: MLflow still shows the run as RUNNING, not as {args.status}: {error}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
