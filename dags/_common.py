@@ -1,4 +1,4 @@
-"""What the DAGs share: which partition a run means, what its first task hands on, and the task that runs one stage."""
+"""What the DAGs share: which partition a run means, what its attempt is called, and the task that runs one stage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from dags._exits import told, with_levels
 from etl.datasets import definition_name
+from etl.identity import RUN_URL_VARIABLE, attempt_name
 from infra import settings
 
-START = "start"  # the first task of every run
 KILL_AFTER_SECONDS = 15
+ENDED_WITHIN_SECONDS = 60
 
 
 def partition_of(context: Mapping[str, Any]) -> str:
-    """Return the partition day of a run: the parameter `dt`, else its data interval's first day. The first task asks, and no other.
+    """Return the partition day of a run: its partition key, else the parameter `dt`, else its data interval's first day.
 
     Raises:
         AirflowFailException: the run names no day, or two different ones.
@@ -33,6 +34,8 @@ def partition_of(context: Mapping[str, Any]) -> str:
     run = context["dag_run"]
     chosen = (context.get("params") or {}).get("dt")
     start = context.get("data_interval_start") or getattr(run, "data_interval_start", None)
+    if key := getattr(run, "partition_key", None):
+        return _day(key[:10])
     if chosen:
         # A `dt` in the configuration of a backfill would make every day of it rebuild the same one.
         if _run_type(run) != "manual" and (start is None or start.date().isoformat() != chosen):
@@ -45,16 +48,10 @@ def partition_of(context: Mapping[str, Any]) -> str:
     return start.astimezone(dtm.UTC).date().isoformat()
 
 
-def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the first task of the run decided: `dt`, `attempt`, and `params`, the parameters by name.
-
-    Raises:
-        AirflowFailException: there is none, so nobody knows which attempt this is.
-    """
-    found = context["ti"].xcom_pull(task_ids=START)
-    if not found:
-        raise AirflowFailException(f"the task `{START}` of this run has named no attempt. remedy: clear the whole run, which begins a new one")
-    return found
+def attempt_of(context: Mapping[str, Any], dataset: str, dt: str) -> str:
+    """Return the attempt's name: the same over retries, new when the run is cleared or reprocessed."""
+    run = context["dag_run"]
+    return attempt_name(dataset, dt, run.run_id, getattr(run, "clear_number", 0) or 0)
 
 
 def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
@@ -63,8 +60,8 @@ def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
     Args:
         dataset: name of a built-in data set, or the path of a definition.
     """
-    run = handed_on(context)
-    return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", run["dt"], "--attempt", run["attempt"]]
+    dt = partition_of(context)
+    return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", attempt_of(context, definition_name(dataset), dt)]
 
 
 class StageOperator(BaseOperator):
@@ -76,21 +73,20 @@ class StageOperator(BaseOperator):
     Args:
         module: module of the stage, for example `etl.jobs.events`.
         dataset: name of a built-in data set, or the path of a definition.
-        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell sees them.
+        arguments: what follows the partition's arguments; may be templates. No shell sees them.
     """
 
     template_fields: Sequence[str] = ("arguments",)
     ui_color = "#e8f0fe"
 
     def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(on_failure_callback=lambda context: context["task"].end_mlflow_run(), **kwargs)
         self.module = module
         self.arguments = list(arguments)
         self.dataset = dataset
         self._process: subprocess.Popen[str] | None = None
-
-    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
-        super().render_template_fields({**context, "given": handed_on(context)["params"]}, jinja_env)
+        self._partition: list[str] = []
+        self._killed = False
 
     def command(self, context: Mapping[str, Any]) -> list[str]:
         """Return the command line of this task for one run."""
@@ -98,9 +94,12 @@ class StageOperator(BaseOperator):
 
     def execute(self, context: Any) -> dict[str, str]:
         command = self.command(context)
+        self._partition = partition_arguments(context, self.dataset)
         self.log.info("running: %s", shlex.join(command))
+        run = context["dag_run"]
+        env = settings.stage_environment() | {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
         self._process = subprocess.Popen(
-            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, cwd=settings.ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
@@ -119,7 +118,27 @@ class StageOperator(BaseOperator):
         return outcome
 
     def on_kill(self) -> None:
+        self._killed = True
         self._end_stage()
+        if self._partition:  # in a session of its own: Airflow has seconds for this task
+            subprocess.Popen(self._ended("KILLED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+
+    def end_mlflow_run(self) -> None:
+        """End the attempt's run in MLflow as FAILED, when the task has failed for good; what its stage has ended stays so."""
+        if not self._partition or self._killed:
+            return
+        try:
+            done = subprocess.run(self._ended("FAILED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+                                  text=True, timeout=ENDED_WITHIN_SECONDS, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            self.log.warning("MLflow may still show the run as RUNNING")
+        else:
+            for line in (done.stdout + done.stderr).splitlines():
+                self.log.info(line)
+
+    def _ended(self, status: str) -> list[str]:
+        return [sys.executable, "-m", "training.ended", *self._partition, "--status", status]
 
     def _end_stage(self) -> None:
         """End the stage and everything that it started."""

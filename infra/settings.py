@@ -13,6 +13,7 @@ import pwd
 import re
 import secrets
 import sys
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
+WORKERS = 2
 AIRFLOW_USER = "admin"
 POSTGRES_USER = "longview"
 # What a stage gets of the environment of the services. Credentials of the stores that it reads and writes are among it.
@@ -55,26 +57,8 @@ def warehouse() -> str:
 
 
 def raw(dataset: str) -> str:
-    """Raw logs of a data set where neither the run (the form, RAW) nor its definition (`run.raw`) says where they are.
-
-    LONGVIEW_RAW is the folder or URI of all data sets' folders, by default `raw` in LONGVIEW_HOME.
-    """
+    """Raw logs of a data set, where nothing else is said; LONGVIEW_RAW is the folder or URI of all data sets' folders."""
     return below(_address("LONGVIEW_RAW") or str(home() / "raw"), dataset)
-
-
-def raw_variable() -> str:
-    """Return the variable that `raw` follows."""
-    return "LONGVIEW_RAW" if os.environ.get("LONGVIEW_RAW") else "LONGVIEW_HOME"
-
-
-def training_configs() -> list[str]:
-    """Return the names of the training configurations."""
-    return sorted(path.stem for path in (ROOT / "training" / "configs").glob("*.py") if path.stem != "__init__")
-
-
-def schedules() -> bool:
-    """Whether DAGs run by themselves: LONGVIEW_SCHEDULE=0, which `make run` sets for the Airflow that it starts, turns that off."""
-    return os.environ.get("LONGVIEW_SCHEDULE") != "0"
 
 
 def definitions() -> Path:
@@ -175,10 +159,26 @@ def mlflow_url() -> str:
     return f"http://127.0.0.1:{mlflow_port()}"
 
 
+def airflow_run_url(dag_id: str, run_id: str) -> str:
+    return f"{airflow_url()}/dags/{dag_id}/runs/{urllib.parse.quote(run_id)}"
+
+
+def mlflow_run_url(experiment_id: str, run_id: str) -> str:
+    return _mlflow_page(f"experiments/{experiment_id}/runs/{run_id}")
+
+
 def mlflow_artifact_url(experiment_id: str, run_id: str, artifact: str) -> str:
-    """Return the page of MLflow that shows an artifact: of its own server, or of the one that keeps the database."""
+    return f"{mlflow_run_url(experiment_id, run_id)}/artifacts/{artifact}"
+
+
+def mlflow_version_url(model: str, version: str) -> str:
+    return _mlflow_page(f"models/{model}/versions/{version}")
+
+
+def _mlflow_page(path: str) -> str:
+    """Return the address of a page of MLflow: of its own server, or of the one that keeps the database."""
     server = tracking_uri() if tracking_uri().startswith("http") else mlflow_url()
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{artifact}"
+    return f"{server.rstrip('/')}/#/{path}"
 
 
 def _address(variable: str) -> str:
@@ -245,7 +245,6 @@ def environment() -> dict[str, str]:
     airflow = {
         "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
         "CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "CORE__PLUGINS_FOLDER": str(ROOT / "infra" / "plugins"),
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__PARALLELISM": "4",
         "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",

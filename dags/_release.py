@@ -1,0 +1,92 @@
+"""The tasks from training to promotion: each leads to its run and version in MLflow, and the last says what became of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Asset, AssetAlias
+
+from dags._common import StageOperator
+from dags._links import MlflowRunLink, ModelVersionLink
+from dags._notes import append_note
+from infra import settings
+
+PROMOTED = "promoted"  # of `evaluation.promote.SAID`, whose module imports too much for a DAG file
+SAID = {PROMOTED: "promoted", "kept": "not promoted, the champion's equal", "refused": "NOT promoted"}
+REASON_LENGTH = 300  # of what stands in the run's note
+
+
+class ModelOperator(StageOperator):
+    """Run a stage of a model, with buttons to the run and the version of its attempt in MLflow.
+
+    Args:
+        runs: folder of runs, which the stage gets as --runs.
+    """
+
+    operator_extra_links = (MlflowRunLink(), ModelVersionLink())
+
+    def __init__(self, *, runs: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.runs = runs
+        self.run_url = self.version_url = ""
+
+    def command(self, context: Mapping[str, Any]) -> list[str]:
+        return [*super().command(context), "--runs", self.runs]
+
+    def execute(self, context: Any) -> dict[str, Any]:
+        command = self.command(context)
+        folder = Path(self.runs) / command[command.index("--attempt") + 1]
+        try:
+            outcome = super().execute(context)
+        finally:
+            self._find_links(folder)
+        return self.told(outcome, _read(folder / "registration.json"), context)
+
+    def told(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
+        """Return what the task hands on, after it has been told where people look."""
+        return outcome
+
+    def _find_links(self, folder: Path) -> None:
+        registration, training = _read(folder / "registration.json"), _read(folder / "training.json")
+        run_id = registration.get("run_id") or training.get("mlflow_run_id")
+        experiment_id = registration.get("experiment_id") or training.get("mlflow_experiment_id")
+        if run_id and experiment_id:
+            self.run_url = settings.mlflow_run_url(experiment_id, run_id)
+            self.log.info("run in MLflow: %s", self.run_url)
+        if registration:
+            self.version_url = settings.mlflow_version_url(registration["model_name"], registration["version"])
+            self.log.info("model version in MLflow: %s", self.version_url)
+
+
+class PromoteOperator(ModelOperator):
+    """Promote or refuse; the outcome and its reason stand in the run's note, in the task's XCom and in its log.
+
+    A promotion alone is an event of the asset `champion`, through its alias. A try that repeats a promotion after its task died, or a
+    clear of this task, gives the event again as long as the version is the champion.
+
+    Args:
+        champion: the asset; `outlets` is its alias.
+    """
+
+    def __init__(self, *, champion: Asset, **kwargs: Any) -> None:
+        self.alias = AssetAlias(name=champion.name)
+        super().__init__(outlets=[self.alias], **kwargs)
+        self.champion = champion
+
+    def told(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
+        decision, version = registration["outcome"], f"{registration['model_name']} version {registration['version']}"
+        reason = registration["gate"]["reason"]
+        line = f"{SAID[decision]}: {version}, {reason}"
+        self.log.info(line)
+        append_note(context, line[:REASON_LENGTH])
+        details = {"outcome": decision, "reason": reason, "model": registration["model_name"], "version": registration["version"]}
+        if decision == PROMOTED and "champion" in registration["aliases"]:
+            context["outlet_events"][self.alias].add(self.champion, extra={**outcome, **details, **registration["digests"]})
+        return {**outcome, **details}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
