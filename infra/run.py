@@ -324,7 +324,7 @@ def run_partition(children: dict[Service, int]) -> int:
             airflow[service] = children[service] = services.start(service, env).pid
     if simulator is not None and simulator.wait() != 0:
         raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
-    services.wait_healthy(api, airflow, "scheduler", "dag_processor")
+    services.wait_healthy(api, airflow, "scheduler", "dag_processor", since=0.0 if shared else started)
     api.set_pools()
     api.wait_for_dag(settings.dag_id(name), "vql_daily_own.py" if choice.own else "vql_daily.py", started, lambda: services.check_alive(airflow))
     if not shared:

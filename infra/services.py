@@ -289,13 +289,14 @@ class AirflowApi:
             refusal.status = error.code  # type: ignore[attr-defined]
             raise refusal from None
 
-    def healthy(self, *components: str) -> bool:
-        """True when the server answers and every component has a fresh heartbeat."""
+    def healthy(self, *components: str, since: float = 0.0) -> bool:
+        """True when the server answers and every component has a fresh heartbeat, none older than `since` (Unix seconds)."""
         try:
             health = self.call("GET", "/api/v2/monitor/health", timeout=5)
         except (OSError, ValueError, InfraError):
             return False
-        return all((health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components))
+        beats = [_unix((health.get(name) or {}).get(f"latest_{name}_heartbeat")) for name in components]
+        return all((health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components)) and all(beat >= since for beat in beats)
 
     def set_pools(self) -> None:
         """Create the pools that the tasks name, or set them to their sizes."""
@@ -334,10 +335,14 @@ def _unix(text: str | None) -> float:
     return dtm.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else 0.0
 
 
-def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str) -> None:
-    """Wait until the components are healthy; a component that ends is told at once, with the end of its log."""
+def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str, since: float) -> None:
+    """Wait until the components are healthy; a component that ends is told at once, with the end of its log.
+
+    Args:
+        since: when they were started (Unix seconds): the last heartbeat of those before them stays fresh for a while.
+    """
     deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
-    while not api.healthy(*components):
+    while not api.healthy(*components, since=since):
         check_alive(processes)
         if time.monotonic() > deadline:
             raise InfraError(f"Airflow is not healthy after {HEALTHY_WITHIN_SECONDS} s", f"see {settings.airflow_home() / 'logs'}/*.out")

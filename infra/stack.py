@@ -28,7 +28,9 @@ def up() -> None:
     base = database.ensure(create=not running)  # what runs over SQLite goes on over it, until `make down`
     processes = {service: running.get(service.name, 0) for service in stack()}
     env = settings.environment()
+    started = 0.0
     if not all(processes.values()):
+        started = time.time()
         print("preparing Airflow's database ...", flush=True)
         services.migrate(env)
     for service in [service for service, pid in processes.items() if not pid]:
@@ -36,7 +38,7 @@ def up() -> None:
         services.write_pid(service, processes[service])
         print(f"started {service.name} (process {processes[service]}, log {services.log_path(service)})", flush=True)
     api = AirflowApi()
-    services.wait_healthy(api, base | processes, "scheduler", "dag_processor", "triggerer")
+    services.wait_healthy(api, base | processes, "scheduler", "dag_processor", "triggerer", since=started)
     api.set_pools()
     deadline = time.monotonic() + services.HEALTHY_WITHIN_SECONDS
     while not services.http_ok(settings.mlflow_url() + "/health"):

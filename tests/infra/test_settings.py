@@ -276,6 +276,18 @@ def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
         api.wait_for_dag("vql_daily_own_shop", "vql_daily_own.py", 1.0)
 
 
+def test_the_heartbeat_of_a_killed_scheduler_is_not_taken_for_that_of_the_next(monkeypatch):
+    api = services.AirflowApi("http://nowhere")
+    health = {"metadatabase": {"status": "healthy"}, "scheduler": {"status": "healthy", "latest_scheduler_heartbeat": "2030-01-01T00:00:09Z"}}
+    monkeypatch.setattr(api, "call", lambda *_, **__: health)
+    killed = services._unix("2030-01-01T00:00:10Z")
+    assert api.healthy("scheduler")
+    assert not api.healthy("scheduler", since=killed)
+    health["scheduler"]["latest_scheduler_heartbeat"] = "2030-01-01T00:00:10.5Z"
+    assert api.healthy("scheduler", since=killed)
+    assert not api.healthy("scheduler", "triggerer")
+
+
 def test_a_service_that_ends_is_told_with_its_log(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
     service = services.Service("broken", ("-c", "print('no database'); raise SystemExit(1)"))
