@@ -1,4 +1,4 @@
-"""What the DAGs share: which partition a run means, what its attempt is called, and the task that runs one stage."""
+"""What the DAGs share: which partition a run means, what its first task hands on, and the task that runs one stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from dags._exits import told, with_levels
 from etl.datasets import definition_name
-from etl.identity import RUN_URL_VARIABLE, attempt_name
+from etl.identity import RUN_URL_VARIABLE
 from infra import settings
 
+START = "start"  # the first task of every run
 KILL_AFTER_SECONDS = 15
 ENDED_WITHIN_SECONDS = 60
 
 
 def partition_of(context: Mapping[str, Any]) -> str:
-    """Return the partition day of a run: its partition key, else the parameter `dt`, else its data interval's first day.
+    """Return the partition day of a run: the parameter `dt`, else its data interval's first day. The first task asks, and no other.
 
     Raises:
         AirflowFailException: the run names no day, or two different ones.
@@ -34,8 +35,6 @@ def partition_of(context: Mapping[str, Any]) -> str:
     run = context["dag_run"]
     chosen = (context.get("params") or {}).get("dt")
     start = context.get("data_interval_start") or getattr(run, "data_interval_start", None)
-    if key := getattr(run, "partition_key", None):
-        return _day(key[:10])
     if chosen:
         # A `dt` in the configuration of a backfill would make every day of it rebuild the same one.
         if _run_type(run) != "manual" and (start is None or start.date().isoformat() != chosen):
@@ -48,10 +47,16 @@ def partition_of(context: Mapping[str, Any]) -> str:
     return start.astimezone(dtm.UTC).date().isoformat()
 
 
-def attempt_of(context: Mapping[str, Any], dataset: str, dt: str) -> str:
-    """Return the attempt's name: the same over retries, new when the run is cleared or reprocessed."""
-    run = context["dag_run"]
-    return attempt_name(dataset, dt, run.run_id, getattr(run, "clear_number", 0) or 0)
+def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the first task of the run decided: `dt`, `attempt`, and `params`, the parameters by name.
+
+    Raises:
+        AirflowFailException: there is none, so nobody knows which attempt this is.
+    """
+    found = context["ti"].xcom_pull(task_ids=START)
+    if not found:
+        raise AirflowFailException(f"the task `{START}` of this run has named no attempt. remedy: clear the whole run, which begins a new one")
+    return found
 
 
 def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
@@ -60,8 +65,8 @@ def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
     Args:
         dataset: name of a built-in data set, or the path of a definition.
     """
-    dt = partition_of(context)
-    return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", attempt_of(context, definition_name(dataset), dt)]
+    run = handed_on(context)
+    return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", run["dt"], "--attempt", run["attempt"]]
 
 
 class StageOperator(BaseOperator):
@@ -73,7 +78,7 @@ class StageOperator(BaseOperator):
     Args:
         module: module of the stage, for example `etl.jobs.events`.
         dataset: name of a built-in data set, or the path of a definition.
-        arguments: what follows the partition's arguments; may be templates. No shell sees them.
+        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell sees them.
     """
 
     template_fields: Sequence[str] = ("arguments",)
@@ -87,6 +92,9 @@ class StageOperator(BaseOperator):
         self._process: subprocess.Popen[str] | None = None
         self._partition: list[str] = []
         self._killed = False
+
+    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
+        super().render_template_fields({**context, "given": handed_on(context)["params"]}, jinja_env)
 
     def command(self, context: Mapping[str, Any]) -> list[str]:
         """Return the command line of this task for one run."""

@@ -5,34 +5,39 @@ from __future__ import annotations
 import datetime as dtm
 import functools
 
-from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, TaskGroup, chain
+from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 
-from dags._common import StageOperator
+from dags._common import START, StageOperator
 from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from dags._release import ModelOperator, PromoteOperator
+from dags._start import StartOperator
+from dags._timetable import PartitionDays
+from dags._wait import WaitForFiles
 from etl.datasets import DatasetDefinition
+from etl.uris import FOLDER_PATTERN
 from infra import settings
 
 DOC = """
-One run builds one **partition**: a UTC day `dt`, the evaluation day. A scheduled run at midnight builds the day that has
-just ended (`dt` is the first day of its data interval); a backfill from A to B builds every day of A to B, both included;
-a manual run builds the parameter `dt`.
+One run builds one **partition**: a UTC day `dt`, the evaluation day. Its id or its note names the day.
 
-Stages write under the name of the run's *attempt*, pass an audit, and only then publish. A retry continues its attempt; a
-cleared or reprocessed run is a new attempt and does all its work again. A stage that ends with `error:` and `remedy:` in its
-log is not retried when there is something to mend or a gate said no; a server that does not answer is asked again for minutes.
+* **Trigger**: fill in `dt`. Without it the run takes the day of its logical date, which the form fills with now. A day outside
+  the data set fails in the first task, `start`, with the reason.
+* **Backfill** from A to B: every day of A to B, both included. Leave `dt` empty. The parameters shown in its dialog reach the runs only with
+  *Override parameters on existing runs* ticked; otherwise every run takes the defaults of the data set's definition.
+* **Schedule**: %s.
 
-Each task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
+`start` logs the parameters first, each with where it comes from, and names the run's *attempt*, under which every stage writes;
+audits judge what was written, and only then it is published. **Clear** the whole run, or `start`, for a new attempt; clear any later task
+with its downstream tasks to go on in the same attempt. A stage that ends with `error:` and `remedy:` in its log is not retried when
+there is something to mend or a gate said no; a server that does not answer is asked again for minutes.
+
+Each later task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """
-
-# An absolute path or a URI, without control characters and without anything that a shell would read as its own. Only a URI has a query,
-# and none has user info (`etl.uris` says why; a container of Azure is none). The last lookahead is for Python, whose `$` also matches
-# before a final newline.
-PLAIN = r"""[^\x00-\x1f\x7f;&|<>$`"'\\(){}\[\]*?!#]"""
-HOST = r"[A-Za-z0-9._~-]*(:[0-9]+)?"
-PATH = rf"^(/{PLAIN}*|(abfss?://[a-z0-9-]+@|[a-z][a-z0-9+.-]*://){HOST}(/{PLAIN}*)?(\?[A-Za-z0-9._~%:/=&+,-]*)?)$(?!\n)"
+NO_SCHEDULE = "none, as the definition of the data set has no `run: {hour: ...}`"
 MOST_DAYS = 36_500
+# Airflow 3.3.2: the dialog shows the fields, and sends none of them without that tick.
+SENT = " Backfill: only with *Override parameters on existing runs*."
 
 
 def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
@@ -41,7 +46,9 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
     Args:
         argument: what its stages are given as --dataset: the name of a built-in definition, or the path of another.
     """
-    name, window_days = definition.name, definition.window
+    name, window_days, run = definition.name, definition.window, definition.run
+    last_day = definition.last_day.isoformat() if definition.last_day else None
+    timetable = PartitionDays(definition.first_day.isoformat(), last_day, run.hour if settings.schedules() else None)
     sequences_asset = Asset(name=f"vql_sequences_{name}", uri=f"longview://{name}/sequences")
     champion_asset = Asset(name=f"vql_champion_{name}", uri=f"longview://{name}/champion")
     links = {"longview": definition.download.page} if definition.download else {}
@@ -49,14 +56,11 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         dag_id=settings.dag_id(name),
         dag_display_name=f"VQL daily: {definition.title}",
         description=f"One day of {definition.title}: events, sequences, training, evaluation, registry, user caches",
-        doc_md=DOC,
-        schedule=CronDataIntervalTimetable("0 0 * * *", timezone="UTC"),
-        start_date=_midnight(definition.first_day),
-        # Beyond the last day of a finished data set un-pausing would start a run of a day without data.
-        end_date=_midnight(definition.last_day) if definition.last_day else None,
+        doc_md=DOC % (NO_SCHEDULE if run.hour is None else f"{timetable.summary}, each time the day that ended at midnight"),
+        schedule=timetable,  # knows the days of the data set: tasks would inherit a start_date or end_date
         catchup=False,
         max_active_runs=1,  # a day's model is judged against the champion of the days before
-        dagrun_timeout=dtm.timedelta(hours=12) + ANSWERED_WITHIN,
+        dagrun_timeout=dtm.timedelta(hours=12 + run.wait_hours) + ANSWERED_WITHIN,
         tags=["longview", "vql", name],
         owner_links=links,
         default_args={
@@ -69,45 +73,48 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         },
         params={
             "dt": Param(None, type=["null", "string"], format="date", pattern=r"^\d{4}-\d{2}-\d{2}$(?!\n)", title="Partition day (UTC)",
-                        description="Manual runs only: the day to build. Leave empty in a backfill."),
-            "raw": Param(settings.raw(name), type="string", pattern=PATH, maxLength=500, title="Folder of the raw logs",
-                         description="Absolute path, or a URI that Arrow reads."),
-            "config": Param("default", type="string", pattern=r"^[a-z0-9_]+$(?!\n)", maxLength=60, title="Training configuration",
-                            description="Name of a file of training/configs, without its suffix."),
+                        description="The day to build; without it the run takes the day of its logical date. Leave it empty in a backfill: every run has its own day."),
+            "raw": Param(run.raw or settings.raw(name), type="string", pattern=FOLDER_PATTERN, maxLength=500, title="Folder of the raw logs",
+                         description="Absolute path, or a URI that Arrow reads." + SENT),
+            "config": Param(run.config, type="string", pattern=r"^[a-z0-9_]+$(?!\n)", maxLength=60, title="Training configuration",
+                            description="Name of a file of training/configs, without its suffix." + SENT),
             "target_days": Param(window_days.target_days, type="integer", minimum=2, maximum=MOST_DAYS, title="Target days",
-                                 description="Days, dt included, whose events are targets; the last are for evaluation."),
+                                 description="Days, dt included, whose events are targets; the last are for evaluation." + SENT),
             "lookback_days": Param(window_days.lookback_days, type="integer", minimum=2, maximum=MOST_DAYS, title="Lookback days",
-                                   description="Days, dt included, whose events may stand in a history; at least target_days."),
+                                   description="Days, dt included, whose events may stand in a history; at least target_days." + SENT),
             "evaluation_days": Param(window_days.evaluation_days, type="integer", minimum=1, maximum=MOST_DAYS, title="Evaluation days",
-                                     description="Last days, dt included, that are for evaluation; fewer than target_days."),
+                                     description="Last days, dt included, that are for evaluation; fewer than target_days." + SENT),
             "max_history": Param(definition.history.max_events, type="integer", minimum=1, maximum=1_000_000, title="Longest history",
                                  description="At most so many of the latest events before it does a target see. A row stores these, "
-                                 "and the events between its user's first and last target."),
+                                 "and the events between its user's first and last target." + SENT),
             "warm_start": Param("none", type="string", enum=["none", "champion"], title="Warm start",
-                                description="champion: begin with the weights of the model in service, if it is of an earlier day."),
-            "on_warning": Param(settings.CONTINUE, type="string", enum=[settings.CONTINUE, settings.APPROVE], title="When a gate warns",
-                                description="approve: the run waits before training until a person approves or rejects it."),
-            "workers": Param(settings.WORKERS, type="integer", minimum=1, maximum=64, title="Training workers",
-                             description="Ray Train workers."),
+                                description="champion: begin with the weights of the model in service, if it is of an earlier day." + SENT),
+            "on_warning": Param(run.on_warning, type="string", enum=[settings.CONTINUE, settings.APPROVE], title="When a gate warns",
+                                description="approve: the run waits before training until a person approves or rejects it." + SENT),
+            "workers": Param(run.workers, type="integer", minimum=1, maximum=64, title="Training workers",
+                             description="Ray Train workers." + SENT),
         },
     ) as dag:  # fmt: skip
         stage = functools.partial(StageOperator, dataset=argument)
         of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
-        raw_files = ["--raw", "{{ params.raw }}"]
+        raw_files = ["--raw", "{{ given.raw }}"]
         runs = ["--runs", settings.runs()]
         reports = str(settings.reports())
         gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.audit", reports=reports)
-        lookback = ["--lookback-days", "{{ params.lookback_days }}"]
-        window = ["--target-days", "{{ params.target_days }}", *lookback,
-                  "--evaluation-days", "{{ params.evaluation_days }}", "--max-history", "{{ params.max_history }}"]
+        lookback = ["--lookback-days", "{{ given.lookback_days }}"]
+        window = ["--target-days", "{{ given.target_days }}", *lookback,
+                  "--evaluation-days", "{{ given.evaluation_days }}", "--max-history", "{{ given.max_history }}"]
         hours_6 = dtm.timedelta(hours=6)
 
+        start = StartOperator(task_id=START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5))
+
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
+            wait_for_files = WaitForFiles(task_id="wait_for_files", dataset=argument)
             # Judges the raw files first: a day that they stop has its report here.
             build_events = GateOperator(task_id="build_events", module="etl.jobs.events", dataset=argument, reports=reports, only_stopped=True,
                                         arguments=[*raw_files, *lookback], pool="spark", execution_timeout=hours_6)
             audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
-            build_events >> audit_events
+            wait_for_files >> build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
             build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*raw_files, *window, "--reports", reports],
@@ -120,8 +127,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id)
             train_models = of_model(
                 task_id="train_models", module="training.main", pool="training", execution_timeout=hours_6,
-                arguments=["--workers", "{{ params.workers }}", "--config", "{{ params.config }}",
-                           "--warm-start", "{{ params.warm_start }}"],
+                arguments=["--workers", "{{ given.workers }}", "--config", "{{ given.config }}",
+                           "--warm-start", "{{ given.warm_start }}"],
             )  # fmt: skip
             audit_input >> approve_warnings >> train_models
 
@@ -139,10 +146,6 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as caches:
             stage(task_id="build_user_caches", module="training.caches", arguments=runs, pool="training")
 
-        chain(ingest, sequences, train, evaluate, register, caches)
+        chain(start, ingest, sequences, train, evaluate, register, caches)
 
     return dag
-
-
-def _midnight(day: dtm.date) -> dtm.datetime:
-    return dtm.datetime.combine(day, dtm.time(), dtm.UTC)

@@ -14,12 +14,13 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from dags._common import StageOperator, end_with_parent, partition_arguments
+from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments
 from infra import settings
 
 LOGGED_WITHIN_SECONDS = 90
 ANSWERED_WITHIN = dtm.timedelta(days=2)
 WARNINGS_SHOWN = 20
+GATES = ("events", "sequences", "training_input")  # stages whose outcomes a question before training needs
 
 
 class ReportLink(BaseOperatorLink):
@@ -106,7 +107,8 @@ class GateOperator(StageOperator):
 class WarningApproval(ApprovalOperator):
     """Ask a person before training when a gate of the run warned and the run's parameter `on_warning` is `approve`.
 
-    Otherwise the task ends at once, and what follows runs. A rejected run skips everything that follows.
+    Otherwise the task ends at once, and what follows runs. A rejected run skips everything that follows. Without the outcomes of
+    all gates of its attempt it fails: what was not judged is not free of warnings.
 
     Args:
         dataset: name of a built-in data set, or the path of a definition.
@@ -126,10 +128,14 @@ class WarningApproval(ApprovalOperator):
 
     def execute(self, context: Any) -> Any:
         self.report_url = self._find_report_url(context)
-        if context["params"]["on_warning"] != settings.APPROVE:
-            self.log.info("on_warning=%s: warnings are told and training goes on", context["params"]["on_warning"])
+        on_warning = handed_on(context)["params"]["on_warning"]
+        if on_warning != settings.APPROVE:
+            self.log.info("on_warning=%s: warnings are told and training goes on", on_warning)
             return None
         found = self._summary(context)
+        if missing := [gate for gate in GATES if gate not in found["stages"]]:
+            raise AirflowFailException(f"no outcome of the gates {', '.join(missing)} is kept for attempt {found['attempt']}, so nobody knows whether they "
+                                       "warned. remedy: clear the gates' tasks with their downstream tasks, or the whole run")
         warnings = found["failed"]["warning"]
         if not warnings:
             self.log.info("no gate of this run warned: nothing to approve")

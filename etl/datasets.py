@@ -17,12 +17,14 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field as Setting
+from pydantic_core import PydanticCustomError
 
 from etl.definition_checks import delimiter_problem, glob_problem, inconsistencies, time_problems
 from etl.definition_model import DefinitionModel as _Model
 from etl.definition_yaml import read_yaml
 from etl.errors import StageError
 from etl.quality_rules import Quality
+from etl.uris import folder_problem
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
@@ -73,7 +75,14 @@ def _checked(problem: Callable[[str], str | None]) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def _folder(given: str) -> str:
+    if (said := folder_problem(given)) is not None:
+        raise PydanticCustomError("not_shown", "{said}", {"said": said})  # what was given may hold a key
+    return given
+
+
 Name = Annotated[str, Setting(min_length=1)]
+Folder = Annotated[str, Setting(max_length=500), pydantic.AfterValidator(_folder)]
 Day = Annotated[dtm.date, pydantic.BeforeValidator(_day)]
 Glob = Annotated[str, _checked(glob_problem)]
 Delimiter = Annotated[str, Setting(min_length=1, max_length=1), _checked(delimiter_problem)]
@@ -439,6 +448,26 @@ class WindowDefaults(_Model):
     evaluation_days: int = Setting(default=1, ge=1, le=36_525)
 
 
+class RunDefaults(_Model):
+    """What a run of the data set's DAG takes where its form, or `make run`, says nothing else; nothing of it shapes a row.
+
+    Attributes:
+        raw: folder of the raw logs: an absolute path, or a URI that Arrow reads.
+        config: training configuration, a file of training/configs without its suffix.
+        workers: Ray Train workers.
+        on_warning: what a gate's warning does before training: it is told (`continue`), or waits for a person (`approve`).
+        hour: UTC hour at which the DAG's schedule builds the day that ended at midnight; without it there is no schedule.
+        wait_hours: so long after that hour a scheduled run waits for the day's raw files; the next day's run is due after 24.
+    """
+
+    raw: Folder | None = None
+    config: str = Setting(default="default", pattern="^[a-z0-9_]+$", max_length=60)
+    workers: int = Setting(default=2, ge=1, le=64)
+    on_warning: Literal["continue", "approve"] = "continue"
+    hour: int | None = Setting(default=None, ge=0, le=23)
+    wait_hours: int = Setting(default=6, ge=0, le=23)
+
+
 class Archive(_Model):
     """One published file: where it is, how large, its checksum, and which of its members are raw files."""
 
@@ -463,8 +492,9 @@ class DatasetDefinition(_Model):
         name: its name in the warehouse, in MLflow, in the attempt and in the DAG; the file is `<name>.yaml`.
         title: what people read.
         simulated: the rows come from the simulator; shown wherever the name is.
-        first_day, last_day: UTC days of the data; the DAG's schedule spans them.
+        first_day, last_day: UTC days of the data; the DAG builds no others.
         items, users: files of static fields.
+        run: what a run of its DAG takes where nothing else is said.
         quality: bounds and expectations of its own (`etl.quality_rules`).
     """
 
@@ -481,6 +511,7 @@ class DatasetDefinition(_Model):
     history: History = History()
     targets: Targets
     window: WindowDefaults = WindowDefaults()
+    run: RunDefaults = RunDefaults()
     quality: Quality = Quality()
 
     @pydantic.model_validator(mode="after")
@@ -508,6 +539,13 @@ class DatasetDefinition(_Model):
 
             check_columns(self)
         return self
+
+    def outside(self, dt: str, today: str) -> str | None:
+        """Return why a UTC day (YYYY-MM-DD) is none of the data set's; None where it is one."""
+        first, last = self.first_day.isoformat(), self.last_day.isoformat() if self.last_day else today
+        if first <= dt <= last:
+            return None
+        return f"is outside the data set {self.name}: {first} .. {self.last_day or 'today'}"
 
     @property
     def feedback_fields(self) -> tuple[str, ...]:
@@ -601,7 +639,7 @@ def _problem(detail: Any) -> str:
         message += "; write it in quotes"
     if "valid boolean" in message:
         message += ": true or false"
-    shown = " (given: null)" if given is None else f" (given: {given!r})" if isinstance(given, str | int | float) and detail["type"] != "unknown_field" else ""
+    shown = " (given: null)" if given is None else f" (given: {given!r})" if isinstance(given, str | int | float) and detail["type"] not in ("unknown_field", "not_shown") else ""
     return (f"{where}: " if where else "") + message + shown
 
 

@@ -7,6 +7,7 @@ every other one is the text that stands there. Keys are always text.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,6 +68,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def with_raw(text: str, raw: str) -> str:
+    """Return the text of a right definition that names no folder of raw logs, with `run.raw`; all else stays as it stands."""
+    node = _Loader(text).get_single_node()
+    given = f"raw: {json.dumps(raw, ensure_ascii=False)}"
+    run = next((value for key, value in node.value if key.value == "run"), None)
+    return _with_first(text, run, given) if run is not None else _with_first(text, node, f"run: {{{given}}}")
+
+
+def _with_first(text: str, mapping: yaml.MappingNode, field: str) -> str:
+    """Return the text with one more field, the first of a mapping in it."""
+    mark = mapping.start_mark
+    if not mapping.flow_style:
+        return text[: mark.index] + field + "\n" + " " * mark.column + text[mark.index :]
+    return text[: mark.index + 1] + field + (", " if mapping.value else "") + text[mark.index + 1 :]
 
 
 def _key(node: yaml.Node) -> Any:

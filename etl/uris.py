@@ -9,6 +9,11 @@ from etl.errors import StageError
 
 SECRET_PARAMETER = re.compile(r"(^|[_-])(password|passwd|secret|token|sig|signature|key)($|[_-])", re.I)
 CONTAINER_AT_ACCOUNT = ("abfs", "abfss")  # `container@account` is how Azure writes a place
+# An absolute path or a URI, without control characters and without anything that a shell would read as its own. Only a URI has a query,
+# and none has user info (a container of Azure is none). The last lookahead is for Python, whose `$` also matches before a final newline.
+_PLAIN = r"""[^\x00-\x1f\x7f;&|<>$`"'\\(){}\[\]*?!#]"""
+_HOST = r"[A-Za-z0-9._~-]*(:[0-9]+)?"
+FOLDER_PATTERN = rf"^(/{_PLAIN}*|(abfss?://[a-z0-9-]+@|[a-z][a-z0-9+.-]*://){_HOST}(/{_PLAIN}*)?(\?[A-Za-z0-9._~%:/=&+,-]*)?)$(?!\n)"
 
 
 def without_secrets(address: str, name: str) -> str:
@@ -34,6 +39,19 @@ def without_secrets(address: str, name: str) -> str:
                          "give it without them: credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                          "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), in ~/.pgpass, or in the machine's role")
     return address
+
+
+def folder_problem(address: str) -> str | None:
+    """Return why an address cannot be that of a folder of raw logs, without any secret in it; None where it can."""
+    try:
+        without_secrets(address, "it")
+    except StageError as error:
+        return f"{error.what}: {error.remedy}"
+    if re.match(FOLDER_PATTERN, address):
+        return None
+    if "://" not in address and not address.startswith("/"):
+        return f"{address!r} is relative, and every process would look for it in its own working folder; give an absolute path or a URI"
+    return f"{address!r} holds a character that a shell reads as its own, or is no address; give a plain absolute path or a URI such as s3://bucket/folder"
 
 
 def below(address: str, folder: str) -> str:

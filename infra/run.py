@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from etl.datasets import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
+from etl.definition_yaml import with_raw
 from etl.errors import StageError
-from etl.identity import attempt_name, report_page
+from etl.identity import report_page
 from etl.partitions import parse_dt
 from etl.uris import without_secrets
 from infra import database, services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
 WAITING = "awaiting_input"
+START = "start"  # the task that names the attempt (dags/_common.py, which imports Airflow)
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
 LOG_LINES = 30
 MEMORY_EVERY_SECONDS = 6
@@ -71,7 +73,7 @@ def choose_data() -> Choice:
     if not definition.first_day.isoformat() <= dt or (definition.last_day is not None and dt > definition.last_day.isoformat()):
         raise InfraError(f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .. {definition.last_day or 'today'}", "choose a day in between")
     if not raw:
-        return Choice(definition, own, dt, settings.raw(definition.name), definition.simulated)
+        return Choice(definition, own, dt, _remembered_raw(definition, own), definition.simulated)
     without_secrets(raw, "RAW")
     if "://" not in raw:
         folder = Path(raw).expanduser().absolute()
@@ -83,14 +85,32 @@ def choose_data() -> Choice:
     return Choice(definition, own, dt, raw, False)
 
 
-def register(own: Path) -> bool:
-    """Put an own definition where its DAG is made from; return whether a running Airflow may know an older one."""
-    target = settings.definitions() / f"{own.stem}.yaml"
+def _remembered_raw(definition: DatasetDefinition, own: Path | None) -> str:
+    """Return the folder that the definition names, or its copy that an earlier `make run` of it wrote, or the default one."""
+    copy = _copy_of(own) if own is not None else None
+    remembered = dataset(str(copy)).run.raw if copy is not None and copy.exists() else None
+    return definition.run.raw or remembered or settings.raw(definition.name)
+
+
+def _copy_of(own: Path) -> Path:
+    return settings.definitions() / f"{own.stem}.yaml"
+
+
+def register(own: Path, raw: str) -> bool:
+    """Put an own definition where its DAG is made from; return whether a running Airflow may know an older one.
+
+    Args:
+        raw: folder of the raw logs: the copy remembers it for the DAG's other runs, where the definition names none.
+    """
+    target = _copy_of(own)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.read_bytes() == own.read_bytes():
+    text = own.read_bytes()
+    if dataset(str(own)).run.raw is None:
+        text = with_raw(text.decode("utf-8-sig"), raw).encode()
+    if target.exists() and target.read_bytes() == text:
         return target.samefile(own)  # edited in place
     temporary = target.with_suffix(".tmp")
-    temporary.write_bytes(own.read_bytes())
+    temporary.write_bytes(text)
     os.replace(temporary, target)
     return True
 
@@ -99,7 +119,7 @@ def choose_options() -> dict[str, str | int]:
     """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, EVALUATION_DAYS, MAX_HISTORY, WORKERS and ON_WARNING."""
     options: dict[str, str | int] = {}
     if config := os.environ.get("CONFIG"):
-        known = sorted(p.stem for p in (settings.ROOT / "training" / "configs").glob("*.py") if p.stem != "__init__")
+        known = settings.training_configs()
         if config not in known:
             raise InfraError(f"unknown training configuration CONFIG={config}", f"use one of: {', '.join(known)}")
         options["config"] = config
@@ -146,21 +166,19 @@ class TaskLog:
 class Run:
     """One DAG run: triggered, followed to its end, and told."""
 
-    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int], goes_on: bool) -> None:
+    def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int]) -> None:
         self.api, self.dataset, self.dt, self.raw, self.options = api, dataset, dt, raw, options
         self.run_id = f"run__{dataset}__{dt}__{dtm.datetime.now(dtm.UTC):%Y%m%dT%H%M%S}"
-        self.attempt = attempt_name(dataset, dt, self.run_id, 0)
+        self.attempt = ""  # its first task names it
         self.dag_id = settings.dag_id(dataset)
         self.path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}"
         self.tasks: list[dict[str, Any]] = []
-        self.goes_on = goes_on  # the data set is a feed: its schedule has runs to come
         self.triggered = self.was_paused = False
         self.peak_gb = 0.0
 
     def trigger(self) -> None:
         conf = {"dt": self.dt, "raw": self.raw, **self.options}
         self.was_paused = bool(self.api.call("GET", f"/api/v2/dags/{self.dag_id}")["is_paused"])
-        # Before the DAG wakes: a feed that goes on gets yesterday's scheduled run at once, and only one run is active.
         self.api.call("POST", f"/api/v2/dags/{self.dag_id}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
         self.triggered = True
         self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
@@ -190,29 +208,24 @@ class Run:
                     if lines[-1] != last_line and time.monotonic() - quiet_since > QUIET_SECONDS:
                         last_line, quiet_since = lines[-1], time.monotonic()
                         say(f"{'':<30}   {lines[-1][9:][:150]}")
+            if not self.attempt and any(task["task_id"] == START and task["state"] == "success" for task in self.tasks):
+                self.attempt = self.api.call("GET", f"{self.path}/taskInstances/{START}/xcomEntries/return_value?deserialize=true")["value"]["attempt"]
             if state in ("success", "failed"):
                 return state
             time.sleep(1)
 
-    def _report(self) -> Path:
-        return report_page(settings.reports(), self.dataset, self.dt, self.attempt)
+    def _report(self) -> Path | str:
+        return report_page(settings.reports(), self.dataset, self.dt, self.attempt) if self.attempt else "none, as the run has no attempt"
 
     def _page(self, task: dict[str, Any]) -> str:
         return f"{settings.airflow_url()}/dags/{self.dag_id}/runs/{self.run_id}/tasks/{task['task_id']}"
 
     def abandon(self) -> None:
-        """End a run that nobody follows any more; it would hold back the next one.
-
-        The DAG of a feed that slept sleeps again: its schedule is the user's to start, so scheduled runs that waited behind
-        this one are taken back.
-        """
-        if self.triggered and self.was_paused and self.goes_on:
-            with contextlib.suppress(Exception):
-                self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
-                waiting = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=queued&run_type=scheduled&limit=100")["dag_runs"]
-                for run in waiting:
-                    self.api.call("DELETE", f"/api/v2/dags/{self.dag_id}/dagRuns/{run['dag_run_id']}")
+        """End a run that nobody follows any more; it would hold back the next one. A DAG that slept sleeps again."""
         if self.triggered:
+            with contextlib.suppress(Exception):
+                if self.was_paused:
+                    self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
             with contextlib.suppress(Exception):
                 if self.api.call("GET", self.path)["state"] not in ("success", "failed"):
                     self.api.call("PATCH", f"{self.path}?update_mask=state", {"state": "failed"})
@@ -279,6 +292,12 @@ def _seconds(task: dict[str, Any]) -> str:
     return f"  {task['duration']:.0f} s" if task["state"] in FINISHED and task.get("duration") else ""
 
 
+def sleeping_schedule(api: AirflowApi, definition: DatasetDefinition) -> bool:
+    """Whether un-pausing the data set's DAG would start scheduled runs."""
+    dag = api.call("GET", f"/api/v2/dags/{settings.dag_id(definition.name)}")
+    return bool(dag["is_paused"]) and dag["next_dagrun_run_after"] is not None
+
+
 def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
     """End runs of earlier `make run` calls that were killed: only one run is active at a time."""
     query = f"/api/v2/dags/{dag_id}/dagRuns?state=running&state=queued&limit=100"
@@ -294,7 +313,7 @@ def run_partition(children: dict[Service, int]) -> int:
     began = time.monotonic()
     choice, options = choose_data(), choose_options()
     name, raw = choice.definition.name, choice.raw
-    news = choice.own is not None and register(choice.own)
+    news = choice.own is not None and register(choice.own, raw)
     for warning in services.check_room():
         say(f"warning: {warning}")
     api = AirflowApi()
@@ -304,7 +323,7 @@ def run_partition(children: dict[Service, int]) -> int:
         services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
     base = {} if shared else database.ensure(create=False)
     children.update(base)
-    env = settings.environment()
+    env = settings.environment() | {"LONGVIEW_SCHEDULE": "0"}  # of an Airflow of its own: one run, and no other by itself
     simulator = None
     if choice.simulate:
         say(f"simulating raw logs under {raw} (kept when they are there already)")
@@ -329,7 +348,10 @@ def run_partition(children: dict[Service, int]) -> int:
     api.wait_for_dag(settings.dag_id(name), "vql_daily_own.py" if choice.own else "vql_daily.py", started, lambda: services.check_alive(airflow))
     if not shared:
         end_stale_runs(api, settings.dag_id(name))
-    run = Run(api, name, choice.dt, raw, options, goes_on=choice.definition.last_day is None)
+    elif sleeping_schedule(api, choice.definition):
+        raise InfraError(f"the DAG {settings.dag_id(name)} is paused and has a schedule, which would start with this run",
+                         "un-pause it in the browser when the schedule shall start; or `make down`, and `make run` alone, which starts no schedule")
+    run = Run(api, name, choice.dt, raw, options)
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")

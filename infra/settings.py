@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs that train or score a model")}
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
-WORKERS = 2
 AIRFLOW_USER = "admin"
 POSTGRES_USER = "longview"
 # What a stage gets of the environment of the services. Credentials of the stores that it reads and writes are among it.
@@ -57,8 +56,26 @@ def warehouse() -> str:
 
 
 def raw(dataset: str) -> str:
-    """Raw logs of a data set, where nothing else is said; LONGVIEW_RAW is the folder or URI of all data sets' folders."""
+    """Raw logs of a data set where neither the run (the form, RAW) nor its definition (`run.raw`) says where they are.
+
+    LONGVIEW_RAW is the folder or URI of all data sets' folders, by default `raw` in LONGVIEW_HOME.
+    """
     return below(_address("LONGVIEW_RAW") or str(home() / "raw"), dataset)
+
+
+def raw_variable() -> str:
+    """Return the variable that `raw` follows."""
+    return "LONGVIEW_RAW" if os.environ.get("LONGVIEW_RAW") else "LONGVIEW_HOME"
+
+
+def training_configs() -> list[str]:
+    """Return the names of the training configurations."""
+    return sorted(path.stem for path in (ROOT / "training" / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def schedules() -> bool:
+    """Whether DAGs run by themselves: LONGVIEW_SCHEDULE=0, which `make run` sets for the Airflow that it starts, turns that off."""
+    return os.environ.get("LONGVIEW_SCHEDULE") != "0"
 
 
 def definitions() -> Path:
@@ -245,6 +262,7 @@ def environment() -> dict[str, str]:
     airflow = {
         "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
         "CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "CORE__PLUGINS_FOLDER": str(ROOT / "infra" / "plugins"),
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__PARALLELISM": "4",
         "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dtm
 import json
 import os
 import shutil
@@ -40,16 +41,17 @@ if fault.exists():
         print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
         sys.exit(code)
 '''
-# A gate keeps a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
+# A gate keeps its outcome, a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
 GATE = STAGE + '''
-if (root / "warn").exists():
+if (root / "gates").exists():
     from etl.cli import partition_parser, store_of
     from etl.quality.kept import Outcome, StageOutcome, write_outcome
     parser = partition_parser("")
     parser.add_argument("--stage")
     args, _ = parser.parse_known_args()
     odd = Outcome("events_days", "between", "hours_covered", "warning", False, 11, 12, "look", "hours_covered is `11`", None)
-    write_outcome(store_of(args), StageOutcome(args.dataset, True, args.dt, args.attempt, args.stage, 1, "warning", (odd,)))
+    found = ("warning", (odd,)) if (root / "warn").exists() else (None, ())
+    write_outcome(store_of(args), StageOutcome(args.dataset, True, args.dt, args.attempt, args.stage, 1, *found))
 '''
 PAGE = '''
 import json, sys
@@ -78,6 +80,10 @@ class Project:
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
         for folder in ("dags", "infra"):
             shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        wait = root / "dags" / "_wait.py"
+        often = wait.read_text().replace("LOOK_EVERY_SECONDS = 300", "LOOK_EVERY_SECONDS = 2")
+        assert "LOOK_EVERY_SECONDS = 2\n" in often
+        wait.write_text(often)
         (root / "etl").mkdir()
         for file in (settings.ROOT / "etl").glob("*.py"):
             shutil.copy(file, root / "etl")
@@ -89,6 +95,7 @@ class Project:
         for file in (settings.ROOT / "etl" / "quality").glob("*.py"):
             if file.stem != "audit":
                 shutil.copy(file, root / "etl" / "quality")
+        shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "page.py").write_text(PAGE)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
@@ -123,10 +130,31 @@ class Project:
         runs = self.api.call("GET", f"{DAG_PATH}/dagRuns?run_type=backfill")["dag_runs"]
         return [f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs if run["logical_date"].startswith(dt)]
 
-    def trigger(self, dt: str, **conf) -> str:
+    def pause(self, paused: bool, dag: str = DAG_PATH) -> None:
+        self.api.call("PATCH", f"{dag}?update_mask=is_paused", {"is_paused": paused})
+
+    def trigger(self, dt: str | None, logical_date: str | None = None, **conf) -> str:
         """Start a manual run; return its path in the API."""
-        run = self.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"dt": dt, **conf}})
+        run = self.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": logical_date, "conf": {"dt": dt, **conf}})
         return f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+
+    def clear(self, run: str, *tasks: str, downstream: bool = True, only_failed: bool = False) -> None:
+        """Clear tasks of a run as the browser does; none: the whole run."""
+        if tasks:
+            self.api.call("POST", f"{run.partition('/dagRuns/')[0]}/clearTaskInstances", {
+                "dry_run": False, "dag_run_id": urllib.parse.unquote(run.rpartition("/")[2]), "task_ids": list(tasks), "only_failed": only_failed,
+                "include_downstream": downstream, "include_upstream": False, "reset_dag_runs": True})  # fmt: skip
+        else:
+            self.api.call("POST", f"{run}/clear", {"dry_run": False, "only_failed": only_failed})
+
+    def stop(self, run: str) -> None:
+        """End a run that has shown what it had to."""
+        self.api.call("PATCH", f"{run}?update_mask=state", {"state": "failed"})
+        wait_for(f"stop of {run}", lambda: not {"running", "queued", "scheduled", "restarting"} & set(self.states(run).values()), every=1)
+
+    def log(self, run: str, task: str, attempt: int = 1) -> str:
+        dag, _, run_id = run.removeprefix("/api/v2/dags/").partition("/dagRuns/")
+        return (self.root / f"var/airflow/logs/dag_id={dag}/run_id={urllib.parse.unquote(run_id)}/task_id={task}/attempt={attempt}.log").read_text()
 
     def ended(self, run: str) -> str:
         """Return the final state of a run."""
@@ -197,6 +225,8 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     (project.root / "fault.json").unlink()
 
     # Two days, both ends included; a fault of another kind is retried in the same attempt.
+    assert project.api.call("GET", DAG_PATH)["is_paused"]  # as `make run` found it
+    project.pause(False)
     project.fault("etl.jobs.sequences", 1, once=True)
     project.backfill("2022-04-20", "2022-04-21")
     first = project.calls()
@@ -205,12 +235,19 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     attempts = {of(call, "--attempt") for call in first}
     assert len(attempts) == 2
 
-    # Reprocessing does all the work again, under new names.
-    project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed")
+    for dt in ("2022-04-20", "2022-04-21"):
+        [run] = project.runs_of_backfill(dt)
+        assert f"backfill__{dt}" in run
+        assert dt in project.api.call("GET", run)["note"]
+
+    # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
+    project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"})
     second = project.calls()
     assert len(second) == 2 * TASKS
+    assert [of(call, "--config") for call in second if call[0] == "training.main"] == ["tiny", "tiny"]
     again = {of(call, "--attempt") for call in second}
-    assert again == {attempt.removesuffix("c0") + "c1" for attempt in attempts}
+    assert len(again) == 2
+    assert not again & attempts
 
     # An own data set gets a DAG at its first run, and another one when its definition has changed.
     own = "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow: {target_days: %d}"
@@ -225,6 +262,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         [attempt] = {of(call, "--attempt") for call in calls}
         assert attempt.startswith("shop-2023-02-01-")
         assert [of(call, "--target-days") for call in calls if call[0] == "etl.jobs.sequences"] == [str(target_days)]
+    assert project.api.call("GET", "/api/v2/dags/vql_daily_shop/details")["params"]["raw"]["value"] == str(project.root)  # for its other runs
 
     # A backfill cannot be told to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):
@@ -266,11 +304,19 @@ def test_with_a_login_only_the_password_opens(project):
     project.calls()
 
 
-def test_a_warning_waits_for_a_person_before_training(project):
+@pytest.fixture(scope="module")
+def stack(project):
+    """The services of `make up`, for all tests that follow."""
     up = project.python("-m", "infra.stack", "up")
     assert up.returncode == 0, up.stdout + up.stderr
-    project.api.call("PATCH", f"{DAG_PATH}?update_mask=is_paused", {"is_paused": False})
+    project.pause(False)
+    (project.root / "gates").touch()
     project.calls()
+    return project
+
+
+def test_a_warning_waits_for_a_person_before_training(stack):
+    project = stack
 
     # Approved: what warned and the report are shown, nothing trains meanwhile, then all the rest runs.
     (project.root / "warn").touch()
@@ -315,7 +361,164 @@ def test_a_warning_waits_for_a_person_before_training(project):
         assert project.states(run)[task] == "failed"
         link = project.link(run, task)
         assert "/runs/abc/artifacts/validation/" in link
-        [log] = project.root.glob(f"var/airflow/logs/dag_id={DAG_ID}/run_id={urllib.parse.unquote(run.rpartition('/')[2])}/task_id={task}/attempt=1.log")
-        assert link in log.read_text()
+        assert link in project.log(run, task)
     (project.root / "fault.json").unlink()
+    project.calls()
+
+
+def attempts_of(calls: list[list[str]]) -> set[str]:
+    return {of(call, "--attempt") for call in calls}
+
+
+def modules_of(calls: list[list[str]]) -> list[str]:
+    return [call[0] for call in calls]
+
+
+def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begins_another(stack):
+    project = stack
+    (project.root / "warn").touch()
+    run = project.trigger("2022-04-17", on_warning="approve", config="tiny")
+    asked = project.question(run)
+    first = project.calls()
+    [attempt] = attempts_of(first)
+
+    # The question cleared while it waits: the same question.
+    project.clear(run, APPROVAL)
+    assert project.question(run)["body"] == asked["body"]
+    assert project.calls() == []
+    project.fault("evaluation.main", 2, once=True)
+    project.answer(run, "Approve")
+    assert project.ended(run) == "failed"
+    assert modules_of(project.calls()) == ["training.main", "evaluation.main"]
+
+    # Only the failed task with what follows: the training is not done again.
+    project.clear(run, "evaluate.evaluate_models")
+    assert project.ended(run) == "success"
+    calls = project.calls()
+    assert modules_of(calls) == ["evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
+    assert attempts_of(calls) == {attempt}
+
+    # One task of a finished run, alone.
+    project.clear(run, "register.promote_model", downstream=False)
+    assert project.ended(run) == "success"
+    calls = project.calls()
+    assert (modules_of(calls), attempts_of(calls)) == (["evaluation.promote"], {attempt})
+
+    # The question cleared after its answer: asked again, and nothing trains meanwhile.
+    project.clear(run, APPROVAL)
+    assert project.question(run)["body"] == asked["body"]
+    assert project.calls() == []
+    project.answer(run, "Reject")
+    assert project.ended(run) == "success"
+    assert project.calls() == []
+
+    # The whole run, and its first task with what follows: new attempts, with the run's parameters, judged anew.
+    seen = {attempt}
+    for tasks in ((), ("start",)):
+        project.clear(run, *tasks)
+        project.question(run)
+        calls = project.calls()
+        assert sorted(modules_of(calls)) == sorted(modules_of(first))
+        assert len(attempts_of(calls)) == 1
+        assert not attempts_of(calls) & seen
+        seen |= attempts_of(calls)
+    # A question without what the gates of its attempt found is none: clear them away, and it fails instead of passing.
+    shutil.rmtree(project.root / "var" / "warehouse")
+    project.clear(run, APPROVAL)
+    assert project.ended(run) == "failed"
+    assert project.states(run)[APPROVAL] == "failed"
+    assert project.calls() == []
+    note = project.api.call("GET", run)["note"]
+    assert all(f"dt=2022-04-17, attempt {name}" in note for name in seen)
+    (project.root / "warn").unlink()
+
+
+def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
+    project = stack
+
+    def now() -> str:
+        return dtm.datetime.now(dtm.UTC).isoformat()
+
+    project.fault("etl.jobs.events", 2, once=False)  # it has come to its work: that is all that is asked here
+
+    # As the form is prefilled, with dt filled in; dt counts, whatever the logical date.
+    for logical_date in ("2021-01-01T00:00:00Z", "2022-06-01T12:00:00Z", now()):
+        run = project.trigger("2022-04-20", logical_date)
+        assert project.ended(run) == "failed"
+        assert [(call[0], of(call, "--dt")) for call in project.calls()] == [("etl.jobs.events", "2022-04-20")]
+        log = project.log(run, "start")
+        assert log.index("workers = ") < log.index("partition dt = 2022-04-20")  # what the run does stands first
+
+    # Without dt: the day of the logical date, if it is one of the data set.
+    run = project.trigger(None, "2022-04-21T10:00:00Z")
+    assert project.ended(run) == "failed"
+    assert [of(call, "--dt") for call in project.calls()] == ["2022-04-21"]
+    for logical_date, reason in (("2021-01-02T00:00:00Z", "2021-01-02 is outside the data set kuairand_simulated: 2022-04-08 .. 2022-05-08"),
+                                 (now(), "is outside the data set"), (None, "names no partition")):  # fmt: skip
+        run = project.trigger(None, logical_date)
+        assert project.ended(run) == "failed"
+        assert project.states(run)["start"] == "failed"
+        assert reason in project.log(run, "start")
+    assert project.calls() == []
+
+    # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter is told.
+    project.backfill("2022-05-08", "2022-05-09", reprocess_behavior="completed")
+    assert [of(call, "--dt") for call in project.calls()] == ["2022-05-08"]
+    [run] = project.runs_of_backfill("2022-05-09")
+    assert "2022-05-09 is outside" in project.log(run, "start")
+    project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed", dag_run_conf={"confg": "tiny"})
+    [run] = project.runs_of_backfill("2022-05-08")
+    assert "did you mean config" in project.log(run, "start", 2)
+    project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed")  # without the tick: the run keeps what it had
+    assert "did you mean config" in project.log(run, "start", 3)
+    assert project.calls() == []
+    (project.root / "fault.json").unlink()
+
+
+def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
+    project = stack
+    now = dtm.datetime.now(dtm.UTC)
+    raw, dag = project.root / "feed", "/api/v2/dags/vql_daily_feed"
+    raw.mkdir()
+    feed = ("extends: kuairand\nname: feed\ntitle: A feed\nfirst_day: 2023-01-02\nlast_day: null\n"
+            "logs: {files: ['log-*.csv'], days_in_name: {zone: UTC, late_minutes: 0, pattern: 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\n"
+            "run: {hour: %d, wait_hours: %d, raw: '%s', config: tiny, workers: 3}\n")
+    # `make run` beside the services would start the schedule, and says so.
+    path = project.definition("feed.yaml", feed % (now.hour, 23, raw))
+    done = project.python("-m", "infra.run", DATASET=str(path), DT="2023-02-01")
+    assert done.returncode == 1
+    assert "is paused and has a schedule" in done.stderr
+    assert project.api.call("GET", f"{dag}/dagRuns")["dag_runs"] == []
+
+    # Started by hand: the day that has ended, by its name, waits without a slot until its file has come.
+    project.pause(False, dag)
+    run = wait_for("scheduled run", lambda: project.api.call("GET", f"{dag}/dagRuns")["dag_runs"], every=1)[0]
+    dt = run["dag_run_id"].removeprefix("scheduled__")
+    assert dt == str((now - dtm.timedelta(days=1)).date())
+    run = f"{dag}/dagRuns/{run['dag_run_id']}"
+    wait_for("waiting", lambda: project.states(run).get("ingest.wait_for_files") == "up_for_reschedule", every=0.2)
+    (raw / f"log-{dt}.csv").touch()
+    assert project.ended(run) == "success"
+    calls = project.calls()
+    assert len(calls) == TASKS
+    assert {of(call, "--dt") for call in calls} == {dt}
+    [train] = [call for call in calls if call[0] == "training.main"]
+    assert (of(train, "--config"), of(train, "--workers")) == ("tiny", "3")
+    assert {of(call, "--raw") for call in calls if "--raw" in call} == {str(raw)}
+
+    # Cleared after the deadline, without its file: it fails, and says what it looked for.
+    (raw / f"log-{dt}.csv").unlink()
+    (raw / "log-2023-01-02.csv").touch()
+    project.definition("var/definitions/feed.yaml", feed % (now.hour, 0, raw))
+    project.clear(run, "ingest.wait_for_files")
+    assert project.ended(run) == "failed"
+    assert f"has {dt} in its name" in project.log(run, "ingest.wait_for_files", 2)
+    assert project.calls() == []
+
+    # `make run` alone: that one run, no schedule, and the DAG sleeps on.
+    project.api.call("DELETE", run)
+    project.pause(True, dag)
     project.python("-m", "infra.stack", "down")
+    done = project.python("-m", "infra.run", DATASET=str(path), DT="2023-02-01")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {of(call, "--dt") for call in project.calls()} == {"2023-02-01"}

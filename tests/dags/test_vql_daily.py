@@ -24,6 +24,7 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.airflow
 
 S3_RAW = "s3://bucket/logs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_delayed_open=true"  # as docs/cluster.md has it
+START = "start"
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
 MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which parses it every 15 seconds
@@ -104,7 +105,8 @@ def commands_of(dag, **context) -> dict[str, list[str]]:
     found = {}
     for task in (task for task in dag.tasks if isinstance(task, StageOperator)):
         made = context_of(**{"dt": "2022-04-21", **context})
-        made = made | {"params": {**dag.params.dump(), **made["params"], "raw": "/raw"}}
+        made = made | {"ti": ti_of(attempt(dag.dag_id.removeprefix("vql_daily_"), made["params"]["dt"]), made["params"]["dt"], {**dag.params.dump(), "raw": "/raw"})}
+        made["given"] = made["ti"].xcom_pull()["params"]
         rendered = {name: task.render_template(getattr(task, name), made, SandboxedEnvironment()) for name in task.template_fields}
         found[task.task_id] = _copy(task, rendered).command(made)
     return found
@@ -114,16 +116,26 @@ def expected_commands(definition, argument: str, dt: str = "2022-04-21") -> dict
     window = definition.window
     words = {"RUNS": settings.runs(), "REPORTS": str(settings.reports()), "TARGET": str(window.target_days), "LOOKBACK": str(window.lookback_days),
              "EVALUATION": str(window.evaluation_days), "HISTORY": str(definition.history.max_events)}  # fmt: skip
-    partition = ["--dataset", argument, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", f"{definition.name}-{dt}-19b04f56-c0"]
+    partition = ["--dataset", argument, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", attempt(definition.name, dt)]
     return {
         task: [sys.executable, "-m", text.split()[0], *partition, *(words.get(word, word) for word in text.split()[1:])]
         for task, text in EXPECTED_COMMANDS.items()
     }
 
 
-def context_of(*, dt=None, start=None, run_type="manual", run_id="manual__1", clear_number=0, partition_key=None, **params):
-    run = SimpleNamespace(dag_id="vql_daily_kuairand", run_id=run_id, clear_number=clear_number, partition_key=partition_key, run_type=run_type, data_interval_start=start)
-    return {"dag_run": run, "params": {"dt": dt, **params}} | ({"data_interval_start": start} if start else {})
+def attempt(dataset: str, dt: str) -> str:
+    return f"{dataset}-{dt}-0123456789ab"
+
+
+def ti_of(name: str = "", dt: str = "2022-04-21", params=None, id="1"):
+    """Return a task instance as far as it is looked at: its id, and what the first task of its run has handed on."""
+    handed = {"dt": dt, "attempt": name, "params": params or {}} if name else None
+    return SimpleNamespace(id=id, xcom_pull=lambda task_ids=START, key="return_value": handed if (task_ids, key) == (START, "return_value") else None)
+
+
+def context_of(*, dt=None, start=None, run_type="manual", ti=None, conf=None, **params):
+    run = SimpleNamespace(dag_id="d", run_id="manual__1", run_type=run_type, data_interval_start=start, run_after=start, conf=conf or {})
+    return {"dag_run": run, "params": {"dt": dt, **params}, "ti": ti or ti_of(attempt("kuairand", dt or "2022-04-21"), dt or "2022-04-21")} | ({"data_interval_start": start} if start else {})
 
 
 def day(text: str) -> dtm.datetime:
@@ -136,7 +148,7 @@ def day(text: str) -> dtm.datetime:
 def test_import_is_fast_and_light(own):
     code = (
         "import sys, json, airflow.sdk\n"
-        "from airflow.sdk import DAG, BaseOperator, Asset, Param, TaskGroup, CronDataIntervalTimetable, chain\n"
+        "from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Asset, Param, TaskGroup, chain\nimport airflow.timetables.base\n"
         "before = set(sys.modules)\nimport dags.vql_daily, dags.vql_daily_own\n"
         f"print(json.dumps([sorted(set(sys.modules) - before), [m for m in {HEAVY!r} if m in sys.modules],"
         " dags.vql_daily_own.dag.dag_id]))"
@@ -169,8 +181,7 @@ def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
     for name in built_in_names():
         definition, dag = dataset(name), dag_of(name)
         assert dag.dag_id == f"vql_daily_{name}" == settings.dag_id(name)
-        assert dag.start_date == day(str(definition.first_day))
-        assert dag.end_date == (day(str(definition.last_day)) if definition.last_day else None)
+        assert {moment for task in (dag, *dag.tasks) for moment in (task.start_date, task.end_date)} == {None}  # tasks outside them are skipped, and the run is green
         assert definition.title in dag.dag_display_name
         assert name in dag.tags
         defaults = dag.params.dump()  # checks them, too
@@ -185,8 +196,8 @@ def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
         assert promote.champion.uri == f"longview://{name}/champion"
         assert promote.max_active_tis_per_dag == 1
     # Values that were chosen with thought; a change of a definition shows here.
-    starts = {name: (str(dag_of(name).start_date.date()), str(dag_of(name).end_date.date())) for name in ("kuairand", "kuairec_big", "tmall", "movielens")}
-    assert starts == {"kuairand": ("2022-04-08", "2022-05-08"), "kuairec_big": ("2020-07-04", "2020-09-05"), "tmall": ("2014-05-11", "2014-11-12"),
+    days = {name: (dag_of(name).timetable.first_day, dag_of(name).timetable.last_day) for name in ("kuairand", "kuairec_big", "tmall", "movielens")}
+    assert days == {"kuairand": ("2022-04-08", "2022-05-08"), "kuairec_big": ("2020-07-04", "2020-09-05"), "tmall": ("2014-05-11", "2014-11-12"),
                       "movielens": ("1996-03-29", "2018-09-24")}  # fmt: skip
 
 
@@ -223,12 +234,11 @@ def _copy(task, attributes):
 def test_an_own_definition_has_a_dag_whose_stages_get_its_path(own):
     [(name, dag)] = own_dags().items()
     assert name == dag.dag_id == "vql_daily_shop"
-    assert (dag.start_date, dag.end_date) == (day("2023-01-02"), None)
+    assert dag.timetable.serialize() == {"first_day": "2023-01-02", "last_day": None, "hour": None}
     assert dag.dag_display_name == "VQL daily: My shop"
     assert {"target_days": 5, "lookback_days": 9, "evaluation_days": 2, "max_history": 77}.items() <= dag.params.dump().items()
     commands = commands_of(dag, dt="2023-02-01")
     assert commands == expected_commands(dataset(str(own)), str(own), "2023-02-01")
-    assert all(command[command.index("--attempt") + 1] == "shop-2023-02-01-19b04f56-c0" for command in commands.values())
     # What Airflow serializes, and reads again in a task's process, is the same.
     assert own_dags()[name].params.dump() == dag.params.dump()
 
@@ -276,26 +286,86 @@ def test_a_wrong_own_definition_is_an_import_error_of_its_file_only(own, file, w
 # ---- which day -------------------------------------------------------------------------------------------------------
 
 
-def test_a_scheduled_run_builds_the_day_that_has_just_ended(dag):
-    # A plain cron string would fire on the 22nd with ds = 22nd: the day that has only begun.
-    from airflow.timetables.interval import CronDataIntervalTimetable
-
-    timetable = CronDataIntervalTimetable("0 0 * * *", timezone="UTC")
-    assert type(dag.timetable).__name__ == "CronDataIntervalTimetable"
+def times(first_day, last_day, hour, monkeypatch, now):
     import pendulum
 
-    interval = timetable.infer_manual_data_interval(run_after=pendulum.datetime(2022, 4, 22, 0, 0, tz="UTC"))
+    from dags._timetable import PartitionDays
+
+    monkeypatch.setattr("dags._timetable.pendulum.now", lambda zone: pendulum.parse(now))
+    return PartitionDays(first_day, last_day, hour)
+
+
+def interval(text: str):
+    import pendulum
+    from airflow.timetables.base import DataInterval
+
+    return DataInterval(pendulum.parse(text), pendulum.parse(text).add(days=1))
+
+
+@pytest.mark.parametrize(
+    ("last_day", "hour", "now", "last_run", "expected"),
+    [
+        (None, 6, "2024-03-05T05:59", None, ("2024-03-03", "2024-03-04T06:00")),  # yesterday is not due yet
+        (None, 6, "2024-03-05T06:00", None, ("2024-03-04", "2024-03-05T06:00")),
+        (None, 0, "2024-03-05T00:00", None, ("2024-03-04", "2024-03-05T00:00")),
+        (None, 6, "2024-03-05T06:00", "2024-03-04", ("2024-03-05", "2024-03-06T06:00")),
+        (None, 6, "2024-03-05T06:00", "2024-02-01", ("2024-03-04", "2024-03-05T06:00")),  # what was slept through is not caught up
+        (None, 6, "2023-01-01T00:00", None, ("2024-01-01", "2024-01-02T06:00")),  # not before the first day
+        ("2024-03-04", 6, "2024-03-05T06:00", None, ("2024-03-04", "2024-03-05T06:00")),
+        ("2024-03-04", 6, "2024-03-06T06:00", None, None),  # a finished data set starts no run by itself
+        ("2024-03-04", 6, "2024-03-05T06:00", "2024-03-04", None),
+        (None, None, "2024-03-05T06:00", None, None),
+    ],
+)
+def test_the_schedule_builds_the_day_that_has_ended_at_its_hour(monkeypatch, last_day, hour, now, last_run, expected):
+    from airflow.timetables.base import TimeRestriction
+
+    table = times("2024-01-01", last_day, hour, monkeypatch, now)
+    found = table.next_dagrun_info(last_automated_data_interval=interval(last_run) if last_run else None, restriction=TimeRestriction(None, None, False))
+    assert (found and (str(found.data_interval.start.date()), found.run_after.format("YYYY-MM-DDTHH:mm"))) == expected
+    if found:
+        assert found.data_interval.end - found.data_interval.start == dtm.timedelta(days=1)
+
+
+@pytest.mark.parametrize("hour", [None, 6])
+def test_a_backfill_has_a_run_for_every_day_of_its_range_with_the_day_in_its_id(dag, hour, monkeypatch):
+    # Also outside the data set: the run says so; a range without runs would be refused without a reason.
+    from airflow.models.dagrun import DagRun
+    from airflow.utils.types import DagRunType
+
+    serialized = _round_trip(dag)
+    serialized.timetable = times("2022-04-08", "2022-05-08", hour, monkeypatch, "2026-01-01")
+    infos = list(serialized.iter_dagrun_infos_between(day("2022-04-06"), day("2022-04-09") + dtm.timedelta(hours=23)))
+    assert [str(info.logical_date.date()) for info in infos] == ["2022-04-06", "2022-04-07", "2022-04-08", "2022-04-09"]
+    for info in infos:
+        identity = DagRun.generate_run_id(run_type=DagRunType.BACKFILL_JOB, logical_date=info.logical_date, run_after=info.run_after)
+        assert identity.startswith(f"backfill__{info.logical_date.date()}T")
+        assert serialized.timetable.generate_run_id(run_type=DagRunType.SCHEDULED, run_after=info.run_after, data_interval=info.data_interval) == f"scheduled__{info.logical_date.date()}"
+
+
+def test_the_timetable_survives_serialisation(dag):
+    assert _round_trip(dag).timetable.serialize() == dag.timetable.serialize() == {"first_day": "2022-04-08", "last_day": "2022-05-08", "hour": None}
+
+
+def _round_trip(dag):
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    return DagSerialization.from_dict(json.loads(json.dumps(DagSerialization.to_dict(dag))))
+
+
+def test_partition_comes_from_dt_then_the_day_of_the_logical_date():
     from dags._common import partition_of
 
-    assert partition_of(context_of(start=interval.start, run_type="scheduled")) == "2022-04-21"
-
-
-def test_partition_comes_from_key_then_dt_then_interval():
-    from dags._common import partition_of
-
-    assert partition_of(context_of(partition_key="2022-04-19", dt="2022-04-20", start=day("2022-04-21"))) == "2022-04-19"
     assert partition_of(context_of(dt="2022-04-20", start=day("2022-04-21"))) == "2022-04-20"
     assert partition_of(context_of(start=day("2022-04-21"), run_type="backfill")) == "2022-04-21"
+
+
+def test_a_manual_run_stands_for_the_day_of_its_logical_date(dag):
+    import pendulum
+
+    for moment in ("2022-04-21T00:00:00+00:00", "2022-04-21T23:59:59+00:00", "2022-04-22T01:00:00+02:00", "1999-01-01T00:00:00+00:00"):
+        found = dag.timetable.infer_manual_data_interval(run_after=pendulum.parse(moment))
+        assert found.start == pendulum.parse(moment).in_timezone("UTC").start_of("day")
 
 
 @pytest.mark.parametrize(
@@ -313,13 +383,144 @@ def test_a_run_without_one_clear_day_fails(context, message):
         partition_of(context)
 
 
-def test_attempt_is_kept_over_retries_and_new_when_cleared():
-    from dags._common import attempt_of
+# ---- the first task --------------------------------------------------------------------------------------------------
 
-    first = attempt_of(context_of(), "kuairand", "2022-04-21")
-    assert first == attempt_of(context_of(), "kuairand", "2022-04-21")
-    assert first != attempt_of(context_of(clear_number=1), "kuairand", "2022-04-21")
-    assert first != attempt_of(context_of(run_id="manual__2"), "kuairand", "2022-04-21")
+
+def started(dag, monkeypatch, conf=None, id="1", **changes):
+    """Run a DAG's first task; return what it hands on."""
+    conf = conf or {}
+    monkeypatch.setattr("dags._start.append_note", lambda context, line: None)  # no Airflow runs here
+    params = {**dag.params.dump(), **conf}
+    return dag.get_task(START).execute(context_of(ti=ti_of(id=id), conf=conf, **{**params, **changes}))
+
+
+def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
+    found = started(dag, monkeypatch, {"dt": "2022-04-21", "config": "tiny"})
+    assert found["dt"] == "2022-04-21"
+    assert found["params"] == {**dag.params.dump(), "dt": "2022-04-21", "config": "tiny"}
+    assert found["attempt"].startswith("kuairand-2022-04-21-")
+    assert found["attempt"] != started(dag, monkeypatch, {"dt": "2022-04-21", "config": "tiny"}, id="2")["attempt"]  # another row, or a clear
+
+
+@pytest.mark.parametrize(
+    ("conf", "says"),
+    [
+        ({"confg": "tiny"}, "confg: no parameter of this DAG.*did you mean config"),
+        ({"config": "tinny"}, "config: 'tinny' is no training configuration; there are default, tiny"),
+        ({"raw": "data/logs"}, rf"raw: 'data/logs' is relative.*{settings.ROOT}/data/logs"),
+        ({"raw": "/a b;c"}, "raw: "),
+        ({"raw": "s3://key:s3cret@bucket"}, "raw: .*credentials"),
+        ({"workers": 0}, "workers: "),
+        ({"workers": "two"}, "workers: "),
+        ({"on_warning": "ask"}, "on_warning: "),
+        ({"lookback_days": 3}, "lookback_days: 3 is less than target_days, 14"),
+        ({"evaluation_days": 14}, "evaluation_days: 14 leaves no day"),
+        ({"dt": "2022-05-09"}, r"dt: 2022-05-09 is outside the data set kuairand: 2022-04-08 \.\. 2022-05-08"),
+        ({"dt": "2022-04-07"}, "dt: 2022-04-07 is outside"),
+        ({"workers": 0, "config": "x"}, "workers: .*config: "),  # all that is wrong at once
+    ],
+)
+def test_the_first_task_refuses_by_the_fields_name(dag, monkeypatch, conf, says):
+    with pytest.raises(AirflowFailException, match=says) as caught:
+        started(dag, monkeypatch, {"dt": "2022-04-21", **conf})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_day_that_has_not_ended_is_built_only_by_name(own, monkeypatch):
+    dag = own_dags()["vql_daily_shop"]
+    now = dtm.datetime.now(dtm.UTC)
+    with pytest.raises(AirflowFailException, match="has not ended; give dt"):
+        started(dag, monkeypatch, start=now)
+    assert started(dag, monkeypatch, {"dt": str(now.date())})["dt"] == str(now.date())
+    tomorrow = str(now.date() + dtm.timedelta(days=1))
+    with pytest.raises(AirflowFailException, match=rf"dt: {tomorrow} is outside the data set shop: 2023-01-02 \.\. today"):
+        started(dag, monkeypatch, {"dt": tomorrow})
+
+
+def test_each_parameter_says_where_it_comes_from(monkeypatch):
+    from dags._start import source
+
+    definition, defaults = dataset("kuairand"), {"raw": "/raw", "config": "default", "dt": None}
+    form = {"raw": "/raw", "config": "tiny", "dt": "2022-04-21"}  # the form sends every field
+    said = {name: source(name, value, form, defaults, definition) for name, value in form.items()}
+    assert said == {"raw": "LONGVIEW_HOME", "config": "this run", "dt": "this run"}
+    assert source("config", "default", {}, defaults, definition) == "definition of the data set"
+    monkeypatch.setenv("LONGVIEW_RAW", "s3://logs")
+    assert source("raw", "/raw", {}, defaults, definition) == "LONGVIEW_RAW"
+
+
+def test_a_task_whose_run_has_no_attempt_fails_with_the_way_out(dag):
+    from dags._common import handed_on
+
+    with pytest.raises(AirflowFailException, match=r"remedy: clear the whole run"):
+        handed_on({"ti": ti_of()})
+
+
+def test_run_defaults_of_the_definition_are_those_of_the_form(own):
+    own.write_text(OWN + "run: {raw: '/data/shop', config: tiny, workers: 3, on_warning: approve, hour: 6, wait_hours: 2}\n")
+    dag = own_dags()["vql_daily_shop"]
+    assert {"raw": "/data/shop", "config": "tiny", "workers": 3, "on_warning": "approve"}.items() <= dag.params.dump().items()
+    assert dag.timetable.hour == 6
+    assert dag.dagrun_timeout >= dtm.timedelta(hours=2 + 12)
+
+
+def test_an_airflow_of_make_run_alone_has_no_schedule(own, monkeypatch):
+    own.write_text(OWN + "run: {hour: 6}\n")
+    monkeypatch.setenv("LONGVIEW_SCHEDULE", "0")
+    assert own_dags()["vql_daily_shop"].timetable.hour is None
+
+
+# ---- waiting for the day's files -------------------------------------------------------------------------------------
+
+
+def wait_of(own, monkeypatch, raw: Path, run_type="scheduled", hours_ago=0.0):
+    task = own_dags()["vql_daily_shop"].get_task("ingest.wait_for_files")
+    context = context_of(run_type=run_type, ti=ti_of("shop-a", "2024-03-04", {"raw": str(raw)}))
+    context["dag_run"].run_after = dtm.datetime.now(dtm.UTC) - dtm.timedelta(hours=hours_ago)
+    return lambda: task.poke(context)
+
+
+def test_a_scheduled_run_waits_for_every_file_that_the_day_touches(own, monkeypatch, tmp_path):
+    own.write_text(OWN + "run: {hour: 6, wait_hours: 2}\nlogs: {files: ['log-*.csv'], days_in_name: {pattern: 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\n")
+    raw = tmp_path / "raw"
+    look = wait_of(own, monkeypatch, raw)
+    assert look() is False  # no folder
+    raw.mkdir()
+    assert look() is False  # no file
+    (raw / "log-2024-03-04.csv").touch()
+    assert look() is False  # local days of Asia/Shanghai: the UTC day ends in the next one
+    late = wait_of(own, monkeypatch, raw, hours_ago=2.01)
+    with pytest.raises(AirflowFailException, match=r"did not come by .* UTC: no file that matches log-\*\.csv has 2024-03-05 in its name \(days of Asia/Shanghai\); the last is log-2024-03-04\.csv"):
+        late()
+    (raw / "log-2024-03-05.csv").touch()
+    assert look() is True
+    assert late() is True
+
+
+def test_files_without_days_in_their_names_have_to_have_changed(own, monkeypatch, tmp_path):
+    own.write_text(OWN + "run: {hour: 6}\nlogs: {files: ['log*.csv'], days_in_name: null}\n")
+    file = tmp_path / "log.csv"
+    file.touch()
+    look = wait_of(own, monkeypatch, tmp_path)
+    for moment, there in (("2024-03-03T23:59", False), ("2024-03-04T00:01", True)):
+        os.utime(file, (day(moment).timestamp(),) * 2)
+        assert look() is there
+
+
+@pytest.mark.parametrize("run_type", ["manual", "backfill"])
+def test_a_run_that_a_person_started_waits_for_nothing(own, monkeypatch, tmp_path, run_type):
+    assert wait_of(own, monkeypatch, tmp_path / "nowhere", run_type)() is True
+
+
+# ---- the question before training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judged", [{}, {"raw": None, "events": None}, {"events": None, "sequences": "warning"}])
+def test_what_was_not_judged_is_not_free_of_warnings(dag, monkeypatch, judged):
+    task = dag.get_task("train.approve_warnings")
+    monkeypatch.setattr(type(task), "_summary", lambda self, context: {"attempt": "a", "stages": judged, "failed": {"warning": []}})
+    with pytest.raises(AirflowFailException, match=r"no outcome of the gates .*training_input"):
+        task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
 
 
 # ---- the note of a run -----------------------------------------------------------------------------------------------
@@ -564,7 +765,7 @@ def test_a_promotion_that_failed_says_nothing_and_still_leads_to_its_run(tmp_pat
 def test_a_stage_knows_the_address_of_its_run(tmp_path, monkeypatch):
     _, execute = run_code(tmp_path, monkeypatch, f"import os; open({str(tmp_path / 'url')!r}, 'w').write(os.environ['LONGVIEW_AIRFLOW_RUN_URL'])")
     execute()
-    assert (tmp_path / "url").read_text() == f"{settings.airflow_url()}/dags/vql_daily_kuairand/runs/manual__1"
+    assert (tmp_path / "url").read_text() == f"{settings.airflow_url()}/dags/d/runs/manual__1"
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])

@@ -56,6 +56,7 @@ users:
 history: {of: [view, buy], max_events: 100}
 targets: {of: [view, buy], label: buy, positions: {train: [-2, -3], evaluation: [-1]}}
 window: {target_days: 5, lookback_days: 9, evaluation_days: 2}
+run: {hour: 6, workers: 3, raw: /data/shop}
 """
 
 
@@ -274,6 +275,15 @@ def test_several_mistakes_are_told_together(tmp_path):
     ("lookback_days: 9", "lookback_days: 999999999", ["window.lookback_days"]),
     ("lookback_days: 9", "lookback_days: '9'", ["window.lookback_days"]),
     ("  item: item", "  item: user", ["events.item", "already events.user"]),
+    ("hour: 6", "hour: 24", ["run.hour"]),
+    ("hour: 6", "hour: '6'", ["run.hour"]),
+    ("hour: 6", "hours: 6", ["unknown field 'hours'", "did you mean 'hour'"]),
+    ("hour: 6", "hour: 6, wait_hours: 24", ["run.wait_hours"]),
+    ("hour: 6", "hour: 6, config: ../x", ["run.config"]),
+    ("hour: 6", "hour: 6, on_warning: ask", ["run.on_warning", "'continue' or 'approve'"]),
+    ("workers: 3", "workers: 0", ["run.workers"]),
+    ("raw: /data/shop", "raw: data/shop", ["run.raw", "'data/shop' is relative"]),
+    ("raw: /data/shop", "raw: '/data/shop; id'", ["run.raw"]),
     # YAML
     ("title: A shop", "title: A shop\ntitle: B", ["title: given twice, in lines 3 and 4"]),
     ("    item: text", "    item: text\n    item: integer", ["logs.columns.item: given twice"]),
@@ -289,6 +299,12 @@ def test_what_would_fail_or_match_nothing_later_is_refused(tmp_path, old, new, s
     assert old in SHOP
     said = refusal(tmp_path, SHOP.replace(old, new, 1))
     assert all(text in said for text in says), said
+
+
+def test_a_folder_with_a_key_in_its_address_is_refused_without_repeating_it(tmp_path):
+    said = refusal(tmp_path, SHOP.replace("/data/shop", "'s3://key:s3cret@bucket'"))
+    assert "run.raw" in said
+    assert "s3cret" not in said
 
 
 @pytest.mark.parametrize("body", [b"", b"- a", b"a", b"\xff\xfe\x00", b"name: \xff", SHOP.encode("utf-16"), b"a: \x00", b"[" * 5_000, b"--- a\n--- b\n"])

@@ -12,7 +12,7 @@ from etl.errors import EXIT_MEND, GateError, StageError, TryAgainError
 from infra import settings
 from training.tracking import MetricsBuffer, attempt_run, end_run
 
-ATTEMPT = "kuairand-2022-04-21-00000000-c0"
+ATTEMPT = "kuairand-2022-04-21-000000000000"
 
 
 def runs(attempt: str = ATTEMPT) -> list:
@@ -29,7 +29,7 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
     monkeypatch.setenv("LONGVIEW_AIRFLOW_RUN_URL", "http://127.0.0.1:8080/dags/d/runs/r")
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as second:
         assert runs()[0].info.status == "RUNNING"
-    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT.replace("c0", "c1"), {}) as other:
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT[:-1] + "1", {}) as other:
         pass
     assert second.info.run_id == first.info.run_id != other.info.run_id
     (run,) = runs()

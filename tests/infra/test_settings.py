@@ -23,6 +23,7 @@ def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
     monkeypatch.setenv("LONGVIEW_AIRFLOW_PORT", "18181")
     monkeypatch.setenv("AIRFLOW__CORE__PLUGINS_FOLDER", "/elsewhere")
+    monkeypatch.setenv("AIRFLOW__CORE__DAG_CONCURRENCY", "7")  # of another installation
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     env = settings.environment()
     assert env["AIRFLOW__API__HOST"] == "127.0.0.1"
@@ -33,7 +34,8 @@ def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
     assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
     assert env["PYSPARK_PYTHON"] == sys.executable
     assert env["PYTHONPATH"].split(os.pathsep)[0] == str(settings.ROOT)
-    assert "AIRFLOW__CORE__PLUGINS_FOLDER" not in env
+    assert env["AIRFLOW__CORE__PLUGINS_FOLDER"] == str(settings.ROOT / "infra" / "plugins")
+    assert "AIRFLOW__CORE__DAG_CONCURRENCY" not in env
 
 
 def test_settings_name_options_that_airflow_has():
@@ -225,23 +227,53 @@ def test_an_own_definition_cannot_take_the_name_of_a_built_in_one(monkeypatch, t
 def test_an_own_definition_is_registered_where_its_dag_is_made_from(monkeypatch, tmp_path, file):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LONGVIEW_DEFINITIONS", raising=False)
-    path = own_definition(tmp_path, file=file)
-    assert run.register(path) is True
+    path = own_definition(tmp_path, file=file, run="{raw: /data/shop}")
+    assert run.register(path, "/elsewhere") is True
     target = tmp_path / "home" / "definitions" / "shop.yaml"
-    assert target.read_bytes() == path.read_bytes()
-    assert dataset(str(target)) == dataset(str(path))
+    assert target.read_bytes() == path.read_bytes()  # it names its folder itself
     assert settings.environment()["LONGVIEW_DEFINITIONS"] == str(target.parent)
     # The same again changes nothing; a running Airflow need not be waited for.
     before = target.stat()
-    assert run.register(path) is False
+    assert run.register(path, "/elsewhere") is False
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     own_definition(tmp_path, file=file, title="Renamed")
-    assert run.register(path) is True
+    assert run.register(path, "/data") is True
     assert dataset(str(target)).title == "Renamed"
     assert [entry.name for entry in target.parent.iterdir()] == ["shop.yaml"]
     # Given where it already is, it may have been edited in place.
-    assert run.register(target) is True
+    assert run.register(target, "/data") is True
     assert dataset(str(target)).title == "Renamed"
+
+
+def test_the_dag_of_an_own_data_set_remembers_the_folder_of_its_last_run(monkeypatch, tmp_path):
+    # Else a backfill, or a scheduled run, of a data set that ran well would look into a folder that nobody named.
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LONGVIEW_DEFINITIONS", raising=False)
+    path = own_definition(tmp_path)
+    monkeypatch.setenv("DATASET", str(path))
+    monkeypatch.setenv("DT", "2023-02-01")
+    monkeypatch.delenv("RAW", raising=False)
+    assert run.choose_data().raw == settings.raw("shop")
+    for folder in ("/data/mine \u00e9", "s3://bucket/logs?region=eu-central-1"):
+        assert run.register(path, folder) is True
+        assert run.register(path, folder) is False
+        assert dataset(str(tmp_path / "home" / "definitions" / "shop.yaml")).run.raw == folder
+        assert run.choose_data().raw == folder  # the next one without RAW, too
+    assert dataset(str(path)).run.raw is None  # the file of its owner stays as it is
+
+
+@pytest.mark.parametrize("given", ["name: shop # mine\ntitle: x\n", "name: shop\nrun:\n  # at six\n  hour: 6\n  workers: 3\n", "name: shop\nrun: {hour: 6}", "name: shop\nrun: {}\n",
+                                   "{name: shop, title: x}", "  name: shop\n  title: x\n", "# a comment\n---\nname: shop\n", "run:\n    hour: 6\nname: shop\n"])  # fmt: skip
+def test_a_folder_is_written_into_a_definition_of_any_style(tmp_path, given):
+    from etl.definition_yaml import read_yaml, with_raw
+
+    before, after = tmp_path / "before.yaml", tmp_path / "after.yaml"
+    before.write_text(given)
+    after.write_text(with_raw(given, "/data/\U0001f600 x"))
+    expected = read_yaml(before)
+    expected["run"] = {**expected.get("run", {}), "raw": "/data/\U0001f600 x"}
+    assert read_yaml(after) == expected
+    assert after.read_text().count("#") == given.count("#")
 
 
 def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):

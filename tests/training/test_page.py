@@ -12,7 +12,7 @@ from etl.identity import report_page
 from training import page
 from training.tracking import ATTEMPT_TAG, attempt_run
 
-DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-00000000-c0"
+DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-000000000000"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from etl.quality.plots import draw
 from etl.schemas import QUARANTINE, schema_fingerprint
 from etl.store import Manifest, TableStore
 
-DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-0badf00d-c0"
+DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-0badf00d0000"
 EVIL = "<script>alert('x')</script>\"&\x00\x1b[31m\u202eABC"
 
 
