@@ -227,7 +227,10 @@ def _create(data: Path) -> None:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(mode=0o700)
     if os.geteuid() == 0:
-        os.chown(making, pwd.getpwnam(UNPRIVILEGED).pw_uid, -1)
+        try:
+            os.chown(making, pwd.getpwnam(UNPRIVILEGED).pw_uid, -1)
+        except OSError as error:  # a container whose root may nothing
+            raise InfraError(f"PostgreSQL refuses to run as root, and {making} cannot be given to {UNPRIVILEGED}: {error}", SQLITE_REMEDY) from None
     print("making a PostgreSQL for Airflow and MLflow ...", flush=True)
     _initdb(making, "-U", settings.POSTGRES_USER, "--encoding=UTF8", "--locale=C", "--auth=reject", "--no-sync")
     user = pwd.getpwuid(os.geteuid()).pw_name

@@ -169,6 +169,18 @@ def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
     assert database.stop() is True
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="what root without rights meets")
+def test_a_root_that_may_nothing_is_told_so_and_one_of_a_container_is_served(home):
+    make = "from infra import database; print(*database.ensure(create=True).values()); database.stop()"
+    container = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap"
+    refused, served = (subprocess.run(["setpriv", f"--bounding-set={rights}", "--inh-caps=-all", sys.executable, "-c", make], cwd=settings.ROOT,
+                                      capture_output=True, text=True) for rights in ("-all", container))
+    assert "cannot be given to nobody" in refused.stderr
+    assert "LONGVIEW_DB=sqlite" in refused.stderr
+    assert served.returncode == 0, served.stderr
+    assert settings.has_postgres()
+
+
 def test_a_creation_that_was_cut_off_begins_anew(home, monkeypatch):
     def cut(*_):
         raise KeyboardInterrupt
