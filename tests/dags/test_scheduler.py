@@ -53,6 +53,21 @@ if (root / "gates").exists():
     found = ("warning", (odd,)) if (root / "warn").exists() else (None, ())
     write_outcome(store_of(args), StageOutcome(args.dataset, True, args.dt, args.attempt, args.stage, 1, *found))
 '''
+# Promotion leaves what the real one does; `outcome` of the root says which.
+PROMOTE = STAGE + '''
+outcome = (root / "outcome").read_text() if (root / "outcome").exists() else "promoted"
+folder = Path(sys.argv[sys.argv.index("--runs") + 1]) / sys.argv[sys.argv.index("--attempt") + 1]
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "registration.json").write_text(json.dumps({
+    "model_name": "vql_model", "version": "3", "run_id": "abc", "experiment_id": "7", "outcome": outcome, "digests": {"model.digest": "d1"},
+    "aliases": ["champion"] if outcome == "promoted" else ["challenger"], "gate": {"passed": outcome != "refused", "reason": "the reason"}}))
+'''
+ENDED = '''
+import sys
+from pathlib import Path
+with (Path(__file__).resolve().parents[1] / "ended").open("a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+'''
 PAGE = '''
 import json, sys
 sys.stdin.read()
@@ -76,7 +91,7 @@ class Project:
                 probe.bind(("127.0.0.1", 0))
                 ports.append(str(probe.getsockname()[1]))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))}
-        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1], "LONGVIEW_LOGIN": "0"}
+        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1], "LONGVIEW_LOGIN": "0", "LONGVIEW_RETRY_WAITS": "1 2 3 4 5"}
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
         for folder in ("dags", "infra"):
             shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -91,12 +106,13 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(GATE if module == "etl.quality.audit" else STAGE)
+            path.write_text({"etl.quality.audit": GATE, "evaluation.promote": PROMOTE}.get(module, STAGE))
         for file in (settings.ROOT / "etl" / "quality").glob("*.py"):
             if file.stem != "audit":
                 shutil.copy(file, root / "etl" / "quality")
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "page.py").write_text(PAGE)
+        (root / "training" / "ended.py").write_text(ENDED)
         (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -473,6 +489,49 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
     assert "did you mean config" in project.log(run, "start", 3)
     assert project.calls() == []
     (project.root / "fault.json").unlink()
+
+
+def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stack):
+    asset = "longview://kuairand_simulated/champion"
+
+    def events() -> list[dict]:
+        found = stack.api.call("GET", "/api/v2/assets/events")["asset_events"]
+        return [event for event in found if event["uri"] == asset and event["source_run_id"] in mine]
+
+    mine: list[str] = []
+    for outcome in ("promoted", "refused"):
+        (stack.root / "outcome").write_text(outcome)
+        stack.calls()
+        stack.fault("evaluation.register", 75, once=True)  # what may pass is tried again, in the same attempt
+        run = stack.trigger("2022-04-19")
+        mine.append(urllib.parse.unquote(run.rpartition("/")[2]))
+        assert stack.ended(run) == "success"
+        calls = stack.calls()
+        assert [call[0] for call in calls].count("evaluation.register") == 2
+        [attempt] = {of(call, "--attempt") for call in calls}
+        said = [json.loads(line) for line in stack.log(run, "register.register_model").splitlines()]
+        [error] = [line for line in said if line["event"].startswith("error:")]
+        assert error["level"] == "error"
+        assert not [line for line in said if "error_detail" in line or "Traceback" in line["event"]]
+        words = {"promoted": "promoted: vql_model version 3, the reason", "refused": "NOT promoted: vql_model version 3, the reason"}[outcome]
+        assert words in stack.api.call("GET", run)["note"]
+        assert words in stack.log(run, "register.promote_model")
+        links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]
+        assert links["MLflow run"].endswith("/#/experiments/7/runs/abc")
+        assert links["Model version"].endswith("/#/models/vql_model/versions/3")
+        [event] = events()  # still that of the promotion
+        if outcome == "promoted":
+            assert {"dt": "2022-04-19", "attempt": attempt, "version": "3", "model.digest": "d1"}.items() <= event["extra"].items()
+    (stack.root / "outcome").unlink()
+
+    # A stage that failed for good ends the run in MLflow, whether it can itself or not.
+    stack.fault("etl.jobs.sequences", 2, once=True)
+    run = stack.trigger("2022-04-19")
+    assert stack.ended(run) == "failed"
+    assert stack.states(run)["sequences.build_sequences"] == "failed"
+    ended = wait_for("end of the run in MLflow", lambda: (stack.root / "ended").exists() and (stack.root / "ended").read_text())
+    assert "--dt 2022-04-19" in ended
+    assert ended.endswith("--status FAILED\n")
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
