@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from etl.errors import StageError
 
@@ -98,7 +99,8 @@ class TrainConfig:
         seed: of weights, order and draws.
         bf16: matrix products in bfloat16 (autocast); loss, softmax, code search and codebooks stay in fp32.
         compiled: torch.compile the attention over all users and the head.
-        deterministic: only algorithms that give the same bits every time, on a GPU too; slower.
+        deterministic: only algorithms that give the same bits every time, on a GPU too (a CPU always has them); slower.
+        checkpoint_every_steps, checkpoint_every_seconds: a checkpoint is written after so many steps or seconds, whichever comes first.
     """
 
     models: dict[str, ModelConfig] = field(default_factory=dict)
@@ -118,10 +120,17 @@ class TrainConfig:
     bf16: bool = False
     compiled: bool = False
     deterministic: bool = False
+    checkpoint_every_steps: int = 10_000
+    checkpoint_every_seconds: float = 30.0
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the weights, as nested dicts."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("checkpoint_every")}
 
 
 def load_config(name: str) -> TrainConfig:

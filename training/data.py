@@ -5,6 +5,7 @@ Legend: U users, E events (flat over users), T targets (flat), N distinct items.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,9 +131,8 @@ class Batch:
                 else value
             )
 
-        items = ItemFeatures({name: move(rows) for name, rows in self.items.rows.items()})
         rest = {name: move(getattr(self, name)) for name in self.__dataclass_fields__ if name != "items"}
-        return Batch(items=items, **rest)
+        return Batch(items=self.items.to(device), **rest)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,12 @@ def split_targets(sequences: Sequences, validation_share: float, seed: int) -> S
 
 
 class UserBatches:
-    """Batches of one worker: its share of the users, a fresh order and fresh target draws each epoch, seeded."""
+    """Batches of one worker: its part of global batches that do not depend on how many workers share them.
+
+    Args:
+        users_per_step: users of a global batch, of all workers together.
+        seed: of order and draws.
+    """
 
     def __init__(self, joined: Joined, rank: int, world: int, users_per_step: int, seed: int) -> None:
         self.joined = joined
@@ -227,39 +232,62 @@ class UserBatches:
         users, first = np.unique(owner, return_index=True)
         return users, np.split(targets, first[1:])
 
-    def steps_per_pass(self, targets: np.ndarray) -> int:
-        """Return the steps in which every user with a target is visited once."""
-        return -(-len(self.by_user(targets)[0]) // (self.world * self.users_per_step))
+    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int, min_steps: int = 1) -> Epoch:
+        """Return the batches of an epoch: passes over the users that have targets, until there are `min_steps`."""
+        return Epoch(self, *self.by_user(targets), epoch, targets_per_user, min_steps)
 
-    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int, min_steps: int = 1):
-        """Yield this worker's batches: passes over the users, each in a fresh order, until there are `min_steps`.
-
-        Every worker gets the same number (the last users of a pass may repeat from its start).
-        """
-        users, positions = self.by_user(targets)
-        share = self.world * self.users_per_step
-        passes = -(-min_steps // max(1, self.steps_per_pass(targets))) if len(users) else 0
-        step = 0
-        for number in range(max(passes, 1)):
-            order = np.random.default_rng([self.seed, epoch, *([number] if number else [])]).permutation(len(users))
-            order = np.resize(order, -(-len(order) // share) * share) if len(order) else order
-            for start in range(0, len(order), share):
-                mine = order[start + self.rank : start + share : self.world]
-                rng = np.random.default_rng([self.seed, epoch, step, self.rank])
-                chosen = [_draw(positions[i], targets_per_user, rng) for i in mine]
-                yield make_batch(self.joined, users[mine], chosen)
-                step += 1
-
-    def all_of(self, targets: np.ndarray):
+    def all_of(self, targets: np.ndarray) -> Iterator[Batch]:
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
         users, positions = self.by_user(targets)
         mine = np.arange(len(users))[self.rank :: self.world]
-        for start in range(0, len(mine), self.users_per_step):
-            part = mine[start : start + self.users_per_step]
+        at_once = -(-self.users_per_step // self.world)
+        for start in range(0, len(mine), at_once):
+            part = mine[start : start + at_once]
             yield make_batch(self.joined, users[part], [positions[i] for i in part])
 
 
-def _draw(positions: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    if len(positions) <= limit:
-        return positions
-    return np.sort(rng.choice(positions, limit, replace=False))
+class Epoch:
+    """This worker's batches of one epoch, by their number; None where the global batch has no user for this worker.
+
+    Order and draws are keyed by seed, epoch, pass and user: any number of workers sees the same global batches, and a
+    training that goes on in the middle of an epoch sees those that it had not seen.
+    """
+
+    def __init__(self, batches: UserBatches, users: np.ndarray, positions: list[np.ndarray], number: int, targets_per_user: int, min_steps: int) -> None:
+        self.batches, self.users, self.positions, self.targets_per_user = batches, users, positions, targets_per_user
+        self.steps_per_pass = -(-len(users) // batches.users_per_step)
+        self.passes = max(1, -(-min_steps // max(1, self.steps_per_pass)))
+        self.key = [batches.seed, number]
+        self._ordered = -1, np.zeros(0, np.int64)  # the last pass that was asked for, and its order
+
+    def __len__(self) -> int:
+        return self.passes * self.steps_per_pass
+
+    def __getitem__(self, number: int) -> Batch | None:
+        users, targets = self._drawn(number, self.batches.rank, self.batches.world)
+        return make_batch(self.batches.joined, users, targets) if len(users) else None
+
+    def items(self, number: int) -> ItemFeatures:
+        """Return the features of the distinct items of the whole global batch, in the partition's order."""
+        return make_batch(self.batches.joined, *self._drawn(number, 0, 1)).items
+
+    def _drawn(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the users of a worker's part of a global batch, and the target positions drawn for each."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        turn, place = divmod(number, self.steps_per_pass)
+        start = place * self.batches.users_per_step
+        mine = self._order(turn)[start : start + self.batches.users_per_step][rank::world]
+        return self.users[mine], [self._draw(turn, index) for index in mine]
+
+    def _order(self, turn: int) -> np.ndarray:
+        if self._ordered[0] != turn:
+            self._ordered = turn, np.random.default_rng([*self.key, turn]).permutation(len(self.users))
+        return self._ordered[1]
+
+    def _draw(self, turn: int, index: int) -> np.ndarray:
+        positions = self.positions[index]
+        if len(positions) <= self.targets_per_user:
+            return positions
+        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64  # an id may be negative, a key may not
+        return np.sort(np.random.default_rng([*self.key, turn, user]).choice(positions, self.targets_per_user, replace=False))

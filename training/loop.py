@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from etl.schemas import TRAIN
 from training.checkpoint import inherit
 from training.config import TrainConfig
-from training.data import Joined, Sequences, Split, UserBatches, split_targets
+from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,51 @@ class Worker:
     device: str = "cpu"
 
 
+class WorkerLostError(RuntimeError):
+    """Another worker of the group no longer answers: no fault of this one, and the same command may succeed."""
+
+
 @dataclass
 class EpochResult:
-    """State after an epoch; enough to continue from (`resume`).
+    """What an epoch came to, the same on every worker.
 
     Attributes:
-        metrics: of the epoch, the same on every worker.
-        model_state, best_state: now, and at the best validation log loss so far.
+        metrics: of the epoch.
+        best_logloss, best_epoch: the best validation log loss so far.
         finished: no further epoch follows.
         warnings: what the probe of the codebooks finds wrong, in words.
     """
 
     epoch: int
     metrics: dict[str, float]
-    model_state: dict
-    optimizer_state: dict
-    best_state: dict
     best_logloss: float
     best_epoch: int
     finished: bool
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands between two steps: with it, it goes on to the bits that it would have come to.
+
+    No generator belongs to it: order and draws are functions of seed, epoch and user, every other stream of seed, step and rank.
+
+    Attributes:
+        step: steps of all epochs; epoch, position: the next batch.
+        totals: of the epoch so far, float64 [2]: summed loss and targets of all workers.
+        model, optimizer: their states; codebook statistics and the end of the warm-up are buffers of the model.
+        best_model: at the best validation log loss so far, None before the first that counts.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    totals: Tensor
+    model: dict
+    optimizer: dict
+    best_model: dict | None
+    best_logloss: float
+    best_epoch: int
 
 
 def train_model(
@@ -86,68 +116,70 @@ def train_model(
     config: TrainConfig,
     worker: Worker,
     on_epoch: Callable[[EpochResult], None],
-    resume: dict | None = None,
+    on_step: Callable[[int, Callable[[], TrainingState]], None] | None = None,
+    resume: TrainingState | None = None,
     warm_start: tuple[Ranker, Vocabulary] | None = None,
 ) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
 
+    The gradient of a step is that of the loss over the whole global batch, whoever computes which part of it. On a CPU the same
+    command comes to the same bits every time; other numbers of workers come to the same weights within rounding, dropout aside.
+
     Args:
-        on_epoch: called on every worker after each epoch (report, checkpoint).
-        resume: an `EpochResult` as a dict, from a checkpoint.
+        on_epoch: called on every worker after each epoch.
+        on_step: called on every worker after each step with its number and what copies the state (a checkpoint).
+        resume: a state of this very training; the number of workers may be another.
         warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no warm-up.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        WorkerLostError: another worker no longer answers.
     """
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
-    torch.use_deterministic_algorithms(config.deterministic)
+    # Threads of a CPU add up the gradient of a gather in whatever order they come, unless told not to.
+    torch.use_deterministic_algorithms(config.deterministic or worker.device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and nothing reads it
     model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
     if warm_start is not None:
         inherit(model, data.vocabulary, *warm_start)
     if config.compiled:
         model.compile()
-    parallel = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if worker.world > 1 else model
+    sums = _StepSums(model, worker)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
-    batches = UserBatches(
-        data.joined,
-        worker.rank,
-        worker.world,
-        max(1, config.users_per_step // worker.world),
-        config.seed,
-    )
-    steps = max(batches.steps_per_pass(data.split.train), config.min_epoch_steps)
-    warmup = min(config.warmup_steps, steps * max(1, config.epochs // 2))
-    generator = torch.Generator().manual_seed(config.seed)
-    best_state, best_logloss, best_epoch, first_epoch = copy.deepcopy(model.state_dict()), float("inf"), -1, 0
+    batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
+    totals, best_model, best_logloss, best_epoch = torch.zeros(2, dtype=torch.float64, device=worker.device), None, float("inf"), -1
+    step = first_epoch = first_position = 0
     if resume is not None:
-        model.load_state_dict(resume["model_state"])
-        optimizer.load_state_dict(resume["optimizer_state"])
-        best_state, best_logloss, best_epoch = resume["best_state"], resume["best_logloss"], resume["best_epoch"]
-        first_epoch = resume["epoch"] + 1
-    step = 0
-    result = None
+        model.load_state_dict(resume.model)
+        optimizer.load_state_dict(resume.optimizer)
+        totals.copy_(resume.totals)
+        best_model, best_logloss, best_epoch = resume.best_model, resume.best_logloss, resume.best_epoch
+        step, first_epoch, first_position = resume.step, resume.epoch, resume.position
     for epoch in range(first_epoch, config.epochs):
-        started, waited, losses, samples = time.perf_counter(), 0.0, [], 0
+        order = batches.epoch(data.split.train, epoch, config.targets_per_user, config.min_epoch_steps)
+        warmup = min(config.warmup_steps, len(order) * max(1, config.epochs // 2))
+        started, waited, before = time.perf_counter(), 0.0, totals.clone()
         model.train()
-        mark = time.perf_counter()
-        for batch in batches.epoch(data.split.train, epoch, config.targets_per_user, config.min_epoch_steps):
-            batch = batch.to(worker.device)
+        for position in range(first_position, len(order)):
+            mark = time.perf_counter()
+            batch = order[position]
+            batch = batch.to(worker.device) if batch is not None else None
             waited += time.perf_counter() - mark
-            with torch.autocast(batch.target_label.device.type, torch.bfloat16, enabled=config.bf16):
-                logits, auxiliary = parallel(batch)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + auxiliary).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            torch.manual_seed(_stream(config.seed, step, worker.rank))  # of dropout: each worker's own, the same after a restart
+            sums.of(batch, config.bf16)
+            totals += sums.totals
+            nn.utils.clip_grad_norm_(sums.parameters, config.gradient_clip)
             optimizer.step()
             step += 1
-            losses.append(loss.detach())
-            samples += len(batch.target_label)
-            _tend_codebooks(model, batch, step, warmup, config, worker, generator)
-            mark = time.perf_counter()
-        train_loss = float(torch.stack(losses).mean()) if losses else float("nan")
+            _tend_codebooks(model, order, position, step, warmup, config, worker)
+            if on_step is not None:
+                state = functools.partial(_state, step, epoch, position + 1, totals, model, optimizer, best_model, best_logloss, best_epoch)
+                on_step(step, state)
+        first_position = 0
+        loss_sum, targets = totals.tolist()
+        train_loss = loss_sum / targets if targets else float("nan")
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss of {name} is not finite in epoch {epoch}")
         seconds = time.perf_counter() - started
@@ -155,33 +187,29 @@ def train_model(
         # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
         ready = model.quantizer is None or bool(model.quantizer.started)
         if ready and validation < best_logloss - 1e-5:
-            best_state, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
+            best_model, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
         finished = epoch + 1 == config.epochs or (best_epoch >= 0 and epoch - best_epoch >= config.patience)
         metrics = {
             "train_loss": train_loss,
             "validation_logloss": validation,
-            "samples_per_s": samples * worker.world / seconds,
+            "samples_per_s": float(totals[1] - before[1]) / seconds,
             "data_wait_share": waited / seconds,
             "epoch_seconds": seconds,
         }
+        totals.zero_()
         warnings: list[str] = []
         if model.quantizer is not None:
             codebook, warnings = _codebook_metrics(model, batches, data.split.validation, worker)
             metrics |= codebook
-        result = EpochResult(
-            epoch, metrics, model.state_dict(), optimizer.state_dict(), best_state, best_logloss, best_epoch, finished, warnings
-        )
+        result = EpochResult(epoch, metrics, best_logloss, best_epoch, finished, warnings)
         on_epoch(result)
         if finished:
             break
-    if result is None:
-        assert resume is not None, "a run without epochs can only be a resumed one"
-        result = EpochResult(**resume)
-    if best_epoch < 0:
+    if best_model is None:
         raise FloatingPointError(
             f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
         )
-    model.load_state_dict(best_state)
+    model.load_state_dict(best_model)
     return model.eval(), result
 
 
@@ -195,31 +223,124 @@ def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
     ]
 
 
+class _StepSums:
+    """What a step sums over the workers, in one flat array: gradients, the loss, and what the codebooks count.
+
+    A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a worker
+    without a part takes part. There is one exchange of two counts before the backward pass and one of the array after it.
+
+    Attributes:
+        parameters: those that are trained; their gradients are set by `of`.
+        totals: summed loss and number of targets of the last global batch, float64 [2].
+    """
+
+    def __init__(self, model: Ranker, worker: Worker) -> None:
+        self.model, self.worker = model, worker
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        counted = 0 if model.quantizer is None else model.quantizer.step_GCk.numel()
+        sizes = [*(p.numel() for p in self.parameters), counted, 1]
+        self.flat = torch.zeros(sum(sizes), device=worker.device)
+        *gradients, self.counted, self.loss = self.flat.split(sizes)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+
+    def of(self, batch: Batch | None, bf16: bool) -> None:
+        """Run forward and backward pass on this worker's part of the global batch, and sum over the workers."""
+        self.flat.zero_()
+        targets, events = (len(batch.target_label), len(batch.event_item)) if batch is not None else (0, 0)
+        counts = _summed(torch.tensor([targets, events], dtype=torch.float32, device=self.flat.device), self.worker)
+        quantizer = self.model.quantizer
+        if batch is not None:
+            with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
+                logits, auxiliary = self.model(batch)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, reduction="sum")
+            # The auxiliary loss is a mean over the events of this part.
+            (loss / counts[0] + auxiliary * (events / counts[1].clamp(min=1))).backward()
+            self.loss.copy_(loss.detach())
+            if quantizer is not None:
+                self.counted.copy_(quantizer.step_GCk.flatten())
+        _summed(self.flat, self.worker)
+        if quantizer is not None:
+            quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
+        self.totals = torch.stack([self.loss[0], counts[0]]).double()
+
+
+def _summed(tensor: Tensor, worker: Worker) -> Tensor:
+    """Sum a tensor over the workers, in place.
+
+    Raises:
+        WorkerLostError: another worker no longer answers.
+    """
+    if worker.world > 1:
+        with _answered(worker):
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(value: T | None, worker: Worker) -> T:
+    """Return to every worker the value that the first one has, tensors of it on the CPU."""
+    box = [value]
+    if worker.world > 1:
+        with _answered(worker):
+            dist.broadcast_object_list(box, src=0, device=torch.device(worker.device))
+    assert box[0] is not None
+    return box[0]
+
+
+@contextmanager
+def _answered(worker: Worker) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerLostError(f"worker {worker.rank} waits for another one in vain: {error}") from error
+
+
+def _stream(*key: int) -> int:
+    """Return the seed of a random stream of its own for every key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def _state(step: int, epoch: int, position: int, totals: Tensor, model: Ranker, optimizer: torch.optim.Optimizer, best_model: dict | None, best_logloss: float, best_epoch: int) -> TrainingState:
+    """Copy the state of a training to the CPU."""
+    return TrainingState(
+        step, epoch, position, _on_cpu(totals), _on_cpu(model.state_dict()), _on_cpu(optimizer.state_dict()), _on_cpu(best_model), best_logloss, best_epoch
+    )
+
+
+def _on_cpu(tree):
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
+
+
 @torch.no_grad()
-def _tend_codebooks(
-    model: Ranker, batch, step: int, warmup: int, config: TrainConfig, worker: Worker, generator: torch.Generator
-) -> None:
-    """Move averaged codebooks, start them after warm-up, revive dead codes; all workers hold bit-identical codebooks."""
+def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmup: int, config: TrainConfig, worker: Worker) -> None:
+    """Move averages, start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
+
+    Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
+    """
     quantizer = model.quantizer
     if quantizer is None:
         return
-    if quantizer.ema_decay is not None and bool(quantizer.started):
-        if worker.world > 1:
-            dist.all_reduce(quantizer.step_GCk)
-        quantizer.ema_step()
-    starting = not bool(quantizer.started) and step >= warmup
-    reviving = bool(quantizer.started) and step % config.revive_every_steps == 0
-    if starting or reviving:
-        if worker.world > 1:
-            dist.all_reduce(quantizer.usage_GC)
-            quantizer.usage_GC /= worker.world
-        if worker.rank == 0:
-            keys_NHd = model.keys(model.items(batch.items))
-            quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
-        if worker.world > 1:
-            shared = [quantizer.codebook_GCw.data, quantizer.usage_GC, quantizer.started]
-            for tensor in [*shared, quantizer.average_GCk] if quantizer.ema_decay is not None else shared:
-                dist.broadcast(tensor, src=0)
+    started = bool(quantizer.started)
+    if started:
+        quantizer.move_averages()
+    starting = not started and step >= warmup
+    if not starting and not (started and step % config.revive_every_steps == 0):
+        return
+    seed = _stream(config.seed, step)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    keys_NHd = model.keys(model.items(order.items(position).to(worker.device)))
+    quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
+    if worker.world == 1:
+        return
+    with _answered(worker):  # sums of a GPU differ in their last bits
+        for tensor in [quantizer.codebook_GCw.data, quantizer.usage_GC, *([quantizer.average_GCk] if quantizer.ema_decay is not None else [])]:
+            dist.broadcast(tensor, src=0)
 
 
 @torch.no_grad()
@@ -256,6 +377,5 @@ def _validation_logloss(model: Ranker, batches: UserBatches, targets: np.ndarray
         total += torch.stack(
             [losses.double(), torch.tensor(float(len(batch.target_label)), dtype=torch.float64, device=worker.device)]
         )
-    if worker.world > 1:
-        dist.all_reduce(total)
+    _summed(total, worker)
     return float(total[0] / total[1].clamp(min=1))

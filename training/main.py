@@ -12,29 +12,33 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import torch
 
 from etl.cli import definition_of, log, partition_parser, run_stage, store_of
 from etl.errors import StageError, TryAgainError
 from etl.local_files import replace_text
-from etl.store import TableStore, code_version
+from etl.store import TableStore, code_version, sha256_of
 from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
 from training.data import Sequences
-from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.loop import EpochResult, TrainingData, TrainingState, Worker, WorkerLostError, from_first, train_model
 from training.registry import CHAMPION, ArtifactGone, Registry
+from training.resume import Checkpoint, Checkpoints, flat
 from training.run_folder import run_folder
 from training.scoring import request_of
 from training.tracking import MetricsBuffer, attempt_run
 from training.vocabulary import Vocabulary
 
 PROGRESS_FILE = "progress.log"
+WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
+PLACEMENT_SECONDS = 50
 
 
 def main() -> None:
@@ -64,15 +68,13 @@ def main() -> None:
         "dt": args.dt,
         "attempt": args.attempt,
         "run_dir": str(run_dir),
-        "config_name": args.config,
+        "config": config,
         "ray": args.workers > 0,
-        "models": args.models,
-        "seed": args.seed,
     }
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
         job |= {"mlflow_run_id": run.info.run_id, "warm_start": _warm_start(args.warm_start, args.dataset, args.dt)}
         if args.workers == 0:
-            summaries = train_all(job, Worker(), on_report=None, resume=None)
+            summaries = train_all(job, Worker())
         else:
             summaries = _train_with_ray(job, args.workers)
     summary = {
@@ -88,19 +90,18 @@ def main() -> None:
     log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
 
 
-def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict[str, dict]:
-    """Train every model of the job on this worker; rank 0 writes packages and metrics.
-
-    Args:
-        on_report: called on every worker after each epoch with (metrics, state or None when no checkpoint is due).
-        resume: {"done": summaries of finished models, "name": model, "epoch": EpochResult as dict} from a checkpoint.
+def train_all(job: dict, worker: Worker) -> dict[str, dict]:
+    """Train every model of the job on this worker, from where its run stands; rank 0 writes checkpoints, packages and metrics.
 
     Returns:
         name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
+
+    Raises:
+        StageError: the run stands elsewhere: its checkpoints are of another training; or the loss is not finite.
     """
-    config = _narrowed(load_config(job["config_name"]), job["models"], job["seed"])
+    config: TrainConfig = job["config"]
     older = load_package(Path(job["warm_start"]))[:2] if job["warm_start"] else None
-    data, items, cutoff = load_training_data(job["warehouse"], job["dataset"], job["dt"], config, older[1] if older else None)
+    data, items, cutoff, digests = load_training_data(job["warehouse"], job["dataset"], job["dt"], config, older[1] if older else None)
     run_dir = Path(job["run_dir"])
     say = _progress(job)
     if worker.rank == 0:
@@ -114,7 +115,13 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
     metrics_log = MetricsBuffer(job["mlflow_run_id"], run_dir / "metrics.jsonl") if worker.rank == 0 else None
     if metrics_log is not None:
         metrics_log.log({"hashed_event_share": hashed}, 0)
-    summaries: dict[str, dict] = dict(resume["done"]) if resume else {}
+    warm_start = sha256_of(pafs.LocalFileSystem(), f"{job['warm_start']}/model.safetensors")[:16] if older else "none"
+    identity = {**flat(config.deciding, "configuration"), **digests, "vocabulary": data.vocabulary.digest, "weights of the warm start": warm_start}
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, config.checkpoint_every_steps, config.checkpoint_every_seconds, say)
+    reached = from_first(checkpoints.newest() if worker.rank == 0 else None, worker)
+    summaries = dict(reached.done)
+    if worker.rank == 0 and reached.state is not None:
+        say(f"going on with {reached.name} after step {reached.state.step}, batch {reached.state.position} of epoch {reached.state.epoch + 1}")
     for name in config.models:
         if name in summaries:
             continue
@@ -127,16 +134,18 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
                 for warning in result.warnings:
                     say(f"{name} warning: {warning}")
                 metrics_log.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
-            if on_report is not None:
-                on_report(
-                    result.metrics | {"epoch": result.epoch}, {"done": summaries, "name": name, "epoch": vars(result)}
-                )
 
-        mine = resume["epoch"] if resume and resume["name"] == name else None
-        if mine and mine["finished"]:
-            mine = mine | {"epoch": config.epochs}  # trained to the end before the restart: only the package is missing
+        def on_step(step: int, state: Callable[[], TrainingState], name: str = name) -> None:
+            checkpoints.offer(step, lambda: Checkpoint(dict(summaries), name, state()))
+
+        mine = reached.state if reached.name == name else None
         first = name == next(iter(config.models))  # the one that is registered, hence the one that the older model was
-        model, result = train_model(name, data, config, worker, on_epoch, resume=mine, warm_start=older if first else None)
+        try:
+            model, result = train_model(
+                name, data, config, worker, on_epoch, on_step if worker.rank == 0 else None, resume=mine, warm_start=older if first else None
+            )
+        except FloatingPointError as error:
+            raise StageError(str(error), "lower the learning rate, or look for what the data has of the extreme") from error
         package = run_dir / "models" / name
         if worker.rank == 0:
             sequences = data.joined.sequences
@@ -150,6 +159,8 @@ def train_all(job: dict, worker: Worker, on_report, resume: dict | None) -> dict
             "validation_logloss": result.best_logloss,
             "train_seconds": round(time.perf_counter() - started, 1),
         }
+        if worker.rank == 0:
+            checkpoints.write(Checkpoint(dict(summaries)))
     if metrics_log is not None:
         metrics_log.flush()
     return summaries
@@ -170,18 +181,19 @@ def _progress(job: dict) -> Callable[[str], None]:
 
 def load_training_data(
     warehouse: str, dataset: str, dt: str, config: TrainConfig, known: Vocabulary | None = None
-) -> tuple[TrainingData, pa.Table, Cutoff]:
-    """Read a published partition; return the data, its items table and the cut-off rule of its histories.
+) -> tuple[TrainingData, pa.Table, Cutoff, dict[str, str]]:
+    """Read a published partition; return the data, its items table, the cut-off rule of its histories, and the digests of what was read.
 
     Args:
         known: the vocabulary of a warm start, which this partition appends to.
     """
     store = TableStore(warehouse, dataset)
-    items, manifest = store.read(store.require("items", dt)), store.require("sequences", dt)
-    settings = manifest.settings
+    manifest, of_items = store.require("sequences", dt), store.require("items", dt)
+    items, settings = store.read(of_items), manifest.settings
     cutoff = Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), int(settings["max_events"]))
     sequences = Sequences.from_arrow(store.read(manifest), cutoff.max_events)
-    return TrainingData.of(sequences, items, config, known), items, cutoff
+    digests = {"data of sequences": manifest.data_digest, "data of items": of_items.data_digest}
+    return TrainingData.of(sequences, items, config, known), items, cutoff, digests
 
 
 def _warm_start(wanted: str, dataset: str, dt: str) -> str | None:
@@ -209,10 +221,10 @@ def _warm_start(wanted: str, dataset: str, dt: str) -> str | None:
 
 def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    gpus = torch.cuda.is_available()
+    run_dir = Path(job["run_dir"])
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
     else:
@@ -224,50 +236,80 @@ def _train_with_ray(job: dict, workers: int) -> dict[str, dict]:
             namespace=job["attempt"],
             object_store_memory=256 << 20,
         )
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
-        run_config=RunConfig(
-            # The name is the attempt: a retry resumes from its checkpoint, a reprocess starts clean.
-            name=job["attempt"],
-            storage_path=str(Path(job["run_dir"]) / "ray"),
-            failure_config=FailureConfig(max_failures=2),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
     # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
     following = threading.Event()
-    follower = threading.Thread(target=_follow, args=(Path(job["run_dir"]) / PROGRESS_FILE, following), daemon=True)
+    follower = threading.Thread(target=_follow, args=(run_dir / PROGRESS_FILE, following), daemon=True)
     follower.start()
     try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        told = _told_of_workers(error.worker_failures)
-        if told is None:
-            raise
-        raise told from error
+        gpus = ray.cluster_resources().get("GPU", 0) > 0
+        for number in range(WORKER_LOSSES + 1):
+            _wait_for_workers(workers, gpus)
+            trainer = TorchTrainer(
+                _ray_worker,
+                train_loop_config=job,
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+                # Ray's own retries would repeat errors of ours, too.
+                run_config=RunConfig(
+                    name=job["attempt"], storage_path=str(run_dir / "ray"), failure_config=FailureConfig(max_failures=0), checkpoint_config=CheckpointConfig(num_to_keep=2)
+                ),
+            )
+            try:
+                trainer.fit()
+                break
+            except (TrainingFailedError, ray.exceptions.RayActorError) as error:
+                told = _told_of_workers(error)
+                if not isinstance(told, TryAgainError) or number == WORKER_LOSSES:
+                    raise told from error
+                log(f"warning: {told.what}; starting the workers again, from the last checkpoint")
     finally:
         following.set()
         follower.join()
         ray.shutdown()
-    done = Path(job["run_dir"]) / "models" / "summaries.json"
+    done = run_dir / "models" / "summaries.json"
     return json.loads(done.read_text())
 
 
-def _told_of_workers(failures: Mapping[int, Exception]) -> StageError | None:
-    """Return what workers that failed have to say to a user; None: they crashed in code of ours."""
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+def _wait_for_workers(workers: int, gpus: bool) -> None:
+    """Wait until the cluster has room for every worker, at most a minute.
 
-    of_code = [failure._base_exc for failure in failures.values() if isinstance(failure, UserExceptionWithTraceback)]
-    for error in of_code:
-        if isinstance(error, StageError):
-            return error
-    lost = [rank for rank, failure in failures.items() if not isinstance(failure, UserExceptionWithTraceback)]
-    if not lost:
-        return None
-    reason = str(failures[lost[0]]).splitlines()[0][:300]
-    return TryAgainError(f"training lost worker {', '.join(map(str, lost))}: {reason}", "run the same command again: it goes on from the last checkpoint")
+    Raises:
+        StageError: it never will have; what was asked for, what it has and what of that is free is named.
+        TryAgainError: others use it.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    one = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    room = placement_group([one] * workers)
+    try:
+        if room.wait(PLACEMENT_SECONDS):
+            return
+    finally:
+        remove_placement_group(room)
+    has, free = ray.cluster_resources(), ray.available_resources()
+    missing = next((name for name in reversed(one) if has.get(name, 0) < workers), None)
+    what = f"no room for {workers} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has {_counted(has, one)}, free {_counted(free, one)}"
+    if missing:
+        raise StageError(what, f"train with --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes")
+    raise TryAgainError(what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)")
+
+
+def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
+    return " and ".join(f"{resources.get(name, 0):g} {name}" for name in of)
+
+
+def _told_of_workers(error: Exception) -> Exception:
+    """Return what a failed group of workers comes to: the first error of our own code, or TryAgainError for a lost worker."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    causes = {rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()}  # Ray's UserExceptionWithTraceback has it
+    for rank, cause in sorted(causes.items()):
+        if isinstance(cause, StageError):
+            return cause
+        if cause is not None and not isinstance(cause, WorkerLostError):
+            return RuntimeError(f"worker {rank} failed:\n{failures[rank]}")
+    lost = [rank for rank, cause in causes.items() if cause is None]
+    reason = (str(failures[lost[0]] if lost else error).splitlines() or [type(error).__name__])[0][:300]
+    return TryAgainError(f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}", "run the same command again: it goes on from the last checkpoint")
 
 
 def _follow(path: Path, finished: threading.Event) -> None:
@@ -286,30 +328,13 @@ def _follow(path: Path, finished: threading.Event) -> None:
 
 
 def _ray_worker(job: dict) -> None:
-    import tempfile
-
     import ray.train
 
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = str(ray.train.torch.get_device())
+    worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
-    checkpoint = ray.train.get_checkpoint()
-    resume = None
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            resume = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-
-    def report(metrics: dict, state: dict) -> None:
-        if rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(state, Path(folder) / "state.pt")
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    summaries = train_all(job, Worker(rank, world, device), report, resume)
-    if rank == 0:
+    summaries = train_all(job, worker)
+    if worker.rank == 0:
         replace_text(Path(job["run_dir"]) / "models" / "summaries.json", json.dumps(summaries))
 
 

@@ -7,6 +7,7 @@ A field's kind is its Arrow type in `items`: int64 an id, string a category, lis
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,12 @@ class ItemFeatures:
 
     def take(self, index: np.ndarray) -> ItemFeatures:
         return ItemFeatures({name: rows[index] for name, rows in self.rows.items()})
+
+    def to(self, device: str) -> ItemFeatures:
+        """Return the same rows as tensors on `device`."""
+        import torch
+
+        return ItemFeatures({name: torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True) for name, rows in self.rows.items()})
 
 
 @dataclass(frozen=True)
@@ -236,10 +243,17 @@ class Vocabulary:
         """Write `vocabulary.json` and `known_items.parquet`."""
         import pyarrow.parquet as pq
 
-        fields = {name: _to_json(field) for name, field in self.items.items()}
-        text = {"items": fields, "user_fields": [field.values for field in self.user_fields], "contexts": self.contexts}
-        (folder / "vocabulary.json").write_text(json.dumps(text))
+        (folder / "vocabulary.json").write_text(self._text())
         pq.write_table(self.known_items, folder / "known_items.parquet", compression="zstd")
+
+    @property
+    def digest(self) -> str:
+        """Digest of which row everything has."""
+        return hashlib.sha256(self._text().encode()).hexdigest()[:16]
+
+    def _text(self) -> str:
+        fields = {name: _to_json(field) for name, field in self.items.items()}
+        return json.dumps({"items": fields, "user_fields": [field.values for field in self.user_fields], "contexts": self.contexts})
 
     @staticmethod
     def load(folder: Path) -> Vocabulary:

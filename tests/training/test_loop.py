@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +16,11 @@ import torch.multiprocessing as mp
 
 from etl.partitions import MS_PER_DAY, day_number
 from etl.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
+from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
-from training.data import Joined, Sequences, UserBatches, split_targets
-from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
+from training.loop import TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
@@ -137,45 +141,99 @@ def test_a_collapsed_codebook_is_said_in_words():
     assert all(len(words) == count for words, count in said)
 
 
-def test_a_run_that_was_cut_continues_to_the_same_weights(tmp_path):
-    data = planted(users=20, length=60, topics=4, seed=2)
-    config = small_config(epochs=3, patience=3, warmup_steps=2)
-    states: list[EpochResult] = []
-
-    def keep(result: EpochResult) -> None:
-        torch.save(vars(result), tmp_path / f"{result.epoch}.pt")
-        states.append(result)
-
-    _whole, _ = train_model("vql", data, config, Worker(), keep)
-    resume = torch.load(tmp_path / "0.pt", weights_only=True)
-    _continued, result = train_model("vql", data, config, Worker(), lambda result: None, resume=resume)
-    assert result.epoch == 2
-    # Revival draws restart with the process; nothing else may differ.
-    assert states[-1].metrics["validation_logloss"] == pytest.approx(result.metrics["validation_logloss"], abs=0.02)
+class Stop(Exception):
+    """Ends a training at a step of the test's choice, as a kill would."""
 
 
-def _train_one_rank(rank: int, world: int, port: int, folder: str, ema_decay: float | None) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+@pytest.mark.parametrize("name", ["vql", "softmax_attention"])
+@pytest.mark.parametrize("cuts", [(1,), (7, 8, 20), (3, 12, 13, 27)], ids=str)
+def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once(name, cuts, tmp_path, monkeypatch):
+    data = planted(users=45, length=60, topics=4, seed=2)
+    model = ModelConfig(interest=name, codes=16, dropout=0.2, ema_decay=0.9 if name == "vql" else None)
+    config = small_config(models={name: model}, epochs=3, patience=9, warmup_steps=5, revive_every_steps=4, min_epoch_steps=10, targets_per_user=16)
+    seen: list[bytes] = []
+    make = Epoch.__getitem__
+    monkeypatch.setattr(Epoch, "__getitem__", lambda self, number: seen.append(number) or make(self, number))
+    whole, ended = train_model(name, data, config, Worker(), lambda result: None)
+    expected, losses = seen.copy(), []
+    seen.clear()
+
+    def keep(at: int, step: int, state: Callable[[], TrainingState]) -> None:
+        if step == at:
+            torch.save(vars(state()), tmp_path / "state.pt")
+            raise Stop
+
+    resume = None
+    for cut in cuts:
+        with pytest.raises(Stop):
+            train_model(name, data, config, Worker(), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), resume)
+        resume = TrainingState(**torch.load(tmp_path / "state.pt", weights_only=True))
+        torch.manual_seed(cut)  # another process has generators of its own
+    last, again = train_model(name, data, config, Worker(), lambda result: losses.append(result.metrics["train_loss"]), resume=resume)
+    assert seen == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True))
+    assert (ended.best_epoch, ended.best_logloss, ended.metrics["train_loss"]) == (again.best_epoch, again.best_logloss, losses[-1])
+    assert len(losses) == 3
+
+
+def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int) -> None:
+    """Train every model of the configuration as this rank of every group that has it."""
     torch.set_num_threads(1)
-    data = planted(users=32, length=50, topics=4, seed=3)
-    config = small_config(epochs=3, patience=6, revive_every_steps=3, warmup_steps=3, users_per_step=4)
-    model, _ = train_model(
-        "vql",
-        data,
-        dataclasses.replace(config, models={"vql": dataclasses.replace(config.models["vql"], ema_decay=ema_decay)}),
-        Worker(rank, world),
-        lambda result: None,
-    )
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    data = planted(users=30, length=50, topics=4, seed=3)
+    sequences = data.joined.sequences
+    none = np.repeat(np.arange(30) < silent, 50)  # users without history
+    sequences = dataclasses.replace(sequences, target_end=np.where(none, 0, sequences.target_end))
+    data = dataclasses.replace(data, joined=dataclasses.replace(data.joined, sequences=sequences))
+    for world, port in ports.items():
+        if rank >= world:
+            continue
+        if world > 1:
+            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        for name in config.models:
+            found: dict = {"bits": hashlib.sha256(), "loss": []}
+
+            def look(step: int, state: Callable[[], TrainingState], found: dict = found) -> None:
+                now = state()
+                tensors = [*now.model.values(), *(t for moments in now.optimizer["state"].values() for t in moments.values()), now.totals]
+                for tensor in tensors:
+                    found["bits"].update(tensor.numpy().tobytes())
+                found["model"] = now.model
+
+            train_model(name, data, config, Worker(rank, world), lambda result, found=found: found["loss"].append(result.metrics["train_loss"]), look)
+            torch.save(found | {"bits": found["bits"].hexdigest()}, f"{folder}/{name}-{world}-{rank}.pt")
+        if world > 1:
+            torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_two_ranks_end_with_bit_identical_codebooks_and_weights(ema_decay, tmp_path):
-    port = 20_000 + os.getpid() % 20_000
-    mp.spawn(_train_one_rank, args=(2, port, str(tmp_path), ema_decay), nprocs=2)  # 150 steps
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    # Usage averages are each rank's own between synchronisations; weights and codebooks are not.
-    assert [name for name in different if "usage" not in name] == []
+def trained_by(worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0) -> Callable[[str, int], list[dict]]:
+    """Train with groups of so many processes; return what (name, workers) saw, a rank each: a digest of every bit after every step, losses, the model."""
+    ports = {world: free_port() for world in worlds}
+    mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent), nprocs=max(worlds))
+    return lambda name, world: [torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path):
+    vql = ModelConfig(codes=16, dropout=0.0)
+    models = {"vql": vql, "averages": dataclasses.replace(vql, ema_decay=0.9), "softmax": dataclasses.replace(vql, interest="softmax_attention")}
+    # 30 users in global batches of 7: the last of a pass has 2, so that of 3 or 4 workers some have none. 50 steps.
+    config = small_config(models=models, epochs=1, min_epoch_steps=50, users_per_step=7, targets_per_user=16, warmup_steps=6, revive_every_steps=3)
+    trained = trained_by([1, 2, 3, 4], tmp_path, config)
+    for name in models:
+        [one] = trained(name, 1)
+        for world in (2, 3, 4):
+            ranks = trained(name, world)
+            assert len({rank["bits"] for rank in ranks}) == 1, (name, world)
+            assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            for key, weight in one["model"].items():
+                assert torch.allclose(weight.float(), ranks[0]["model"][key].float(), rtol=1e-3, atol=2e-4), (name, world, key)
+
+
+def test_a_worker_whose_users_have_no_history_does_not_stop_the_others(tmp_path):
+    config = small_config(epochs=1, users_per_step=3, targets_per_user=16, warmup_steps=4)
+    config = dataclasses.replace(config, models={"vql": config.models["vql"]})
+    ranks = trained_by([3], tmp_path, config, silent=20)("vql", 3)  # every worker has steps without a single event
+    assert len({rank["bits"] for rank in ranks}) == 1
+
+
+def test_dropout_streams_differ_by_worker_and_step():
+    assert len({_stream(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}) == 240

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
+import pyarrow as pa
 import pytest
 
 from etl.schemas import schema_fingerprint
 from etl.store import Manifest, TableStore
+from tests.processes import Started, runs, start
 from tests.training.conftest import DT, random_partition
+from tests.waiting import wait_for
 from training.checkpoint import Cutoff
 from training.scoring import load_scorer
 
@@ -25,18 +33,28 @@ def warehouse(tmp_path) -> str:
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
     settings = {"cutoff": "day_start", "availability_lag_ms": 60_000, "max_events": 30}
     for table, rows in (("items", items), ("sequences", sequences)):
-        work = store.begin_try("t", [table], [DT])
-        file = store.write_file(work, table, DT, 0, rows)
-        counts = {"train_targets": 24 * 7}
-        store.write_staged_manifest(work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
-        store.publish("t", table, DT)
+        publish(store, table, rows, settings)
     return store.warehouse
 
 
-def train(tmp_path: Path, warehouse: str, *more: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+def publish(store: TableStore, table: str, rows: pa.Table, settings: Mapping[str, Any]) -> None:
+    work = store.begin_try("t", [table], [DT])
+    file = store.write_file(work, table, DT, 0, rows)
+    counts = {"train_targets": 24 * 7}
+    store.write_staged_manifest(work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
+    store.publish("t", table, DT)
+
+
+def command(tmp_path: Path, warehouse: str, *more: str) -> tuple[list[str], dict[str, str]]:
+    """Return command line and environment of a training; OMP_NUM_THREADS as on the smallest machine."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "OMP_NUM_THREADS": "1"}
     words = ["--dataset", "kuairand", "--warehouse", warehouse, "--dt", DT, "--attempt", "t", "--runs", str(tmp_path / "runs"), "--config", "tiny"]
-    return subprocess.run([sys.executable, "-m", "training.main", *words, *more], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return [sys.executable, "-m", "training.main", *words, *more], env
+
+
+def train(tmp_path: Path, warehouse: str, *more: str) -> subprocess.CompletedProcess:
+    words, env = command(tmp_path, warehouse, *more)
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def check_run(tmp_path: Path, done: subprocess.CompletedProcess) -> dict:
@@ -47,24 +65,80 @@ def check_run(tmp_path: Path, done: subprocess.CompletedProcess) -> dict:
         scorer = load_scorer(model["package"])
         assert len(scorer.score_request(scorer.example_request())) >= 1
         assert scorer.cutoff == Cutoff("day_start", 60_000, 30)  # as the manifest of sequences says
-    assert "vql epoch 2/2" in done.stdout
     return summary
 
 
-def test_training_in_one_process_and_a_retry_continues_the_mlflow_run(tmp_path, warehouse):
+def bits(tmp_path: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in (tmp_path / "runs" / "t" / "models").glob("*/model.safetensors")}
+
+
+def checkpoints(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "runs" / "t" / "checkpoints").glob("*.pt"))
+
+
+def killed(tmp_path: Path, warehouse: str, workers: str, newer_than: int, whom: Callable[[Started], list[psutil.Process]]) -> Started:
+    """Start a training and SIGKILL some of its processes once a checkpoint newer than a number is there."""
+    words, env = command(tmp_path, warehouse, "--workers", workers)
+    running = start(words, tmp_path / "log", ROOT, env)
+    wait_for("checkpoint", lambda: running.process.poll() is not None or any(int(path.stem.split("-")[0]) > newer_than for path in checkpoints(tmp_path)), every=0.01)
+    for process in whom(running):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return running
+
+
+def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by_side(tmp_path, warehouse):
     first = check_run(tmp_path, train(tmp_path, warehouse, "--workers", "0"))
-    second = check_run(tmp_path, train(tmp_path, warehouse, "--workers", "0"))
+    weights = bits(tmp_path)
+    again = train(tmp_path, warehouse, "--workers", "0")
+    second = check_run(tmp_path, again)
     assert first["mlflow_run_id"] == second["mlflow_run_id"]
-    assert [m["validation_logloss"] for m in first["models"].values()] == [m["validation_logloss"] for m in second["models"].values()]
+    assert first["models"] == second["models"] and weights == bits(tmp_path)
+    assert again.stdout.count("epoch 2/2") == 0  # all is done
+    other = train(tmp_path, warehouse, "--workers", "0", "--seed", "8")
+    assert other.returncode == 2
+    assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr
+    store = TableStore(warehouse, "kuairand")
+    publish(store, "sequences", random_partition(users=24, longest=40, seed=1)[1], store.require("sequences", DT).settings)
+    other = train(tmp_path, warehouse, "--workers", "0")
+    assert other.returncode == 2
+    assert re.search(r"checkpoints of another training:\n +data of sequences: '?\w+'? there, '?\w+'? now\n", other.stderr), other.stderr
+    assert weights == bits(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, warehouse):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    check_run(whole, train(whole, warehouse, "--workers", "0"))
+    for after in (0, 2, 5):
+        killed(tmp_path, warehouse, "0", after, lambda running: running.family()).process.wait()
+    newest = checkpoints(tmp_path)[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    done = train(tmp_path, warehouse, "--workers", "0")
+    check_run(tmp_path, done)
+    assert f"checkpoint {newest} is damaged" in done.stdout and "going on with" in done.stdout
+    assert len(checkpoints(tmp_path)) <= 2
+    assert bits(tmp_path) == bits(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_train_every_model(tmp_path, warehouse):
-    done = train(tmp_path, warehouse, "--workers", "2")
-    summary = check_run(tmp_path, done)
+def test_two_ray_workers_that_are_killed_and_a_driver_that_is_end_with_the_bits_of_a_quiet_run(tmp_path, warehouse):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    done = train(whole, warehouse, "--workers", "2")
+    summary = check_run(whole, done)
     assert "2 worker(s)" in done.stdout
     assert all(model["epochs"] == 2 for model in summary["models"].values())
+
+    def a_worker(running: Started) -> list[psutil.Process]:
+        return [process for process in running.family() if runs(process, "RayTrainWorker")][:1]
+
+    running = killed(tmp_path, warehouse, "2", 0, a_worker)
+    code, said = running.finish()
+    assert code == 0 and "training lost worker" in said and "going on with" in said, said
+    assert bits(tmp_path) == bits(whole)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_usage_perplexity_and_dead_share_say_how_even_the_codes_are():
 def _train(quantizer: GroupedQuantizer, keys: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One step; return the assignments."""
     codes = quantizer.train()(keys, weight, 0.25)[2]
-    quantizer.ema_step()
+    quantizer.move_averages()
     return codes
 
 
@@ -131,7 +131,7 @@ def test_sums_over_workers_are_the_sums_of_the_whole_batch():
     total = workers[0].step_GCk + workers[1].step_GCk  # the all-reduce
     for worker in workers:
         worker.step_GCk.copy_(total)
-        worker.ema_step()
+        worker.move_averages()
     assert torch.equal(workers[0].codebook_GCw, workers[1].codebook_GCw)
     assert torch.allclose(workers[0].codebook_GCw, whole.codebook_GCw, atol=1e-6)
 
@@ -186,7 +186,7 @@ def test_groups_may_have_codebooks_of_different_sizes():
     quantizer.train()
     for _ in range(3):
         _, _, codes = quantizer(keys, torch.ones(400), 0.25)
-        quantizer.ema_step()
+        quantizer.move_averages()
         quantizer.revive(keys, torch.Generator().manual_seed(0))
         assert codes.amax(0).tolist() == [1, 4, 15]
     assert (quantizer.perplexity_share() > 0.5).all() and (quantizer.perplexity_share() <= 1).all()

@@ -30,12 +30,12 @@ class GroupedQuantizer(nn.Module):
 
     Attributes:
         codebook_GCw: the codewords; the task's gradient goes straight through them to the keys.
-        usage_GC: moving average of each code's share of the events.
+        usage_GC: moving average of each code's share of the events, of all workers.
         started: 0 until `start_from_keys` has run; before it, keys pass unquantized.
         average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event count,
             fp32 [G, C, w + 1].
         spare_GC: rows of a group's codebook that are not codes, because another group has more.
-        step_GCk: with an `ema_decay` only: the same sums of the last training batch. Sum them over workers, then call `ema_step`.
+        step_GCk: the same sums of the last training batch of this worker. Sum them over workers, then call `move_averages`.
     """
 
     usage_GC: Tensor
@@ -57,7 +57,7 @@ class GroupedQuantizer(nn.Module):
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
         if ema_decay is not None:
             self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones_like(words_GCw[..., :1])], -1))
-            self.register_buffer("step_GCk", torch.zeros(groups, self.codes, group_width + 1), persistent=False)
+        self.register_buffer("step_GCk", torch.zeros(groups, self.codes, group_width + 1), persistent=False)
 
     @torch.no_grad()
     def search(self, keys_NHd: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ class GroupedQuantizer(nn.Module):
                 loss = loss + ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
             hard_GNw = straight_through(keys_GNw, words_GNw)
             if self.training:
-                self._track(codes_NG, keys_GNw.detach(), weight_N.float())
+                # Copied, not added: a recomputed forward pass must not count twice.
+                self.step_GCk.copy_(self._sums(codes_NG, keys_GNw.detach(), weight_N.float()))
         return self._ungrouped(hard_GNw, keys_NHd), loss, codes_NG
 
     def quantized(self, codes_NG: Tensor, like_NHd: Tensor) -> Tensor:
@@ -127,12 +128,16 @@ class GroupedQuantizer(nn.Module):
         self.started.fill_(1)
 
     @torch.no_grad()
-    def ema_step(self) -> None:
-        """Move averages and codewords by one batch, after its backward pass; `step_GCk` holds the sums of all workers."""
-        assert self.ema_decay is not None
-        events_G11 = self.step_GCk[..., -1:].sum(1, keepdim=True)
+    def move_averages(self) -> None:
+        """Move usage, and averaged codewords, by one batch, after its backward pass; `step_GCk` holds the sums of all workers."""
+        count_GC = self.step_GCk[..., -1]
+        events_G1 = count_GC.sum(1, keepdim=True).clamp(min=1)
+        # Slow enough that a rare code is not taken for dead: from an even share it takes 77 batches without an event.
+        self.usage_GC.lerp_(count_GC / events_G1, 0.05)
+        if self.ema_decay is None:
+            return
         # In shares, an average code weighs 1 whatever the batch, and so does a restarted one.
-        even_GCk = self.step_GCk * (self.sizes_G1[..., None] / events_G11.clamp(min=1))
+        even_GCk = self.step_GCk * (self.sizes_G1 / events_G1)[..., None]
         self.average_GCk.lerp_(even_GCk, 1 - self.ema_decay)
         # Both sums of an unused code decay alike, so its codeword stays, until there is nothing left to divide.
         total_GCw, weight_GC1 = self.average_GCk[..., :-1], self.average_GCk[..., -1:]
@@ -165,15 +170,6 @@ class GroupedQuantizer(nn.Module):
 
     def _even_usage(self) -> Tensor:
         return torch.where(self.spare_GC, 0.0, 1.0 / self.sizes_G1)
-
-    @torch.no_grad()
-    def _track(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> None:
-        sums_GCk = self._sums(codes_NG, keys_GNw, weight_N)
-        share_GC = sums_GCk[..., -1] / weight_N.sum().clamp(min=1)
-        # Slow enough that a rare code is not taken for dead: from an even share it takes 77 batches without an event.
-        self.usage_GC.lerp_(share_GC.to(self.usage_GC.dtype), 0.05)
-        if self.ema_decay is not None:
-            self.step_GCk.copy_(sums_GCk)  # not added: a recomputed forward pass must not count twice
 
     def _sums(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> Tensor:
         """Sum weighted keys and, last, weights per code, fp32 [G, C, w + 1]."""

@@ -1,0 +1,110 @@
+"""Speed of the whole training loop (loader, step, exchange between workers) on CPU workers, one thread each: samples a second, and a
+second of processor time of the first worker, which other programs disturb less.
+
+    python -m benchmarks.train_loop --workers 1,2 --models vql,softmax_attention
+
+Random users whose labels follow a taste; the configuration `default`. Compare figures of one quiet machine only. A table, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from etl.partitions import MS_PER_DAY
+from etl.schemas import SEQUENCES, TRAIN, WATCH_BUCKETS
+from training.config import TrainConfig, load_config
+from training.data import Sequences
+from training.loop import EpochResult, TrainingData, Worker, train_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=400)
+    parser.add_argument("--length", type=int, default=500, help="events of a user, each of them a target, too")
+    parser.add_argument("--items", type=int, default=5_000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--workers", default="1,2")
+    parser.add_argument("--models", default="vql,softmax_attention,mean_pooling")
+    args = parser.parse_args()
+    found = []
+    print(f"{'model':<20}{'workers':>8}{'samples/s':>12}{'samples/CPU-s':>15}{'train loss':>12}")
+    for name in args.models.split(","):
+        for workers in map(int, args.workers.split(",")):
+            figures = measured(name, workers, args)
+            found.append({"model": name, "workers": workers, **figures})
+            print(f"{name:<20}{workers:>8}{figures['samples_per_s']:>12,.0f}{figures['samples_per_cpu_s']:>15,.0f}{figures['train_loss']:>12.4f}", flush=True)
+    print(json.dumps({"benchmark": "train_loop", "torch": torch.__version__, "users": args.users, "length": args.length, "runs": found}))
+
+
+def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return the best figures of the epochs after the first (validation is in their processor time), and the last training loss."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        mp.spawn(_work, args=(name, workers, port, args, folder), nprocs=workers)
+        epochs = json.loads((Path(folder) / "epochs.json").read_text())
+    return {
+        "samples_per_s": max(epoch["samples_per_s"] for epoch in epochs[1:]),
+        "samples_per_cpu_s": max(epoch["samples_per_s"] * epoch["epoch_seconds"] / epoch["cpu_seconds"] for epoch in epochs[1:]),
+        "train_loss": epochs[-1]["train_loss"],
+    }
+
+
+def _work(rank: int, name: str, workers: int, port: int, args: argparse.Namespace, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if workers > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=workers)
+    config = dataclasses.replace(load_config("default"), epochs=args.epochs, patience=args.epochs, warmup_steps=10)
+    data = make_data(args.users, args.length, args.items, config)
+    epochs: list[dict[str, float]] = []
+    spent = time.process_time()
+
+    def note(result: EpochResult) -> None:
+        nonlocal spent
+        epochs.append(result.metrics | {"cpu_seconds": time.process_time() - spent})
+        spent = time.process_time()
+
+    train_model(name, data, config, Worker(rank, workers), note)
+    if rank == 0:
+        (Path(folder) / "epochs.json").write_text(json.dumps(epochs))
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+def make_data(users: int, length: int, items: int, config: TrainConfig) -> TrainingData:
+    """Return users of equal length; every event is a target that sees the events before its day."""
+    rng = np.random.default_rng(0)
+    item = rng.integers(0, items, (users, length))
+    days = np.sort(rng.integers(0, 14, (users, length)), 1)
+    times = np.sort(days * MS_PER_DAY + rng.integers(0, MS_PER_DAY, (users, length)), 1)
+    taste = rng.normal(0, 2, (users, 16))
+    label = rng.random((users, length)) < 1 / (1 + np.exp(-np.take_along_axis(taste, item % 16, 1)))
+    rows = [{
+        "user_id": user, "user_fields": ["a"],
+        "history_item_index": item[user], "history_time_ms": times[user], "history_feedback": label[user].astype(int), "history_watch_bucket": item[user] % WATCH_BUCKETS,
+        "target_item_index": item[user], "target_time_ms": times[user], "target_label": label[user].astype(int), "target_context": np.ones(length, int),
+        "target_split": np.full(length, TRAIN), "target_history_end": np.searchsorted(times[user], times[user] // MS_PER_DAY * MS_PER_DAY),
+    } for user in range(users)]  # fmt: skip
+    index = np.arange(items)
+    table = pa.table({"item_index": index.astype(np.int32), "item_id": index, "train_occurrences": np.full(items, 9), "author_id": index // 3,
+                      "categories": [[str(i % 16)] for i in index], "duration_ms": rng.random(items)})  # fmt: skip
+    return TrainingData.of(Sequences.from_arrow(pa.Table.from_pylist(rows, schema=SEQUENCES)), table, config)
+
+
+if __name__ == "__main__":
+    main()

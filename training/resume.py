@@ -1,0 +1,139 @@
+"""Checkpoints of a run: written beside the steps, found again after whatever ended it, refused by any other training.
+
+    <run>/checkpoints/NNNNNNNN-<first half of the sha256 of its bytes>.pt
+
+A file appears whole, under its digest; two are kept, so that a newest one that was damaged later costs some steps and not the run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from etl.errors import StageError
+from etl.local_files import sync
+from etl.store import sha256_of
+from training.loop import TrainingState
+
+KEPT = 2
+FORMAT = "1"
+SHOWN_CHARACTERS = 80
+
+
+@dataclass
+class Checkpoint:
+    """Where a run of several models stands.
+
+    Attributes:
+        done: summaries of the finished models.
+        name: the model in training, with its state; None where the next one has not begun.
+    """
+
+    done: dict[str, dict] = field(default_factory=dict)
+    name: str | None = None
+    state: TrainingState | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one run, which one process writes.
+
+    Args:
+        folder: theirs alone; made when the first is written.
+        identity: all that decides the weights, name -> value; a run goes on from no checkpoint that differs in any of it.
+        every_steps, every_seconds: a checkpoint is due after so many steps, or so many seconds, whichever comes first.
+        say: takes what is to be told.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str], every_steps: int, every_seconds: float, say: Callable[[str], None]) -> None:
+        self.folder, self.identity, self.say = folder, {"format of checkpoints": FORMAT, **identity}, say
+        self.every_steps, self.every_seconds = every_steps, every_seconds
+        self._last_step, self._last_time = 0, time.monotonic()
+        self._writing: threading.Thread | None = None
+
+    def newest(self) -> Checkpoint:
+        """Return where the run stands: the newest checkpoint that is whole; an empty one where there is none.
+
+        Raises:
+            StageError: it belongs to another training.
+        """
+        for path in self._files():
+            try:
+                if _digest(path) != path.stem.partition("-")[2]:
+                    raise ValueError("its bytes are not those that were written")
+                raw = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.say(f"warning: checkpoint {path} is damaged, going on from the one before it, if there is one: {reason}")
+                continue
+            self._refuse_another(raw["identity"])
+            state = TrainingState(**raw["state"]) if raw["state"] is not None else None
+            return Checkpoint(raw["done"], raw["name"], state)
+        return Checkpoint()
+
+    def offer(self, step: int, checkpoint: Callable[[], Checkpoint]) -> None:
+        """Write a checkpoint if one is due and the one before it is written; the caller waits for the copy alone."""
+        due = step - self._last_step >= self.every_steps or time.monotonic() - self._last_time >= self.every_seconds
+        if due and not (self._writing and self._writing.is_alive()):
+            self._last_step, self._last_time = step, time.monotonic()
+            self._writing = threading.Thread(target=self._write, args=(checkpoint(),), name="checkpoint", daemon=True)
+            self._writing.start()
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint now."""
+        if self._writing:
+            self._writing.join()
+        self._last_step, self._last_time = 0, time.monotonic()
+        self._write(checkpoint)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        state = vars(checkpoint.state) if checkpoint.state is not None else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{os.getpid()}.tmp"
+            torch.save({"identity": self.identity, "done": checkpoint.done, "name": checkpoint.name, "state": state}, temporary)
+            sync(temporary)
+            files = self._files()
+            number = 1 + (int(files[0].stem.partition("-")[0]) if files else 0)
+            os.replace(temporary, self.folder / f"{number:08d}-{_digest(temporary)}.pt")
+            sync(self.folder)
+            for old in self._files()[KEPT:]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            self.say(f"warning: no checkpoint could be written, a restart would begin at the one before it: {error}")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*-*.pt"), reverse=True)
+
+    def _refuse_another(self, theirs: Mapping[str, str]) -> None:
+        differing = sorted(name for name in {*theirs, *self.identity} if theirs.get(name) != self.identity.get(name))
+        if differing:
+            lines = [f"{name}: {_shown(theirs.get(name))} there, {_shown(self.identity.get(name))} now" for name in differing]
+            raise StageError(
+                f"{self.folder} holds checkpoints of another training:\n    " + "\n    ".join(lines),
+                "run it as it was, or train under another --attempt",
+            )
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "missing"
+    return value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "..."
+
+
+def _digest(path: Path) -> str:
+    return sha256_of(pafs.LocalFileSystem(), str(path))[:32]
+
+
+def flat(tree: Any, name: str = "") -> dict[str, str]:
+    """Return the leaves of nested dicts by their dotted names."""
+    if not isinstance(tree, dict):
+        return {name: repr(tree)}
+    return {key: value for part, branch in tree.items() for key, value in flat(branch, f"{name}.{part}" if name else str(part)).items()}
