@@ -224,11 +224,16 @@ class Run:
         """End a run that nobody follows any more; it would hold back the next one. A DAG that slept sleeps again."""
         if self.triggered:
             with contextlib.suppress(Exception):
-                if self.was_paused:
+                if self.was_paused and not self._others():
                     self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
             with contextlib.suppress(Exception):
                 if self.api.call("GET", self.path)["state"] not in ("success", "failed"):
                     self.api.call("PATCH", f"{self.path}?update_mask=state", {"state": "failed"})
+
+    def _others(self) -> bool:
+        """Whether the DAG has runs of other people, which would stand still in a DAG that sleeps."""
+        active = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=running&state=queued&limit=2")["dag_runs"]
+        return any(run["dag_run_id"] != self.run_id for run in active)
 
     def tell_failure(self) -> None:
         for task in (task for task in self.tasks if task["state"] == "failed"):

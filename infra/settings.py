@@ -17,7 +17,8 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from etl.uris import below, without_secrets
+from etl.errors import StageError
+from etl.uris import below, folder_problem, without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +61,10 @@ def raw(dataset: str) -> str:
 
     LONGVIEW_RAW is the folder or URI of all data sets' folders, by default `raw` in LONGVIEW_HOME.
     """
-    return below(_address("LONGVIEW_RAW") or str(home() / "raw"), dataset)
+    given = _address("LONGVIEW_RAW")
+    if given and (problem := folder_problem(given)):
+        raise StageError(f"LONGVIEW_RAW: {problem}", "set it to an absolute path or a URI, or leave it unset")
+    return below(given or str(home() / "raw"), dataset)
 
 
 def raw_variable() -> str:

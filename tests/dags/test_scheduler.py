@@ -407,8 +407,8 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     assert project.ended(run) == "failed"
     assert modules_of(project.calls()) == ["training.main", "evaluation.main"]
 
-    # Only the failed task with what follows: the training is not done again.
-    project.clear(run, "evaluate.evaluate_models")
+    # Only what failed, with what follows: the training is not done again.
+    project.clear(run, only_failed=True)
     assert project.ended(run) == "success"
     calls = project.calls()
     assert modules_of(calls) == ["evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
@@ -420,13 +420,14 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     calls = project.calls()
     assert (modules_of(calls), attempts_of(calls)) == (["evaluation.promote"], {attempt})
 
-    # The question cleared after its answer: asked again, and nothing trains meanwhile.
-    project.clear(run, APPROVAL)
-    assert project.question(run)["body"] == asked["body"]
-    assert project.calls() == []
-    project.answer(run, "Reject")
-    assert project.ended(run) == "success"
-    assert project.calls() == []
+    # The question cleared after its answer, whatever it was: asked again, and nothing trains meanwhile.
+    for answer in ("Reject", None):
+        project.clear(run, APPROVAL)
+        assert project.question(run)["body"] == asked["body"]
+        if answer:
+            project.answer(run, answer)
+            assert project.ended(run) == "success"
+        assert project.calls() == []
 
     # The whole run, and its first task with what follows: new attempts, with the run's parameters, judged anew.
     seen = {attempt}

@@ -283,6 +283,9 @@ def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):
     assert (settings.raw("tmall"), settings.raw("kuairand")) == ("s3://logs/tmall", "s3://logs/kuairand")
     monkeypatch.setenv("LONGVIEW_RAW", "s3://logs/all?region=us-east-1&scheme=http")
     assert settings.raw("tmall") == "s3://logs/all/tmall?region=us-east-1&scheme=http"
+    monkeypatch.setenv("LONGVIEW_RAW", "logs")  # the services and a shell work in different folders
+    with pytest.raises(StageError, match=r"LONGVIEW_RAW: 'logs' is relative(.|\n)*absolute path"):
+        settings.raw("tmall")
 
 
 def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
