@@ -209,9 +209,23 @@ def split_targets(sequences: Sequences, validation_share: float, seed: int) -> S
     split = sequences.target_split
     train, validation = np.flatnonzero(split == TRAIN), np.flatnonzero(split == VALIDATION)
     if not len(validation):
-        held = np.random.default_rng(seed).random(len(split))[train] < validation_share
+        held = np.random.default_rng(seed).random(len(train)) < validation_share
         train, validation = train[~held], train[held]
     return Split(train, validation, np.flatnonzero(split == EVALUATION))
+
+
+def trained_rows(joined: Joined, targets: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray], np.ndarray]:
+    """Return the embedding rows that some of these targets read: of each item field, of each user field, and of contexts."""
+    sequences = joined.sequences
+    owner = np.searchsorted(sequences.target_start, targets, side="right") - 1
+    seen_U = np.zeros(sequences.users, np.int64)
+    np.maximum.at(seen_U, owner, sequences.target_end[targets].astype(np.int64))
+    place_E = np.arange(len(sequences.history_item)) - np.repeat(sequences.history_start[:-1], np.diff(sequences.history_start))
+    events = sequences.history_item[place_E < np.repeat(seen_U, np.diff(sequences.history_start))]
+    items = np.union1d(events, sequences.target_item[targets])
+    users = joined.user_rows[np.unique(owner)]
+    fields = {name: np.unique(rows[items]) for name, rows in joined.items.rows.items()}
+    return fields, [np.unique(column) for column in users.T], np.unique(joined.context_row[targets])
 
 
 class UserBatches:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from etl.schemas import TRAIN
 from training.checkpoint import inherit
 from training.config import TrainConfig
-from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets
+from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
@@ -40,8 +40,10 @@ class TrainingData:
     @staticmethod
     def of(sequences: Sequences, items: pa.Table, config: TrainConfig, known: Vocabulary | None = None) -> TrainingData:
         """Return the data of a partition with its vocabulary, or with a warm start's, which the partition appends to."""
-        fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-        contexts = sequences.target_context[sequences.target_split == TRAIN]
+        train = np.flatnonzero(sequences.target_split == TRAIN)
+        trained = np.unique(np.searchsorted(sequences.target_start, train, side="right") - 1)
+        fields = [np.array(values, dtype=object)[trained] for values in zip(*sequences.user_fields, strict=True)]
+        contexts = sequences.target_context[train]
         make = Vocabulary.build if known is None else known.appended
         vocabulary = make(items, fields, contexts, config.vocabulary)
         split = split_targets(sequences, config.validation_share, config.seed)
@@ -210,7 +212,25 @@ def train_model(
             f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
         )
     model.load_state_dict(best_model)
+    if warm_start is None:  # rows that this partition does not show were trained by an earlier one
+        _fill_unseen_rows(model, data)
     return model.eval(), result
+
+
+@torch.no_grad()
+def _fill_unseen_rows(model: Ranker, data: TrainingData) -> None:
+    """Give every embedding row that no training target read the mean of those that some did: what an unseen value means."""
+    items, users, contexts = trained_rows(data.joined, data.split.train)
+    tables = [*model.items.tables, *model.user_fields, model.context]
+    for table, rows in zip(tables, [*items.values(), *users, contexts], strict=True):
+        weight, read = table.weight, torch.from_numpy(np.ascontiguousarray(rows)).to(table.weight.device)
+        read = read[read > 0] if table.padding_idx is not None else read  # no category at all is no value
+        unread = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+        unread[read] = False
+        if table.padding_idx is not None:
+            unread[table.padding_idx] = False
+        if len(read):
+            weight[unread] = weight[read].mean(0)
 
 
 def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:

@@ -1,7 +1,8 @@
 """The model's own ids: which embedding row an item, an author, a category or a field value has.
 
 A partition's `item_index` is the data's business; the vocabulary travels with the checkpoint. It is joined to a
-partition once per item (a few small integer arrays), never once per event. Row 0 of every field is "missing or unseen".
+partition once per item (a few small integer arrays), never once per event. Row 0 of every field is "missing or unseen"; a value
+that training days do not show is unseen.
 A field's kind is its Arrow type in `items`: int64 an id, string a category, list<string> categories, float64 a number.
 """
 
@@ -269,19 +270,21 @@ class Vocabulary:
 
 
 def _new_field(column: pa.ChunkedArray, train_occurrences: np.ndarray, config: VocabularyConfig) -> Field:
+    """Return a field of what training days show: what the evaluation day alone has is as unseen as it will be in service."""
+    trained = column.filter(pa.array(train_occurrences > 0))
     if pa.types.is_integer(column.type):
         known = ~column.is_null().to_numpy()
         ids, inverse = np.unique(column.fill_null(0).to_numpy()[known], return_inverse=True)
         counts = np.bincount(inverse, weights=train_occurrences[known], minlength=len(ids))
         return IdField.of(ids[counts >= config.min_occurrences], config.hashed_rows)
     if pa.types.is_list(column.type):
-        return ValueField("categories", ()).appended(pc.unique(pc.list_flatten(column)).to_pylist())
+        return ValueField("categories", ()).appended(pc.unique(pc.list_flatten(trained)).to_pylist())
     if pa.types.is_floating(column.type):
-        values = column.drop_null().to_numpy()
+        values = trained.drop_null().to_numpy()
         values = values[np.isfinite(values)]  # one "nan" in a file would leave no quantile
         quantiles = np.quantile(values, np.arange(1, NUMBER_BUCKETS) / NUMBER_BUCKETS) if len(values) else np.zeros(0)
         return NumberField(tuple(float(edge) for edge in np.unique(quantiles)))
-    return ValueField("category", ()).appended(pc.unique(column.drop_null()).to_pylist())
+    return ValueField("category", ()).appended(pc.unique(trained.drop_null()).to_pylist())
 
 
 def _to_json(field: Field) -> dict[str, Any]:
