@@ -16,12 +16,16 @@ import psutil
 import pyarrow as pa
 import pytest
 
+import training.main
+from etl.errors import StageError, TryAgainError
 from etl.schemas import schema_fingerprint
 from etl.store import Manifest, TableStore
 from tests.processes import Started, runs, start
 from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for
 from training.checkpoint import Cutoff
+from training.loop import WorkerLostError
+from training.main import _told_of_workers
 from training.scoring import load_scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +143,40 @@ def test_two_ray_workers_that_are_killed_and_a_driver_that_is_end_with_the_bits_
     code, said = running.finish()
     assert code == 0 and "training lost worker" in said and "going on with" in said, said
     assert bits(tmp_path) == bits(whole)
+
+
+@pytest.mark.ray
+def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_try():
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+    def told(**failures: Exception) -> Exception:
+        return _told_of_workers(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
+
+    of_code = {name: UserExceptionWithTraceback(error, f"trace of {name}") for name, error in
+               (("mend", StageError("no such column", "name another")), ("bug", ValueError("shape")), ("waits", WorkerLostError("in vain")))}  # fmt: skip
+    died = WorkerHealthCheckFailedError("worker 1 died", RuntimeError("SIGKILL"))
+    first = told(r0=of_code["waits"], r1=of_code["mend"])
+    assert isinstance(first, StageError) and (first.what, first.remedy, first.exit_code) == ("no such column", "name another", 2)
+    assert type(told(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(told(r1=of_code["bug"]))
+    for lost in (told(r0=of_code["waits"], r1=died), told(r0=of_code["waits"])):
+        assert isinstance(lost, TryAgainError)
+    assert "lost worker 1: worker 1 died" in told(r0=of_code["waits"], r1=died).what
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(training.main, "PLACEMENT_SECONDS", 2)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    try:
+        training.main._wait_for_workers(2, gpus=False)
+        with pytest.raises(StageError, match=r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: train with --workers 1 "):
+            training.main._wait_for_workers(2, gpus=True)
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.parametrize(
