@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -86,7 +87,7 @@ class Stages:
         manifest = store.require("sequences", dt)
         rows = store.read(manifest)
         nothing = pa.array([[]] * rows.num_rows, rows.schema.field("user_fields").type)
-        _publish(store, "sequences", dt, rows.set_column(1, rows.schema.field("user_fields"), nothing), inputs=dict(manifest.inputs))
+        _publish(store, "sequences", dt, rows.set_column(1, rows.schema.field("user_fields"), nothing), inputs=dict(manifest.inputs), settings=manifest.settings)
 
     def run(self, module: str, attempt: str, dt: str = DT) -> None:
         arguments = ["--dataset", DATASET, "--warehouse", str(self.warehouse), "--dt", dt, "--attempt", attempt, "--runs", str(self.runs)]
@@ -112,7 +113,9 @@ def stages(tmp_path, mlflow_store, monkeypatch) -> Stages:
         items, sequences = random_partition(users=12)
         sequences = _with_last_targets_on(sequences, dt)
         _publish(store, "items", dt, items)
-        _publish(store, "sequences", dt, sequences, inputs={f"events/dt={day}": "x" for day in event_days})
+        trained_on = pc.list_flatten(sequences["target_split"]).to_pylist().count(TRAIN)
+        _publish(store, "sequences", dt, sequences, counts={"train_targets": trained_on}, inputs={f"events/dt={day}": "x" for day in event_days},
+                 settings={"cutoff": "event", "availability_lag_ms": 0, "max_events": 60})
     return Stages(warehouse, tmp_path / "runs", raw, monkeypatch)
 
 
@@ -129,8 +132,8 @@ def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
     return sequences
 
 
-def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None) -> None:
+def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None, settings=None) -> None:
     work = store.begin_try("setup", [table], [dt])
     file = store.write_file(work, table, dt, 0, rows)
-    store.write_staged_manifest(work, Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}))
+    store.write_staged_manifest(work, Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}, settings=settings or {}))
     store.publish("setup", table, dt)

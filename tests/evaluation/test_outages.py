@@ -1,17 +1,89 @@
-"""What is wrong in MLflow is told as what it is."""
+"""An MLflow that is away costs waiting, and what is wrong in it is told as what it is."""
 
 from __future__ import annotations
 
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from etl.cli import run_stage
+from etl.errors import EXIT_TRY_AGAIN
 from evaluation import promote
 from evaluation.gate import Decision
 from tests.evaluation.conftest import DATASET, DT
+from tests.evaluation.mlflow_server import MlflowServer
 from training.registry import Registry
 
 ATTEMPT = f"{DATASET}-{DT}-00000000-c0"
+# stage, the request that the server is killed at, whether the server has done it before it dies, exit code of that call
+OUTAGES = [
+    ("training.main", ("/runs/create",), True, 0),
+    ("training.main", ("/runs/log-batch",), False, 0),  # called again, it sends what the first call kept
+    ("evaluation.main", ("/runs/log-batch", "vql/auc"), True, EXIT_TRY_AGAIN),
+    ("evaluation.register", ("PUT", "/mlflow-artifacts/"), False, EXIT_TRY_AGAIN),
+    ("evaluation.register", ("/model-versions/create",), True, EXIT_TRY_AGAIN),
+    ("evaluation.promote", ("/registered-models/alias", "champion"), True, EXIT_TRY_AGAIN),
+    ("training.caches", ("/runs/update", "FINISHED"), True, EXIT_TRY_AGAIN),
+]
+
+
+@pytest.fixture
+def server(empty_database, tmp_path) -> Iterator[MlflowServer]:
+    shutil.copy(empty_database, tmp_path / "served.db")
+    server = MlflowServer(tmp_path / "served.db")
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, server, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(promote, "quality_gate", lambda evaluation, primary: Decision(True, "lenient"))
+    monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT, "--runs", str(stages.runs)]
+    more = {"training.main": ["--config", "tiny", "--workers", "0"], "evaluation.main": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")]}
+
+    def call(module: str) -> int:
+        monkeypatch.setattr(sys, "argv", [module, *place, *more.get(module, [])])
+        try:
+            run_stage(importlib.import_module(module).main)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    for number, (module, request, answered, code) in enumerate(OUTAGES):
+        server.start()
+        server.kill_at(*request, answered=answered)
+        capsys.readouterr()
+        assert call(module) == code
+        assert server.killed_at, f"{module} never asked for {request}: {capsys.readouterr()}"
+        told = capsys.readouterr().err
+        assert ("does not answer" in told) == (code == EXIT_TRY_AGAIN), told
+        is_last = number + 1 == len(OUTAGES) or OUTAGES[number + 1][0] != module
+        if is_last and code:
+            assert call(module) == EXIT_TRY_AGAIN  # it is still away
+            server.start()
+            assert call(module) == 0
+
+    registry = Registry(DATASET)
+    experiment = registry.client.get_experiment_by_name(DATASET).experiment_id
+    [run] = registry.client.search_runs([experiment])
+    [version] = registry.client.search_model_versions(f"name = '{registry.name}'")
+    [model] = registry.client.search_logged_models([experiment])
+    assert run.info.status == "FINISHED"
+    assert {"vql/auc", "mean_pooling/logloss", "hashed_event_share"} <= run.data.metrics.keys()
+    assert {"data.snapshot_digest", "config_digest"} <= run.data.tags.keys()
+    assert not (stages.runs / ATTEMPT / "metrics.jsonl").exists()
+    assert version.source == model.model_uri
+    assert model.status == "READY"
+    assert registry.aliases() == {"challenger": version.version, "champion": version.version}
+    assert registry.version(version.version).tags["validation_status"] == "passed"
+    assert registry.package(version.version).is_dir()
 
 
 def test_a_version_that_is_gone_behind_its_alias_is_named(stages, monkeypatch):
