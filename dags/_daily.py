@@ -37,7 +37,7 @@ Each later task is one command line, written first in its log; the same line run
 NO_SCHEDULE = "none, as the definition of the data set has no `run: {hour: ...}`"
 MOST_DAYS = 36_500
 # Airflow 3.3.2: the dialog shows the fields, and sends none of them without that tick.
-SENT = " Backfill: only with *Override parameters on existing runs*."
+SENT = ' In a backfill: only with "Override parameters on existing runs" ticked.'
 
 
 def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
