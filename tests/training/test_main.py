@@ -128,7 +128,7 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, ware
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_that_are_killed_and_a_driver_that_is_end_with_the_bits_of_a_quiet_run(tmp_path, warehouse):
+def test_a_killed_ray_worker_costs_no_bit_of_the_training(tmp_path, warehouse):
     whole = tmp_path / "whole"
     whole.mkdir()
     done = train(whole, warehouse, "--workers", "2")
