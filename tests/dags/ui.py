@@ -131,6 +131,6 @@ class Airflow:
         button = self.page.get_by_role("button", name=option, exact=True)
         button.wait_for()
         question = self.page.inner_text("body")
-        button.click()
-        button.wait_for(state="hidden")
+        with self.page.expect_response(lambda answer: answer.request.method == "PATCH" and "hitlDetails" in answer.url):
+            button.click()
         return question
