@@ -141,20 +141,25 @@ def test_a_collapsed_codebook_is_said_in_words():
     assert all(len(words) == count for words, count in said)
 
 
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 class Stop(Exception):
     """Ends a training at a step of the test's choice, as a kill would."""
 
 
 @pytest.mark.parametrize("name", ["vql", "softmax_attention"])
 @pytest.mark.parametrize("cuts", [(1,), (7, 8, 20), (3, 12, 13, 27)], ids=str)
-def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once(name, cuts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
+def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once(name, cuts, device, tmp_path, monkeypatch):
     data = planted(users=45, length=60, topics=4, seed=2)
     model = ModelConfig(interest=name, codes=16, dropout=0.2, ema_decay=0.9 if name == "vql" else None)
-    config = small_config(models={name: model}, epochs=3, patience=9, warmup_steps=5, revive_every_steps=4, min_epoch_steps=10, targets_per_user=16)
+    config = small_config(models={name: model}, epochs=3, patience=9, warmup_steps=5, revive_every_steps=4, min_epoch_steps=10, targets_per_user=16, deterministic=True)
     seen: list[bytes] = []
     make = Epoch.__getitem__
     monkeypatch.setattr(Epoch, "__getitem__", lambda self, number: seen.append(number) or make(self, number))
-    whole, ended = train_model(name, data, config, Worker(), lambda result: None)
+    whole, ended = train_model(name, data, config, Worker(device=device), lambda result: None)
     expected, losses = seen.copy(), []
     seen.clear()
 
@@ -166,19 +171,22 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
     resume = None
     for cut in cuts:
         with pytest.raises(Stop):
-            train_model(name, data, config, Worker(), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), resume)
+            train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), resume)
         resume = TrainingState(**torch.load(tmp_path / "state.pt", weights_only=True))
         torch.manual_seed(cut)  # another process has generators of its own
-    last, again = train_model(name, data, config, Worker(), lambda result: losses.append(result.metrics["train_loss"]), resume=resume)
+    last, again = train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), resume=resume)
     assert seen == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True))
     assert (ended.best_epoch, ended.best_logloss, ended.metrics["train_loss"]) == (again.best_epoch, again.best_logloss, losses[-1])
     assert len(losses) == 3
 
 
-def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int) -> None:
-    """Train every model of the configuration as this rank of every group that has it."""
+def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int, gpus: bool) -> None:
+    """Train every model of the configuration as this rank of every group that has it, on a GPU of its own or on the CPU."""
     torch.set_num_threads(1)
+    device = f"cuda:{rank}" if gpus else "cpu"
+    if gpus:
+        torch.cuda.set_device(rank)
     data = planted(users=30, length=50, topics=4, seed=3)
     sequences = data.joined.sequences
     none = np.repeat(np.arange(30) < silent, 50)  # users without history
@@ -188,7 +196,7 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
         if rank >= world:
             continue
         if world > 1:
-            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            torch.distributed.init_process_group("nccl" if gpus else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         for name in config.models:
             found: dict = {"bits": hashlib.sha256(), "loss": []}
 
@@ -196,31 +204,33 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
                 now = state()
                 tensors = [*now.model.values(), *(t for moments in now.optimizer["state"].values() for t in moments.values()), now.totals]
                 for tensor in tensors:
-                    found["bits"].update(tensor.numpy().tobytes())
+                    found["bits"].update(tensor.cpu().numpy().tobytes())
                 found["model"] = now.model
 
-            train_model(name, data, config, Worker(rank, world), lambda result, found=found: found["loss"].append(result.metrics["train_loss"]), look)
+            train_model(name, data, config, Worker(rank, world, device), lambda result, found=found: found["loss"].append(result.metrics["train_loss"]), look)
             torch.save(found | {"bits": found["bits"].hexdigest()}, f"{folder}/{name}-{world}-{rank}.pt")
         if world > 1:
             torch.distributed.destroy_process_group()
 
 
-def trained_by(worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0) -> Callable[[str, int], list[dict]]:
+def trained_by(worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0, gpus: bool = False) -> Callable[[str, int], list[dict]]:
     """Train with groups of so many processes; return what (name, workers) saw, a rank each: a digest of every bit after every step, losses, the model."""
     ports = {world: free_port() for world in worlds}
-    mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent), nprocs=max(worlds))
-    return lambda name, world: [torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent, gpus), nprocs=max(worlds))
+    return lambda name, world: [torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True, map_location="cpu") for rank in range(world)]
 
 
-def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path):
+@pytest.mark.parametrize("gpus", [False, pytest.param(True, marks=[pytest.mark.gpu, needs_two_gpus])])
+def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path, gpus):
     vql = ModelConfig(codes=16, dropout=0.0)
     models = {"vql": vql, "averages": dataclasses.replace(vql, ema_decay=0.9), "softmax": dataclasses.replace(vql, interest="softmax_attention")}
     # 30 users in global batches of 7: the last of a pass has 2, so that of 3 or 4 workers some have none. 50 steps.
     config = small_config(models=models, epochs=1, min_epoch_steps=50, users_per_step=7, targets_per_user=16, warmup_steps=6, revive_every_steps=3)
-    trained = trained_by([1, 2, 3, 4], tmp_path, config)
+    worlds = [1, *([2] if gpus else [2, 3, 4])]
+    trained = trained_by(worlds, tmp_path, dataclasses.replace(config, deterministic=True), gpus=gpus)
     for name in models:
         [one] = trained(name, 1)
-        for world in (2, 3, 4):
+        for world in worlds[1:]:
             ranks = trained(name, world)
             assert len({rank["bits"] for rank in ranks}) == 1, (name, world)
             assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
