@@ -27,8 +27,11 @@ test: setup ## the tests that take minutes, not more
 readme: setup ## every command that README.md and docs/datasets.md show, as far as this machine has the data, in a home of its own
 	@$(PY) -m pytest -m slow --durations=0 tests/test_readme.py
 
-test-slow: setup ## the other tests: a real scheduler, a cluster, killed processes, whole trainings; SEEDS=11,12,13 trains more
-	@$(PY) -m pytest -m slow --durations=0 --ignore=tests/test_readme.py
+# Those of Airflow wait for its scheduler most of the time: they run beside the others, and are shown after them.
+test-slow: setup ## the other tests: a real scheduler, a browser, a cluster, killed processes, whole trainings; SEEDS=11,12,13 trains more
+	@mkdir -p var && { $(PY) -m pytest -m slow --durations=0 tests/dags > var/test_slow_dags.log 2>&1 & } && dags=$$!; \
+		$(PY) -m pytest -m slow --durations=0 --ignore=tests/test_readme.py --ignore=tests/dags; rest=$$?; \
+		wait $$dags; dags=$$?; cat var/test_slow_dags.log; [ $$rest = 0 ] && [ $$dags = 0 ]
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)
