@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dtm
+import itertools
 import json
 import os
 import shutil
@@ -55,6 +56,8 @@ if (root / "gates").exists():
 '''
 # Promotion leaves what the real one does; `outcome` of the root says which.
 PROMOTE = STAGE + '''
+import time
+time.sleep(8 if (root / "slow_promotion").exists() else 0)
 outcome = (root / "outcome").read_text() if (root / "outcome").exists() else "promoted"
 folder = Path(sys.argv[sys.argv.index("--runs") + 1]) / sys.argv[sys.argv.index("--attempt") + 1]
 folder.mkdir(parents=True, exist_ok=True)
@@ -533,6 +536,21 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
     ended = wait_for("end of the run in MLflow", lambda: (stack.root / "ended").exists() and (stack.root / "ended").read_text())
     assert "--dt 2022-04-19" in ended
     assert ended.endswith("--status FAILED\n")
+
+
+def test_a_manual_run_beside_a_backfill_promotes_one_after_the_other(stack):
+    days = ("2022-04-15", "2022-04-16")
+    (stack.root / "slow_promotion").touch()  # each is at it long enough for the others to come
+    stack.start_backfill(*days, max_active_runs=2)
+    runs = [stack.trigger("2022-04-19")]
+    runs += wait_for("runs of the backfill", lambda: found if len(found := [run for day in days for run in stack.runs_of_backfill(day)]) == 2 else None)
+    assert {stack.ended(run) for run in runs} == {"success"}
+    (stack.root / "slow_promotion").unlink()
+    began = [stack.api.call("GET", run)["start_date"] for run in runs]
+    ended = [stack.api.call("GET", run)["end_date"] for run in runs]
+    assert max(began) < min(ended)  # they were at work at the same time, which a backfill and other runs may be
+    promotions = sorted((task["start_date"], task["end_date"]) for run in runs for task in [stack.api.call("GET", f"{run}/taskInstances/register.promote_model")])
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(promotions))
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
