@@ -554,6 +554,7 @@ def test_a_manual_run_beside_a_backfill_promotes_one_after_the_other(stack):
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
+    stack.calls()  # those of the tests before
     project = stack
     now = dtm.datetime.now(dtm.UTC)
     raw, dag = project.root / "feed", "/api/v2/dags/vql_daily_feed"
