@@ -11,33 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments
+from dags._links import ReportLink
 from infra import settings
 
 LOGGED_WITHIN_SECONDS = 90
 ANSWERED_WITHIN = dtm.timedelta(days=2)
 WARNINGS_SHOWN = 20
 GATES = ("events", "sequences", "training_input")  # stages whose outcomes a question before training needs
-
-
-class ReportLink(BaseOperatorLink):
-    """A button on the task's page: the report of the partition, in MLflow.
-
-    Airflow asks for the address when the task ends, well or not, keeps it as an XCom and knows the button from the DAG
-    itself: no plugin has to be installed.
-    """
-
-    name = "Partition report"
-
-    @property
-    def xcom_key(self) -> str:
-        return "partition_report"
-
-    def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        return getattr(operator, "report_url", "")
 
 
 class GateOperator(StageOperator):
