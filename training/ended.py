@@ -7,9 +7,7 @@ A run that has ended, or was never begun, stays as it is. An MLflow that does no
 
 from __future__ import annotations
 
-import os
-
-from etl.cli import log, partition_parser, run_stage
+from etl.cli import partition_parser, run_stage
 from training.tracking import end_run
 
 
@@ -17,11 +15,7 @@ def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--status", required=True, choices=("FAILED", "KILLED"), help="how the run ends")
     args = parser.parse_args()
-    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    try:
-        end_run(args.definition, args.attempt, args.status)
-    except Exception as error:
-        log(f"warning: MLflow still shows the run as RUNNING, not as {args.status}: {error}")
+    end_run(args.definition, args.attempt, args.status)
 
 
 if __name__ == "__main__":

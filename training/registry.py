@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pyarrow.fs as pafs
+
 from etl.errors import StageError
+from etl.store import sha256_of
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, set_tracking
 
 CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"
@@ -21,9 +24,9 @@ def model_name(dataset: str) -> str:
 
 def model_digest(package: Path) -> str:
     """Return the digest of what a model is: its weights, vocabulary and settings; two models of one digest give the same scores."""
-    digest = hashlib.sha256()
+    digest, local = hashlib.sha256(), pafs.LocalFileSystem()
     for path in sorted(path for path in package.iterdir() if path.name != EXAMPLE):
-        digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{path.name}:{sha256_of(local, str(path))}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -125,7 +125,9 @@ def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapp
             yield run
         except BaseException as error:
             if run.info.run_id is not None and not isinstance(error, TryAgainError):
-                _end_soon(run.info.run_id, "KILLED" if killed.is_set() else "FAILED")
+                status = "KILLED" if killed.is_set() else "FAILED"
+                with _ending(status):
+                    _client().set_terminated(run.info.run_id, status)
             raise
     if last:
         with asking_mlflow():
@@ -134,12 +136,13 @@ def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapp
 
 def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
     """End the attempt's run, if it has one that is still RUNNING: what its own stage could not do any more."""
-    set_tracking()
-    client = _client()
-    experiment = client.get_experiment_by_name(definition.name)
-    for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
-        if run.info.status == "RUNNING":
-            client.set_terminated(run.info.run_id, status)
+    with _ending(status):
+        set_tracking()
+        client = _client()
+        experiment = client.get_experiment_by_name(definition.name)
+        for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status)
 
 
 class MetricsBuffer:
@@ -277,11 +280,12 @@ def _heard_sigterm() -> Iterator[threading.Event]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _end_soon(run_id: str, status: str) -> None:
-    """End a run without waiting for a server that does not answer: the process is about to end, with an error that says more."""
+@contextmanager
+def _ending(status: str) -> Iterator[None]:
+    """Let the body end a run without waiting for a server that does not answer, which costs a line: the process is about to end."""
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
-        _client().set_terminated(run_id, status)
+        yield
     except Exception as error:
         log(f"warning: MLflow still shows the run as RUNNING, not as {status}: {_first_line(error)}")
 
