@@ -21,7 +21,6 @@ from etl.datasets import definition_name
 from etl.identity import RUN_URL_VARIABLE
 from infra import settings
 
-START = "start"  # the first task of every run
 KILL_AFTER_SECONDS = 15
 ENDED_WITHIN_SECONDS = 60
 
@@ -37,8 +36,8 @@ def partition_of(context: Mapping[str, Any]) -> str:
     start = context.get("data_interval_start") or getattr(run, "data_interval_start", None)
     if chosen:
         # A `dt` in the configuration of a backfill would make every day of it rebuild the same one.
-        if _run_type(run) != "manual" and (start is None or start.date().isoformat() != chosen):
-            raise AirflowFailException(f"dt={chosen} was given to a {_run_type(run)} run of {start}. "
+        if (kind := run_type(run)) != "manual" and (start is None or start.date().isoformat() != chosen):
+            raise AirflowFailException(f"dt={chosen} was given to a {kind} run of {start}. "
                                        "remedy: leave dt empty; scheduled runs and backfills take the day of their interval")
         return _day(chosen)
     if start is None:
@@ -53,9 +52,9 @@ def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         AirflowFailException: there is none, so nobody knows which attempt this is.
     """
-    found = context["ti"].xcom_pull(task_ids=START)
+    found = context["ti"].xcom_pull(task_ids=settings.START)
     if not found:
-        raise AirflowFailException(f"the task `{START}` of this run has named no attempt. remedy: clear the whole run, which begins a new one")
+        raise AirflowFailException(f"the task `{settings.START}` of this run has named no attempt. remedy: clear the whole run, which begins a new one")
     return found
 
 
@@ -166,7 +165,8 @@ def _day(text: str) -> str:
         raise AirflowFailException(f"{text!r} is not a day. remedy: give dt as YYYY-MM-DD") from None
 
 
-def _run_type(run: Any) -> str:
+def run_type(run: Any) -> str:
+    """Return "manual", "scheduled" or "backfill"."""
     return str(getattr(run.run_type, "value", run.run_type))
 
 

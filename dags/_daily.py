@@ -7,7 +7,7 @@ import functools
 
 from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 
-from dags._common import START, StageOperator
+from dags._common import StageOperator
 from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from dags._release import ModelOperator, PromoteOperator
@@ -106,7 +106,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
                   "--evaluation-days", "{{ given.evaluation_days }}", "--max-history", "{{ given.max_history }}"]
         hours_6 = dtm.timedelta(hours=6)
 
-        start = StartOperator(task_id=START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5))
+        start = StartOperator(task_id=settings.START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5))
 
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
             wait_for_files = WaitForFiles(task_id="wait_for_files", dataset=argument)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseSensorOperator
 from airflow.sdk.exceptions import AirflowFailException
 
-from dags._common import handed_on
+from dags._common import handed_on, run_type
 from etl.datasets import DatasetDefinition, dataset
 from etl.errors import StageError
 
@@ -38,7 +38,7 @@ class WaitForFiles(BaseSensorOperator):
 
     def poke(self, context: Any) -> bool:
         run, given = context["dag_run"], handed_on(context)
-        if getattr(run.run_type, "value", run.run_type) != "scheduled":
+        if run_type(run) != "scheduled":
             self.log.info("this run was started by a person: it takes the files that there are")
             return True
         definition = dataset(self.dataset)

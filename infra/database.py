@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime as dtm
-import fcntl
 import importlib.util
 import os
 import pwd
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etl.errors import StageError
+from etl.local_files import one_at_a_time
 from infra import services, settings
 from infra.services import InfraError, Service
 
@@ -76,7 +75,7 @@ def ensure(create: bool) -> dict[Service, int]:
     if not needed() or not (settings.has_postgres() or wanted):
         return {}
     data = settings.postgres_data()
-    with _locked():
+    with one_at_a_time(_lock()):
         if (run := used_by_run()) and run != os.getpid():
             raise InfraError(f"a `make run` (process {run}) uses the PostgreSQL of {settings.home()}", "wait for its end, or stop it with Ctrl-C")
         if not settings.has_postgres():
@@ -208,12 +207,9 @@ def _sql(*statements: str) -> None:
         raise InfraError(f"PostgreSQL refused: {error}", "mend what it says") from None
 
 
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    """One at a time makes or starts the home's server."""
-    with (settings.private(settings.postgres_data().parent) / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _lock() -> Path:
+    """Return the lock of whoever makes or starts the home's server."""
+    return settings.private(settings.postgres_data().parent) / "lock"
 
 
 # ---- made once -------------------------------------------------------------------------------------------------------
@@ -449,7 +445,7 @@ def restore(folder: Path) -> None:
 def _running() -> Iterator[None]:
     """Run the home's PostgreSQL for as long as the body, or use the one that runs."""
     data = settings.postgres_data()
-    with _locked():  # for as long as this process's server runs: who wants to work in the home waits
+    with one_at_a_time(_lock()):  # for as long as this process's server runs: who wants to work in the home waits
         started = None if server_pid(data) else _start(data)
         if started:
             try:
@@ -473,12 +469,7 @@ def main() -> int:
     commands.add_parser("backup").add_argument("--keep", type=int, default=7, help="how many backups stay (default: 7)")
     commands.add_parser("restore").add_argument("folder", type=Path)
     args = parser.parse_args()
-    try:
-        back_up(args.keep) if args.command == "backup" else restore(args.folder.absolute())
-    except (InfraError, StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return services.exit_code(lambda: back_up(args.keep) if args.command == "backup" else restore(args.folder.absolute()))
 
 
 if __name__ == "__main__":

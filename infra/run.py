@@ -28,7 +28,6 @@ from infra import database, services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
 WAITING = "awaiting_input"
-START = "start"  # the task that names the attempt (dags/_common.py, which imports Airflow)
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
 LOG_LINES = 30
 MEMORY_EVERY_SECONDS = 6
@@ -208,8 +207,8 @@ class Run:
                     if lines[-1] != last_line and time.monotonic() - quiet_since > QUIET_SECONDS:
                         last_line, quiet_since = lines[-1], time.monotonic()
                         say(f"{'':<30}   {lines[-1][9:][:150]}")
-            if not self.attempt and any(task["task_id"] == START and task["state"] == "success" for task in self.tasks):
-                self.attempt = self.api.call("GET", f"{self.path}/taskInstances/{START}/xcomEntries/return_value?deserialize=true")["value"]["attempt"]
+            if not self.attempt and any(task["task_id"] == settings.START and task["state"] == "success" for task in self.tasks):
+                self.attempt = self.api.call("GET", f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true")["value"]["attempt"]
             if state in ("success", "failed"):
                 return state
             time.sleep(1)

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from etl.errors import StageError
 from infra import settings
 
 STOP_SECONDS = 12
@@ -40,6 +41,16 @@ class InfraError(Exception):
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}\n  remedy: {remedy}")
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do the work of a command line; return 0, or 1 with what the user can mend printed."""
+    try:
+        work()
+    except (InfraError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ STAGE_NAMES = frozenset("""
 STAGE_PREFIXES = ("LONGVIEW_", "LC_", "XDG_", "PYTHON", "SPARK_", "PYSPARK_", "HADOOP_", "YARN_", "MLFLOW_", "GX_", "RAY_", "AWS_", "GOOGLE_", "AZURE_", "ARROW_",
                   "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_")
 RETRY_WAITS = "30 60 120 240 300"  # seconds before each retry of what may pass by itself: 12.5 minutes in all
+START = "start"  # the first task of every run, which names its attempt
 CONTINUE, APPROVE = "continue", "approve"  # what a run does before training when a gate warned
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-from etl.errors import StageError
 from infra import database, services, settings
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, AirflowApi, InfraError, Service
 
@@ -78,12 +77,7 @@ def main() -> int:
     if sys.argv[1:] not in (["up"], ["down"]):
         print("usage: python -m infra.stack up|down", file=sys.stderr)
         return 2
-    try:
-        up() if sys.argv[1] == "up" else down()
-    except (InfraError, StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return services.exit_code(up if sys.argv[1] == "up" else down)
 
 
 if __name__ == "__main__":
