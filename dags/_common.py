@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException
 
-from dags._exits import told, with_levels
+from dags._exits import ends_as_a_stage, log_lines, told
 from etl.datasets import definition_name
+from etl.errors import StageError
 from etl.identity import RUN_URL_VARIABLE
 from infra import settings
 
@@ -29,7 +29,7 @@ def partition_of(context: Mapping[str, Any]) -> str:
     """Return the partition day of a run: the parameter `dt`, else its data interval's first day. The first task asks, and no other.
 
     Raises:
-        AirflowFailException: the run names no day, or two different ones.
+        StageError: the run names no day, or two different ones.
     """
     run = context["dag_run"]
     chosen = (context.get("params") or {}).get("dt")
@@ -37,12 +37,16 @@ def partition_of(context: Mapping[str, Any]) -> str:
     if chosen:
         # A `dt` in the configuration of a backfill would make every day of it rebuild the same one.
         if (kind := run_type(run)) != "manual" and (start is None or start.date().isoformat() != chosen):
-            raise AirflowFailException(f"dt={chosen} was given to a {kind} run of {start}. "
-                                       "remedy: leave dt empty; scheduled runs and backfills take the day of their interval")
+            raise StageError(
+                f"dt={chosen} was given to a {kind} run of {start}",
+                "leave dt empty; scheduled runs and backfills take the day of their interval",
+            )
         return _day(chosen)
     if start is None:
-        raise AirflowFailException("this manual run has neither `dt` nor a logical date, so it names no partition. "
-                                   "remedy: trigger it again with dt, for example 2022-04-21")
+        raise StageError(
+            "this manual run has neither `dt` nor a logical date, so it names no partition",
+            "trigger it again with dt, for example 2022-04-21",
+        )
     return start.astimezone(dtm.UTC).date().isoformat()
 
 
@@ -50,11 +54,13 @@ def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the first task of the run decided: `dt`, `attempt`, and `params`, the parameters by name.
 
     Raises:
-        AirflowFailException: there is none, so nobody knows which attempt this is.
+        StageError: there is none, so nobody knows which attempt this is.
     """
     found = context["ti"].xcom_pull(task_ids=settings.START)
     if not found:
-        raise AirflowFailException(f"the task `{settings.START}` of this run has named no attempt. remedy: clear the whole run, which begins a new one")
+        raise StageError(
+            f"the task `{settings.START}` of this run has named no attempt", "clear the whole run, which begins a new one"
+        )
     return found
 
 
@@ -92,6 +98,7 @@ class StageOperator(BaseOperator):
         self._partition: list[str] = []
         self._killed = False
 
+    @ends_as_a_stage
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
         super().render_template_fields({**context, "given": handed_on(context)["params"]}, jinja_env)
 
@@ -99,6 +106,7 @@ class StageOperator(BaseOperator):
         """Return the command line of this task for one run."""
         return [sys.executable, "-m", self.module, *partition_arguments(context, self.dataset), *map(str, self.arguments)]
 
+    @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, str]:
         command = self.command(context)
         self._partition = partition_arguments(context, self.dataset)
@@ -111,14 +119,13 @@ class StageOperator(BaseOperator):
         )  # fmt: skip
         try:
             assert self._process.stdout is not None
-            for line, is_error in with_levels(self._process.stdout):
-                (self.log.error if is_error else self.log.info)(line)
+            log_lines(self.log, self._process.stdout)
             code = self._process.wait()
         finally:
             self._end_stage()
         if code != 0:
             self.log.error(f"{self.module} {told(code)}")
-            raise SystemExit(code)  # of all ways to fail the one that Airflow puts no trace behind
+            raise SystemExit(code)
         outcome = {"dataset": definition_name(self.dataset), "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
         for outlet in self.outlets or ():
             context["outlet_events"][outlet].extra = outcome
@@ -162,7 +169,7 @@ def _day(text: str) -> str:
     try:
         return dtm.date.fromisoformat(text).isoformat()
     except ValueError:
-        raise AirflowFailException(f"{text!r} is not a day. remedy: give dt as YYYY-MM-DD") from None
+        raise StageError(f"{text!r} is not a day", "give dt as YYYY-MM-DD") from None
 
 
 def run_type(run: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime as dtm
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from airflow.sdk import RetryDecision, RetryPolicy
 
-from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN
+from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
 from infra import settings
 
 WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)
@@ -42,10 +43,33 @@ def told(code: int) -> str:
     return f"{kinds.get(code, 'crashed')} (exit code {code})"
 
 
-def with_levels(lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
+def with_levels(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield the lines of a stage, each with whether it tells an error: `error:` and the indented lines below it."""
     telling = False
     for line in lines:
         line = line.rstrip()
         telling = line.startswith("error:") or (telling and line.startswith(" "))
         yield line, telling
+
+
+def log_lines(log: Any, lines: Iterable[str]) -> None:
+    """Log what a stage says, each line as it comes and at its level."""
+    for line, is_error in with_levels(lines):
+        (log.error if is_error else log.info)(line)
+
+
+def ends_as_a_stage(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a StageError that a method of a task raises end the task as it ends a stage: `error:` and `remedy:` in its log, and its exit code.
+
+    Of all ways to fail, SystemExit is the one that Airflow puts no trace behind.
+    """
+
+    @functools.wraps(method)
+    def ended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except StageError as error:
+            log_lines(self.log, f"error: {error}".splitlines())
+            raise SystemExit(error.exit_code) from None
+
+    return ended

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dtm
 import json
 import subprocess
@@ -11,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments
+from dags._exits import ends_as_a_stage, log_lines, told
 from dags._links import ReportLink
+from etl.errors import StageError
 from infra import settings
 
 LOGGED_WITHIN_SECONDS = 90
@@ -45,6 +45,7 @@ class GateOperator(StageOperator):
     def command(self, context: Mapping[str, Any]) -> list[str]:
         return [*super().command(context), "--reports", self.reports]
 
+    @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, str]:
         if not self.only_stopped:
             self._start_logger(context)
@@ -109,6 +110,7 @@ class WarningApproval(ApprovalOperator):
         self.gate = gate
         self.report_url = ""
 
+    @ends_as_a_stage
     def execute(self, context: Any) -> Any:
         self.report_url = self._find_report_url(context)
         on_warning = handed_on(context)["params"]["on_warning"]
@@ -117,8 +119,11 @@ class WarningApproval(ApprovalOperator):
             return None
         found = self._summary(context)
         if missing := [gate for gate in GATES if gate not in found["stages"]]:
-            raise AirflowFailException(f"no outcome of the gates {', '.join(missing)} is kept for attempt {found['attempt']}, so nobody knows whether they "
-                                       "warned. remedy: clear the gates' tasks with their downstream tasks, or the whole run")
+            raise StageError(
+                f"no outcome of the gates {', '.join(missing)} is kept for attempt {found['attempt']}, "
+                "so nobody knows whether they warned",
+                "clear the gates' tasks with their downstream tasks, or the whole run",
+            )
         warnings = found["failed"]["warning"]
         if not warnings:
             self.log.info("no gate of this run warned: nothing to approve")
@@ -128,27 +133,32 @@ class WarningApproval(ApprovalOperator):
         self.log.info("%s\n%s", self.subject, self.body)
         return super().execute(context)
 
+    @ends_as_a_stage
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         self.report_url = self._find_report_url(context)
         return super().execute_complete(context, event)
 
     def process_trigger_event_error(self, event: dict[str, Any]) -> None:
         if event["error_type"] == "timeout":  # asking the same once more would hold the next days back as long again
-            raise AirflowFailException(f"nobody answered within {ANSWERED_WITHIN}, so nothing was trained. "
-                                       "remedy: clear this task with its downstream tasks to be asked again")
+            raise StageError(
+                f"nobody answered within {ANSWERED_WITHIN}, so nothing was trained",
+                "clear this task with its downstream tasks to be asked again",
+            )
         super().process_trigger_event_error(event)
 
     def _find_report_url(self, context: Any) -> str:
         return context["ti"].xcom_pull(task_ids=self.gate, key=ReportLink().xcom_key) or ""
 
     def _summary(self, context: Any) -> dict[str, Any]:
-        command = [sys.executable, "-m", "etl.quality.report", *partition_arguments(context, self.dataset), "--reports", self.reports, "--json"]
+        module = "etl.quality.report"
+        command = [sys.executable, "-m", module, *partition_arguments(context, self.dataset), "--reports", self.reports, "--json"]
         done = subprocess.run(command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
                               text=True, check=False)  # fmt: skip
-        with contextlib.suppress(ValueError, IndexError):
-            if done.returncode == 0:
-                return json.loads(done.stdout.strip().splitlines()[-1])
-        raise AirflowException(f"what the gates found cannot be read: {(done.stderr or done.stdout).strip()[-2000:]}")
+        if done.returncode != 0:
+            log_lines(self.log, done.stderr.splitlines())
+            self.log.error(f"{module} {told(done.returncode)}")
+            raise SystemExit(done.returncode)
+        return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _body(found: Mapping[str, Any], warnings: Sequence[str], report_url: str) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException, ParamValidationError
+from airflow.sdk.exceptions import ParamValidationError
 
 from dags._common import partition_of
+from dags._exits import ends_as_a_stage
 from dags._notes import append_note
 from etl.datasets import DatasetDefinition, dataset
+from etl.errors import StageError
 from etl.identity import attempt_name
 from etl.uris import folder_problem
 from infra import settings
@@ -35,6 +37,7 @@ class StartOperator(BaseOperator):
         super().__init__(**kwargs)
         self.dataset = dataset
 
+    @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, Any]:
         definition = dataset(self.dataset)
         params, conf = dict(context["params"]), context["dag_run"].conf or {}
@@ -46,7 +49,7 @@ class StartOperator(BaseOperator):
         dt = partition_of(context)
         wrong = [*_schema_problems(own, params), *problems(params, definition, dt, list(own), settings.training_configs(), _today())]
         if wrong:
-            raise AirflowFailException("this run cannot be done: " + "; ".join(wrong) + ". remedy: trigger it again, with these corrected")
+            raise StageError("this run cannot be done: " + "; ".join(wrong), "trigger it again, with these corrected")
         attempt = attempt_name(definition.name, dt, str(context["ti"].id))
         self.log.info("partition dt = %s, attempt %s", dt, attempt)
         append_note(context, f"dt={dt}, attempt {attempt}")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator
-from airflow.sdk.exceptions import AirflowFailException
 
 from dags._common import handed_on, run_type
+from dags._exits import ends_as_a_stage
 from etl.datasets import DatasetDefinition, dataset
 from etl.errors import StageError
 
@@ -36,6 +36,7 @@ class WaitForFiles(BaseSensorOperator):
         super().__init__(mode="reschedule", poke_interval=LOOK_EVERY_SECONDS, timeout=dtm.timedelta(days=2), **kwargs)
         self.dataset = dataset
 
+    @ends_as_a_stage
     def poke(self, context: Any) -> bool:
         run, given = context["dag_run"], handed_on(context)
         if run_type(run) != "scheduled":
@@ -48,8 +49,11 @@ class WaitForFiles(BaseSensorOperator):
             return True
         deadline = run.run_after + dtm.timedelta(hours=definition.run.wait_hours)
         if dtm.datetime.now(dtm.UTC) >= deadline:
-            raise AirflowFailException(f"the raw files of {given['dt']} did not come by {deadline:%Y-%m-%d %H:%M} UTC: {missing}. "
-                                       "remedy: when they are there, clear this task with its downstream tasks; run.hour and run.wait_hours of the definition say how long a run waits")
+            raise StageError(
+                f"the raw files of {given['dt']} did not come by {deadline:%Y-%m-%d %H:%M} UTC: {missing}",
+                "when they are there, clear this task with its downstream tasks; "
+                "run.hour and run.wait_hours of the definition say how long a run waits",
+            )
         self.log.info("waiting until %s UTC: %s", f"{deadline:%Y-%m-%d %H:%M}", missing)
         return False
 

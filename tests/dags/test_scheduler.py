@@ -175,12 +175,24 @@ class Project:
         dag, _, run_id = run.removeprefix("/api/v2/dags/").partition("/dagRuns/")
         return (self.root / f"var/airflow/logs/dag_id={dag}/run_id={urllib.parse.unquote(run_id)}/task_id={task}/attempt={attempt}.log").read_text()
 
+    def error(self, run: str, task: str, attempt: int = 1) -> str:
+        """Return what a task that failed says of its error: one line at that level, then the remedy, and no trace anywhere."""
+        said = [json.loads(line) for line in self.log(run, task, attempt).splitlines()]
+        assert not [line for line in said if "error_detail" in line or "Traceback" in line["event"]]
+        error, remedy, *_ = [line["event"] for line in said if line["level"] == "error"]
+        assert error.startswith("error: ")
+        assert remedy.startswith("  remedy: ")
+        return error
+
     def ended(self, run: str) -> str:
         """Return the final state of a run."""
         return wait_for(f"end of {run}", lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None, every=1)
 
     def states(self, run: str) -> dict[str, str | None]:
         return {task["task_id"]: task["state"] for task in self.api.call("GET", f"{run}/taskInstances")["task_instances"]}
+
+    def tries(self, run: str, task: str) -> int:
+        return self.api.call("GET", f"{run}/taskInstances/{task}")["try_number"]
 
     def question(self, run: str) -> dict:
         """Return what a run that waits for a person shows him."""
@@ -447,6 +459,7 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     project.clear(run, APPROVAL)
     assert project.ended(run) == "failed"
     assert project.states(run)[APPROVAL] == "failed"
+    assert "no outcome of the gates" in project.error(run, APPROVAL, project.tries(run, APPROVAL))
     assert project.calls() == []
     note = project.api.call("GET", run)["note"]
     assert all(f"dt=2022-04-17, attempt {name}" in note for name in seen)
@@ -478,19 +491,19 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
         run = project.trigger(None, logical_date)
         assert project.ended(run) == "failed"
         assert project.states(run)["start"] == "failed"
-        assert reason in project.log(run, "start")
+        assert reason in project.error(run, "start")
     assert project.calls() == []
 
     # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter is told.
     project.backfill("2022-05-08", "2022-05-09", reprocess_behavior="completed")
     assert [of(call, "--dt") for call in project.calls()] == ["2022-05-08"]
     [run] = project.runs_of_backfill("2022-05-09")
-    assert "2022-05-09 is outside" in project.log(run, "start")
+    assert "2022-05-09 is outside" in project.error(run, "start")
     project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed", dag_run_conf={"confg": "tiny"})
     [run] = project.runs_of_backfill("2022-05-08")
-    assert "did you mean config" in project.log(run, "start", 2)
+    assert "did you mean config" in project.error(run, "start", 2)
     project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed")  # without the tick: the run keeps what it had
-    assert "did you mean config" in project.log(run, "start", 3)
+    assert "did you mean config" in project.error(run, "start", 3)
     assert project.calls() == []
     (project.root / "fault.json").unlink()
 
@@ -513,10 +526,7 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         calls = stack.calls()
         assert [call[0] for call in calls].count("evaluation.register") == 2
         [attempt] = {of(call, "--attempt") for call in calls}
-        said = [json.loads(line) for line in stack.log(run, "register.register_model").splitlines()]
-        [error] = [line for line in said if line["event"].startswith("error:")]
-        assert error["level"] == "error"
-        assert not [line for line in said if "error_detail" in line or "Traceback" in line["event"]]
+        assert stack.error(run, "register.register_model") == "error: a fault was asked for"
         words = {"promoted": "promoted: vql_model version 3, the reason", "refused": "NOT promoted: vql_model version 3, the reason"}[outcome]
         assert words in stack.api.call("GET", run)["note"]
         assert words in stack.log(run, "register.promote_model")
@@ -591,7 +601,7 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
     project.definition("var/definitions/feed.yaml", feed % (now.hour, 0, raw))
     project.clear(run, "ingest.wait_for_files")
     assert project.ended(run) == "failed"
-    assert f"has {dt} in its name" in project.log(run, "ingest.wait_for_files", 2)
+    assert f"has {dt} in its name" in project.error(run, "ingest.wait_for_files", 2)
     assert project.calls() == []
 
     # `make run` alone: that one run, no schedule, and the DAG sleeps on.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dtm
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -14,7 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from airflow.sdk.exceptions import AirflowFailException, ParamValidationError
+from airflow.sdk.exceptions import ParamValidationError
+from structlog.testing import capture_logs
 
 from etl.datasets import built_in_names, dataset
 from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
@@ -379,8 +382,21 @@ def test_a_manual_run_stands_for_the_day_of_its_logical_date(dag):
 def test_a_run_without_one_clear_day_fails(context, message):
     from dags._common import partition_of
 
-    with pytest.raises(AirflowFailException, match=message):
+    with pytest.raises(StageError, match=message):
         partition_of(context)
+
+
+@contextlib.contextmanager
+def ended_as_a_stage(says: str, code: int = EXIT_MEND):
+    """The body is a task that ends with an exit code, after an `error:` and its remedy at error level; yields all lines of its log."""
+    lines: list[str] = []
+    with capture_logs() as records, pytest.raises(SystemExit) as ended:
+        yield lines
+    lines += [record["event"] for record in records]
+    assert ended.value.code == code
+    error, remedy, *_ = [record["event"] for record in records if record["log_level"] == "error"]
+    assert re.search(f"^error: .*{says}", error), error
+    assert remedy.startswith("  remedy: ")
 
 
 # ---- the first task --------------------------------------------------------------------------------------------------
@@ -421,19 +437,19 @@ def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
     ],
 )
 def test_the_first_task_refuses_by_the_fields_name(dag, monkeypatch, conf, says):
-    with pytest.raises(AirflowFailException, match=says) as caught:
+    with ended_as_a_stage(says) as lines:
         started(dag, monkeypatch, {"dt": "2022-04-21", **conf})
-    assert "s3cret" not in str(caught.value)
+    assert not any("s3cret" in line for line in lines)
 
 
 def test_a_day_that_has_not_ended_is_built_only_by_name(own, monkeypatch):
     dag = own_dags()["vql_daily_shop"]
     now = dtm.datetime.now(dtm.UTC)
-    with pytest.raises(AirflowFailException, match="has not ended; give dt"):
+    with ended_as_a_stage("has not ended; give dt"):
         started(dag, monkeypatch, start=now)
     assert started(dag, monkeypatch, {"dt": str(now.date())})["dt"] == str(now.date())
     tomorrow = str(now.date() + dtm.timedelta(days=1))
-    with pytest.raises(AirflowFailException, match=rf"dt: {tomorrow} is outside the data set shop: 2023-01-02 \.\. today"):
+    with ended_as_a_stage(rf"dt: {tomorrow} is outside the data set shop: 2023-01-02 \.\. today"):
         started(dag, monkeypatch, {"dt": tomorrow})
 
 
@@ -452,7 +468,7 @@ def test_each_parameter_says_where_it_comes_from(monkeypatch):
 def test_a_task_whose_run_has_no_attempt_fails_with_the_way_out(dag):
     from dags._common import handed_on
 
-    with pytest.raises(AirflowFailException, match=r"remedy: clear the whole run"):
+    with pytest.raises(StageError, match=r"remedy: clear the whole run"):
         handed_on({"ti": ti_of()})
 
 
@@ -490,7 +506,7 @@ def test_a_scheduled_run_waits_for_every_file_that_the_day_touches(own, monkeypa
     (raw / "log-2024-03-04.csv").touch()
     assert look() is False  # local days of Asia/Shanghai: the UTC day ends in the next one
     late = wait_of(own, monkeypatch, raw, hours_ago=2.01)
-    with pytest.raises(AirflowFailException, match=r"did not come by .* UTC: no file that matches log-\*\.csv has 2024-03-05 in its name \(days of Asia/Shanghai\); the last is log-2024-03-04\.csv"):
+    with ended_as_a_stage(r"did not come by .* UTC: no file that matches log-\*\.csv has 2024-03-05 in its name \(days of Asia/Shanghai\); the last is log-2024-03-04\.csv"):
         late()
     (raw / "log-2024-03-05.csv").touch()
     assert look() is True
@@ -519,7 +535,23 @@ def test_a_run_that_a_person_started_waits_for_nothing(own, monkeypatch, tmp_pat
 def test_what_was_not_judged_is_not_free_of_warnings(dag, monkeypatch, judged):
     task = dag.get_task("train.approve_warnings")
     monkeypatch.setattr(type(task), "_summary", lambda self, context: {"attempt": "a", "stages": judged, "failed": {"warning": []}})
-    with pytest.raises(AirflowFailException, match=r"no outcome of the gates .*training_input"):
+    with ended_as_a_stage(r"no outcome of the gates .*training_input"):
+        task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
+
+
+def test_a_question_that_nobody_answered_is_not_asked_again_by_itself(dag):
+    task = dag.get_task("train.approve_warnings")
+    with ended_as_a_stage("nobody answered within 2 days"):
+        task.execute_complete(context_of(), {"error": "late", "error_type": "timeout"})
+
+
+def test_findings_that_cannot_be_read_now_are_asked_for_again(dag, monkeypatch):
+    from dags import _gates
+
+    failed = subprocess.CompletedProcess([], EXIT_TRY_AGAIN, "", "error: the store does not answer\n  remedy: wait\n")
+    monkeypatch.setattr(_gates.subprocess, "run", lambda *args, **kwargs: failed)
+    task = dag.get_task("train.approve_warnings")
+    with ended_as_a_stage("the store does not answer", EXIT_TRY_AGAIN):
         task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
 
 
@@ -613,8 +645,6 @@ def test_success_returns_the_partition(tmp_path, monkeypatch, dataset, name):
 
 
 def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path, monkeypatch):
-    from structlog.testing import capture_logs
-
     code = "import sys\nprint('noise')\nprint('error: no raw rows', file=sys.stderr)\nprint('  remedy: give RAW', file=sys.stderr)\nprint('late', file=sys.stderr)\nsys.exit(2)"
     _, execute = run_code(tmp_path, monkeypatch, code)
     with capture_logs() as records, pytest.raises(SystemExit) as ended:
