@@ -64,13 +64,13 @@ def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def partition_arguments(context: Mapping[str, Any], dataset: str) -> list[str]:
-    """Return the arguments that every stage takes, for one run.
+def partition_arguments(run: Mapping[str, Any], dataset: str) -> list[str]:
+    """Return the arguments that every stage takes.
 
     Args:
+        run: what its first task has handed on.
         dataset: name of a built-in data set, or the path of a definition.
     """
-    run = handed_on(context)
     return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", run["dt"], "--attempt", run["attempt"]]
 
 
@@ -95,21 +95,25 @@ class StageOperator(BaseOperator):
         self.arguments = list(arguments)
         self.dataset = dataset
         self._process: subprocess.Popen[str] | None = None
-        self._partition: list[str] = []
+        self._run: dict[str, Any] = {}  # what its first task has handed on
         self._killed = False
 
     @ends_as_a_stage
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
-        super().render_template_fields({**context, "given": handed_on(context)["params"]}, jinja_env)
+        self._run = handed_on(context)  # Airflow renders before all else, so this is asked for once
+        super().render_template_fields({**context, "given": self._run["params"]}, jinja_env)
 
-    def command(self, context: Mapping[str, Any]) -> list[str]:
-        """Return the command line of this task for one run."""
-        return [sys.executable, "-m", self.module, *partition_arguments(context, self.dataset), *map(str, self.arguments)]
+    def partition(self) -> list[str]:
+        """Return the arguments that every stage takes, of the run whose templates were rendered."""
+        return partition_arguments(self._run, self.dataset)
+
+    def command(self) -> list[str]:
+        """Return the command line of this task."""
+        return [sys.executable, "-m", self.module, *self.partition(), *map(str, self.arguments)]
 
     @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, str]:
-        command = self.command(context)
-        self._partition = partition_arguments(context, self.dataset)
+        command = self.command()
         self.log.info("running: %s", shlex.join(command))
         run = context["dag_run"]
         env = settings.stage_environment() | {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
@@ -126,7 +130,7 @@ class StageOperator(BaseOperator):
         if code != 0:
             self.log.error(f"{self.module} {told(code)}")
             raise SystemExit(code)
-        outcome = {"dataset": definition_name(self.dataset), "dt": command[command.index("--dt") + 1], "attempt": command[command.index("--attempt") + 1]}
+        outcome = {"dataset": definition_name(self.dataset), "dt": self._run["dt"], "attempt": self._run["attempt"]}
         for outlet in self.outlets or ():
             context["outlet_events"][outlet].extra = outcome
         return outcome
@@ -134,13 +138,13 @@ class StageOperator(BaseOperator):
     def on_kill(self) -> None:
         self._killed = True
         self._end_stage()
-        if self._partition:  # in a session of its own: Airflow has seconds for this task
+        if self._run:  # in a session of its own: Airflow has seconds for this task
             subprocess.Popen(self._ended("KILLED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
     def end_mlflow_run(self) -> None:
         """End the attempt's run in MLflow as FAILED, when the task has failed for good; what its stage has ended stays so."""
-        if not self._partition or self._killed:
+        if not self._run or self._killed:
             return
         try:
             done = subprocess.run(self._ended("FAILED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
@@ -152,7 +156,7 @@ class StageOperator(BaseOperator):
                 self.log.info(line)
 
     def _ended(self, status: str) -> list[str]:
-        return [sys.executable, "-m", "training.ended", *self._partition, "--status", status]
+        return [sys.executable, "-m", "training.ended", *self.partition(), "--status", status]
 
     def _end_stage(self) -> None:
         """End the stage and everything that it started."""

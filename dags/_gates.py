@@ -42,20 +42,20 @@ class GateOperator(StageOperator):
         self.report_url = ""
         self._logger: subprocess.Popen[str] | None = None
 
-    def command(self, context: Mapping[str, Any]) -> list[str]:
-        return [*super().command(context), "--reports", self.reports]
+    def command(self) -> list[str]:
+        return [*super().command(), "--reports", self.reports]
 
     @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, str]:
         if not self.only_stopped:
-            self._start_logger(context)
+            self._start_logger()
         try:
             outcome = super().execute(context)
         except SystemExit:
-            self._log_report(context)
+            self._log_report()
             raise
         if not self.only_stopped:
-            self._log_report(context)
+            self._log_report()
         return outcome
 
     def on_kill(self) -> None:
@@ -63,16 +63,16 @@ class GateOperator(StageOperator):
         if self._logger is not None:
             self._logger.kill()
 
-    def _start_logger(self, context: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "training.page", *partition_arguments(context, self.dataset), "--reports", self.reports, "--when-input-ends"]
+    def _start_logger(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "training.page", *self.partition(), "--reports", self.reports, "--when-input-ends"]
         self._logger = subprocess.Popen(
             command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,
         )  # fmt: skip
         return self._logger
 
-    def _log_report(self, context: Any) -> None:
-        logger = self._logger or self._start_logger(context)
+    def _log_report(self) -> None:
+        logger = self._logger or self._start_logger()
         try:
             output, _ = logger.communicate(timeout=LOGGED_WITHIN_SECONDS)
             *said, last = output.strip().splitlines() or [""]
@@ -113,11 +113,12 @@ class WarningApproval(ApprovalOperator):
     @ends_as_a_stage
     def execute(self, context: Any) -> Any:
         self.report_url = self._find_report_url(context)
-        on_warning = handed_on(context)["params"]["on_warning"]
+        run = handed_on(context)
+        on_warning = run["params"]["on_warning"]
         if on_warning != settings.APPROVE:
             self.log.info("on_warning=%s: warnings are told and training goes on", on_warning)
             return None
-        found = self._summary(context)
+        found = self._summary(run)
         if missing := [gate for gate in GATES if gate not in found["stages"]]:
             raise StageError(
                 f"no outcome of the gates {', '.join(missing)} is kept for attempt {found['attempt']}, "
@@ -149,9 +150,9 @@ class WarningApproval(ApprovalOperator):
     def _find_report_url(self, context: Any) -> str:
         return context["ti"].xcom_pull(task_ids=self.gate, key=ReportLink().xcom_key) or ""
 
-    def _summary(self, context: Any) -> dict[str, Any]:
+    def _summary(self, run: Mapping[str, Any]) -> dict[str, Any]:
         module = "etl.quality.report"
-        command = [sys.executable, "-m", module, *partition_arguments(context, self.dataset), "--reports", self.reports, "--json"]
+        command = [sys.executable, "-m", module, *partition_arguments(run, self.dataset), "--reports", self.reports, "--json"]
         done = subprocess.run(command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
                               text=True, check=False)  # fmt: skip
         if done.returncode != 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,11 @@ class ModelOperator(StageOperator):
         self.runs = runs
         self.run_url = self.version_url = ""
 
-    def command(self, context: Mapping[str, Any]) -> list[str]:
-        return [*super().command(context), "--runs", self.runs]
+    def command(self) -> list[str]:
+        return [*super().command(), "--runs", self.runs]
 
     def execute(self, context: Any) -> dict[str, Any]:
-        command = self.command(context)
-        folder = Path(self.runs) / command[command.index("--attempt") + 1]
+        folder = Path(self.runs) / self._run["attempt"]
         try:
             outcome = super().execute(context)
         finally:

@@ -101,18 +101,22 @@ def graph_of(dag) -> dict:
 
 def commands_of(dag, **context) -> dict[str, list[str]]:
     """Return the command line of every task, with the DAG's own defaults."""
-    from jinja2.sandbox import SandboxedEnvironment
-
     from dags._common import StageOperator
 
     found = {}
     for task in (task for task in dag.tasks if isinstance(task, StageOperator)):
         made = context_of(**{"dt": "2022-04-21", **context})
         made = made | {"ti": ti_of(attempt(dag.dag_id.removeprefix("vql_daily_"), made["params"]["dt"]), made["params"]["dt"], {**dag.params.dump(), "raw": "/raw"})}
-        made["given"] = made["ti"].xcom_pull()["params"]
-        rendered = {name: task.render_template(getattr(task, name), made, SandboxedEnvironment()) for name in task.template_fields}
-        found[task.task_id] = _copy(task, rendered).command(made)
+        prepared = task.prepare_for_execution()
+        prepared.render_template_fields(made)
+        found[task.task_id] = prepared.command()
     return found
+
+
+def executed(task, context):
+    """Do a task's work as Airflow does it."""
+    task.render_template_fields(context)
+    return task.execute(context)
 
 
 def expected_commands(definition, argument: str, dt: str = "2022-04-21") -> dict[str, list[str]]:
@@ -221,14 +225,6 @@ def test_every_task_has_a_retry_a_timeout_and_a_pool_that_is_made(own):
 @pytest.mark.parametrize("name", built_in_names())
 def test_commands_are_those_of_the_stage_table(name):
     assert commands_of(dag_of(name)) == expected_commands(dataset(name), name)
-
-
-def _copy(task, attributes):
-    copy = type(task).__new__(type(task))
-    copy.__dict__.update(task.__dict__)
-    for name, value in attributes.items():
-        object.__setattr__(copy, name, value)
-    return copy
 
 
 # ---- own data sets ---------------------------------------------------------------------------------------------------
@@ -472,6 +468,17 @@ def test_a_task_whose_run_has_no_attempt_fails_with_the_way_out(dag):
         handed_on({"ti": ti_of()})
 
 
+def test_a_task_asks_once_what_its_run_is_about(dag):
+    asked: list[str] = []
+    ti = ti_of("a", params=dag.params.dump())
+    answer, ti.xcom_pull = ti.xcom_pull, lambda task_ids: asked.append(task_ids) or answer(task_ids)
+    task = dag.get_task("train.audit_training_input").prepare_for_execution()
+    task.command = lambda: [sys.executable, "-c", ""]
+    task._start_logger = task._log_report = lambda: None
+    assert executed(task, context_of(ti=ti))["attempt"] == "a"
+    assert asked == [START]
+
+
 def test_run_defaults_of_the_definition_are_those_of_the_form(own):
     own.write_text(OWN + "run: {raw: '/data/shop', config: tiny, workers: 3, on_warning: approve, hour: 6, wait_hours: 2}\n")
     dag = own_dags()["vql_daily_shop"]
@@ -534,7 +541,7 @@ def test_a_run_that_a_person_started_waits_for_nothing(own, monkeypatch, tmp_pat
 @pytest.mark.parametrize("judged", [{}, {"raw": None, "events": None}, {"events": None, "sequences": "warning"}])
 def test_what_was_not_judged_is_not_free_of_warnings(dag, monkeypatch, judged):
     task = dag.get_task("train.approve_warnings")
-    monkeypatch.setattr(type(task), "_summary", lambda self, context: {"attempt": "a", "stages": judged, "failed": {"warning": []}})
+    monkeypatch.setattr(type(task), "_summary", lambda self, run: {"attempt": "a", "stages": judged, "failed": {"warning": []}})
     with ended_as_a_stage(r"no outcome of the gates .*training_input"):
         task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
 
@@ -632,10 +639,9 @@ def run_code(tmp_path, monkeypatch, code: str, dataset: str = "kuairand"):
 
     script = tmp_path / "stage.py"
     script.write_text(code)
-    command = [sys.executable, str(script), "--dt", "2022-04-21", "--attempt", "a"]
-    monkeypatch.setattr(StageOperator, "command", lambda self, context: command)
+    monkeypatch.setattr(StageOperator, "command", lambda self: [sys.executable, str(script)])
     operator = StageOperator(task_id="stage", module="stage", dataset=dataset)
-    return operator, lambda: operator.execute(context_of(dt="2022-04-21"))
+    return operator, lambda: executed(operator, context_of(ti=ti_of("a")))
 
 
 @pytest.mark.parametrize(("dataset", "name"), [("kuairand", "kuairand"), ("/home/me/shop.yaml", "shop")])
@@ -684,13 +690,13 @@ def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(t
 
     script = tmp_path / "gate.py"
     script.write_text(f"import sys; sys.exit({code})")
-    monkeypatch.setattr(StageOperator, "command", lambda self, context: [sys.executable, str(script), "--dt", "2022-04-21", "--attempt", "a"])
+    monkeypatch.setattr(StageOperator, "command", lambda self: [sys.executable, str(script)])
     gate = GateOperator(task_id="gate", module="gate", dataset="kuairand", reports=str(tmp_path / "no reports"))
     if code == 0:
-        assert gate.execute(context_of(dt="2022-04-21"))["attempt"] == "a"
+        assert executed(gate, context_of(ti=ti_of("a")))["attempt"] == "a"
     else:
         with pytest.raises(SystemExit) as ended:
-            gate.execute(context_of(dt="2022-04-21"))
+            executed(gate, context_of(ti=ti_of("a")))
         assert ended.value.code == code
     assert ReportLink().get_link(gate, ti_key=None) == ""
 
@@ -756,10 +762,10 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
     registration = {"model_name": "vql_kuairand", "version": "3", "run_id": "abc", "experiment_id": "7", "aliases": aliases, "outcome": outcome,
                     "gate": {"passed": outcome != "refused", "reason": "the reason"}, "digests": {"model.digest": "d"}}  # fmt: skip
     (tmp_path / "a" / "registration.json").write_text(json.dumps(registration))
-    monkeypatch.setattr(StageOperator, "command", lambda self, context: [sys.executable, str(tmp_path / "stage.py"), "--dt", "2022-04-21", "--attempt", "a"])
+    monkeypatch.setattr(StageOperator, "command", lambda self: [sys.executable, str(tmp_path / "stage.py")])
     task = PromoteOperator(task_id="promote", module="evaluation.promote", dataset="kuairand", runs=str(tmp_path), champion=Asset(name="c", uri="longview://c/champion"))
-    context = context_of(dt="2022-04-21") | {"outlet_events": OutletEventAccessors()}
-    return task, lambda: task.execute(context), context
+    context = context_of(ti=ti_of("a")) | {"outlet_events": OutletEventAccessors()}
+    return task, lambda: executed(task, context), context
 
 
 @pytest.mark.parametrize(("outcome", "aliases", "event"), [("promoted", ["challenger", "champion"], True), ("promoted", ["previous_champion"], False),
