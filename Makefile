@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WORKERS ON_WARNING REASON BY KEEP FROM
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM
 export LONGVIEW_VENV := $(abspath $(VENV))
 
 .PHONY: help setup data run test readme test-slow bench-etl claims validate let-through lint up down backup restore lock clean
@@ -22,7 +22,7 @@ run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-D
 	@$(PY) -m infra.run
 
 test: setup ## the tests that take minutes, not more
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 readme: setup ## every command that README.md and docs/datasets.md show, as far as this machine has the data, in a home of its own
 	@$(PY) -m pytest -m slow --durations=0 tests/test_readme.py

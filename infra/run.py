@@ -25,6 +25,7 @@ from etl.identity import report_page
 from etl.partitions import parse_dt
 from etl.uris import without_secrets
 from infra import database, services, settings
+from infra.options import OPTIONS
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
 WAITING = "awaiting_input"
@@ -115,23 +116,24 @@ def register(own: Path, raw: str) -> bool:
 
 
 def choose_options() -> dict[str, str | int]:
-    """Return the run's other parameters, from CONFIG, TARGET_DAYS, LOOKBACK_DAYS, EVALUATION_DAYS, MAX_HISTORY, WORKERS and ON_WARNING."""
-    options: dict[str, str | int] = {}
-    if config := os.environ.get("CONFIG"):
-        known = settings.training_configs()
-        if config not in known:
-            raise InfraError(f"unknown training configuration CONFIG={config}", f"use one of: {', '.join(known)}")
-        options["config"] = config
-    if on_warning := os.environ.get("ON_WARNING"):
-        if on_warning not in (settings.CONTINUE, settings.APPROVE):
-            raise InfraError(f"unknown ON_WARNING={on_warning}", f"give {settings.CONTINUE}, or {settings.APPROVE} to wait for a person when a gate warns")
-        options["on_warning"] = on_warning
-    for name in ("target_days", "lookback_days", "evaluation_days", "max_history", "workers"):
-        if text := os.environ.get(name.upper()):
-            if not text.isascii() or not text.isdigit():
-                raise InfraError(f"{name.upper()}={text} is not a whole number", f"give for example {name.upper()}=2")
-            options[name] = int(text)
-    return options
+    """Return the run's other options, from the variables that `infra.options` names.
+
+    Raises:
+        InfraError: a value is not allowed; says what is.
+    """
+    chosen: dict[str, str | int] = {}
+    for option in OPTIONS.values():
+        text = os.environ.get(option.variable)
+        if not text or option.name in ("dt", "raw"):  # `choose_data` has these
+            continue
+        try:
+            chosen[option.name] = option.parsed(text)
+        except ValueError as error:
+            raise InfraError(str(error), "correct it; `make help` and docs/operations.md list the options") from None
+    known = settings.training_configs()
+    if chosen.get("config", known[0]) not in known:
+        raise InfraError(f"unknown training configuration CONFIG={chosen['config']}", f"use one of: {', '.join(known)}")
+    return chosen
 
 
 class TaskLog:

@@ -437,7 +437,7 @@ def test_no_index_address_is_written_down():
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny"), ("ON_WARNING", "ask", "give continue, or approve")],
+    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny"), ("ON_WARNING", "ask", "is not continue or approve")],
 )
 def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value, says):
     monkeypatch.setenv(name, value)
