@@ -19,6 +19,10 @@ from infra import settings  # noqa: E402
 
 os.environ.update(settings.environment())
 
+# Several test processes share the cores: threads that spin for each other would stop them all.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The one profile of every property test. The same examples each time, so that a run fails by a change and never by chance; how fast a
 # machine is, or how busy, is no property of the code. HYPOTHESIS=explore draws new examples and keeps those that fail.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow])
