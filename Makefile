@@ -16,7 +16,7 @@ setup: ## make or refresh .venv from requirements.txt (nothing to do: instant)
 
 data: setup ## fetch a published data set into var/raw/<name>, with resume: DATASET=kuairand_1k
 	@name="$$(basename "$$DATASET")" && name="$$(tr A-Z- a-z_ <<< "$${name%.y*ml}")" && \
-		$(PY) -m etl.download --dataset "$$DATASET" --to "$${LONGVIEW_HOME:-var}/raw/$$name"
+		$(PY) -m etl.ingest.download --dataset "$$DATASET" --to "$${LONGVIEW_HOME:-var}/raw/$$name"
 
 run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-DD DATASET=name or path of name.yaml; without RAW simulated data
 	@$(PY) -m infra.run

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import duckdb
 
-from etl.cli import log
-from etl.datasets import DatasetDefinition, dataset
-from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVALUATION, TRAIN, WATCH_RATIO_EDGES
-from etl.store import TableStore
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.stage.commands import log
+from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
+from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_RATIO_EDGES
+from etl.warehouse.store import TableStore
 
 TIES = "event_time_ms, item_id, feedback, watch_time_ms, duration_ms, context, is_random"  # the order of a day's file
 

@@ -35,11 +35,11 @@ import pyarrow.parquet as pq
 from benchmarks import stored_bytes
 from benchmarks.logs import DATASET, MEAN_HISTORY, Plan, write_logs
 from benchmarks.processes import peak_rss
-from etl.cli import log, run_stage
-from etl.datasets import SIMULATED_MARKER, dataset
-from etl.errors import StageError
-from etl.partitions import add_days, days_between
-from etl.store import Manifest, TableStore
+from etl.datasets.definition import SIMULATED_MARKER, dataset
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import add_days, days_between
+from etl.warehouse.store import Manifest, TableStore
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

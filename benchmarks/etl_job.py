@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import tree
-from etl.cli import run_stage
+from etl.stage.commands import run_stage
 
 
 def stages(spark) -> dict[str, int]:
@@ -36,7 +36,8 @@ def stages(spark) -> dict[str, int]:
 
 def main() -> None:
     figures_path, job, *arguments = sys.argv[1:]
-    module: Any = importlib.import_module(f"etl.jobs.{job}")
+    command: Any = importlib.import_module(f"etl.jobs.{job}")
+    module: Any = importlib.import_module({"events": "etl.ingest.build_events", "sequences": "etl.sequences.build_sequences"}[job])
     start_session, figures = module.spark_session, {"session_s": 0.0, "stop_s": 0.0, "work_cpu_s": 0.0}
 
     def timed_session(name: str):
@@ -59,7 +60,7 @@ def main() -> None:
     module.spark_session = timed_session
     sys.argv = [f"etl.jobs.{job}", *arguments]
     began, start_cpu = time.perf_counter(), time.process_time()
-    module.main()
+    command.main()
     figures["work_s"] = time.perf_counter() - began - figures["session_s"] - figures["stop_s"]
     Path(figures_path).write_text(json.dumps(figures))
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import event_attention, straight_through_codes
 from training.model.factored import factored_attention
 from training.model.kernel import MixtureKernel

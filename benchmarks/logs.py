@@ -1,4 +1,4 @@
-"""Writes large simulated KuaiRand logs fast: the published columns and quirks, nothing to learn. `etl.simulate` is for that.
+"""Writes large simulated KuaiRand logs fast: the published columns and quirks, nothing to learn. `etl.datasets.simulate` is for that.
 
 One file a local day, as its name says. A UTC day lies in two of them, so the logs go on to the end of the local day in
 which the last UTC day ends: every daily run then opens two whole files.
@@ -20,9 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from etl.datasets import SIMULATED_MARKER, dataset
-from etl.partitions import MS_PER_DAY, add_days, day_number, dt_of_day_number
-from etl.simulate import (
+from etl.datasets.definition import SIMULATED_MARKER, dataset
+from etl.datasets.simulate import (
     LN_MEAN_HISTORY,
     LN_SD_HISTORY,
     PAGE_SIZES,
@@ -30,6 +29,7 @@ from etl.simulate import (
     SHARE_DUPLICATES,
     SHARE_NO_DURATION,
 )
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, dt_of_day_number
 
 DATASET = "kuairand_simulated"
 MEAN_HISTORY = float(np.exp(LN_MEAN_HISTORY + LN_SD_HISTORY**2 / 2))  # rows of a user in a month

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.logs import DATASET, Pages, Plan, draw_pages, log_rows
-from etl.datasets import DatasetDefinition, dataset
-from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVENTS
-from etl.sequences import sequence_rows
-from etl.store import TableStore
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.sequences.sequence_rows import sequence_rows
+from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
+from etl.warehouse.schemas import EVENTS
+from etl.warehouse.store import TableStore
 
 LENGTH = 10_000
 SPARE = 900  # users differ in what chance puts before their first target

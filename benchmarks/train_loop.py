@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from etl.partitions import MS_PER_DAY
-from etl.schemas import SEQUENCES, TRAIN, WATCH_BUCKETS
+from etl.warehouse.partitions import MS_PER_DAY
+from etl.warehouse.schemas import SEQUENCES, TRAIN, WATCH_BUCKETS
 from training.config import TrainConfig, load_config
 from training.data import Sequences
 from training.loop import EpochResult, TrainingData, Worker, train_model

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from etl.schemas import WATCH_BUCKETS
+from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import INTERACTIONS, Batch
 from training.model.ranker import FieldSizes, Ranker

@@ -16,9 +16,9 @@ from typing import Any
 from airflow.sdk import BaseOperator
 
 from dags._exits import ends_as_a_stage, log_lines, told
-from etl.datasets import definition_name
-from etl.errors import StageError
-from etl.identity import RUN_URL_VARIABLE
+from etl.datasets.definition import definition_name
+from etl.stage.errors import StageError
+from etl.stage.identity import RUN_URL_VARIABLE
 from infra import settings
 
 KILL_AFTER_SECONDS = 15

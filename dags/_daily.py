@@ -14,7 +14,7 @@ from dags._release import ModelOperator, PromoteOperator
 from dags._start import StartOperator
 from dags._timetable import PartitionDays
 from dags._wait import WaitForFiles
-from etl.datasets import DatasetDefinition
+from etl.datasets.definition import DatasetDefinition
 from infra import settings
 from infra.options import OPTIONS, Option, arguments
 

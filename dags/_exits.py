@@ -9,7 +9,7 @@ from typing import Any
 
 from airflow.sdk import RetryDecision, RetryPolicy
 
-from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
+from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
 from infra import settings
 
 WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)

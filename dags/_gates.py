@@ -14,7 +14,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments
 from dags._exits import ends_as_a_stage, log_lines, told
 from dags._links import ReportLink
-from etl.errors import StageError
+from etl.stage.errors import StageError
 from infra import settings
 
 LOGGED_WITHIN_SECONDS = 90

@@ -13,10 +13,10 @@ from airflow.sdk.exceptions import ParamValidationError
 from dags._common import partition_of
 from dags._exits import ends_as_a_stage
 from dags._notes import append_note
-from etl.datasets import DatasetDefinition, dataset
-from etl.errors import StageError
-from etl.identity import attempt_name
-from etl.uris import folder_problem
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.stage.errors import StageError
+from etl.stage.identity import attempt_name
+from etl.stage.uris import folder_problem
 from infra import settings
 
 

@@ -11,11 +11,11 @@ from airflow.sdk import BaseSensorOperator
 
 from dags._common import handed_on, run_type
 from dags._exits import ends_as_a_stage
-from etl.datasets import DatasetDefinition, dataset
-from etl.errors import StageError
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.stage.errors import StageError
 
 if TYPE_CHECKING:
-    from etl.raw import RawFile
+    from etl.ingest.raw import RawFile
 
 LOOK_EVERY_SECONDS = 300
 
@@ -67,7 +67,7 @@ def what_is_missing(definition: DatasetDefinition, raw: str, dt: str) -> str:
         raw: folder of the raw logs.
         dt: the day, YYYY-MM-DD.
     """
-    from etl.raw import RawLocation  # takes a second to load, in a file that Airflow reads all the time
+    from etl.ingest.raw import RawLocation  # takes a second to load, in a file that Airflow reads all the time
 
     try:
         files = RawLocation(raw).logs(definition)

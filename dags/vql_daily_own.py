@@ -4,8 +4,8 @@ A file of its own, so that a wrong definition shows as an import error and takes
 """
 
 from dags._daily import daily_dag
-from etl.datasets import built_in_names, dataset
-from etl.errors import StageError
+from etl.datasets.definition import built_in_names, dataset
+from etl.stage.errors import StageError
 from infra import settings
 
 for path in sorted(settings.definitions().glob("*.yaml")):

@@ -19,7 +19,7 @@ def main() -> None:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except Exception as error:
         print(error, file=sys.stderr)
-        sys.exit(75)  # `etl.errors.EXIT_TRY_AGAIN`: says nothing of the model
+        sys.exit(75)  # `etl.stage.errors.EXIT_TRY_AGAIN`: says nothing of the model
     model = mlflow.pyfunc.load_model(str(folder))
     requests = pd.DataFrame(json.loads(Path(requests_file).read_text()))
     example = model.input_example

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.datasets import SIMULATED_MARKER
-from etl.errors import StageError, TryAgainError
-from etl.local_files import replace_text
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.datasets.definition import SIMULATED_MARKER
 from etl.quality.audit import Audit
 from etl.quality.report import written_after
-from etl.store import Manifest, TableStore
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.local_files import replace_text
+from etl.warehouse.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
 from training.registry import CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import run_folder

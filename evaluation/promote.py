@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
-from etl.local_files import one_at_a_time
-from etl.store import TableStore
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
+from etl.stage.local_files import one_at_a_time
+from etl.warehouse.store import TableStore
 from evaluation.gate import Decision, quality_gate
 from evaluation.main import judge_again, read_training, write_json
 from evaluation.register import read_evaluation, request_frame

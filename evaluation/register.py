@@ -6,10 +6,11 @@ import json
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import GateError, StageError
+from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.quality.kept import read_outcomes
-from etl.store import TableStore, code_version
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import GateError, StageError
+from etl.warehouse.store import TableStore, code_version
 from evaluation.main import read_training, write_json
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
 from training.run_folder import run_folder

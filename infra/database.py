@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etl.local_files import one_at_a_time
+from etl.stage.local_files import one_at_a_time
 from infra import services, settings
 from infra.services import InfraError, Service
 

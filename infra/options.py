@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from etl.datasets import DatasetDefinition
-from etl.uris import FOLDER_PATTERN
+from etl.datasets.definition import DatasetDefinition
+from etl.stage.uris import FOLDER_PATTERN
 from infra import settings
 
 MOST_DAYS = 36_500

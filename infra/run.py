@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etl.datasets import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
-from etl.definition_yaml import with_raw
-from etl.errors import StageError
-from etl.identity import report_page
-from etl.partitions import parse_dt
-from etl.uris import without_secrets
+from etl.datasets.definition import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
+from etl.datasets.definition_yaml import with_raw
+from etl.stage.errors import StageError
+from etl.stage.identity import report_page
+from etl.stage.uris import without_secrets
+from etl.warehouse.partitions import parse_dt
 from infra import database, services, settings
 from infra.options import OPTIONS
 from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
@@ -144,7 +144,7 @@ class TaskLog:
                      / f"attempt={task['try_number']}.log")
 
     def progress(self) -> list[str]:
-        """Return the lines that the stage itself logged (`etl.cli.log` puts the time first), not its libraries' noise."""
+        """Return the lines that the stage itself logged (`etl.datasets.arguments.log` puts the time first), not its libraries' noise."""
         return [line for line in self.lines() if re.match(r"\d\d:\d\d:\d\d ", line)]
 
     def lines(self) -> list[str]:
@@ -333,7 +333,7 @@ def run_partition(children: dict[Service, int]) -> int:
     simulator = None
     if choice.simulate:
         say(f"simulating raw logs under {raw} (kept when they are there already)")
-        simulator = subprocess.Popen([sys.executable, "-m", "etl.simulate", "--out", raw], env=settings.stage_environment(env), cwd=settings.ROOT, start_new_session=True)
+        simulator = subprocess.Popen([sys.executable, "-m", "etl.datasets.simulate", "--out", raw], env=settings.stage_environment(env), cwd=settings.ROOT, start_new_session=True)
         children[Service("simulator", ())] = simulator.pid
     elif "://" not in raw and not Path(raw).is_dir():
         raise InfraError(f"no raw logs under {raw}", "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated")

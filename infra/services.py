@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 from infra import settings
 
 STOP_SECONDS = 12

@@ -17,8 +17,8 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from etl.errors import StageError
-from etl.uris import below, folder_problem, without_secrets
+from etl.stage.errors import StageError
+from etl.stage.uris import below, folder_problem, without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 

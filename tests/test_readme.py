@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pytest
 
-from etl.partitions import MS_PER_DAY, day_number
-from etl.simulate import Simulation, write_simulation
+from etl.datasets.simulate import Simulation, write_simulation
+from etl.warehouse.partitions import MS_PER_DAY, day_number
 from tests.processes import free_port
 from tests.waiting import PATIENCE_S
 

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import USER_CACHES, history_first, schema_fingerprint
-from etl.store import Manifest, TableStore, code_version
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.schemas import USER_CACHES, history_first, schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore, code_version
 from training.checkpoint import load_package
 from training.data import Joined, Sequences, make_batch
 from training.run_folder import run_folder

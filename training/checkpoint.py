@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY
 from training.config import ModelConfig
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import IdField, Vocabulary
@@ -23,7 +23,7 @@ from training.vocabulary import IdField, Vocabulary
 
 @dataclass(frozen=True)
 class Cutoff:
-    """What a target could see in training, so that a request is scored alike; see `etl.datasets.History`.
+    """What a target could see in training, so that a request is scored alike; see `etl.datasets.definition.History`.
 
     Attributes:
         max_events: None in packages from before it was kept: no bound.

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 
 INTERESTS = ("vql", "softmax_attention", "recent_attention", "sdim", "mean_pooling")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from etl.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
+from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
 from training.vocabulary import Array, ItemFeatures, Vocabulary
 
 FEEDBACK_BITS = 8

@@ -7,7 +7,8 @@ A run that has ended, or was never begun, stays as it is. An MLflow that does no
 
 from __future__ import annotations
 
-from etl.cli import partition_parser, run_stage
+from etl.datasets.arguments import partition_parser
+from etl.stage.commands import run_stage
 from training.tracking import end_run
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etl.schemas import TRAIN
+from etl.warehouse.schemas import TRAIN
 from training.checkpoint import inherit
 from training.config import TrainConfig
 from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows

@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.errors import StageError, TryAgainError
-from etl.local_files import replace_text
-from etl.store import TableStore, code_version, sha256_of
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.local_files import replace_text
+from etl.warehouse.store import TableStore, code_version, sha256_of
 from training.checkpoint import Cutoff, load_package, save_package
 from training.config import TrainConfig, load_config
 from training.data import Sequences

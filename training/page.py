@@ -15,9 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from etl.cli import log, partition_parser, run_stage, store_of
-from etl.datasets import DatasetDefinition
-from etl.identity import report_page
+from etl.datasets.arguments import partition_parser, store_of
+from etl.datasets.definition import DatasetDefinition
+from etl.stage.commands import log, run_stage
+from etl.stage.identity import report_page
 from training.tracking import asking_mlflow, run_of_attempt, set_tracking
 
 ARTIFACT_FOLDER = "validation"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from etl.errors import StageError
-from etl.store import sha256_of
+from etl.stage.errors import StageError
+from etl.warehouse.store import sha256_of
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, set_tracking
 
 CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from etl.errors import StageError
-from etl.local_files import sync
-from etl.store import sha256_of
+from etl.stage.errors import StageError
+from etl.stage.local_files import sync
+from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
 KEPT = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.freshness import rows_digest
-from etl.local_files import replace_text
+from etl.datasets.definition import DatasetDefinition
+from etl.datasets.rows_digest import rows_digest
+from etl.stage.errors import StageError
+from etl.stage.local_files import replace_text
 
 OWNER_FILE = "attempt.json"
 

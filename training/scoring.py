@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from etl.schemas import EVALUATION, WATCH_BUCKETS
+from etl.warehouse.schemas import EVALUATION, WATCH_BUCKETS
 from training.checkpoint import Cutoff, load_package
 from training.data import Joined, Sequences, UserBatches, make_batch
 from training.model.ranker import Ranker

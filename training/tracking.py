@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from etl.cli import log
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError, TryAgainError, kind_of
-from etl.identity import RUN_URL_VARIABLE
-from etl.store import code_version
-from etl.uris import without_secrets
+from etl.datasets.definition import DatasetDefinition
+from etl.stage.commands import log
+from etl.stage.errors import StageError, TryAgainError, kind_of
+from etl.stage.identity import RUN_URL_VARIABLE
+from etl.stage.uris import without_secrets
+from etl.warehouse.store import code_version
 from infra import settings
 
 ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import cache_attention, event_attention
 from training.model.blocks import Layout, block_attention
 from training.model.cache import build_cache, stored, to_sparse

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.claims.variants import MAX_EVENTS, SIMULATED
-from etl.datasets import dataset
-from etl.store import TableStore
+from etl.datasets.definition import dataset
+from etl.warehouse.store import TableStore
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
     """Write a simulated partition of KuaiRand's layout through the functions that the jobs call, without Spark."""
     if (folder / "sequences.parquet").exists():
         return folder
-    from etl.buckets import Layout
-    from etl.features import read_features
-    from etl.items import counted, item_rows, merged
-    from etl.jobs.events import EVENT, events_schema, parse_split, write_day_bucket
-    from etl.partitions import MS_PER_DAY, Window, day_number, days_between
-    from etl.raw import RawLocation
-    from etl.sequences import sequence_rows
-    from etl.simulate import Simulation, write_simulation
-    from etl.store import DataFile
+    from etl.datasets.simulate import Simulation, write_simulation
+    from etl.ingest.build_events import EVENT, events_schema, parse_split, write_day_bucket
+    from etl.ingest.features import read_features
+    from etl.ingest.raw import RawLocation
+    from etl.sequences.items import counted, item_rows, merged
+    from etl.sequences.sequence_rows import sequence_rows
+    from etl.warehouse.buckets import Layout
+    from etl.warehouse.partitions import MS_PER_DAY, Window, day_number, days_between
+    from etl.warehouse.store import DataFile
 
     definition, dt = dataset("kuairand_simulated"), "2022-04-21"
     window = Window(dt, 14, 14)

@@ -13,12 +13,13 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from etl.buckets import Part, common_layout, parts_by_bucket, read_bucket
-from etl.cli import dataset_parser, definition_of, log, run_stage
-from etl.errors import StageError
-from etl.partitions import days_between, parse_dt
-from etl.spark import spark_session
-from etl.store import DataFile, Manifest, TableStore, code_version
+from etl.datasets.arguments import dataset_parser, definition_of
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.stage.spark import spark_session
+from etl.warehouse.buckets import Part, common_layout, parts_by_bucket, read_bucket
+from etl.warehouse.partitions import days_between, parse_dt
+from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
 
 
 def main() -> None:

@@ -16,16 +16,18 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from etl.buckets import MAX_BUCKETS, Layout, common_layout, files_by_remainder
-from etl.cli import dataset_parser, definition_of, log, run_stage
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError, TryAgainError
-from etl.freshness import rows_digest, same_rows
-from etl.jobs.events import events_schema
-from etl.partitions import days_between, parse_dt
-from etl.schemas import EVENTS, schema_fingerprint
-from etl.spark import spark_session
-from etl.store import DataFile, Manifest, TableStore, code_version
+from etl.datasets.arguments import dataset_parser, definition_of
+from etl.datasets.definition import DatasetDefinition
+from etl.datasets.rows_digest import rows_digest
+from etl.ingest.build_events import events_schema
+from etl.ingest.freshness import same_rows
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.spark import spark_session
+from etl.warehouse.buckets import MAX_BUCKETS, Layout, common_layout, files_by_remainder
+from etl.warehouse.partitions import days_between, parse_dt
+from etl.warehouse.schemas import EVENTS, schema_fingerprint
+from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
 
 
 @dataclass(frozen=True)

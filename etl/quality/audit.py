@@ -29,11 +29,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.datasets import DatasetDefinition, History
-from etl.errors import GateError, StageError, TryAgainError
-from etl.freshness import rows_to_keep, same_rows
-from etl.partitions import MS_PER_DAY, Window, add_days
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.datasets.definition import DatasetDefinition, History
+from etl.datasets.quality_rules import STATISTICS, Condition, stated_bounds
+from etl.datasets.thresholds import Thresholds
+from etl.ingest.freshness import rows_to_keep, same_rows
+from etl.ingest.raw import RawLocation
 from etl.quality import kept, own, profile, raw_stats, stats
 from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
 from etl.quality.gx import import_early
@@ -41,12 +42,12 @@ from etl.quality.kept import GATES, SEVERITIES, StageOutcome
 from etl.quality.model_output import model_output_row
 from etl.quality.pass_once import pass_command
 from etl.quality.report import written_after
-from etl.quality.thresholds import Thresholds
 from etl.quality.validate import EVERY_ROW, Check, OwnCheck, validate
-from etl.quality_rules import STATISTICS, Condition, stated_bounds
-from etl.raw import RawLocation
-from etl.schemas import EVENTS
-from etl.store import STAGING_DAYS, DataFile, Manifest, Staged, TableStore
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import GateError, StageError, TryAgainError
+from etl.warehouse.partitions import MS_PER_DAY, Window, add_days
+from etl.warehouse.schemas import EVENTS
+from etl.warehouse.store import STAGING_DAYS, DataFile, Manifest, Staged, TableStore
 
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
 MAX_THREADS = 4  # that measure buckets of sequences

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.raw import RawLocation
 from etl.quality.audit import Audit
 from etl.quality.gx import great_expectations
 from etl.quality.stats import Bucket
-from etl.raw import RawLocation
-from etl.store import TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.store import TableStore
 
 
 @contextmanager

@@ -12,11 +12,11 @@ import dataclasses
 import json
 import sys
 
-from etl.cli import run_stage
-from etl.errors import EXIT_GATE
 from etl.quality.audit import Evidence, audit_of, audit_parser
 from etl.quality.gx import import_early
 from etl.quality.kept import SEVERITIES, StageOutcome
+from etl.stage.commands import run_stage
+from etl.stage.errors import EXIT_GATE
 
 EXIT_WARNING = 4
 

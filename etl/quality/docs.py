@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from etl.local_files import replace_text
+from etl.stage.local_files import replace_text
 
 ATTEMPTS_KEPT = 60  # of all data sets that share a folder of reports
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from etl.quality.thresholds import DriftThresholds, EventThresholds
+from etl.datasets.thresholds import DriftThresholds, EventThresholds
 
 NAN = float("nan")
 SHARE_FLOOR = 1e-4  # a category that one side lacks: it would otherwise be infinitely far

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from etl.partitions import add_days, days_between
-from etl.store import TableStore
+from etl.warehouse.partitions import add_days, days_between
+from etl.warehouse.store import TableStore
 
 SEVERITIES = ("critical", "warning", "info")  # the worst first
 GATES = ("raw", "events", "sequences", "training_input", "model_output")

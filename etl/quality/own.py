@@ -1,7 +1,7 @@
-"""Runs a data set's own conditions and expectations (`etl.quality_rules`) on the tables that a gate judges.
+"""Runs a data set's own conditions and expectations (`etl.datasets.quality_rules`) on the tables that a gate judges.
 
 A condition is counted on every row, by DuckDB over the table's files: it reads only the columns that are named, streams, and
-keeps to MEMORY. An expectation of Great Expectations sees a table of pandas: all of its rows up to MOST_ROWS, and of a
+keeps to `own_checks.MEMORY`. An expectation of Great Expectations sees a table of pandas: all of its rows up to MOST_ROWS, and of a
 larger table every n-th, which its message says; so what must hold for each row of a large table is a condition.
 """
 
@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
+from etl.datasets.definition import DatasetDefinition
+from etl.datasets.own_checks import contract, first_line, frame_columns, isolated_database
+from etl.datasets.quality_rules import STATISTICS, Condition, Expectation
 from etl.quality.gx import great_expectations
-from etl.quality_rules import STATISTICS, Condition, Expectation
-from etl.schemas import TABLES, event_field_type, item_field_type
-from etl.store import Manifest, TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.store import Manifest, TableStore
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
 
-MEMORY = "1GB"
 MOST_ROWS = 500_000
 ROWS_AT_ONCE = 4_096  # of a table with lists
 EXAMPLES = 3
@@ -71,38 +70,6 @@ class Sample:
     @property
     def said(self) -> str:
         return "" if self.step == 1 else f" (seen on {len(self.frame):,} of {self.rows:,} rows, every {self.step}th)"
-
-
-def contract(definition: DatasetDefinition, table: str) -> pa.Schema:
-    """Return the schema of a table with the fields of this data set."""
-    rules = {"events": definition.events.item_fields, "items": definition.item_fields}.get(table, {})
-    kind = event_field_type if table == "events" else item_field_type
-    return pa.schema([*TABLES[table], *[pa.field(name, kind(rule.kind)) for name, rule in rules.items()]])
-
-
-def check_columns(definition: DatasetDefinition) -> None:
-    """Check the conditions and the columns of the expectations against the tables, as far as no data are needed.
-
-    Raises:
-        ValueError: a condition is not a boolean expression over its table, or a column does not exist.
-    """
-    quality = definition.quality
-    for index, condition in enumerate(quality.conditions):
-        known = None if condition.table.startswith(STATISTICS) else contract(definition, condition.table)
-        try:
-            with _connection() as connection:
-                _check_sql(connection, condition, known)
-        except Exception as error:
-            raise ValueError(f"quality.conditions.{index} ({condition.name}): sql: {_first_line(error)}") from None
-    for index, own in enumerate(quality.expectations):
-        if own.table.startswith(STATISTICS):
-            continue
-        names = frame_columns(contract(definition, own.table))
-        for argument, value in own.arguments.items():
-            if argument.startswith("column") and argument not in ("column_index",):
-                for name in value if isinstance(value, list) else [value]:
-                    if isinstance(name, str) and name not in names:
-                        raise ValueError(f"quality.expectations.{index} ({own.name}): arguments.{argument}: {own.table} has no column {name!r}; it has {', '.join(names)}")
 
 
 def built(own: Expectation) -> Any:
@@ -168,11 +135,6 @@ def sampled_statistics(stage: str, days: Sequence[tuple[str, Mapping[str, Any]]]
     return Sample(STATISTICS + stage, ", ".join(dt for dt, _ in days), len(days), 1, pd.DataFrame([_plain(metrics) for _, metrics in days]))
 
 
-def frame_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns of a table as expectations see it."""
-    return [f"{field.name}_length" if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.name for field in schema]
-
-
 def _there(store: TableStore, path: str) -> str:
     with store.fs.open_input_file(path):
         return path
@@ -193,27 +155,8 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, str) else None if value != value else float(value) for name, value in metrics.items()}
 
 
-def _connection() -> duckdb.DuckDBPyConnection:
-    import duckdb
-
-    # A condition reads the table that it is given and nothing else.
-    return duckdb.connect(config={"enable_external_access": "false", "memory_limit": MEMORY, "python_enable_replacements": "false", "threads": "2"})
-
-
-def _check_sql(connection: duckdb.DuckDBPyConnection, condition: Condition, schema: pa.Schema | None) -> None:
-    if len(connection.extract_statements(f"SELECT (\n{condition.sql}\n)")) != 1:
-        raise ValueError("give one expression, not several statements")
-    if schema is None:
-        return  # the metrics of a gate are known when it has measured
-    connection.register("t", schema.empty_table())
-    [(kind,)] = connection.execute(f"SELECT DISTINCT column_type FROM (DESCRIBE SELECT (\n{condition.sql}\n) AS ok FROM t)").fetchall()
-    if kind != "BOOLEAN":
-        raise ValueError(f"must be true or false, and is of type {kind}")
-    connection.execute(f"SELECT 1 FROM t WHERE (\n{condition.sql}\n)")  # a condition on one row: no aggregates, no windows
-
-
 def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, Counted]:
-    with _connection() as connection:
+    with isolated_database() as connection:
         connection.register("t", rows)
         found = {}
         try:
@@ -221,7 +164,7 @@ def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, C
                 one = _count(connection, dt, condition)
                 found[condition.name] = one
         except Exception as error:
-            raise StageError(f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}: {_first_line(error)}",
+            raise StageError(f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}: {first_line(error)}",
                              _AT_FAULT.format(kind="conditions")) from error  # fmt: skip
         return found
 
@@ -242,7 +185,3 @@ def _count(connection: duckdb.DuckDBPyConnection, dt: str, condition: Condition)
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())[:500]

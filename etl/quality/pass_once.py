@@ -14,12 +14,12 @@ import getpass
 import shlex
 import time
 
-from etl.cli import log, run_stage
-from etl.datasets import definition_name
-from etl.errors import StageError
-from etl.partitions import parse_dt
+from etl.datasets.definition import definition_name
 from etl.quality.kept import Decision, Failing, StageOutcome, outcome_attempts, read_outcomes, write_decision
-from etl.store import TableStore
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import parse_dt
+from etl.warehouse.store import TableStore
 
 
 def pass_command(warehouse: str, outcome: StageOutcome) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from etl.quality.thresholds import THRESHOLDS
+from etl.datasets.thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

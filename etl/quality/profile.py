@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.partitions import MS_PER_DAY
+from etl.datasets.thresholds import EventThresholds
 from etl.quality.drift import HOURS, NAN
-from etl.quality.thresholds import EventThresholds
+from etl.warehouse.partitions import MS_PER_DAY
 
 MS_PER_HOUR = 3_600_000
 MAX_VALUES = 100  # a field with more distinct values is no vocabulary, and is not kept value by value

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.compression import DamagedError, without_suffix
-from etl.datasets import DatasetDefinition, Logs
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, add_days, day_number
+from etl.datasets.definition import DatasetDefinition, Logs
+from etl.datasets.thresholds import DriftThresholds, RawThresholds
+from etl.ingest.compression import DamagedError, without_suffix
+from etl.ingest.raw import Chunk, RawFile, RawLocation, Split, checked_lines, parse_lines
 from etl.quality.drift import NAN
-from etl.quality.thresholds import DriftThresholds, RawThresholds
-from etl.raw import Chunk, RawFile, RawLocation, Split, checked_lines, parse_lines
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 
 PARQUET_MAGIC = b"PAR1"
 

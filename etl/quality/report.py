@@ -24,15 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.cli import definition_of, log, partition_parser, run_stage, store_of
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.identity import report_page
-from etl.local_files import one_at_a_time, replace_text
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.datasets.definition import DatasetDefinition
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.stage.identity import report_page
+from etl.stage.local_files import one_at_a_time, replace_text
 
 if TYPE_CHECKING:
     from etl.quality.page import Quarantine
-    from etl.store import Manifest, TableStore
+    from etl.warehouse.store import Manifest, TableStore
 
 DAYS = 30  # days that a drawing shows
 SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.datasets import History
-from etl.partitions import MS_PER_DAY, Window, day_number
+from etl.datasets.definition import History
+from etl.datasets.thresholds import DriftThresholds, EventThresholds
 from etl.quality.drift import NAN, kl, psi
 from etl.quality.profile import MS_PER_HOUR, event_keys, value_shares
-from etl.quality.thresholds import DriftThresholds, EventThresholds
-from etl.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
-from etl.sequences import cut_offs_ms
+from etl.sequences.sequence_rows import cut_offs_ms
+from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
+from etl.warehouse.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
 
 NEVER_NEGATIVE = ("user_id", "item_id", "watch_time_ms", "duration_ms")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from etl.quality.thresholds import (
+from etl.datasets.quality_rules import Condition, reason_of
+from etl.datasets.thresholds import (
     DriftThresholds,
     EventThresholds,
     ModelOutputThresholds,
@@ -18,7 +19,6 @@ from etl.quality.thresholds import (
     Thresholds,
     TrainingInputThresholds,
 )
-from etl.quality_rules import Condition, reason_of
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuite
@@ -162,7 +162,7 @@ def sequences(limits: SequenceThresholds, drift: DriftThresholds) -> list[Expect
         *_contract("item_index_not_dense_count", "items.item_index is the row's position.", _REBUILD),
         *_contract("item_id_not_increasing_count", "items is in strict item_id order.", _REBUILD),
         *_contract("label_not_binary_count", "Labels are 0 or 1.", _REBUILD),
-        *_contract("watch_bucket_out_of_range_count", "Watch buckets are those of etl.schemas.", _REBUILD),
+        *_contract("watch_bucket_out_of_range_count", "Watch buckets are those of etl.warehouse.schemas.", _REBUILD),
         *_contract("target_outside_window_count", "Targets are of the target window.", _REBUILD),
         *_contract("split_wrong_count", "Evaluation targets are those of the evaluation days, and no others.", _REBUILD),
         *_contract("repeated_user_count", "A user is one row.", _REBUILD),

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.local_files import one_at_a_time
+from etl.datasets.quality_rules import Condition, Expectation
+from etl.datasets.thresholds import Thresholds
 from etl.quality.docs import prune, write_home
 from etl.quality.gx import great_expectations
 from etl.quality.kept import GATES, Outcome
 from etl.quality.own import Sample, built
 from etl.quality.suites import UNKNOWN, as_words, build_suite, must_be_known
-from etl.quality.thresholds import Thresholds
-from etl.quality_rules import Condition, Expectation
+from etl.stage.local_files import one_at_a_time
 
 if TYPE_CHECKING:
     from etl.quality.stats import Row

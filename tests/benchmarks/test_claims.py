@@ -15,7 +15,7 @@ from benchmarks.claims.page import Results, interval, write_page
 from benchmarks.claims.partitions import written
 from benchmarks.claims.train import EPOCHS, bounded_sequences, grid, missing, read
 from benchmarks.claims.variants import VARIANTS
-from etl.schemas import SEQUENCES
+from etl.warehouse.schemas import SEQUENCES
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/claims"
 

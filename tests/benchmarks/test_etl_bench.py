@@ -19,12 +19,12 @@ import pytest
 from benchmarks.etl import BARS, missed, require_equal
 from benchmarks.logs import DATASET, Plan, write_logs
 from benchmarks.processes import tree
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, add_days, day_number, days_between
-from etl.raw import RawLocation
-from etl.schemas import SEQUENCES
-from etl.simulate import PAGE_SIZES
+from etl.datasets.definition import dataset
+from etl.datasets.simulate import PAGE_SIZES
+from etl.ingest.raw import RawLocation
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
+from etl.warehouse.schemas import SEQUENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Plan(rows=100_000, users=20, days=5, items=1_000)

@@ -45,7 +45,7 @@ if fault.exists():
 # A gate keeps its outcome, a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
 GATE = STAGE + '''
 if (root / "gates").exists():
-    from etl.cli import partition_parser, store_of
+    from etl.datasets.arguments import partition_parser, store_of
     from etl.quality.kept import Outcome, StageOutcome, write_outcome
     parser = partition_parser("")
     parser.add_argument("--stage")
@@ -96,27 +96,20 @@ class Project:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))}
         self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1], "LONGVIEW_LOGIN": "0", "LONGVIEW_RETRY_WAITS": "1 2 3 4 5"}
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
-        for folder in ("dags", "infra"):
+        for folder in ("dags", "infra", "etl"):
             shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
         wait = root / "dags" / "_wait.py"
         often = wait.read_text().replace("LOOK_EVERY_SECONDS = 300", "LOOK_EVERY_SECONDS = 2")
         assert "LOOK_EVERY_SECONDS = 2\n" in often
         wait.write_text(often)
-        (root / "etl").mkdir()
-        for file in (settings.ROOT / "etl").glob("*.py"):
-            shutil.copy(file, root / "etl")
-        shutil.copytree(settings.ROOT / "etl" / "definitions", root / "etl" / "definitions")
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text({"etl.quality.audit": GATE, "evaluation.promote": PROMOTE}.get(module, STAGE))
-        for file in (settings.ROOT / "etl" / "quality").glob("*.py"):
-            if file.stem != "audit":
-                shutil.copy(file, root / "etl" / "quality")
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "page.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
-        (root / "etl" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
+        (root / "etl" / "datasets" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=PATIENCE_S)

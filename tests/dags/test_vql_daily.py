@@ -19,8 +19,8 @@ import pytest
 from airflow.sdk.exceptions import ParamValidationError
 from structlog.testing import capture_logs
 
-from etl.datasets import built_in_names, dataset
-from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
+from etl.datasets.definition import built_in_names, dataset
+from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
 from infra import settings
 from tests.waiting import wait_for
 

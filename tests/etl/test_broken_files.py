@@ -8,15 +8,15 @@ import random
 import pyarrow as pa
 import pytest
 
-from etl.buckets import Layout
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.features import read_features
-from etl.items import item_rows
-from etl.jobs.events import COUNTED, EVENT, REFUSED, parse_split
-from etl.jobs.sequences import _user_fields
-from etl.partitions import day_number
-from etl.raw import RawLocation, Split, parse_lines
+from etl.datasets.definition import dataset
+from etl.ingest.build_events import COUNTED, EVENT, REFUSED, parse_split
+from etl.ingest.features import read_features
+from etl.ingest.raw import RawLocation, Split, parse_lines
+from etl.sequences.build_sequences import _user_fields
+from etl.sequences.items import item_rows
+from etl.stage.errors import StageError
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import day_number
 
 KUAIRAND = dataset("kuairand")
 COLUMNS = tuple(KUAIRAND.logs.columns)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.buckets import HASHES, Layout, common_layout, parts_by_bucket, read_bucket
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.raw import hashed_ids
-from etl.schemas import EVENTS, schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.raw import hashed_ids
+from etl.stage.errors import StageError
+from etl.warehouse.buckets import HASHES, Layout, common_layout, parts_by_bucket, read_bucket
+from etl.warehouse.schemas import EVENTS, schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore
 
 USERS = 200_000
 COUNT = np.arange(USERS, dtype=np.int64)
@@ -73,7 +73,7 @@ def test_days_of_any_layouts_give_every_row_once_in_the_order_of_days(tmp_path_f
 
 
 def test_days_of_one_layout_are_read_file_by_file():
-    from etl.store import DataFile
+    from etl.warehouse.store import DataFile
 
     day = Manifest("d", "events", "2024-01-01", "a", "s", "v", tuple(DataFile(b, 1, 1, str(b), str(b)) for b in (0, 2, 5)), settings=Layout(8).settings())
     assert {b: [(p.file.bucket, p.mixed) for p in parts] for b, parts in parts_by_bucket([day], Layout(8)).items()} == {b: [(b, False)] for b in (0, 2, 5)}
@@ -105,8 +105,9 @@ def test_rows_that_are_kept_under_another_definition_have_its_signals_and_column
 @pytest.mark.spark
 def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp_path, capsys):
     """What was made from the day under its old definition is stale then, also when the day had been cut anew before."""
-    from etl.freshness import rows_digest, same_rows
-    from etl.jobs.events import events_schema
+    from etl.datasets.rows_digest import rows_digest
+    from etl.ingest.build_events import events_schema
+    from etl.ingest.freshness import same_rows
     from etl.jobs.rebucket import rebucket
 
     def shop(signal: str, kind: str = "category") -> DatasetDefinition:

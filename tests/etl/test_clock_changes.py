@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from etl.datasets import DatasetDefinition, Time
+from etl.datasets.definition import DatasetDefinition, Time
+from etl.ingest.raw import MISSING, REPEATED, SINGLE, RawLocation, clocked_times_ms
 from etl.jobs import events as job
-from etl.raw import MISSING, REPEATED, SINGLE, RawLocation, clocked_times_ms
-from etl.store import TableStore
+from etl.warehouse.store import TableStore
 from tests.etl.test_feed_life import NoSpark, run_here
 
 FORMAT = "%Y-%m-%d %H:%M:%S"

@@ -19,10 +19,10 @@ import psutil
 import pyarrow.fs as pafs
 import pytest
 
-from etl.partitions import Window
+from etl.datasets.simulate import Simulation, write_simulation
 from etl.quality import audit
-from etl.simulate import Simulation, write_simulation
-from etl.store import TableStore
+from etl.warehouse.partitions import Window
+from etl.warehouse.store import TableStore
 from tests import processes
 from tests.processes import Started, free_port, runs
 from tests.waiting import wait_for

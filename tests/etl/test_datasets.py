@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etl.datasets import BUILT_IN, built_in_names, dataset, definition_name
-from etl.errors import StageError
+from etl.datasets.definition import BUILT_IN, built_in_names, dataset, definition_name
+from etl.stage.errors import StageError
 
 OWN = Path(__file__).resolve().parents[2] / "docs" / "definitions"
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from etl.datasets import BUILT_IN, Time, dataset
-from etl.definition_checks import EVENT_COLUMNS, ITEM_COLUMNS
-from etl.errors import StageError
-from etl.jobs.events import parsed_schema
-from etl.raw import times_ms
-from etl.schemas import ITEMS
+from etl.datasets.definition import BUILT_IN, Time, dataset
+from etl.datasets.definition_checks import EVENT_COLUMNS, ITEM_COLUMNS
+from etl.ingest.build_events import parsed_schema
+from etl.ingest.raw import times_ms
+from etl.stage.errors import StageError
+from etl.warehouse.schemas import ITEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = [*(BUILT_IN / f"{name}.yaml" for name in ("kuairand", "kuairec_big", "movielens", "tmall")), *sorted((ROOT / "docs" / "definitions").glob("*.yaml"))]

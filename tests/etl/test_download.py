@@ -24,9 +24,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etl import download
-from etl.download import MARKER, main
-from etl.errors import StageError
+from etl.ingest import download
+from etl.ingest.download import MARKER, main
+from etl.stage.errors import StageError
 from tests.waiting import wait_for
 
 LOG = "log_standard_4_08_to_4_21_x.csv"
@@ -230,7 +230,7 @@ def test_dropped_connections_are_taken_up_where_they_broke(server, one):
 def test_a_killed_download_goes_on_and_gives_equal_bytes(server, one):
     path, raw = one
     server.pause = 0.02
-    process = subprocess.Popen([sys.executable, "-m", "etl.download", "--dataset", path, "--to", str(raw)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "etl.ingest.download", "--dataset", path, "--to", str(raw)], stdout=subprocess.DEVNULL)
     part = raw / "archives" / "X.tar.gz.part"
     wait_for("half a file", lambda: part.exists() and part.stat().st_size > 60_000, every=0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_a_process_killed_while_it_unpacks_leaves_no_half_file(server, one):
     path, raw = one
     code = """if True:
         import os, signal
-        from etl import download
+        from etl.ingest import download
         def add(progress, count):
             progress.position += count
             if progress.label.startswith("unpacking"):
@@ -456,7 +456,7 @@ def test_an_unreachable_host_is_one_message_and_exit_code_2(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         path = definition(tmp_path, {"url": f"http://127.0.0.1:{unused.getsockname()[1]}/X.tar.gz"})
-        code = "import etl.download as d; d.BACKOFF_SECONDS = 0; d.run_stage(d.main)"
+        code = "import etl.ingest.download as d; d.BACKOFF_SECONDS = 0; d.run_stage(d.main)"
         done = subprocess.run([sys.executable, "-c", code, "--dataset", path, "--to", str(tmp_path / "raw")], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: X.tar.gz cannot be had from 127.0.0.1:")
@@ -468,7 +468,7 @@ def test_an_unreachable_host_is_one_message_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize(("name", "says"), [
     ("tmall", ["https://tianchi.aliyun.com/dataset/42", "user_log_format1.csv"]),
     ("kuairand", ["kuairand_1k", "https://zenodo.org/records/10439422", "log_standard_*.csv"]),
-    ("kuairand_simulated", ["etl.simulate"]),
+    ("kuairand_simulated", ["etl.datasets.simulate"]),
     ("", ["kuairand_1k"]),
 ])  # fmt: skip
 def test_what_no_program_may_fetch_says_what_to_do(tmp_path, name, says):

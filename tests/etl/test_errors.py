@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from etl.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN
-from etl.pointers import opened
-from etl.store import TableStore
+from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN
+from etl.warehouse.pointers import opened
+from etl.warehouse.store import TableStore
 from tests.processes import free_port
 
 ARROW = "When reading: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7, Could not connect to server"
@@ -26,7 +26,7 @@ def ends(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     ("OSError('odd')", 1), ("OSError('AWS Error ACCESS_DENIED during GetObject')", 1), ("ConnectionRefusedError(111)", 1),
 ])  # fmt: skip
 def test_each_kind_of_failure_has_its_exit_code(raised: str, code: int) -> None:
-    done = ends(f"from etl.cli import run_stage\nfrom etl.errors import *\ndef main(): raise {raised}\nrun_stage(main)")
+    done = ends(f"from etl.stage.commands import run_stage\nfrom etl.stage.errors import *\ndef main(): raise {raised}\nrun_stage(main)")
     assert done.returncode == code
     if code != 1:
         assert done.stderr.startswith("error: ")
@@ -36,7 +36,7 @@ def test_each_kind_of_failure_has_its_exit_code(raised: str, code: int) -> None:
 
 def test_a_store_that_does_not_answer_is_no_fault_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     warehouse = f"s3://bucket/w?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{free_port()}"
-    code = "import sys; from etl.cli import run_stage; from etl.quality.audit import main; run_stage(main)"
+    code = "import sys; from etl.stage.commands import run_stage; from etl.quality.audit import main; run_stage(main)"
     secrets = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     done = subprocess.run([sys.executable, "-c", code, "--dataset", "kuairand", "--warehouse", warehouse, "--dt", "2022-04-21", "--attempt", "a", "--stage", "events"],
                           capture_output=True, text=True, env=os.environ | secrets, check=False)  # fmt: skip

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etl.datasets import FeatureFile, dataset
-from etl.errors import StageError
-from etl.features import read_features
-from etl.items import item_rows
-from etl.raw import RawLocation
+from etl.datasets.definition import FeatureFile, dataset
+from etl.ingest.features import read_features
+from etl.ingest.raw import RawLocation
+from etl.sequences.items import item_rows
+from etl.stage.errors import StageError
 
 SHOP = """
 name: shop

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from etl.affected import affected
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.affected import affected
+from etl.ingest.raw import RawLocation
 from etl.jobs import events as job
-from etl.partitions import MS_PER_DAY, add_days, day_number, days_between
-from etl.raw import RawLocation
-from etl.store import Manifest, TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
+from etl.warehouse.store import Manifest, TableStore
 
 FIRST, DAYS, LOOKBACK, BUCKETS = "2024-01-01", 60, 6, 2
 
@@ -289,7 +289,7 @@ def test_a_late_file_of_an_archived_day_is_told_and_leaves_the_day_as_it_is(tmp_
     [stale] = affected(store, shop(), RawLocation(str(raw)))
     assert (stale.dt, stale.whole) == (days[0], False)
     assert "can no longer be rebuilt whole" in stale.because[0]
-    from etl.affected import backfill_days, table
+    from etl.ingest.affected import backfill_days, table
 
     assert backfill_days([stale], store) == []
     assert f"cannot be built again whole until their raw files are back: {days[0]}" in table([stale], store)

@@ -12,14 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from etl.buckets import Layout
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.features import read_features
-from etl.jobs.events import COUNTED, EVENT, REFUSED, parse_split, write_day_bucket
-from etl.partitions import day_number
-from etl.raw import RawLocation
-from etl.store import TableStore
+from etl.datasets.definition import dataset
+from etl.ingest.build_events import COUNTED, EVENT, REFUSED, parse_split, write_day_bucket
+from etl.ingest.features import read_features
+from etl.ingest.raw import RawLocation
+from etl.stage.errors import StageError
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import day_number
+from etl.warehouse.store import TableStore
 
 FIELD = Path(__file__).resolve().parents[3] / "shared" / "field"
 FOLDERS = sorted(path.parent.name for path in FIELD.glob("*/input"))

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etl.datasets import dataset
-from etl.errors import StageError
+from etl.datasets.definition import dataset
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
 from etl.quality.kept import StageOutcome
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
 from tests.etl.quality.feed import Feed, one_spark_session
 from training.config import TrainConfig
 from training.data import make_batch

@@ -9,11 +9,12 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from etl.datasets import BUILT_IN, DatasetDefinition, dataset
-from etl.errors import StageError
-from etl.freshness import DIGEST_KIND, Action, KnownFile, Published, accepted_days, judged, rows_digest, rows_to_keep
-from etl.raw import RawFile
-from etl.store import DataFile, Manifest
+from etl.datasets.definition import BUILT_IN, DatasetDefinition, dataset
+from etl.datasets.rows_digest import DIGEST_KIND, rows_digest
+from etl.ingest.freshness import Action, KnownFile, Published, accepted_days, judged, rows_to_keep
+from etl.ingest.raw import RawFile
+from etl.stage.errors import StageError
+from etl.warehouse.store import DataFile, Manifest
 
 DAY, SAME, OTHER = "2024-03-02", DIGEST_KIND + "a", DIGEST_KIND + "b"
 

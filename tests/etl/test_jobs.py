@@ -14,19 +14,19 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from etl.affected import affected
-from etl.buckets import Layout
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.freshness import Action
+from etl.datasets.definition import dataset
+from etl.datasets.simulate import Simulation, write_simulation
+from etl.ingest.affected import affected
+from etl.ingest.build_events import Judge, build_events
+from etl.ingest.freshness import Action
+from etl.ingest.raw import RawLocation
 from etl.jobs.compact import compact
-from etl.jobs.events import Judge, build_events
 from etl.jobs.rebucket import rebucket
-from etl.jobs.sequences import build_sequences
-from etl.partitions import Window
-from etl.raw import RawLocation
-from etl.simulate import Simulation, write_simulation
-from etl.store import Manifest, TableStore
+from etl.sequences.build_sequences import build_sequences
+from etl.stage.errors import StageError
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import Window
+from etl.warehouse.store import Manifest, TableStore
 
 pytestmark = pytest.mark.spark
 
@@ -172,7 +172,7 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     assert DT in {s.dt for s in changed}
     assert "2022-04-08" not in {s.dt for s in changed}
     assert {(s.because, s.whole) for s in changed} == {((f"raw files changed: {late.name}",), True)}
-    done = run_cli("etl.affected", "--dataset", NAME, "--warehouse", store.warehouse, "--json")
+    done = run_cli("etl.ingest.affected", "--dataset", NAME, "--warehouse", store.warehouse, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["backfill"] == [[DT, DT]]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from etl.simulate import Simulation, write_simulation
-from etl.store import TableStore
+from etl.datasets.simulate import Simulation, write_simulation
+from etl.warehouse.store import TableStore
 from tests import processes
 from tests.processes import Started, runs
 from tests.waiting import wait_for

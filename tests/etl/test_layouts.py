@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import etl.raw
-from etl.compression import BREAKS
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.raw import Chunk, RawLocation
+import etl.ingest.raw
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.compression import BREAKS
+from etl.ingest.raw import Chunk, RawLocation
+from etl.stage.errors import StageError
 
 AT = 1_709_280_000  # 2024-03-01 08:00 UTC
 HEADER = b"user,item,act,at\n"
@@ -224,12 +224,12 @@ def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path, end, packed, h
 @given(lines=st.lists(st.sampled_from(["row", "bad", "", " ", "\t", "\r"]), max_size=40), split_bytes=st.integers(60, 400), last=st.booleans())
 def test_blank_lines_are_no_rows_and_the_others_keep_their_numbers(tmp_path_factory, lines, split_bytes, last):
     texts = [{"row": f"u{n},{n},view,{AT}", "bad": f"u{n},x,view,{AT}"}.get(kind, kind) for n, kind in enumerate(lines)]
-    before, etl.raw.SPLIT_BYTES = etl.raw.SPLIT_BYTES, split_bytes
+    before, etl.ingest.raw.SPLIT_BYTES = etl.ingest.raw.SPLIT_BYTES, split_bytes
     try:
         body = HEADER + "\n".join(texts).encode() + b"\n" * last
         rows, _, refused = read(tmp_path_factory.mktemp("raw"), {"log.csv": body}, definition())
     finally:
-        etl.raw.SPLIT_BYTES = before
+        etl.ingest.raw.SPLIT_BYTES = before
     assert [row["item"] for row in rows] == [n for n, kind in enumerate(lines) if kind == "row"]
     assert [number for number, _ in refused] == [n + 2 for n, kind in enumerate(lines) if kind == "bad"]
 
@@ -355,10 +355,10 @@ def json_log(draw) -> bytes:
 @given(json_log(), st.sampled_from([(), ("-5",), ("5.0", "NULL")]))
 def test_json_lines_read_at_once_are_those_read_one_by_one(body, missing):
     logs = definition(format="jsonl", columns={**COLUMNS, "price": {"type": "decimal", "optional": True}, "act": {"type": "text", "optional": True}}, missing=missing).logs
-    rows, numbers, lines, refused = etl.raw.parse_lines(body, 1, (), logs)
+    rows, numbers, lines, refused = etl.ingest.raw.parse_lines(body, 1, (), logs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(etl.raw, "plain_object_pattern", lambda line, logs: None)
-        one_by_one = etl.raw.parse_lines(body, 1, (), logs)
+        patch.setattr(etl.ingest.raw, "plain_object_pattern", lambda line, logs: None)
+        one_by_one = etl.ingest.raw.parse_lines(body, 1, (), logs)
     assert [row | {"price": repr(row["price"])} for row in rows.to_pylist()] == [row | {"price": repr(row["price"])} for row in one_by_one[0].to_pylist()]
     assert rows.schema == one_by_one[0].schema
     assert (numbers.tolist(), lines.to_pylist(), refused) == (one_by_one[1].tolist(), one_by_one[2].to_pylist(), one_by_one[3])
@@ -367,7 +367,7 @@ def test_json_lines_read_at_once_are_those_read_one_by_one(body, missing):
 def test_plain_json_lines_are_not_read_one_by_one(tmp_path, monkeypatch):
     """One by one they took 24 times the processor time of CSV."""
     read_alone = []
-    monkeypatch.setattr(etl.raw, "_line_cells", lambda line, *more, real=etl.raw._line_cells: read_alone.append(line) or real(line, *more))
+    monkeypatch.setattr(etl.ingest.raw, "_line_cells", lambda line, *more, real=etl.ingest.raw._line_cells: read_alone.append(line) or real(line, *more))
     lines = [json.dumps({"at": AT + n, "user": "\u00e9", "item": n, "more": None, "act": "buy", "score": n / 8}, ensure_ascii=False) for n in range(1_000)]
     rows, _, refused = read(tmp_path, {"log.jsonl": "\n".join([*lines, lines[0].replace('"buy"', '"\\n"')]).encode()}, definition(format="jsonl"))
     assert (len(rows), refused) == (1_001, [])

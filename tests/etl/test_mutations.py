@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from etl.datasets import DatasetDefinition, dataset
-from etl.partitions import MS_PER_DAY, day_number
-from etl.raw import RawLocation
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.ingest.raw import RawLocation
+from etl.warehouse.partitions import MS_PER_DAY, day_number
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 34_000  # of each of the three layouts

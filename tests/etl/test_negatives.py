@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.datasets import Negatives, Positions, dataset
-from etl.partitions import MS_PER_DAY
-from etl.schemas import EVALUATION, TRAIN, VALIDATION
-from etl.sequences import sequence_rows, target_splits
+from etl.datasets.definition import Negatives, Positions, dataset
+from etl.sequences.sequence_rows import sequence_rows, target_splits
+from etl.warehouse.partitions import MS_PER_DAY
+from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION
 from tests.etl.test_sequences import DT, FIRST_MS, WINDOW, events_table
 
 KUAIRAND = dataset("kuairand")

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.buckets import Layout
-from etl.datasets import DatasetDefinition, dataset
-from etl.errors import StageError
-from etl.jobs.events import COUNTED, REFUSED, parse_split
-from etl.partitions import day_number
-from etl.raw import RawLocation
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.ingest.build_events import COUNTED, REFUSED, parse_split
+from etl.ingest.raw import RawLocation
+from etl.stage.errors import StageError
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import day_number
 
 DAY, SECONDS = "2024-03-01", 1_709_280_000
 SHOP = """

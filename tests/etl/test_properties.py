@@ -8,13 +8,13 @@ import pyarrow.compute as pc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import etl.raw
-from etl.buckets import Layout
-from etl.datasets import dataset
-from etl.jobs.events import COUNTED, ELSEWHERE, parse_split, parsed_schema, write_day_bucket
-from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number
-from etl.raw import RawLocation
-from etl.store import TableStore
+import etl.ingest.raw
+from etl.datasets.definition import dataset
+from etl.ingest.build_events import COUNTED, ELSEWHERE, parse_split, parsed_schema, write_day_bucket
+from etl.ingest.raw import RawLocation
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import MS_PER_DAY, day_number, dt_of_day_number
+from etl.warehouse.store import TableStore
 
 KUAIRAND = dataset("kuairand")
 COLUMNS = tuple(KUAIRAND.logs.columns)
@@ -34,11 +34,11 @@ def line(user: int, item: int, hour: int, fault: str, clicked: bool) -> str:
 def built(folder, store: TableStore, attempt: str, days: list[int], split_bytes: int) -> dict:
     """Parse and write some days as the job's tasks do; return the figures and the digests of the files."""
     place = RawLocation(str(folder))
-    before, etl.raw.SPLIT_BYTES = etl.raw.SPLIT_BYTES, split_bytes
+    before, etl.ingest.raw.SPLIT_BYTES = etl.ingest.raw.SPLIT_BYTES, split_bytes
     try:
         splits = place.splits(place.logs(KUAIRAND), KUAIRAND.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
     finally:
-        etl.raw.SPLIT_BYTES = before
+        etl.ingest.raw.SPLIT_BYTES = before
     tables = [t for split in splits for t in parse_split(place, split, KUAIRAND, frozenset(days), dt_of_day_number(days[-1]), Layout(BUCKETS))]
     rows = pa.concat_tables(tables) if tables else parsed_schema(KUAIRAND).empty_table()
     kind = rows["kind"].to_numpy()

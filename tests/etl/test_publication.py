@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
-from etl.errors import StageError
-from etl.manifests import CHECKSUM, checksum
 from etl.quality import audit
 from etl.quality.audit import Audit
-from etl.schemas import QUARANTINE
-from etl.store import Manifest, Staged, TableStore, Try
+from etl.stage.errors import StageError
+from etl.warehouse.manifests import CHECKSUM, checksum
+from etl.warehouse.schemas import QUARANTINE
+from etl.warehouse.store import Manifest, Staged, TableStore, Try
 from tests.etl.quality.test_audit import stage_events
 from tests.etl.test_cluster import BUCKET, s3  # noqa: F401  (a fixture)
 from tests.etl.test_store import DT, rows, stage, staged_manifest
@@ -199,7 +199,7 @@ def test_a_file_overwritten_between_judgement_and_publication_is_refused(tmp_pat
 
 
 def _definition():
-    from etl.datasets import dataset
+    from etl.datasets.definition import dataset
 
     return dataset(DATASET)
 
@@ -348,8 +348,8 @@ def test_a_publication_killed_after_the_pointer_moved_is_tidied_by_its_retry(tmp
 
 def test_a_file_that_a_loser_placed_is_taken_out(store, monkeypatch):
     """The pointer moved after this publisher looked: as on S3, where there is no lock."""
-    from etl import store as module
-    from etl.pointers import Moved, opened
+    from etl.warehouse import store as module
+    from etl.warehouse.pointers import Moved, opened
 
     stage(store, "a", "one")
     store.publish("a", "quarantine", DT)

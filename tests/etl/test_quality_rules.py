@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.quality.thresholds import Thresholds
-from etl.quality_rules import expectation_names, reason_of
+from etl.datasets.definition import dataset
+from etl.datasets.quality_rules import expectation_names, reason_of
+from etl.datasets.thresholds import Thresholds
+from etl.stage.errors import StageError
 
 CONDITION = {"name": "c", "table": "events", "sql": "watch_time_ms >= 0", "reason": "r"}
 EXPECTATION = {"name": "e", "table": "events", "expectation": "ExpectColumnValuesToBeInSet", "arguments": {"column": "context", "value_set": [1]}, "reason": "r"}

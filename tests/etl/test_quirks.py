@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etl.buckets import Layout
-from etl.datasets import DatasetDefinition, dataset
-from etl.features import read_features
-from etl.jobs.events import EVENT, REFUSED, parse_split, write_day_bucket
-from etl.partitions import day_number
-from etl.raw import RawLocation, hashed_ids
-from etl.store import TableStore
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.ingest.build_events import EVENT, REFUSED, parse_split, write_day_bucket
+from etl.ingest.features import read_features
+from etl.ingest.raw import RawLocation, hashed_ids
+from etl.warehouse.buckets import Layout
+from etl.warehouse.partitions import day_number
+from etl.warehouse.store import TableStore
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -84,13 +84,13 @@ def test_kuairec_repeated_pairs_stay_and_repeated_rows_go(tmp_path):
 def test_kuairec_captions_with_line_breaks_and_lists_in_brackets_are_read(tmp_path):
     (tmp_path / "item_categories.csv").write_text('video_id,feat\n0,[8]\n1,"[27, 9]"\n2,[]\n')
     table = read_features(RawLocation(str(tmp_path)), dataset("kuairec_big").items[0])
-    from etl.items import item_rows
+    from etl.sequences.items import item_rows
 
     counts = {"": pa.table({"item_id": [0, 1, 2, 3], "occurrences": [1] * 4, "train_occurrences": [1] * 4})}
     rows = item_rows(counts, [table, None], dataset("kuairec_big")).to_pylist()
     assert [r["categories"] for r in rows] == [["8"], ["27", "9"], [], []]
     (tmp_path / "captions.csv").write_text('video_id,caption,topic\n0,"two\nlines, and a ""quote""",[a]\n1,plain,[b]\n')
-    from etl.datasets import FeatureFile
+    from etl.datasets.definition import FeatureFile
 
     rule = FeatureFile(files="captions.csv", key="video_id", fields={"caption": "caption"})
     assert read_features(RawLocation(str(tmp_path)), rule)["caption"].to_pylist() == ['two\nlines, and a "quote"', "plain"]
@@ -100,7 +100,7 @@ def test_kuairec_captions_with_line_breaks_and_lists_in_brackets_are_read(tmp_pa
 @pytest.mark.parametrize(("name", "file", "events"), [("kuairec_big", "big_matrix_official_sample15.csv", 15), ("kuairec_small", "small_matrix_official_sample10.csv", None)])
 def test_kuairec_official_rows(tmp_path, name, file, events):
     (tmp_path / file).write_bytes((REAL / "kuairec" / file).read_bytes())
-    from etl.partitions import days_between
+    from etl.warehouse.partitions import days_between
 
     found, refused = parsed(dataset(name), tmp_path, days_between("2020-07-04", "2020-09-06"))
     lines = len((REAL / "kuairec" / file).read_text().splitlines()) - 1
@@ -131,8 +131,8 @@ def test_tmall_days_without_year_or_leading_zero_empty_brands_and_action_codes(t
 
 
 def test_tmall_same_day_clicks_are_kept_and_never_each_others_history(tmp_path):
-    from etl.partitions import Window
-    from etl.sequences import sequence_rows
+    from etl.sequences.sequence_rows import sequence_rows
+    from etl.warehouse.partitions import Window
 
     tmall = dataset("tmall")
     tmall = tmall.model_copy(update={"targets": tmall.targets.model_copy(update={"min_events": 3})})
@@ -211,7 +211,7 @@ targets: {label: any}
         (tmp_path / f"shop-2024-03-{day}.csv").write_text(f"user;item;at\na;x;2024-03-{day} 00:30:00\na;y;2024-03-{day} 12:00:00\n")
     files = RawLocation(str(tmp_path)).logs(dataset(str(tmp_path / "shop.yaml")))
     assert [f.name for f in files if f.may_hold("2024-03-03")] == ["shop-2024-03-03.csv", "shop-2024-03-04.csv"]
-    from etl.errors import StageError
+    from etl.stage.errors import StageError
 
     comma = dataset(str(tmp_path / "shop.yaml")).logs.model_copy(update={"delimiter": ","})
     with pytest.raises(StageError, match=r"has one column, 'user;item;at', when it is split at ','.*"):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import etl.raw
-from etl.datasets import SIMULATED_MARKER, NamedDays, dataset
-from etl.errors import StageError
-from etl.raw import RawLocation, Split, named_days
+import etl.ingest.raw
+from etl.datasets.definition import SIMULATED_MARKER, NamedDays, dataset
+from etl.ingest.raw import RawLocation, Split, named_days
+from etl.stage.errors import StageError
 
 KUAIRAND = dataset("kuairand")
 COLUMNS = tuple(KUAIRAND.logs.columns)
@@ -96,11 +96,11 @@ def rows_of(folder: Path, split_bytes: int, name: str = LOG) -> tuple[list[int],
     """Read a file through its splits: users of its good rows, row numbers of the refused ones."""
     location = RawLocation(str(folder))
     file = next(f for f in location.logs(KUAIRAND) if f.name == name)
-    original, etl.raw.SPLIT_BYTES = etl.raw.SPLIT_BYTES, split_bytes
+    original, etl.ingest.raw.SPLIT_BYTES = etl.ingest.raw.SPLIT_BYTES, split_bytes
     try:
         splits = location.splits([file], KUAIRAND.logs, lambda ranges: [location.count_newlines(*r) for r in ranges])
     finally:
-        etl.raw.SPLIT_BYTES = original
+        etl.ingest.raw.SPLIT_BYTES = original
     chunks = [chunk for split in splits for chunk in location.read(split, KUAIRAND)]
     return [u for c in chunks for u in c.rows["user_id"].to_pylist()], [r.row_number for c in chunks for r in c.refused]
 

@@ -14,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from etl.datasets import dataset
-from etl.definition_checks import _fields
-from etl.schemas import EVENTS, schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.datasets.definition import dataset
+from etl.datasets.definition_checks import _fields
+from etl.warehouse.schemas import EVENTS, schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text().split("## Reading the tables with other engines")[1].split("\n## ")[0]
 DT, USERS = "2022-04-21", (7, 5)  # rows of the first and of the second publication

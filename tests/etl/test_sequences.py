@@ -9,11 +9,11 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.datasets import DatasetDefinition, History, Positions, dataset
-from etl.items import counted, item_rows, merged
-from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVALUATION, EVENTS, TRAIN, WATCH_BUCKETS
-from etl.sequences import item_indices, sequence_rows, watch_bucket
+from etl.datasets.definition import DatasetDefinition, History, Positions, dataset
+from etl.sequences.items import counted, item_rows, merged
+from etl.sequences.sequence_rows import item_indices, sequence_rows, watch_bucket
+from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
+from etl.warehouse.schemas import EVALUATION, EVENTS, TRAIN, WATCH_BUCKETS
 from training.data import Sequences
 
 DT = "2022-04-21"

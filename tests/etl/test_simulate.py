@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
 
-from etl.datasets import SIMULATED_MARKER, dataset
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY
-from etl.simulate import Simulation, write_simulation
+from etl.datasets.definition import SIMULATED_MARKER, dataset
+from etl.datasets.simulate import Simulation, write_simulation
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY
 
 KUAIRAND_LOG_COLUMNS = (
     "user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "is_like", "is_follow", "is_comment", "is_forward",

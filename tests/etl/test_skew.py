@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
 
-from etl.datasets import dataset
-from etl.partitions import MS_PER_DAY, day_number
-from etl.store import TableStore
+from etl.datasets.definition import dataset
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.store import TableStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
 

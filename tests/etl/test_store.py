@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from etl.errors import StageError
-from etl.schemas import QUARANTINE, schema_fingerprint
-from etl.store import DataFile, Manifest, TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.schemas import QUARANTINE, schema_fingerprint
+from etl.warehouse.store import DataFile, Manifest, TableStore
 
 DT = "2022-04-21"
 

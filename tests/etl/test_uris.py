@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.raw import RawLocation
-from etl.store import TableStore
-from etl.uris import below, without_secrets
+from etl.datasets.definition import dataset
+from etl.ingest.raw import RawLocation
+from etl.stage.errors import StageError
+from etl.stage.uris import below, without_secrets
+from etl.warehouse.store import TableStore
 from training.tracking import attempt_run
 
 SECRET = "hunter2"

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etl.datasets import dataset
-from etl.jobs.events import build_events
-from etl.jobs.sequences import build_sequences
-from etl.partitions import Window
-from etl.raw import RawLocation
-from etl.store import TableStore
+from etl.datasets.definition import dataset
+from etl.ingest.build_events import build_events
+from etl.ingest.raw import RawLocation
+from etl.sequences.build_sequences import build_sequences
+from etl.warehouse.partitions import Window
+from etl.warehouse.store import TableStore
 
 LONGEST = 27_738  # events of the longest published history
 DAY = 86_400
@@ -77,7 +77,7 @@ def test_events_and_sequences_of_yambda(tmp_path):
 
 
 def test_its_layout_without_its_types_is_named(tmp_path):
-    from etl.errors import StageError
+    from etl.stage.errors import StageError
 
     pq.write_table(pa.table({"uid": [1], "timestamp": [5], "item_id": [1], "is_organic": [0], "event_type": ["listen"], "played_ratio": [1], "track_length_seconds": [3]}),
                    tmp_path / "multi_event.parquet")  # fmt: skip

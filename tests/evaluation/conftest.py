@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from etl.datasets import dataset
-from etl.partitions import MS_PER_DAY, add_days, day_number
-from etl.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.datasets.definition import dataset
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
+from etl.warehouse.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore
 from tests.training.conftest import random_partition, vocabulary_of
 from training.checkpoint import Cutoff, save_package
 from training.config import ModelConfig

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from etl.datasets import dataset
-from etl.errors import StageError
+from etl.datasets.definition import dataset
+from etl.stage.errors import StageError
 from infra import settings
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
 from tests.processes import start

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from etl.cli import run_stage
-from etl.errors import EXIT_TRY_AGAIN
+from etl.stage.commands import run_stage
+from etl.stage.errors import EXIT_TRY_AGAIN
 from evaluation import promote
 from evaluation.gate import Decision
 from tests.evaluation.conftest import DATASET, DT

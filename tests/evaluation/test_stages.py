@@ -12,7 +12,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
-from etl.errors import StageError, TryAgainError
+from etl.stage.errors import StageError, TryAgainError
 from evaluation import promote
 from evaluation.gate import Decision
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from etl.datasets import dataset
-from etl.errors import EXIT_MEND, GateError, StageError, TryAgainError
+from etl.datasets.definition import dataset
+from etl.stage.errors import EXIT_MEND, GateError, StageError, TryAgainError
 from infra import settings
 from training.tracking import MetricsBuffer, attempt_run, end_run
 
@@ -58,7 +58,7 @@ def test_a_run_ends_with_its_stage_unless_the_same_line_may_succeed_later(mlflow
 def test_sigterm_ends_the_run_as_killed_and_a_second_one_takes_nothing_of_it(mlflow_store):
     code = f"""if True:
         import os, signal, time
-        from etl.datasets import dataset
+        from etl.datasets.definition import dataset
         from training.tracking import attempt_run
         with attempt_run(dataset("kuairand"), "2022-04-21", {ATTEMPT!r}, {{}}):
             try:

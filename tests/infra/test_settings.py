@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from etl.datasets import built_in_names, dataset
-from etl.errors import StageError
+from etl.datasets.definition import built_in_names, dataset
+from etl.stage.errors import StageError
 from infra import run, services, settings, stack
 from infra.services import InfraError
 from tests.waiting import wait_for
@@ -265,7 +265,7 @@ def test_the_dag_of_an_own_data_set_remembers_the_folder_of_its_last_run(monkeyp
 @pytest.mark.parametrize("given", ["name: shop # mine\ntitle: x\n", "name: shop\nrun:\n  # at six\n  hour: 6\n  workers: 3\n", "name: shop\nrun: {hour: 6}", "name: shop\nrun: {}\n",
                                    "{name: shop, title: x}", "  name: shop\n  title: x\n", "# a comment\n---\nname: shop\n", "run:\n    hour: 6\nname: shop\n"])  # fmt: skip
 def test_a_folder_is_written_into_a_definition_of_any_style(tmp_path, given):
-    from etl.definition_yaml import read_yaml, with_raw
+    from etl.datasets.definition_yaml import read_yaml, with_raw
 
     before, after = tmp_path / "before.yaml", tmp_path / "after.yaml"
     before.write_text(given)

@@ -30,7 +30,7 @@ def test_vql_beats_mean_pooling_by_more_than_the_intervals(tmp_path, seed):
     raw, runs = str(tmp_path / "raw"), str(tmp_path / "runs")
     partition = ["--dataset", "kuairand_simulated", "--warehouse", str(tmp_path / "w"), "--dt", DT, "--attempt", f"seed{seed}"]
     audit = ["--reports", str(tmp_path / "reports")]
-    run(tmp_path, "etl.simulate", "--out", raw, "--seed", str(seed))
+    run(tmp_path, "etl.datasets.simulate", "--out", raw, "--seed", str(seed))
     run(tmp_path, "etl.jobs.events", *partition, "--raw", raw)
     run(tmp_path, "etl.quality.audit", *partition, "--stage", "events", *audit)
     run(tmp_path, "etl.jobs.sequences", *partition, "--raw", raw)

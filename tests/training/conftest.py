@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from etl.datasets import dataset
-from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import EVALUATION, ITEMS, SEQUENCES, TRAIN, item_field_type
+from etl.datasets.definition import dataset
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.schemas import EVALUATION, ITEMS, SEQUENCES, TRAIN, item_field_type
 from training.config import ModelConfig, VocabularyConfig
 from training.data import Joined, Sequences, UserBatches
 from training.model.ranker import FieldSizes, Ranker

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import build_cache, cache_attention, event_attention, mean_pooling
 from training.model.kernel import MixtureKernel
 from training.model.quantizer import GroupedQuantizer

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import cache_attention, cache_part, combine, event_attention, event_part, window_part
 from training.model.cache import (
     PeriodCaches,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from etl.schemas import EVALUATION, SEQUENCES, TRAIN
+from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN
 from tests.training.conftest import DAY_MS, KUAIRAND_ITEMS, random_partition
 from training.config import TrainConfig
 from training.configs import tiny

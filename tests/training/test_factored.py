@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import NOTHING, combine, event_part, straight_through_codes, window_part
 from training.model.factored import (
     TARGETS_PER_SEGMENT,

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from etl.partitions import MS_PER_DAY, day_number
-from etl.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
 from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig

@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 
 import training.main
-from etl.errors import StageError, TryAgainError
-from etl.schemas import schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.stage.errors import StageError, TryAgainError
+from etl.warehouse.schemas import schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, runs, start
 from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for

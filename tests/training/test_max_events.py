@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from etl.schemas import SEQUENCES
+from etl.warehouse.schemas import SEQUENCES
 from tests.training.conftest import random_partition
 from training.caches import _at_the_end
 from training.checkpoint import Cutoff, save_package

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from etl.datasets import dataset
-from etl.identity import report_page
+from etl.datasets.definition import dataset
+from etl.stage.identity import report_page
 from training import page
 from training.tracking import ATTEMPT_TAG, attempt_run
 

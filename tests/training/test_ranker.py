@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from etl.datasets import History
-from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
-from etl.sequences import visible_ends
+from etl.datasets.definition import History
+from etl.sequences.sequence_rows import visible_ends
+from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
 from tests.training.conftest import DAY_MS, vocabulary_of
 from training.checkpoint import Cutoff, load_package, save_package
 from training.data import Epoch, Joined, Sequences, UserBatches, make_batch, split_targets

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import cache_attention, combine, event_attention, window_part
 from training.model.cache import build_cache
 from training.model.kernel import MixtureKernel

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 from tests.waiting import wait_for
 from training.config import TrainConfig
 from training.configs import tiny

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import training.main
-from etl.errors import StageError
-from etl.schemas import EVALUATION
+from etl.stage.errors import StageError
+from etl.warehouse.schemas import EVALUATION
 from tests.training.conftest import random_partition
 from training.checkpoint import Cutoff, inherit, load_package, save_package
 from training.config import ModelConfig, VocabularyConfig

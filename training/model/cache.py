@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.kernel import MixtureKernel, age_days
 
 

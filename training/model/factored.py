@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import NOTHING, Attended, combine, event_part, straight_through_codes
 from training.model.cache import joined, tables
 from training.model.kernel import MixtureKernel, age_days

@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from etl.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY
 
 # At an hour's half-life an event of ten years ago has a log weight of -61,000, which fp64 counts hold to 1e-11.
 MIN_HALF_LIFE_DAYS, MAX_HALF_LIFE_DAYS = 1 / 24, 365.0

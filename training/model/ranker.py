@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etl.schemas import WATCH_BUCKETS
+from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.attention import cache_part, combine, event_attention, event_part, mean_pooling, window_part

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
 
-from etl.datasets import DatasetDefinition, dataset
-from etl.errors import StageError
+from etl.datasets.definition import DatasetDefinition, dataset
+from etl.datasets.simulate import Simulation, write_simulation
+from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
 from etl.quality import kept
 from etl.quality.audit import Audit
 from etl.quality.kept import StageOutcome
-from etl.raw import RawLocation
-from etl.simulate import Simulation, write_simulation
-from etl.spark import spark_session
-from etl.store import TableStore
+from etl.stage.errors import StageError
+from etl.stage.spark import spark_session
+from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
+from etl.warehouse.store import TableStore
 
 FIRST, DAYS = "2022-04-08", 12
 DT = add_days(FIRST, DAYS - 1)

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etl.datasets import dataset
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, add_days, day_number
+from etl.datasets.definition import dataset
 from etl.quality import audit, kept
 from etl.quality.kept import StageOutcome
-from etl.schemas import (
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
+from etl.warehouse.schemas import (
     EVALUATION,
     EVENTS,
     ITEMS,
@@ -31,7 +31,7 @@ from etl.schemas import (
     item_field_type,
     schema_fingerprint,
 )
-from etl.store import Manifest, TableStore
+from etl.warehouse.store import Manifest, TableStore
 
 DATASET = "kuairand_simulated"
 DT = "2022-04-21"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from etl.errors import StageError
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.partitions import add_days
 from etl.quality import audit as audit_module
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import add_days
 from tests.etl.quality.feed import DAYS, DT, Feed, log_name, one_spark_session, write_feed
 from tests.etl.quality.test_faults import MS_PER_HOUR, changed, half_written_to_a_line_end, rotated
 

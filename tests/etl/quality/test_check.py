@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from etl.errors import StageError
 from etl.quality import check, kept
-from etl.store import TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.store import TableStore
 from tests.etl.quality.test_audit import (
     DATASET,
     DT,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from etl.datasets.thresholds import DriftThresholds, EventThresholds
 from etl.quality.drift import HOURS, event_drift, kl, psi, shifted_hours, vocabulary_drift
-from etl.quality.thresholds import DriftThresholds, EventThresholds
 
 DRIFT = DriftThresholds()
 PROFILE = 1.2 + np.cos((np.arange(24) - 12) / 24 * 2 * np.pi)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, add_days, day_number, days_between
+from etl.datasets.definition import DatasetDefinition
 from etl.quality import kept
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
 from tests.etl.quality.feed import (
     DAYS,
     DT,

@@ -57,7 +57,7 @@ def test_an_expectation_is_built_while_another_thread_imports(tmp_path: Path) ->
     run(tmp_path, """
 import time
 from etl.quality import gx, own
-from etl.quality_rules import Expectation
+from etl.datasets.quality_rules import Expectation
 
 gx.import_early()
 time.sleep(0.2)

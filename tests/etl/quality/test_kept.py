@@ -19,7 +19,7 @@ from etl.quality.kept import (
     write_outcome,
     write_stats,
 )
-from etl.store import TableStore
+from etl.warehouse.store import TableStore
 
 DAYS = ("2022-04-08", "2022-04-09", "2022-04-11")
 

@@ -13,16 +13,16 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from etl.datasets import dataset
-from etl.errors import StageError
+from etl.datasets.definition import dataset
+from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
-from etl.partitions import MS_PER_DAY, add_days, day_number
 from etl.quality import kept, own, pass_once
 from etl.quality.audit import Audit
 from etl.quality.kept import StageOutcome
 from etl.quality.report import write
-from etl.raw import RawLocation
-from etl.store import TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
+from etl.warehouse.store import TableStore
 from evaluation import register
 from tests.etl.quality.test_audit import (
     DT,

@@ -17,15 +17,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from etl.datasets import dataset
-from etl.identity import report_page
-from etl.partitions import add_days
+from etl.datasets.definition import dataset
 from etl.quality import docs, report
 from etl.quality.kept import Outcome, StageOutcome, write_outcome, write_stats
 from etl.quality.page import Partition, Quarantine, index_page, partition_page, summary
 from etl.quality.plots import draw
-from etl.schemas import QUARANTINE, schema_fingerprint
-from etl.store import Manifest, TableStore
+from etl.stage.identity import report_page
+from etl.warehouse.partitions import add_days
+from etl.warehouse.schemas import QUARANTINE, schema_fingerprint
+from etl.warehouse.store import Manifest, TableStore
 
 DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-0badf00d0000"
 EVIL = "<script>alert('x')</script>\"&\x00\x1b[31m\u202eABC"
@@ -251,7 +251,7 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
 def gate_of(tmp_path: Path, body: str, reports: Path, more: str = "") -> subprocess.CompletedProcess[str]:
     """Run a gate with its report in a process of its own, until both have ended."""
     code = (
-        "from pathlib import Path\nfrom etl.errors import StageError\nfrom etl.quality.report import written_after\nfrom etl.store import TableStore\n"
+        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.report import written_after\nfrom etl.warehouse.store import TableStore\n"
         f"store = TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\n"
         f"with written_after({DATASET!r}, store, {DT!r}, {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
     )

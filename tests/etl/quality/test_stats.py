@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.datasets import History
-from etl.partitions import MS_PER_DAY, day_number
+from etl.datasets.definition import History
+from etl.datasets.thresholds import DriftThresholds, EventThresholds
 from etl.quality import stats
-from etl.quality.thresholds import DriftThresholds, EventThresholds
-from etl.schemas import EVALUATION, EVENTS, SEQUENCES, TRAIN, VALIDATION
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.schemas import EVALUATION, EVENTS, SEQUENCES, TRAIN, VALIDATION
 
 DT = "2022-04-21"
 DAY_MS = day_number(DT) * MS_PER_DAY

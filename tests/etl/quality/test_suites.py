@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from etl.datasets.thresholds import Thresholds
 from etl.quality import suites
-from etl.quality.thresholds import Thresholds
 from etl.quality.validate import Check, validate
 
 EXPECTATIONS = Path(__file__).parents[3] / "docs" / "expectations.md"

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field as Setting
 
-from etl.definition_model import DefinitionModel
-from etl.quality.thresholds import Thresholds
+from etl.datasets.definition_model import DefinitionModel
+from etl.datasets.thresholds import Thresholds
 
 TABLES_BY_GATE = {"events": ("events",), "sequences": ("items", "sequences")}
 STATISTICS = "statistics."  # statistics.<stage>: the metrics of a gate, one row a day
@@ -34,7 +34,7 @@ HIGHEST_PSI = 5.0  # a critical bound on a PSI: beyond it nothing that a day can
 
 
 class Bound(DefinitionModel):
-    """A number of `etl.quality.thresholds` that differs for this data set.
+    """A number of `etl.datasets.thresholds` that differs for this data set.
 
     Attributes:
         value: a number, or the pair of a lowest and a highest one.
@@ -124,7 +124,7 @@ class Quality(DefinitionModel):
     """How the gates judge this data set.
 
     Attributes:
-        bounds: `<section>.<name>` of `etl.quality.thresholds` -> value and reason.
+        bounds: `<section>.<name>` of `etl.datasets.thresholds` -> value and reason.
         expectations, conditions: of one's own.
     """
 

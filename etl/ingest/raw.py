@@ -28,7 +28,8 @@ import pyarrow.fs as pafs
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from etl.cells import (
+from etl.datasets.definition import SIMULATED_MARKER, Column, DatasetDefinition, Logs, NamedDays, Time
+from etl.ingest.cells import (
     ARROW_TYPES,
     MARKS,
     NotARowError,
@@ -39,7 +40,7 @@ from etl.cells import (
     typed_cells,
     why_wrong,
 )
-from etl.compression import (
+from etl.ingest.compression import (
     BLOCK_BYTES,
     HEAD_BYTES,
     DamagedError,
@@ -48,12 +49,11 @@ from etl.compression import (
     promised_compression,
     unpacked,
 )
-from etl.datasets import SIMULATED_MARKER, Column, DatasetDefinition, Logs, NamedDays, Time
-from etl.errors import StageError, kind_of
-from etl.parquet_rows import can_be, row_text, typed_rows
-from etl.partitions import MS_PER_DAY, day_number
-from etl.store import sha256_of
-from etl.uris import without_secrets
+from etl.ingest.parquet_rows import can_be, row_text, typed_rows
+from etl.stage.errors import StageError, kind_of
+from etl.stage.uris import without_secrets
+from etl.warehouse.partitions import MS_PER_DAY, day_number
+from etl.warehouse.store import sha256_of
 
 SINGLE, REPEATED, MISSING = 0, 1, 2  # how often a local time occurred on its day
 SPLIT_BYTES = 64 << 20

@@ -14,14 +14,15 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from etl.cli import dataset_parser, definition_of, run_stage
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.freshness import Action, same_rows
-from etl.jobs.events import Judge
-from etl.partitions import add_days
-from etl.raw import RawLocation
-from etl.store import TableStore
+from etl.datasets.arguments import dataset_parser, definition_of
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.build_events import Judge
+from etl.ingest.freshness import Action, same_rows
+from etl.ingest.raw import RawLocation
+from etl.stage.commands import run_stage
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import add_days
+from etl.warehouse.store import TableStore
 
 TABLES = ("items", "sequences", "user_caches")  # in the order in which they hang on each other
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 
 SECRET_PARAMETER = re.compile(r"(^|[_-])(password|passwd|secret|token|sig|signature|key)($|[_-])", re.I)
 CONTAINER_AT_ACCOUNT = ("abfs", "abfss")  # `container@account` is how Azure writes a place

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from etl.errors import StageError
-from etl.store import DataFile, Manifest, TableStore
+from etl.stage.errors import StageError
+from etl.warehouse.store import DataFile, Manifest, TableStore
 
 MAX_BUCKETS = 4_096
 

@@ -1,6 +1,6 @@
 """Texts of cells as typed values: one rule for every text format of a log, and for the reason of a refusal.
 
-The fast path of `etl.raw` never comes here: it reads lines whose every cell can be cast as it stands.
+The fast path of `etl.ingest.raw` never comes here: it reads lines whose every cell can be cast as it stands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.datasets import Column, Logs
+from etl.datasets.definition import Column, Logs
 
 ARROW_TYPES = {"integer": pa.int64(), "decimal": pa.float64(), "text": pa.string(), "timestamp": pa.timestamp("us")}
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dtm
 from dataclasses import dataclass
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 
 MS_PER_DAY = 86_400_000
 _EPOCH = dtm.date(1970, 1, 1)

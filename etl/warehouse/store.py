@@ -32,12 +32,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from etl.errors import StageError, kind_of
-from etl.local_files import sync
-from etl.manifests import DataFile, Manifest
-from etl.pointers import Moved, opened
-from etl.schemas import TABLES, table_schema
-from etl.uris import without_secrets
+from etl.stage.errors import StageError, kind_of
+from etl.stage.local_files import sync
+from etl.stage.uris import without_secrets
+from etl.warehouse.manifests import DataFile, Manifest
+from etl.warehouse.pointers import Moved, opened
+from etl.warehouse.schemas import TABLES, table_schema
 
 ROW_GROUP_ROWS = 1 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
@@ -88,7 +88,7 @@ def code_version() -> str:
 
     if version := os.environ.get("LONGVIEW_CODE_VERSION"):
         return version
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

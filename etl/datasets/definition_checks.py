@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from etl.datasets import Column, Condition, DatasetDefinition, FeatureFile, FieldRule, Time
+    from etl.datasets.definition import Column, Condition, DatasetDefinition, FeatureFile, FieldRule, Time
 
 INT64_MAX = 2**63 - 1
 ITEM_COLUMNS = ("item_index", "item_id", "train_occurrences")  # of the table items: no field may be called so

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from etl.compression import DamagedError
-from etl.datasets import FeatureFile
-from etl.errors import StageError
-from etl.parquet_rows import can_be
-from etl.raw import BOM, RawFile, RawLocation
+from etl.datasets.definition import FeatureFile
+from etl.ingest.compression import DamagedError
+from etl.ingest.parquet_rows import can_be
+from etl.ingest.raw import BOM, RawFile, RawLocation
+from etl.stage.errors import StageError
 
 
 def read_features(location: RawLocation, rule: FeatureFile) -> pa.Table | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from etl.datasets import DatasetDefinition, History, Positions
-from etl.items import TABLE_ENTRIES_PER_EVENT
-from etl.negatives import sample_negatives
-from etl.partitions import MS_PER_DAY, Window, day_number
-from etl.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES, history_first
+from etl.datasets.definition import DatasetDefinition, History, Positions
+from etl.sequences.items import TABLE_ENTRIES_PER_EVENT
+from etl.sequences.negatives import sample_negatives
+from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
+from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES, history_first
 
 
 def sequence_rows(

@@ -8,19 +8,16 @@ less than it was built from, unless somebody accepts that loss by name.
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from etl.datasets import DatasetDefinition
-from etl.errors import StageError
-from etl.partitions import days_between, parse_dt
-from etl.raw import RawFile
-from etl.schemas import event_field_type
-from etl.store import Manifest
+from etl.datasets.rows_digest import DIGEST_KIND
+from etl.ingest.raw import RawFile
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import days_between, parse_dt
+from etl.warehouse.store import Manifest
 
-DIGEST_KIND = "rows1:"  # of `rows_digest`; digests of another kind cannot be compared with it
 NAMED = 5  # files in a message
 
 
@@ -136,29 +133,6 @@ def judged(dt: str, published: Published | None, files: Sequence[RawFile], defin
     return Verdict(dt, Action.FRESH, lost)
 
 
-def rows_digest(definition: DatasetDefinition) -> str:
-    """Return the digest of what shapes the rows of `events`, whatever the order in which it is written down.
-
-    A key that says what is said without it is no part of it, so that a new key of a later version makes no day stale. Which
-    files match, and which days their names promise, is judged by the files themselves.
-    """
-    logs = definition.logs.model_dump(mode="json", exclude_defaults=True, exclude={"files", "days_in_name", "expected_refusals"})
-    events = definition.events.model_dump(mode="json", exclude_defaults=True)
-    for column in logs["columns"].values():
-        if "one_of" in column:
-            column["one_of"] = _as_set(column["one_of"])
-    if "missing" in logs:
-        logs["missing"] = _as_set(logs["missing"])
-    if definition.logs.format == "csv" and not definition.logs.header:
-        logs["columns"] = list(logs["columns"].items())  # their order is that of the cells
-    for condition in events["signals"].values():
-        if isinstance(condition.get("equals"), list):
-            condition["equals"] = _as_set(condition["equals"])
-    events["signals"] = list(events["signals"].items())  # bit i of `feedback` is the i-th
-    events["item_fields"] = [(name, rule.column, str(event_field_type(rule.kind))) for name, rule in definition.events.item_fields.items()]
-    return DIGEST_KIND + hashlib.sha256(json.dumps([logs, events], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def same_rows(manifest: Manifest) -> set[str]:
     """Return the data digests of a day that stand for the rows that it has, however they are cut into buckets."""
     return {manifest.data_digest, *filter(None, str(manifest.settings.get("same_rows_as", "")).split(","))}
@@ -192,10 +166,6 @@ def _is_another(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], 
 def _same_bytes(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], str]) -> bool:
     """Whether a file of another name is the one that was there: moved into a folder, or renamed."""
     return before.size == now.size and before.digest.startswith("sha256:") and digest_of(now) == before.digest
-
-
-def _as_set(values: list) -> list:
-    return sorted({json.dumps(value) for value in values})
 
 
 def _names(names: Sequence[str]) -> str:

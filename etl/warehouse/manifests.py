@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 
 FORMAT_VERSION = 1  # raised when an older reader would misread a manifest; a new key alone is ignored by it
 CHECKSUM = "manifest_sha256"

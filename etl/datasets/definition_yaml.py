@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from etl.errors import StageError
+from etl.stage.errors import StageError
 
 _PLAIN_VALUES = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),

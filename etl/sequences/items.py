@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.datasets import DatasetDefinition, FieldRule
-from etl.errors import StageError
-from etl.raw import hashed_ids
-from etl.schemas import ITEMS, item_field_type, table_schema
+from etl.datasets.definition import DatasetDefinition, FieldRule
+from etl.ingest.raw import hashed_ids
+from etl.stage.errors import StageError
+from etl.warehouse.schemas import ITEMS, item_field_type, table_schema
 
 TABLE_ENTRIES_PER_EVENT = 8  # a table of all ids in a span may have so many; ids that are hashes span too far
 

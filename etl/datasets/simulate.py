@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from etl.cli import log, run_stage
-from etl.datasets import SIMULATED_MARKER, DatasetDefinition, dataset
-from etl.errors import StageError
-from etl.partitions import MS_PER_DAY, day_number, dt_of_day_number, parse_dt
+from etl.datasets.definition import SIMULATED_MARKER, DatasetDefinition, dataset
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.warehouse.partitions import MS_PER_DAY, day_number, dt_of_day_number, parse_dt
 
 SHANGHAI_OFFSET_MS = 8 * 3_600_000
 LN_MEAN_HISTORY, LN_SD_HISTORY = 8.97, 0.96  # of KuaiRand-27K's exposures per user

@@ -37,8 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from etl.cli import log, run_stage
-from etl.datasets import (
+from etl.datasets.definition import (
     SIMULATED_MARKER,
     Archive,
     DatasetDefinition,
@@ -47,8 +46,9 @@ from etl.datasets import (
     dataset,
     definition_name,
 )
-from etl.errors import StageError
-from etl.raw import RawLocation
+from etl.ingest.raw import RawLocation
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
 
 MARKER = "DOWNLOADED.json"
 ARCHIVES = "archives"  # below the raw folder, where no glob of raw files looks
@@ -254,7 +254,7 @@ def _by_hand(definition: DatasetDefinition, to: Path) -> StageError:
     """Return the error for a data set that no program may fetch."""
     files = f"put the files that match {', '.join(definition.logs.files)} (and {', '.join(dict.fromkeys(f.files for f in (*definition.items, *definition.users)))}) into {to}"
     if definition.simulated:
-        return StageError(f"{definition.name} is simulated: there is nothing to download", f"write it: python -m etl.simulate --out {to}")
+        return StageError(f"{definition.name} is simulated: there is nothing to download", f"write it: python -m etl.datasets.simulate --out {to}")
     if definition.download is not None:
         return StageError(f"{definition.name} cannot be downloaded by a program ({definition.download.licence})", f"fetch it from {definition.download.page} and {files}")
     family = {name: source for name in built_in_names() if name.startswith(f"{definition.name}_") and (source := dataset(name).download)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def spark_session(app_name: str) -> SparkSession:
@@ -78,7 +78,7 @@ def _ship_code(session: SparkSession) -> None:
 
     Modules are imported from a zip there: code that runs in tasks opens no file beside its module.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     folder = tempfile.mkdtemp(prefix="longview-code-")  # served from here until the session stops
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     archive = os.path.join(folder, "longview_etl.zip")

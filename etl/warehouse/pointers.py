@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import pyarrow.fs as pafs
 
-from etl.errors import StageError, kind_of
-from etl.local_files import one_at_a_time, replace_text
+from etl.stage.errors import StageError, kind_of
+from etl.stage.local_files import one_at_a_time, replace_text
 
 
 class Moved(Exception):

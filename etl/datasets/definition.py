@@ -1,6 +1,6 @@
 """How a data set is described: one YAML file says what its raw files look like and which rows are history and targets.
 
-The files of `etl/definitions/` come with the project; anyone's own logs become a data set by a file of the same kind,
+The files of `etl/datasets/definitions/` come with the project; anyone's own logs become a data set by a file of the same kind,
 given by its path. `docs/datasets.md` explains every field; the models below are what a file is checked against.
 """
 
@@ -19,12 +19,12 @@ import pydantic
 from pydantic import Field as Setting
 from pydantic_core import PydanticCustomError
 
-from etl.definition_checks import delimiter_problem, glob_problem, inconsistencies, time_problems
-from etl.definition_model import DefinitionModel as _Model
-from etl.definition_yaml import read_yaml
-from etl.errors import StageError
-from etl.quality_rules import Quality
-from etl.uris import folder_problem
+from etl.datasets.definition_checks import delimiter_problem, glob_problem, inconsistencies, time_problems
+from etl.datasets.definition_model import DefinitionModel as _Model
+from etl.datasets.definition_yaml import read_yaml
+from etl.datasets.quality_rules import Quality
+from etl.stage.errors import StageError
+from etl.stage.uris import folder_problem
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
@@ -441,7 +441,7 @@ class Targets(_Model):
 
 
 class WindowDefaults(_Model):
-    """Days of a partition where the command line says nothing else; see `etl.partitions.Window`."""
+    """Days of a partition where the command line says nothing else; see `etl.warehouse.partitions.Window`."""
 
     target_days: int = Setting(default=14, ge=2, le=36_525)
     lookback_days: int = Setting(default=30, ge=2, le=36_525)
@@ -495,7 +495,7 @@ class DatasetDefinition(_Model):
         first_day, last_day: UTC days of the data; the DAG builds no others.
         items, users: files of static fields.
         run: what a run of its DAG takes where nothing else is said.
-        quality: bounds and expectations of its own (`etl.quality_rules`).
+        quality: bounds and expectations of its own (`etl.datasets.quality_rules`).
     """
 
     name: str = Setting(pattern="^[a-z][a-z0-9_]{0,39}$")
@@ -535,7 +535,7 @@ class DatasetDefinition(_Model):
         if problems := inconsistencies(self):
             raise ValueError("; ".join(problems))
         if self.quality.conditions or self.quality.expectations:
-            from etl.quality.own import check_columns  # loads what reads tables, which a DAG file seldom needs
+            from etl.datasets.own_checks import check_columns  # loads what reads tables, which a DAG file seldom needs
 
             check_columns(self)
         return self

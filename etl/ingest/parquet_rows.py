@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.cells import ARROW_TYPES, INT64_MAX, is_missing, missing_numbers, typed_cells, why_wrong
-from etl.datasets import Column, Logs
+from etl.datasets.definition import Column, Logs
+from etl.ingest.cells import ARROW_TYPES, INT64_MAX, is_missing, missing_numbers, typed_cells, why_wrong
 
 
 def can_be(kind: pa.DataType, wanted: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from etl.datasets import Negatives
+from etl.datasets.definition import Negatives
 
 MAX_ROUNDS = 40  # of drawing again what was refused; a user who knows nearly every item gets fewer negatives
 

@@ -1,0 +1,158 @@
+"""Build `items` and `sequences` of a partition from the published events of its window.
+
+One task a bucket: the window's sorted days are concatenated and stably sorted by user, so no history is ever shuffled. A
+target sees the events strictly earlier than itself: exposures of one page share one timestamp and never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.features import read_features
+from etl.ingest.raw import RawLocation
+from etl.quality.stats import SEQUENCE_COLUMNS, Bucket, SequenceRules, measured_bucket
+from etl.sequences.items import counted, feature_ids, item_rows, merged
+from etl.sequences.sequence_rows import sequence_rows
+from etl.stage.commands import log
+from etl.stage.errors import StageError
+from etl.stage.spark import spark_session
+from etl.warehouse.buckets import Part, common_layout, parts_by_bucket, read_bucket
+from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number
+from etl.warehouse.schemas import SEQUENCES, schema_fingerprint
+from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
+
+
+def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLocation, window: Window, attempt: str,
+                    take_measures: Callable[[Sequence[Bucket]], None] | None = None) -> dict[str, int]:
+    """Stage `items` and `sequences` of a partition; return the counts of `sequences`.
+
+    Args:
+        take_measures: takes what each task has measured of the file that it staged, read back; None: nothing is measured.
+
+    Raises:
+        StageError: a day of the window is not published.
+    """
+    dt = window.dt
+    staging = store.begin_try(attempt, ("items", "sequences"), [dt])
+    manifests = [store.require("events", day) for day in window.event_days]
+    if not manifests[-1].rows:
+        raise StageError(f"events of dt={dt} are empty", "build events for that day first")
+    if definition.targets.positions is None:
+        _require_training_day(manifests, window)
+    layout = common_layout(manifests)
+    parts = parts_by_bucket(store.compacted(manifests), layout)
+    buckets = sorted(parts)
+    if any(part.mixed for found in parts.values() for part in found):
+        log(f"days are cut into different buckets: some files are read more than once until `python -m etl.jobs.rebucket --buckets {layout.buckets}` has run")
+    users = _user_fields(raw, definition)
+    item_files = [read_features(raw, rule) for rule in definition.items]
+    for rule, table in zip(definition.items, item_files, strict=True):
+        if table is None:
+            log(f"no item file matches {rule.files} in {raw.uri}: its fields are empty")
+    warehouse, dataset = store.warehouse, store.dataset
+    # Positions of a leave-last protocol are of no day: every event counts as seen in training.
+    first_evaluation_ms = (day_number(window.first_evaluation_dt if definition.targets.positions is None else "2200-01-01")) * MS_PER_DAY
+    spark = spark_session(attempt)
+    try:
+        context = spark.sparkContext
+        log(f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)} bucket(s), {sum(map(len, parts.values())):,} file(s)")
+
+        def count(task: tuple[int, list[Part]]) -> dict[str, bytes]:
+            columns = ["item_id", "event_time_ms", *definition.events.item_fields]
+            events = read_bucket(TableStore(warehouse, dataset), task[1], task[0], layout, columns)
+            return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()}
+
+        rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)
+        measuring = take_measures is not None
+
+        def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Bucket | None]:
+            bucket, work = task
+            here = TableStore(warehouse, dataset)
+            rows, counts = sequence_rows(read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition)
+            file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
+            if file is None or not measuring:
+                return file, counts, None
+            return file, counts, measured_bucket(here.read_file(file, SEQUENCE_COLUMNS), trained.value, rules)
+
+        counts_of = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(count).collect()
+        totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
+        items = item_rows(totals, item_files, definition, raw.uri)
+        item_file = store.write_file(staging, "items", dt, 0, items)
+        known, seen = context.broadcast(items["item_id"].to_numpy()), context.broadcast(totals[""]["occurrences"].to_numpy())
+        user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
+        results = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(build).collect()
+    finally:
+        spark.stop()
+    counts = {name: sum(counted[name] for _, counted, _ in results) for name in results[0][1]}
+    if take_measures is not None:
+        take_measures([measured for _, _, measured in results if measured is not None])
+    if counts["negatives_missing"]:
+        log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
+    inputs = {store.input_name(m): m.data_digest for m in manifests}
+    settings = {"target_days": window.target_days, "lookback_days": window.lookback_days, "evaluation_days": window.evaluation_days,
+                **definition.history.model_dump(include={"cutoff", "availability_lag_ms", "max_events"}),
+                "user_fields": ",".join(definition.user_fields), "signals": ",".join(definition.feedback_fields)}
+    known_fields = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
+    item_counts = {"items": items.num_rows, "item_files": sum(table is not None for table in item_files), "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
+    for name, schema, found, figures in (("items", items.schema, (item_file,), item_counts),
+                                         ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
+        store.write_staged_manifest(staging, Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
+    return counts
+
+
+def _require_training_day(manifests: list[Manifest], window: Window) -> None:
+    """Stop where no day for training has an event: a feed on its first days, or after a gap.
+
+    Raises:
+        StageError: it names the first day that can be trained.
+    """
+    first = min(m.dt for m in manifests if m.rows and m.dt >= window.first_target_dt)
+    if first >= window.first_evaluation_dt:
+        raise StageError(f"there is nothing to train dt={window.dt} on: the events of its {window.target_days} target days begin on {first}, "
+                         f"and the last {window.evaluation_days} of these days are for evaluation",
+                         f"run dt={add_days(first, window.evaluation_days)} once its logs are there: it is the first day that can be trained; "
+                         f"the events of dt={window.dt} are published and stay")
+
+
+def _with_any(items: pa.Table, fields: list[str]) -> int:
+    """Return how many items have a value in any field."""
+    known = np.zeros(items.num_rows, dtype=bool)
+    for name in fields:
+        column = items[name].combine_chunks()
+        there = pc.greater(pc.list_value_length(column), 0) if pa.types.is_list(column.type) else pc.is_valid(column)
+        known |= there.to_numpy(zero_copy_only=False)
+    return int(known.sum())
+
+
+def _user_fields(raw: RawLocation, definition: DatasetDefinition) -> dict[int, list[str]]:
+    """Return user id -> values in the definition's order, '' = not known; the first row of a user counts."""
+    fields: dict[int, list[str]] = {}
+    width, done = len(definition.user_fields), 0
+    for rule in definition.users:
+        table = read_features(raw, rule)
+        if table is None:
+            log(f"no user file matches {rule.files} in {raw.uri}: its fields are empty")
+        else:
+            kind = definition.logs.columns[definition.events.user].type
+            ids = feature_ids(table[rule.key], rule.key, kind, f"the file {rule.files} in {raw.uri}").tolist()
+            columns = [table[field.column].to_pylist() for field in rule.fields.values()]
+            for user, values in reversed(list(zip(ids, zip(*columns, strict=True), strict=True))):
+                fields.setdefault(user, [""] * width)[done : done + len(values)] = values
+        done += len(rule.fields)
+    return fields
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(body: bytes) -> pa.Table:
+    return pa.ipc.open_stream(body).read_all()
