@@ -6,13 +6,13 @@ The command line of `etl.sequences.build_sequences`: with --reports, what it has
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
 from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.ingest.raw import RawLocation
-from etl.quality.stats import Bucket
-from etl.sequences.build_sequences import build_sequences
+from etl.quality.stats import SEQUENCE_COLUMNS, SequenceRules, measured_bucket
+from etl.sequences.build_sequences import Measuring, build_sequences
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import Window
@@ -40,12 +40,14 @@ def main() -> None:
     definition = definition.model_copy(update={"history": definition.history.model_copy(update={n: v for n, v in history.items() if v is not None})})
     raw = RawLocation(args.raw)
     with contextlib.ExitStack() as around:
-        take_measures: Callable[[Sequence[Bucket]], None] | None = None
+        measuring: Measuring | None = None
         if args.reports:
             from etl.quality.beside import judging_sequences
 
-            take_measures = around.enter_context(judging_sequences(store, definition, args.dt, args.attempt, Path(args.reports)))
-        counts = build_sequences(store, definition, raw, window, args.attempt, take_measures)
+            take = around.enter_context(judging_sequences(store, definition, args.dt, args.attempt, Path(args.reports)))
+            rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)
+            measuring = Measuring(SEQUENCE_COLUMNS, functools.partial(measured_bucket, rules=rules), take)
+        counts = build_sequences(store, definition, raw, window, args.attempt, measuring)
     log("  ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 

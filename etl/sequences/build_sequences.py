@@ -7,6 +7,8 @@ target sees the events strictly earlier than itself: exposures of one page share
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,6 @@ import pyarrow.compute as pc
 from etl.datasets.definition import DatasetDefinition
 from etl.ingest.features import read_features
 from etl.ingest.raw import RawLocation
-from etl.quality.stats import SEQUENCE_COLUMNS, Bucket, SequenceRules, measured_bucket
 from etl.sequences.items import counted, feature_ids, item_rows, merged
 from etl.sequences.sequence_rows import sequence_rows
 from etl.stage.commands import log
@@ -27,12 +28,27 @@ from etl.warehouse.schemas import SEQUENCES, schema_fingerprint
 from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured of a staged file of `sequences` while it is at hand, read back: a gate then reads no file again.
+
+    Attributes:
+        columns: that are read.
+        measured: from these columns and the training events of each item (int64, by index) to a measure; runs in tasks.
+        take: takes the measures of all files.
+    """
+
+    columns: Sequence[str]
+    measured: Callable[[pa.Table, np.ndarray], Any]
+    take: Callable[[Sequence[Any]], None]
+
+
 def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLocation, window: Window, attempt: str,
-                    take_measures: Callable[[Sequence[Bucket]], None] | None = None) -> dict[str, int]:
+                    measuring: Measuring | None = None) -> dict[str, int]:
     """Stage `items` and `sequences` of a partition; return the counts of `sequences`.
 
     Args:
-        take_measures: takes what each task has measured of the file that it staged, read back; None: nothing is measured.
+        measuring: what each task measures of the file that it staged; None: nothing.
 
     Raises:
         StageError: a day of the window is not published.
@@ -67,17 +83,16 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
             events = read_bucket(TableStore(warehouse, dataset), task[1], task[0], layout, columns)
             return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()}
 
-        rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)
-        measuring = take_measures is not None
+        columns, measured = (measuring.columns, measuring.measured) if measuring is not None else ((), None)
 
-        def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Bucket | None]:
+        def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Any]:
             bucket, work = task
             here = TableStore(warehouse, dataset)
             rows, counts = sequence_rows(read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition)
             file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
-            if file is None or not measuring:
+            if file is None or measured is None:
                 return file, counts, None
-            return file, counts, measured_bucket(here.read_file(file, SEQUENCE_COLUMNS), trained.value, rules)
+            return file, counts, measured(here.read_file(file, columns), trained.value)
 
         counts_of = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(count).collect()
         totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
@@ -89,8 +104,8 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     finally:
         spark.stop()
     counts = {name: sum(counted[name] for _, counted, _ in results) for name in results[0][1]}
-    if take_measures is not None:
-        take_measures([measured for _, _, measured in results if measured is not None])
+    if measuring is not None:
+        measuring.take([found for _, _, found in results if found is not None])
     if counts["negatives_missing"]:
         log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
     inputs = {store.input_name(m): m.data_digest for m in manifests}
