@@ -12,14 +12,14 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make or refresh .venv from requirements.txt (nothing to do: instant)
-	@infra/bootstrap.sh
+	@infra/local/bootstrap.sh
 
 data: setup ## fetch a published data set into var/raw/<name>, with resume: DATASET=kuairand_1k
 	@name="$$(basename "$$DATASET")" && name="$$(tr A-Z- a-z_ <<< "$${name%.y*ml}")" && \
 		$(PY) -m etl.ingest.download --dataset "$$DATASET" --to "$${LONGVIEW_HOME:-var}/raw/$$name"
 
 run: setup ## one partition through Airflow's scheduler; RAW=folder DT=YYYY-MM-DD DATASET=name or path of name.yaml; without RAW simulated data
-	@$(PY) -m infra.run
+	@$(PY) -m infra.local.run
 
 test: setup ## the tests that take minutes, not more
 	@$(PY) -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -51,16 +51,16 @@ lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy
 
 up: setup ## start Airflow and MLflow in the background and say where they are
-	@$(PY) -m infra.stack up
+	@$(PY) -m infra.local.stack up
 
 down: ## stop what `make up` started
-	@if [ -x $(PY) ]; then $(PY) -m infra.stack down; else echo "nothing was running"; fi
+	@if [ -x $(PY) ]; then $(PY) -m infra.local.stack down; else echo "nothing was running"; fi
 
 backup: setup ## copy the databases of Airflow and MLflow to var/backups/<time>, while they work or not; KEEP=7 newest stay
-	@$(PY) -m infra.database backup --keep "$${KEEP:-7}"
+	@$(PY) -m infra.local.database backup --keep "$${KEEP:-7}"
 
 restore: setup ## put a backup in place of the databases: FROM=var/backups/<time>; after make down
-	@$(PY) -m infra.database restore "$$FROM"
+	@$(PY) -m infra.local.database restore "$$FROM"
 
 # Compiled from nothing: an existing torch pin would make uv prefer the CUDA build and pin its 20 companions.
 lock: ## compile requirements.txt from pyproject.toml (needs uv); no index address, no local build of torch

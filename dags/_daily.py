@@ -99,24 +99,24 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             audit_input = gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
             approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id)
             train_models = of_model(
-                task_id="train_models", module="training.main", pool="training", execution_timeout=hours_6,
+                task_id="train_models", module="training.train", pool="training", execution_timeout=hours_6,
                 arguments=arguments("workers", "config", "warm_start"),
             )
             audit_input >> approve_warnings >> train_models
 
         with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            GateOperator(task_id="evaluate_models", module="evaluation.main", dataset=argument, reports=reports, arguments=[*runs, *arguments("raw")],
+            GateOperator(task_id="evaluate_models", module="evaluation.evaluate", dataset=argument, reports=reports, arguments=[*runs, *arguments("raw")],
                          pool="training")
 
         with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
-            register_model = of_model(task_id="register_model", module="evaluation.register")
+            register_model = of_model(task_id="register_model", module="evaluation.release.register")
             # Backfills do not count against the DAG's max_active_runs; this counts every run that there is.
-            promote_model = PromoteOperator(task_id="promote_model", module="evaluation.promote", dataset=argument, runs=settings.runs(),
+            promote_model = PromoteOperator(task_id="promote_model", module="evaluation.release.promote", dataset=argument, runs=settings.runs(),
                                             champion=champion_asset, max_active_tis_per_dag=1)
             register_model >> promote_model
 
         with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as caches:
-            stage(task_id="build_user_caches", module="training.caches", arguments=runs, pool="training")
+            stage(task_id="build_user_caches", module="evaluation.user_caches", arguments=runs, pool="training")
 
         chain(start, ingest, sequences, train, evaluate, register, caches)
 

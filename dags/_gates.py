@@ -64,7 +64,7 @@ class GateOperator(StageOperator):
             self._logger.kill()
 
     def _start_logger(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "training.page", *self.partition(), "--reports", self.reports, "--when-input-ends"]
+        command = [sys.executable, "-m", "training.log_report", *self.partition(), "--reports", self.reports, "--when-input-ends"]
         self._logger = subprocess.Popen(
             command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,

@@ -19,7 +19,7 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
     A task has no way to the note but the REST API, with the login of `make up`. Where it does not answer, or refuses, the line is
     in the task's log only; it costs the task nothing.
     """
-    from infra.services import AirflowApi, InfraError  # loads more than a DAG file needs
+    from infra.airflow_api import AirflowApi, InfraError  # loads more than a DAG file needs
 
     log.info("note of the run: %s", line)
     run = context["dag_run"]

@@ -13,7 +13,7 @@ from dags._links import MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
 from infra import settings
 
-PROMOTED = "promoted"  # of `evaluation.promote.SAID`, whose module imports too much for a DAG file
+PROMOTED = "promoted"  # of `evaluation.release.promote.SAID`, whose module imports too much for a DAG file
 SAID = {PROMOTED: "promoted", "kept": "not promoted, the champion's equal", "refused": "NOT promoted"}
 REASON_LENGTH = 300  # of what stands in the run's note
 

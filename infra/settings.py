@@ -267,7 +267,7 @@ def environment() -> dict[str, str]:
     airflow = {
         "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
         "CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "CORE__PLUGINS_FOLDER": str(ROOT / "infra" / "plugins"),
+        "CORE__PLUGINS_FOLDER": str(ROOT / "dags" / "plugins"),
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__PARALLELISM": "4",
         "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",

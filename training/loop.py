@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etl.warehouse.schemas import TRAIN
-from training.checkpoint import inherit
 from training.config import TrainConfig
 from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
+from training.package import inherit
 from training.vocabulary import Vocabulary
 
 T = TypeVar("T")

@@ -250,7 +250,7 @@ class Audit:
 
     def _model_output(self) -> Evidence:
         if self.run_dir is None or not (self.run_dir / "evaluation.json").exists():
-            raise StageError(f"no evaluation of attempt {self.attempt} to judge: {self.run_dir or 'no folder of runs'}", "give --runs, and run evaluation.main with the same --attempt first")
+            raise StageError(f"no evaluation of attempt {self.attempt} to judge: {self.run_dir or 'no folder of runs'}", "give --runs, and run evaluation.evaluate with the same --attempt first")
         evaluation = json.loads((self.run_dir / "evaluation.json").read_text())
         primary = json.loads((self.run_dir / "training.json").read_text())["primary"]
         scores = pq.read_table(self.run_dir / "scores.parquet", columns=["label", primary])

@@ -23,10 +23,10 @@ DAYS = ["2022-04-18", "2022-04-19", "2022-04-20"]
 def project(tmp_path_factory):
     made = Project(tmp_path_factory.mktemp("browser"))
     (made.root / "gates").touch()  # the gates keep what they found
-    up = made.python("-m", "infra.stack", "up")
+    up = made.python("-m", "infra.local.stack", "up")
     assert up.returncode == 0, up.stdout + up.stderr
     yield made
-    made.python("-m", "infra.stack", "down")
+    made.python("-m", "infra.local.stack", "down")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_form_as_prefilled_is_never_green_without_work(project, ui):
     run = path_of(ui.trigger(DAG_ID))
     state = project.ended(run)
     calls = project.calls()
-    assert (state == "success") == any(call[0] == "training.caches" for call in calls)
+    assert (state == "success") == any(call[0] == "evaluation.user_caches" for call in calls)
     assert project.states(run)["start"] in ("success", "failed")
 
 
@@ -77,7 +77,7 @@ def test_the_form_with_a_day_builds_that_day(project, ui):
     assert project.ended(path_of(run_id)) == "success"
     calls = project.calls()
     assert {of(call, "--dt") for call in calls} == {"2022-04-21"}
-    assert [of(call, "--config") for call in calls if call[0] == "training.main"] == ["tiny"]
+    assert [of(call, "--config") for call in calls if call[0] == "training.train"] == ["tiny"]
     note = project.api.call("GET", path_of(run_id))["note"]
     assert "2022-04-21" in note and attempt_of(calls) in note
     ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}")
@@ -93,11 +93,11 @@ def test_backfills_of_three_days_forward_backward_again_and_with_another_configu
     keep(ui, "airflow_runs")
     again = backfilled(project, lambda: ui.backfill(DAG_ID, DAYS[0], DAYS[-1], reprocess="All Runs", backwards=True, override=True, config="tiny"))
     assert days_in_order(again) == DAYS[::-1]
-    assert {of(call, "--config") for call in again if call[0] == "training.main"} == {"tiny"}
+    assert {of(call, "--config") for call in again if call[0] == "training.train"} == {"tiny"}
     assert {of(call, "--attempt") for call in again}.isdisjoint({of(call, "--attempt") for call in forward})
     # Without the tick the dialog sends no parameters, as its page and docs say: the data set's own hold.
     plain = backfilled(project, lambda: ui.backfill(DAG_ID, DAYS[0], DAYS[0], reprocess="All Runs", config="small"))
-    assert {of(call, "--config") for call in plain if call[0] == "training.main"} <= {"default", "tiny"}
+    assert {of(call, "--config") for call in plain if call[0] == "training.train"} <= {"default", "tiny"}
 
 
 def tries(project, run: str) -> dict[str, int]:
@@ -133,7 +133,7 @@ def test_each_task_of_a_finished_run_can_be_cleared_alone_and_goes_on_in_its_att
     assert len({attempt, again, last}) == 3
 
 
-@pytest.mark.parametrize("module, task, whole_run", [("etl.jobs.sequences", "sequences.build_sequences", True), ("evaluation.promote", "register.promote_model", False)])
+@pytest.mark.parametrize("module, task, whole_run", [("etl.jobs.sequences", "sequences.build_sequences", True), ("evaluation.release.promote", "register.promote_model", False)])
 def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(project, ui, module, task, whole_run):
     project.fault(module, 2, once=False)
     run_id = ui.trigger(DAG_ID, dt="2022-04-21")

@@ -17,14 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra import services, settings
-from infra.services import AirflowApi, InfraError
+from infra import settings
+from infra.airflow_api import AirflowApi, InfraError
+from infra.local import services
 from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
-STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.main", "evaluation.main", "evaluation.register",
-          "evaluation.promote", "training.caches")  # fmt: skip
+STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
+          "evaluation.release.promote", "evaluation.user_caches")  # fmt: skip
 STAGE = '''
 import json, os, sys
 from pathlib import Path
@@ -105,9 +106,9 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text({"etl.quality.audit": GATE, "evaluation.promote": PROMOTE}.get(module, STAGE))
+            path.write_text({"etl.quality.audit": GATE, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
-        (root / "training" / "page.py").write_text(PAGE)
+        (root / "training" / "log_report.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
         (root / "etl" / "datasets" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
@@ -208,7 +209,7 @@ class Project:
 def project(tmp_path_factory):
     made = Project(tmp_path_factory.mktemp("project"))
     yield made
-    made.python("-m", "infra.stack", "down")
+    made.python("-m", "infra.local.stack", "down")
 
 
 def of(call: list[str], option: str) -> str:
@@ -218,7 +219,7 @@ def of(call: list[str], option: str) -> str:
 def test_make_run_from_nothing(project):
     broken = project.definition("var/definitions/broken.yaml", "name: broken\nlogs: [")  # breaks the DAGs of own data sets only
     (project.root / "var" / "airflow").mkdir()
-    done = project.python("-m", "infra.run", LONGVIEW_AIRFLOW_DB=f"sqlite:///{project.root}/var/airflow/{SECRET}.db")
+    done = project.python("-m", "infra.local.run", LONGVIEW_AIRFLOW_DB=f"sqlite:///{project.root}/var/airflow/{SECRET}.db")
     broken.unlink()
     assert done.returncode == 0, done.stdout + done.stderr
     calls = project.calls()
@@ -235,17 +236,17 @@ def test_make_run_from_nothing(project):
 
 
 def test_the_stack_runs_backfills_retries_and_reprocesses(project):
-    up = project.python("-m", "infra.stack", "up")
+    up = project.python("-m", "infra.local.stack", "up")
     assert up.returncode == 0, up.stdout + up.stderr
     assert (project.root / "var" / "postgres" / "data" / "PG_VERSION").exists()
 
     # A stage error fails at once and is told; it reuses the running stack.
-    project.fault("training.main", 2, once=False)
-    failed = project.python("-m", "infra.run")
+    project.fault("training.train", 2, once=False)
+    failed = project.python("-m", "infra.local.run")
     assert failed.returncode == 1
     assert "FAILED  train.train_models  (try 1)" in failed.stdout
     assert "error: a fault was asked for" in failed.stdout
-    assert [call[0] for call in project.calls()].count("training.main") == 1
+    assert [call[0] for call in project.calls()].count("training.train") == 1
     (project.root / "fault.json").unlink()
 
     # Two days, both ends included; a fault of another kind is retried in the same attempt.
@@ -268,7 +269,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"})
     second = project.calls()
     assert len(second) == 2 * TASKS
-    assert [of(call, "--config") for call in second if call[0] == "training.main"] == ["tiny", "tiny"]
+    assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny", "tiny"]
     again = {of(call, "--attempt") for call in second}
     assert len(again) == 2
     assert not again & attempts
@@ -277,7 +278,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     own = "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow: {target_days: %d}"
     for target_days in (5, 6):
         path = project.definition("shop.yaml", own % target_days)
-        done = project.python("-m", "infra.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
+        done = project.python("-m", "infra.local.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
         assert done.returncode == 0, done.stdout + done.stderr
         calls = project.calls()
         assert len(calls) == TASKS
@@ -299,7 +300,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         scheduler.kill()
         wait_for("end of the scheduler", lambda scheduler=scheduler: not services.alive(scheduler.pid))
         assert any(services.alive(executor.pid) for executor in executors)  # else this shows nothing
-        done = project.python("-m", "infra.stack", command)
+        done = project.python("-m", "infra.local.stack", command)
         assert done.returncode == 0, done.stdout + done.stderr
         assert says in done.stdout
         assert [executor for executor in executors if services.alive(executor.pid)] == []
@@ -310,7 +311,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
 
 
 def test_with_a_login_only_the_password_opens(project):
-    said = project.python("-m", "infra.stack", "up", LONGVIEW_LOGIN="1")
+    said = project.python("-m", "infra.local.stack", "up", LONGVIEW_LOGIN="1")
     assert said.returncode == 0, said.stdout + said.stderr
     file = project.root / "var" / "secrets" / "airflow_passwords.json"
     assert str(file) in said.stdout
@@ -321,17 +322,17 @@ def test_with_a_login_only_the_password_opens(project):
         with pytest.raises(InfraError, match=r"answered 40[13]"):
             strangers.call("POST" if body else "GET", "/auth/token", body)
     assert strangers.call("POST", "/auth/token", {"username": user, "password": password})["access_token"]
-    done = project.python("-m", "infra.run", LONGVIEW_LOGIN="1")  # it knows the password
+    done = project.python("-m", "infra.local.run", LONGVIEW_LOGIN="1")  # it knows the password
     assert done.returncode == 0, done.stdout + done.stderr
     assert "using the Airflow of `make up`" in done.stdout
-    project.python("-m", "infra.stack", "down")
+    project.python("-m", "infra.local.stack", "down")
     project.calls()
 
 
 @pytest.fixture(scope="module")
 def stack(project):
     """The services of `make up`, for all tests that follow."""
-    up = project.python("-m", "infra.stack", "up")
+    up = project.python("-m", "infra.local.stack", "up")
     assert up.returncode == 0, up.stdout + up.stderr
     project.pause(False)
     (project.root / "gates").touch()
@@ -351,10 +352,10 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     assert project.link(run, LAST_GATE) in question["body"]
     called = project.calls()
     assert [call[0] for call in called].count("etl.quality.audit") == 3
-    assert "training.main" not in [call[0] for call in called]
+    assert "training.train" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
-    assert [call[0] for call in project.calls()] == ["training.main", "evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
+    assert [call[0] for call in project.calls()] == ["training.train", "evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches"]
     [attempt] = {of(call, "--attempt") for call in called}
     for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
         assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
@@ -374,7 +375,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     # A warning that nobody is to be asked about, and an approval without a warning, wait for nobody.
     for conf in ({}, {"on_warning": "approve"}):
         assert project.ended(project.trigger("2022-04-19", **conf)) == "success"
-        assert [call[0] for call in project.calls()].count("training.caches") == 1
+        assert [call[0] for call in project.calls()].count("evaluation.user_caches") == 1
         (project.root / "warn").unlink(missing_ok=True)
 
     # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
@@ -410,23 +411,23 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     project.clear(run, APPROVAL)
     assert project.question(run)["body"] == asked["body"]
     assert project.calls() == []
-    project.fault("evaluation.main", 2, once=True)
+    project.fault("evaluation.evaluate", 2, once=True)
     project.answer(run, "Approve")
     assert project.ended(run) == "failed"
-    assert modules_of(project.calls()) == ["training.main", "evaluation.main"]
+    assert modules_of(project.calls()) == ["training.train", "evaluation.evaluate"]
 
     # Only what failed, with what follows: the training is not done again.
     project.clear(run, only_failed=True)
     assert project.ended(run) == "success"
     calls = project.calls()
-    assert modules_of(calls) == ["evaluation.main", "evaluation.register", "evaluation.promote", "training.caches"]
+    assert modules_of(calls) == ["evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches"]
     assert attempts_of(calls) == {attempt}
 
     # One task of a finished run, alone.
     project.clear(run, "register.promote_model", downstream=False)
     assert project.ended(run) == "success"
     calls = project.calls()
-    assert (modules_of(calls), attempts_of(calls)) == (["evaluation.promote"], {attempt})
+    assert (modules_of(calls), attempts_of(calls)) == (["evaluation.release.promote"], {attempt})
 
     # The question cleared after its answer, whatever it was: asked again, and nothing trains meanwhile.
     for answer in ("Reject", None):
@@ -512,12 +513,12 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
     for outcome in ("promoted", "refused"):
         (stack.root / "outcome").write_text(outcome)
         stack.calls()
-        stack.fault("evaluation.register", 75, once=True)  # what may pass is tried again, in the same attempt
+        stack.fault("evaluation.release.register", 75, once=True)  # what may pass is tried again, in the same attempt
         run = stack.trigger("2022-04-19")
         mine.append(urllib.parse.unquote(run.rpartition("/")[2]))
         assert stack.ended(run) == "success"
         calls = stack.calls()
-        assert [call[0] for call in calls].count("evaluation.register") == 2
+        assert [call[0] for call in calls].count("evaluation.release.register") == 2
         [attempt] = {of(call, "--attempt") for call in calls}
         assert stack.error(run, "register.register_model") == "error: a fault was asked for"
         words = {"promoted": "promoted: vql_model version 3, the reason", "refused": "NOT promoted: vql_model version 3, the reason"}[outcome]
@@ -567,7 +568,7 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
             "run: {hour: %d, wait_hours: %d, raw: '%s', config: tiny, workers: 3}\n")
     # `make run` beside the services would start the schedule, and says so.
     path = project.definition("feed.yaml", feed % (now.hour, 23, raw))
-    done = project.python("-m", "infra.run", DATASET=str(path), DT="2023-02-01")
+    done = project.python("-m", "infra.local.run", DATASET=str(path), DT="2023-02-01")
     assert done.returncode == 1
     assert "is paused and has a schedule" in done.stderr
     assert project.api.call("GET", f"{dag}/dagRuns")["dag_runs"] == []
@@ -584,7 +585,7 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
     calls = project.calls()
     assert len(calls) == TASKS
     assert {of(call, "--dt") for call in calls} == {dt}
-    [train] = [call for call in calls if call[0] == "training.main"]
+    [train] = [call for call in calls if call[0] == "training.train"]
     assert (of(train, "--config"), of(train, "--workers")) == ("tiny", "3")
     assert {of(call, "--raw") for call in calls if "--raw" in call} == {str(raw)}
 
@@ -600,7 +601,7 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
     # `make run` alone: that one run, no schedule, and the DAG sleeps on.
     project.api.call("DELETE", run)
     project.pause(True, dag)
-    project.python("-m", "infra.stack", "down")
-    done = project.python("-m", "infra.run", DATASET=str(path), DT="2023-02-01")
+    project.python("-m", "infra.local.stack", "down")
+    done = project.python("-m", "infra.local.run", DATASET=str(path), DT="2023-02-01")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {of(call, "--dt") for call in project.calls()} == {"2023-02-01"}

@@ -37,11 +37,11 @@ EXPECTED_COMMANDS = {
     "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY --reports REPORTS",
     "sequences.audit_sequences": "etl.quality.audit --stage sequences --reports REPORTS",
     "train.audit_training_input": "etl.quality.audit --stage training_input --reports REPORTS",
-    "train.train_models": "training.main --workers 2 --config default --warm-start none --runs RUNS",
-    "evaluate.evaluate_models": "evaluation.main --runs RUNS --raw /raw --reports REPORTS",
-    "register.register_model": "evaluation.register --runs RUNS",
-    "register.promote_model": "evaluation.promote --runs RUNS",
-    "caches.build_user_caches": "training.caches --runs RUNS",
+    "train.train_models": "training.train --workers 2 --config default --warm-start none --runs RUNS",
+    "evaluate.evaluate_models": "evaluation.evaluate --runs RUNS --raw /raw --reports REPORTS",
+    "register.register_model": "evaluation.release.register --runs RUNS",
+    "register.promote_model": "evaluation.release.promote --runs RUNS",
+    "caches.build_user_caches": "evaluation.user_caches --runs RUNS",
 }
 
 
@@ -741,7 +741,7 @@ def test_killing_the_task_ends_the_stage_and_its_children(tmp_path, monkeypatch)
     finally:
         killer.join()
         signal.signal(signal.SIGALRM, previous)
-    from infra.services import alive
+    from infra.local.services import alive
 
     wait_for("end of stage and child", lambda: not any(alive(pid) for pid in map(int, pids.read_text().split())))
 
@@ -763,7 +763,7 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
                     "gate": {"passed": outcome != "refused", "reason": "the reason"}, "digests": {"model.digest": "d"}}  # fmt: skip
     (tmp_path / "a" / "registration.json").write_text(json.dumps(registration))
     monkeypatch.setattr(StageOperator, "command", lambda self: [sys.executable, str(tmp_path / "stage.py")])
-    task = PromoteOperator(task_id="promote", module="evaluation.promote", dataset="kuairand", runs=str(tmp_path), champion=Asset(name="c", uri="longview://c/champion"))
+    task = PromoteOperator(task_id="promote", module="evaluation.release.promote", dataset="kuairand", runs=str(tmp_path), champion=Asset(name="c", uri="longview://c/champion"))
     context = context_of(ti=ti_of("a")) | {"outlet_events": OutletEventAccessors()}
     return task, lambda: executed(task, context), context
 
@@ -773,7 +773,7 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
 def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an_event(tmp_path, monkeypatch, outcome, aliases, event):
     from dags import _release
     from dags._links import MlflowRunLink, ModelVersionLink
-    from evaluation import promote
+    from evaluation.release import promote
 
     assert set(_release.SAID) == set(promote.SAID)
     notes: list[str] = []

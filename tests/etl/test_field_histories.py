@@ -18,7 +18,7 @@ from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, d
 from tests.etl.quality.feed import Feed, one_spark_session
 from training.config import TrainConfig
 from training.data import make_batch
-from training.main import load_training_data
+from training.job import load_training_data
 
 FIRST = "2024-03-01"
 FIELD = Path(__file__).resolve().parents[2].parent / "shared" / "field"

@@ -20,10 +20,10 @@ from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from tests.training.conftest import random_partition, vocabulary_of
-from training.checkpoint import Cutoff, save_package
 from training.config import ModelConfig
 from training.data import Sequences
 from training.model.ranker import FieldSizes, Ranker
+from training.package import Cutoff, save_package
 from training.run_folder import run_folder
 from training.scoring import request_of
 from training.tracking import attempt_run
@@ -61,7 +61,7 @@ class Stages:
     monkeypatch: pytest.MonkeyPatch
 
     def train(self, attempt: str, dt: str = DT, seed: int = 1) -> None:
-        """Write what `training.main` would: packages of untrained models and training.json."""
+        """Write what `training.train` would: packages of untrained models and training.json."""
         store = TableStore(str(self.warehouse), DATASET)
         items = store.read(store.require("items", dt))
         sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
@@ -91,7 +91,7 @@ class Stages:
 
     def run(self, module: str, attempt: str, dt: str = DT) -> None:
         arguments = ["--dataset", DATASET, "--warehouse", str(self.warehouse), "--dt", dt, "--attempt", attempt, "--runs", str(self.runs)]
-        if module == "main":
+        if module == "evaluate":
             arguments += ["--raw", str(self.raw)]
         self.monkeypatch.setattr(sys, "argv", [module, *arguments])
         importlib.import_module(f"evaluation.{module}").main()

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from infra import settings
-from infra.services import http_ok
+from infra.local.services import http_ok
 from tests.processes import Started, free_port, start
 from tests.waiting import wait_for
 

@@ -19,7 +19,7 @@ from training.run_folder import run_folder
 ATTEMPT = "by-hand"
 # Untrained models have an AUC near 0.5 on 48 targets: the gate lets them pass, and says what it has compared.
 PROMOTE = """
-from evaluation import promote
+from evaluation.release import promote
 from evaluation.gate import Decision
 promote.quality_gate = lambda evaluation, primary: Decision(True, f"compared with {(evaluation['champion'] or {}).get('version')}")
 promote.mechanical_gate = lambda *args: Decision(True, "not checked")
@@ -29,10 +29,10 @@ promote.run_stage(promote.main)
 
 def test_an_attempt_of_one_day_is_refused_for_another_one(stages):
     stages.train(ATTEMPT)
-    for module in ("main", "register"):
+    for module in ("evaluate", "release.register"):
         stages.run(module, ATTEMPT)
     before = {path: path.read_bytes() for path in (stages.runs / ATTEMPT).glob("*.json")}
-    for module in ("main", "register", "promote"):
+    for module in ("evaluate", "release.register", "release.promote"):
         with pytest.raises(StageError, match=r"attempt by-hand belongs to dt 2022-04-21, not 2022-04-22"):
             stages.run(module, ATTEMPT, NEXT_DT)
     assert {path: path.read_bytes() for path in (stages.runs / ATTEMPT).glob("*.json")} == before
@@ -41,7 +41,7 @@ def test_an_attempt_of_one_day_is_refused_for_another_one(stages):
     (elsewhere / "attempt.json").unlink()
     stages.runs = elsewhere.parent
     with pytest.raises(StageError, match=r"attempt by-hand belongs to dt=2022-04-21 of kuairand_simulated .*, not to dt=2022-04-22"):
-        stages.run("main", ATTEMPT, NEXT_DT)
+        stages.run("evaluate", ATTEMPT, NEXT_DT)
     assert Registry(DATASET).version("1").tags["pipeline.partition"] == DT
     with pytest.raises(StageError, match="has registered version 1 of vql_kuairand_simulated for dt=2022-04-21, not for dt=2022-04-22"):
         Registry(DATASET).version_of_attempt(ATTEMPT, NEXT_DT)
@@ -65,7 +65,7 @@ def test_two_promotions_at_once_are_decided_one_after_the_other(stages, tmp_path
 
     for seed, attempt in enumerate(attempts, 1):
         stages.train(attempt, NEXT_DT, seed)
-        for module in ("main", "register"):
+        for module in ("evaluate", "release.register"):
             stages.run(module, attempt, NEXT_DT)
         if seed == 1:
             assert promotion(attempt).finish()[0] == 0

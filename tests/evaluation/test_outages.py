@@ -12,8 +12,8 @@ import pytest
 
 from etl.stage.commands import run_stage
 from etl.stage.errors import EXIT_TRY_AGAIN
-from evaluation import promote
 from evaluation.gate import Decision
+from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT
 from tests.evaluation.mlflow_server import MlflowServer
 from training.registry import Registry
@@ -21,13 +21,13 @@ from training.registry import Registry
 ATTEMPT = f"{DATASET}-{DT}-00000000-c0"
 # stage, the request that the server is killed at, whether the server has done it before it dies, exit code of that call
 OUTAGES = [
-    ("training.main", ("/runs/create",), True, 0),
-    ("training.main", ("/runs/log-batch",), False, 0),  # called again, it sends what the first call kept
-    ("evaluation.main", ("/runs/log-batch", "vql/auc"), True, EXIT_TRY_AGAIN),
-    ("evaluation.register", ("PUT", "/mlflow-artifacts/"), False, EXIT_TRY_AGAIN),
-    ("evaluation.register", ("/model-versions/create",), True, EXIT_TRY_AGAIN),
-    ("evaluation.promote", ("/registered-models/alias", "champion"), True, EXIT_TRY_AGAIN),
-    ("training.caches", ("/runs/update", "FINISHED"), True, EXIT_TRY_AGAIN),
+    ("training.train", ("/runs/create",), True, 0),
+    ("training.train", ("/runs/log-batch",), False, 0),  # called again, it sends what the first call kept
+    ("evaluation.evaluate", ("/runs/log-batch", "vql/auc"), True, EXIT_TRY_AGAIN),
+    ("evaluation.release.register", ("PUT", "/mlflow-artifacts/"), False, EXIT_TRY_AGAIN),
+    ("evaluation.release.register", ("/model-versions/create",), True, EXIT_TRY_AGAIN),
+    ("evaluation.release.promote", ("/registered-models/alias", "champion"), True, EXIT_TRY_AGAIN),
+    ("evaluation.user_caches", ("/runs/update", "FINISHED"), True, EXIT_TRY_AGAIN),
 ]
 
 
@@ -46,7 +46,7 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     place = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT, "--runs", str(stages.runs)]
-    more = {"training.main": ["--config", "tiny", "--workers", "0"], "evaluation.main": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")]}
+    more = {"training.train": ["--config", "tiny", "--workers", "0"], "evaluation.evaluate": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")]}
 
     def call(module: str) -> int:
         monkeypatch.setattr(sys, "argv", [module, *place, *more.get(module, [])])
@@ -90,7 +90,7 @@ def test_a_version_that_is_gone_behind_its_alias_is_named(stages, monkeypatch):
     monkeypatch.setattr(promote, "quality_gate", lambda evaluation, primary: Decision(True, "lenient"))
     monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
     stages.train(ATTEMPT)
-    for module in ("main", "register", "promote"):
+    for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, ATTEMPT)
     registry = Registry(DATASET)
     database = Path(registry.uri.removeprefix("sqlite:///"))
@@ -101,10 +101,10 @@ def test_a_version_that_is_gone_behind_its_alias_is_named(stages, monkeypatch):
     other = ATTEMPT.replace("c0", "c1")
     stages.train(other)
     with pytest.raises(Exception, match="version 7 of vql_kuairand_simulated is gone, yet the alias champion points at it") as caught:
-        stages.run("main", other)
+        stages.run("evaluate", other)
     assert getattr(caught.value, "exit_code", None) == 2
     import mlflow
 
     eval(caught.value.remedy.partition("take it away: ")[2], {"mlflow": mlflow})
-    stages.run("main", other)
+    stages.run("evaluate", other)
     assert stages.json(other, "evaluation")["champion"] is None

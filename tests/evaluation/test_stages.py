@@ -13,8 +13,8 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from etl.stage.errors import StageError, TryAgainError
-from evaluation import promote
 from evaluation.gate import Decision
+from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
 from training.registry import Registry
 
@@ -35,7 +35,7 @@ def lenient(monkeypatch):
 
 def chain(stages, attempt, dt=DT, seed=1):
     stages.train(attempt, dt, seed)
-    for module in ("main", "register", "promote"):
+    for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, attempt, dt)
 
 
@@ -60,7 +60,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert expected.items() <= version.tags.items()
     assert {"data.snapshot_digest", "mlflow.source.git.commit", "auc", "gauc", "logloss", "gate_reason"} <= version.tags.keys()
     # A retry of every stage finds its own work.
-    for module in ("main", "register", "promote"):
+    for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, FIRST)
     assert stages.json(FIRST, "registration") == registration
     assert stages.json(FIRST, "evaluation")["champion"] is None
@@ -78,9 +78,9 @@ def test_scores_that_are_no_numbers_stop_the_evaluation_and_the_registration(sta
     weights = load_file(path)
     save_file({name: torch.full_like(w, float("nan")) if w.is_floating_point() else w for name, w in weights.items()}, path)
     with pytest.raises(StageError, match=r"must not be registered[\s\S]*not_a_number_count"):
-        stages.run("main", FIRST)
+        stages.run("evaluate", FIRST)
     with pytest.raises(StageError, match="gate model_output stopped attempt"):
-        stages.run("register", FIRST)
+        stages.run("release.register", FIRST)
     assert Registry(DATASET).aliases() == {}
 
 
@@ -94,18 +94,18 @@ def test_second_promotion_keeps_the_old_champion_for_rollback(stages, lenient, s
     assert champion["warning"] is None
     assert champion["auc"] is not None
     assert "vql_minus_champion" in stages.json(SECOND, "evaluation")["paired"]
-    for module in ("main", "register", "promote"):
+    for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, SECOND, NEXT_DT)
     assert Registry(DATASET).aliases() == aliases
     assert stages.json(SECOND, "evaluation")["champion"]["version"] == "1"
     # The first attempt's retry, late, moves nothing back.
-    for module in ("register", "promote"):
+    for module in ("release.register", "release.promote"):
         stages.run(module, FIRST)
     assert Registry(DATASET).aliases() == aliases
     # A backfill of the older day is not compared with a champion that was trained on it.
     again = FIRST.replace("c0", "c1")
     stages.train(again)
-    stages.run("main", again)
+    stages.run("evaluate", again)
     assert "2022-04-22" in stages.json(again, "evaluation")["champion"]["warning"]
 
 
@@ -124,13 +124,13 @@ def test_a_champion_that_cannot_be_loaded_is_a_warning(stages, lenient, same_pro
     stages.train(SECOND, NEXT_DT)
     with monkeypatch.context() as broken:
         broken.setattr(Registry, "package", lambda self, version: stages.runs / "gone")
-        stages.run("main", SECOND, NEXT_DT)
+        stages.run("evaluate", SECOND, NEXT_DT)
     assert "cannot be loaded" in stages.json(SECOND, "evaluation")["champion"]["warning"]
     # Files that are gone are named as such; silence of the server is not taken for either.
     registry = Registry(DATASET)
     location = registry.client.get_logged_model(registry.version("1").source.removeprefix("models:/")).artifact_location
     shutil.rmtree(location.removeprefix("file://"))
-    stages.run("main", SECOND, NEXT_DT)
+    stages.run("evaluate", SECOND, NEXT_DT)
     assert "the files of version 1 of vql_kuairand_simulated are gone" in stages.json(SECOND, "evaluation")["champion"]["warning"]
 
     def silent(*args, **kwargs):
@@ -138,13 +138,13 @@ def test_a_champion_that_cannot_be_loaded_is_a_warning(stages, lenient, same_pro
 
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", silent)
     with pytest.raises(TryAgainError):
-        stages.run("main", SECOND, NEXT_DT)
+        stages.run("evaluate", SECOND, NEXT_DT)
 
 
 def test_an_artifact_with_other_scores_is_refused(stages, lenient, monkeypatch):
     stages.train(FIRST)
-    stages.run("main", FIRST)
-    stages.run("register", FIRST)
+    stages.run("evaluate", FIRST)
+    stages.run("release.register", FIRST)
     real = promote._score_in_fresh_process
     seen = []
 
@@ -156,7 +156,7 @@ def test_an_artifact_with_other_scores_is_refused(stages, lenient, monkeypatch):
         return result
 
     monkeypatch.setattr(promote, "_score_in_fresh_process", shifted)
-    stages.run("promote", FIRST)
+    stages.run("release.promote", FIRST)
     assert stages.json(FIRST, "registration")["gate"]["passed"] is False
     assert "differs by 0.0002" in stages.json(FIRST, "registration")["gate"]["reason"]
     assert seen[0]["own_code"] is True
@@ -173,13 +173,13 @@ def test_a_data_set_without_user_fields_passes_the_fresh_process(stages, lenient
 
 def test_missing_inputs_are_named(stages):
     with pytest.raises(StageError, match=r"training\.json is missing"):
-        stages.run("main", FIRST)
+        stages.run("evaluate", FIRST)
     stages.train(FIRST)
     with pytest.raises(StageError, match=r"evaluation\.json is missing"):
-        stages.run("register", FIRST)
-    stages.run("main", FIRST)
+        stages.run("release.register", FIRST)
+    stages.run("evaluate", FIRST)
     with pytest.raises(StageError, match="has registered no version"):
-        stages.run("promote", FIRST)
+        stages.run("release.promote", FIRST)
 
 
 def test_a_registry_that_is_down_is_not_an_absent_champion(stages, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_registry_that_is_down_is_not_an_absent_champion(stages, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TryAgainError, match="does not answer"):
-        stages.run("main", FIRST)
+        stages.run("evaluate", FIRST)
 
 
 def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_decision(stages, same_process, monkeypatch, capsys):
@@ -204,11 +204,11 @@ def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_
     third = SECOND.replace("c0", "c1")
     for seed, attempt in enumerate((SECOND, third), 2):
         stages.train(attempt, NEXT_DT, seed)
-        for module in ("main", "register"):
+        for module in ("evaluate", "release.register"):
             stages.run(module, attempt, NEXT_DT)
     before = stages.json(third, "evaluation")
-    stages.run("promote", SECOND, NEXT_DT)
-    stages.run("promote", third, NEXT_DT)
+    stages.run("release.promote", SECOND, NEXT_DT)
+    stages.run("release.promote", third, NEXT_DT)
     assert met == [None, "1", "2"]
     assert Registry(DATASET).aliases() == {"challenger": "3", "champion": "3", "previous_champion": "2"}
     assert "the champion is version 2 now, the evaluation compared with version 1" in capsys.readouterr().out
@@ -219,10 +219,10 @@ def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_
     # Nobody in service any more: judged as a first model is.
     fourth = SECOND.replace("c0", "c2")
     stages.train(fourth, NEXT_DT, 9)
-    for module in ("main", "register"):
+    for module in ("evaluate", "release.register"):
         stages.run(module, fourth, NEXT_DT)
     Registry(DATASET).client.delete_registered_model_alias(f"vql_{DATASET}", "champion")
-    stages.run("promote", fourth, NEXT_DT)
+    stages.run("release.promote", fourth, NEXT_DT)
     assert met[-1] is None
     assert Registry(DATASET).aliases()["champion"] == "4"
 
@@ -232,8 +232,8 @@ def test_a_champion_that_moves_all_the_time_is_tried_again_later(stages, lenient
     for number in (1, 2):
         attempt = SECOND.replace("c0", f"c{number}")
         stages.train(attempt, NEXT_DT, seed=number + 1)
-        stages.run("main", attempt, NEXT_DT)
-        stages.run("register", attempt, NEXT_DT)
+        stages.run("evaluate", attempt, NEXT_DT)
+        stages.run("release.register", attempt, NEXT_DT)
     others = iter("2121212121")
     real = promote.quality_gate
 
@@ -244,7 +244,7 @@ def test_a_champion_that_moves_all_the_time_is_tried_again_later(stages, lenient
 
     monkeypatch.setattr(promote, "quality_gate", somebody_promotes_meanwhile)
     with pytest.raises(TryAgainError, match="moved 3 times"):
-        stages.run("promote", attempt, NEXT_DT)
+        stages.run("release.promote", attempt, NEXT_DT)
     assert Registry(DATASET).version("3").tags["validation_status"] == "pending"
 
 
@@ -259,5 +259,5 @@ def test_the_champions_equal_moves_no_alias(stages, lenient, same_process, capsy
     assert registration["outcome"] == "kept"
     assert registration["gate"] == {"passed": True, "reason": "the same model as the champion, version 2: no alias moves"}
     assert "version 3 NOT promoted, it is the champion's equal" in capsys.readouterr().out
-    stages.run("promote", again, NEXT_DT)
+    stages.run("release.promote", again, NEXT_DT)
     assert stages.json(again, "registration") == registration

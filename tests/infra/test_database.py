@@ -17,8 +17,9 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from infra import database, services, settings
-from infra.services import InfraError
+from infra import settings
+from infra.airflow_api import InfraError
+from infra.local import database, services
 from tests.waiting import wait_for
 
 
@@ -156,8 +157,8 @@ def test_it_ends_clean_though_a_client_holds_on(home):
 
 
 def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
-    code = "import sys; from infra import database; print(list(database.ensure(create=True).values())[0], flush=True); sys.stdin.read()"
-    run = subprocess.Popen([sys.executable, "-c", code, "infra.run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT)
+    code = "import sys; from infra.local import database; print(list(database.ensure(create=True).values())[0], flush=True); sys.stdin.read()"
+    run = subprocess.Popen([sys.executable, "-c", code, "infra.local.run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT)
     pid = next(int(line) for line in run.stdout if line.strip().isdigit())
     assert pid == pid_of_server()
     with pytest.raises(InfraError, match=rf"a `make run` \(process {run.pid}\) uses"):
@@ -171,7 +172,7 @@ def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="what root without rights meets")
 def test_a_root_that_may_nothing_is_told_so_and_one_of_a_container_is_served(home):
-    make = "from infra import database; print(*database.ensure(create=True).values()); database.stop()"
+    make = "from infra.local import database; print(*database.ensure(create=True).values()); database.stop()"
     container = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap"
     refused, served = (subprocess.run(["setpriv", f"--bounding-set={rights}", "--inh-caps=-all", sys.executable, "-c", make], cwd=settings.ROOT,
                                       capture_output=True, text=True) for rights in ("-all", container))

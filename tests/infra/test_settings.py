@@ -14,8 +14,9 @@ import pytest
 
 from etl.datasets.definition import built_in_names, dataset
 from etl.stage.errors import StageError
-from infra import run, services, settings, stack
-from infra.services import InfraError
+from infra import airflow_api, settings
+from infra.airflow_api import AirflowApi, InfraError
+from infra.local import run, services, stack
 from tests.waiting import wait_for
 
 
@@ -34,7 +35,7 @@ def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
     assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
     assert env["PYSPARK_PYTHON"] == sys.executable
     assert env["PYTHONPATH"].split(os.pathsep)[0] == str(settings.ROOT)
-    assert env["AIRFLOW__CORE__PLUGINS_FOLDER"] == str(settings.ROOT / "infra" / "plugins")
+    assert env["AIRFLOW__CORE__PLUGINS_FOLDER"] == str(settings.ROOT / "dags" / "plugins")
     assert "AIRFLOW__CORE__DAG_CONCURRENCY" not in env
 
 
@@ -289,7 +290,7 @@ def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):
 
 
 def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
-    api = services.AirflowApi("http://nowhere")
+    api = AirflowApi("http://nowhere")
     answers = {"/api/v2/importErrors": {"import_errors": [{"filename": "vql_daily_own.py", "timestamp": "2030-01-01T00:00:00Z", "stack_trace": "bad field"}]}}
     parsed = {"is_stale": False, "last_parsed_time": "2030-01-01T00:00:00Z"}
 
@@ -305,17 +306,17 @@ def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
 
     asked: list[str] = []
     monkeypatch.setattr(api, "call", call)
-    monkeypatch.setattr(services.time, "sleep", lambda _: None)
+    monkeypatch.setattr(airflow_api.time, "sleep", lambda _: None)
     assert api.wait_for_dag("vql_daily_kuairand", "vql_daily.py", 1.0) is parsed
     with pytest.raises(InfraError, match=r"vql_daily_own.py does not import:\nbad field"):
         api.wait_for_dag("vql_daily_own_shop", "vql_daily_own.py", 1.0)
 
 
 def test_the_heartbeat_of_a_killed_scheduler_is_not_taken_for_that_of_the_next(monkeypatch):
-    api = services.AirflowApi("http://nowhere")
+    api = AirflowApi("http://nowhere")
     health = {"metadatabase": {"status": "healthy"}, "scheduler": {"status": "healthy", "latest_scheduler_heartbeat": "2030-01-01T00:00:09Z"}}
     monkeypatch.setattr(api, "call", lambda *_, **__: health)
-    killed = services._unix("2030-01-01T00:00:10Z")
+    killed = airflow_api._unix("2030-01-01T00:00:10Z")
     assert api.healthy("scheduler")
     assert not api.healthy("scheduler", since=killed)
     health["scheduler"]["latest_scheduler_heartbeat"] = "2030-01-01T00:00:10.5Z"
@@ -390,7 +391,7 @@ def test_make_up_ends_what_is_left_of_a_missing_service_and_keeps_those_that_run
 
 def test_the_next_run_ends_what_a_killed_run_left(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
-    run_of = ("import os, subprocess, sys; from infra import services;"
+    run_of = ("import os, subprocess, sys; from infra.local import services;"
               "service = services.Service('scheduler', ('-c', 'import time; time.sleep(900)'));"
               "print(services.start(service, dict(os.environ)).pid, flush=True); sys.stdin.read()")  # fmt: skip
     runs = [subprocess.Popen([sys.executable, "-c", run_of], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT) for _ in range(2)]
@@ -419,7 +420,7 @@ def test_bootstrap_names_what_is_missing_and_how_to_mend_it(tmp_path):
         found = next(Path(folder) / name for folder in os.environ["PATH"].split(os.pathsep) if (Path(folder) / name).exists())
         (tools / name).symlink_to(found)
     env = {"PATH": str(tools), "LONGVIEW_VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
-    done = subprocess.run([str(tools / "bash"), str(settings.ROOT / "infra" / "bootstrap.sh")], env=env, capture_output=True, text=True)
+    done = subprocess.run([str(tools / "bash"), str(settings.ROOT / "infra" / "local" / "bootstrap.sh")], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: java was not found" in done.stderr
     assert "error: python3.11 was not found" in done.stderr
@@ -429,7 +430,7 @@ def test_bootstrap_names_what_is_missing_and_how_to_mend_it(tmp_path):
 
 
 def test_no_index_address_is_written_down():
-    for name in ("infra/bootstrap.sh", "requirements.txt", "Makefile", "pyproject.toml"):
+    for name in ("infra/local/bootstrap.sh", "requirements.txt", "Makefile", "pyproject.toml"):
         text = (settings.ROOT / name).read_text()
         assert "pypi" not in text.lower(), name
         assert "--index-url" not in text, name

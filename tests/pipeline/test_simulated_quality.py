@@ -35,8 +35,8 @@ def test_vql_beats_mean_pooling_by_more_than_the_intervals(tmp_path, seed):
     run(tmp_path, "etl.quality.audit", *partition, "--stage", "events", *audit)
     run(tmp_path, "etl.jobs.sequences", *partition, "--raw", raw)
     run(tmp_path, "etl.quality.audit", *partition, "--stage", "sequences", *audit)
-    run(tmp_path, "training.main", *partition, "--runs", runs, "--workers", "0", "--seed", str(seed))
-    run(tmp_path, "evaluation.main", *partition, "--runs", runs, "--raw", raw)
+    run(tmp_path, "training.train", *partition, "--runs", runs, "--workers", "0", "--seed", str(seed))
+    run(tmp_path, "evaluation.evaluate", *partition, "--runs", runs, "--raw", raw)
     result = json.loads((Path(runs) / f"seed{seed}" / "evaluation.json").read_text())
     models = {model["name"]: model for model in result["models"]}
     print({name: round(model["auc"], 4) for name, model in models.items()}, "best", result["best_auc"])

@@ -58,7 +58,7 @@ def partition() -> tuple[pa.Table, pa.Table]:
 
 
 def vocabulary_of(items: pa.Table, sequences: Sequences) -> Vocabulary:
-    """Build as `training.main` does: contexts are those of training targets."""
+    """Build as `training.train` does: contexts are those of training targets."""
     fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
     return Vocabulary.build(items, fields, sequences.target_context[sequences.target_split == TRAIN], VocabularyConfig())
 

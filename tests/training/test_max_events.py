@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from etl.warehouse.schemas import SEQUENCES
+from evaluation.user_caches import _at_the_end
 from tests.training.conftest import random_partition
-from training.caches import _at_the_end
-from training.checkpoint import Cutoff, save_package
 from training.data import Joined, Sequences, UserBatches, make_batch
 from training.model import ranker
 from training.model.blocks import Layout, block_attention
+from training.package import Cutoff, save_package
 from training.scoring import load_scorer, request_of
 
 torch.set_num_threads(1)  # many small products: a second thread only waits

@@ -15,9 +15,9 @@ from etl.datasets.definition import History
 from etl.sequences.sequence_rows import visible_ends
 from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
 from tests.training.conftest import DAY_MS, vocabulary_of
-from training.checkpoint import Cutoff, load_package, save_package
 from training.data import Epoch, Joined, Sequences, UserBatches, make_batch, split_targets
 from training.model.blocks import Layout, block_attention
+from training.package import Cutoff, load_package, save_package
 from training.scoring import load_scorer, request_of
 
 ALL_MODELS = ("vql", "softmax_attention", "mean_pooling")

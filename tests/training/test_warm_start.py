@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-import training.main
+import training.job
 from etl.stage.errors import StageError
 from etl.warehouse.schemas import EVALUATION
 from tests.training.conftest import random_partition
-from training.checkpoint import Cutoff, inherit, load_package, save_package
 from training.config import ModelConfig, VocabularyConfig
 from training.data import Joined, Sequences, make_batch
 from training.model.ranker import FieldSizes, Ranker
+from training.package import Cutoff, inherit, load_package, save_package
 from training.vocabulary import Vocabulary
 
 CONFIG = ModelConfig(codes=8, heads=2, groups=2, head_width=8, mlp=(16,))
@@ -74,6 +74,6 @@ def test_another_configuration_does_not_fit(tmp_path):
 def test_only_a_champion_of_an_earlier_day_is_started_from(monkeypatch, partition, warm):
     version = SimpleNamespace(tags={"pipeline.partition": partition})
     registry = SimpleNamespace(aliases=lambda: {"champion": "3"} if partition else {}, version=lambda v: version, package=lambda v: f"/packages/{v}")
-    monkeypatch.setattr(training.main, "Registry", lambda dataset: registry)
-    assert training.main._warm_start("champion", "kuairand", "2022-04-21") == ("/packages/3" if warm else None)
+    monkeypatch.setattr(training.job, "Registry", lambda dataset: registry)
+    assert training.job.warm_start_package("champion", "kuairand", "2022-04-21") == ("/packages/3" if warm else None)
     assert EVALUATION == 2

@@ -23,7 +23,7 @@ from etl.quality.report import write
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.store import TableStore
-from evaluation import register
+from evaluation.release import register
 from tests.etl.quality.test_audit import (
     DT,
     USERS,

@@ -9,7 +9,7 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.stage.identity import report_page
-from training import page
+from training import log_report
 from training.tracking import ATTEMPT_TAG, attempt_run
 
 DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2022-04-21-000000000000"
@@ -36,7 +36,7 @@ def test_the_page_is_an_artifact_of_the_attempts_run(arguments, tmp_path, capsys
     written = write(tmp_path, verdict)
     with attempt_run(dataset(DATASET), DT, ATTEMPT, {}) as earlier:
         pass
-    page.main(arguments)
+    log_report.main(arguments)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["run_id"] == earlier.info.run_id
     run = MlflowClient().get_run(found["run_id"])
@@ -49,19 +49,19 @@ def test_a_retry_that_passes_replaces_the_page_of_the_try_that_was_stopped(argum
 
     for verdict in ("stopped", "passed"):
         write(tmp_path, verdict)
-        page.main(arguments)
+        log_report.main(arguments)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert MlflowClient().get_run(found["run_id"]).info.status == "RUNNING"
-    assert [file.path for file in MlflowClient().list_artifacts(found["run_id"], page.ARTIFACT_FOLDER)] == [found["artifact"]]
+    assert [file.path for file in MlflowClient().list_artifacts(found["run_id"], log_report.ARTIFACT_FOLDER)] == [found["artifact"]]
 
 
 def test_without_mlflow_or_page_it_ends_well_and_says_why(arguments, tmp_path, monkeypatch, capsys):
-    page.main(arguments)
+    log_report.main(arguments)
     assert "there is no report" in (said := capsys.readouterr().out)
     assert json.loads(said.splitlines()[-1])["run_id"] is None
     write(tmp_path, "passed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    page.main(arguments)
+    log_report.main(arguments)
     assert "does not answer" in (said := capsys.readouterr().out)
     assert json.loads(said.splitlines()[-1])["run_id"] is None

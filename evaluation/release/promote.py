@@ -24,9 +24,9 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
 from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
+from evaluation.evaluate import judge_again, read_training, write_json
 from evaluation.gate import Decision, quality_gate
-from evaluation.main import judge_again, read_training, write_json
-from evaluation.register import read_evaluation, request_frame
+from evaluation.release.register import read_evaluation, request_frame
 from training.data import Sequences
 from training.registry import CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import run_folder
@@ -55,7 +55,7 @@ def main() -> None:
         registry = Registry(args.dataset)
         version = registry.version_of_attempt(args.attempt, args.dt)
         if version is None:
-            raise StageError(f"attempt {args.attempt} has registered no version of {registry.name}, or it was deleted", "run evaluation.register with the same --attempt")
+            raise StageError(f"attempt {args.attempt} has registered no version of {registry.name}, or it was deleted", "run evaluation.release.register with the same --attempt")
         outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(evaluation)
         aliases, tags = registry.aliases_of(version), registry.version(version).tags
     registration = {"model_name": registry.name, "version": version, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
@@ -106,7 +106,7 @@ class _Promotion:
                 return self._write(REFUSED, decision)
             if self._moved(champion, decision):
                 return self._write(PROMOTED, decision)
-        raise TryAgainError(f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared with it", "run evaluation.promote again")
+        raise TryAgainError(f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared with it", "run evaluation.release.promote again")
 
     def _moved(self, champion: str | None, decision: Decision) -> bool:
         """Move the aliases while `champion` is still the one that was compared with; the champion's move is one call, the last."""
@@ -161,7 +161,7 @@ def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, pac
     try:
         fresh = _score_in_fresh_process(f"models:/{registry.name}/{version}", requests, registry.uri)
     except subprocess.TimeoutExpired as error:
-        raise TryAgainError(f"the artifact of version {version} did not score a few requests within {FRESH_PROCESS_SECONDS} s", "run evaluation.promote again on a less busy machine") from error
+        raise TryAgainError(f"the artifact of version {version} did not score a few requests within {FRESH_PROCESS_SECONDS} s", "run evaluation.release.promote again on a less busy machine") from error
     except subprocess.CalledProcessError as error:
         detail = (error.stderr.strip().splitlines() or [str(error)])[-1]
         if error.returncode == EXIT_TRY_AGAIN:
@@ -170,7 +170,7 @@ def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, pac
             except ArtifactGone as gone:
                 return Decision(False, str(gone))
         if error.returncode in (EXIT_TRY_AGAIN, -signal.SIGKILL):  # the latter is how a machine without memory ends it
-            raise TryAgainError(f"version {version} of {registry.name} could not be loaded in a fresh process: {detail}", "run evaluation.promote again") from error
+            raise TryAgainError(f"version {version} of {registry.name} could not be loaded in a fresh process: {detail}", "run evaluation.release.promote again") from error
         return Decision(False, f"the artifact does not run in a fresh process: {detail}")
     if not fresh["own_code"]:
         return Decision(False, "the artifact runs code from elsewhere instead of its own")

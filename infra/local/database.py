@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from etl.stage.local_files import one_at_a_time
-from infra import services, settings
-from infra.services import InfraError, Service
+from infra import settings
+from infra.airflow_api import InfraError
+from infra.local import services
+from infra.local.services import Service
 
 DATABASES = ("airflow", "mlflow")
 UNPRIVILEGED = "nobody"  # runs the server where this process is root's
@@ -100,7 +102,7 @@ def used_by_run() -> int | None:
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        if (pid := server_pid(settings.postgres_data())) and (parent := psutil.Process(pid).parent()) and "infra.run" in parent.cmdline():
+        if (pid := server_pid(settings.postgres_data())) and (parent := psutil.Process(pid).parent()) and "infra.local.run" in parent.cmdline():
             return parent.pid
     return None
 

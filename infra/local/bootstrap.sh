@@ -3,7 +3,7 @@
 # Asks only what this machine is set up for: pip's own configuration names the package index and the folder of wheels.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 venv="${LONGVIEW_VENV:-$root/.venv}"
 python="${LONGVIEW_PYTHON:-python3.11}"
 disk_gb=6

@@ -26,21 +26,13 @@ import psutil
 
 from etl.stage.errors import StageError
 from infra import settings
+from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
 
 STOP_SECONDS = 12
 MARK = "LONGVIEW_SERVICE"  # in the environment of everything below a service: whose it is
-POSTGRES = "postgres"  # the service that infra.database alone starts and ends
-HEALTHY_WITHIN_SECONDS = 300  # a service that ends is told at once; one that only takes long is on a busy machine
-ANSWER_WITHIN_SECONDS = 120
+POSTGRES = "postgres"  # the service that infra.local.database alone starts and ends
 MEMORY_NEEDED_GB = 6
 DISK_NEEDED_GB = 3
-
-
-class InfraError(Exception):
-    """Something that the user can mend; printed as `error:` and `remedy:`."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(f"{what}\n  remedy: {remedy}")
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -263,87 +255,6 @@ def migrate(env: dict[str, str]) -> None:
         raise InfraError("airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
                          f"mend what it says; or delete {settings.airflow_home()} (run history only) and try again")
     stamp.write_text(wanted)
-
-
-class AirflowApi:
-    """The few calls of Airflow's REST API that are needed here."""
-
-    def __init__(self, url: str | None = None) -> None:
-        self.url = url or settings.airflow_url()
-        self._token = ""
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def call(self, method: str, path: str, body: Any = None, timeout: float = ANSWER_WITHIN_SECONDS) -> Any:
-        """Return the JSON answer.
-
-        Raises:
-            InfraError: the server refused, with what it said.
-            OSError: no answer.
-        """
-        if not self._token and path != "/auth/token" and not path.startswith("/api/v2/monitor"):
-            # Where no login is asked for, any will do.
-            self._token = self.call("POST", "/auth/token", {"username": settings.AIRFLOW_USER, "password": settings.password()})["access_token"]
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
-        try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                text = str(json.loads(text)["detail"])
-            refusal = InfraError(f"Airflow answered {error.code} to {method} {path}: {text[:1500]}",
-                                 f"see {settings.airflow_home() / 'logs' / 'api-server.out'}")
-            refusal.status = error.code  # type: ignore[attr-defined]
-            raise refusal from None
-
-    def healthy(self, *components: str, since: float = 0.0) -> bool:
-        """True when the server answers and every component has a fresh heartbeat, none older than `since` (Unix seconds)."""
-        try:
-            health = self.call("GET", "/api/v2/monitor/health", timeout=5)
-        except (OSError, ValueError, InfraError):
-            return False
-        beats = [_unix((health.get(name) or {}).get(f"latest_{name}_heartbeat")) for name in components]
-        return all((health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components)) and all(beat >= since for beat in beats)
-
-    def set_pools(self) -> None:
-        """Create the pools that the tasks name, or set them to their sizes."""
-        for name, (slots, description) in settings.POOLS.items():
-            body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
-            try:
-                self.call("POST", "/api/v2/pools", body)
-            except InfraError as error:
-                if getattr(error, "status", 0) != 409:
-                    raise
-
-    def wait_for_dag(self, dag_id: str, file: str, since: float, alive_check: Any = None) -> dict[str, Any]:
-        """Return the DAG of `file` once it was parsed after `since` (Unix seconds), or say why it was not; other files may be broken."""
-        deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
-        while time.monotonic() < deadline:
-            if alive_check:
-                alive_check()
-            try:
-                dag = self.call("GET", f"/api/v2/dags/{dag_id}")
-                if not dag.get("is_stale") and _unix(dag.get("last_parsed_time")) >= since:
-                    return dag
-            except InfraError as error:
-                if getattr(error, "status", 0) != 404:
-                    raise
-            broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
-            if recent := [entry for entry in broken if Path(str(entry.get("filename"))).name == file and _unix(entry.get("timestamp")) >= since]:
-                raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "mend the DAG file")
-            time.sleep(0.5)
-        raise InfraError(f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",
-                         f"see {log_path(DAG_PROCESSOR)}")
-
-
-def _unix(text: str | None) -> float:
-    import datetime as dtm
-
-    return dtm.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else 0.0
 
 
 def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str, since: float) -> None:

@@ -24,9 +24,11 @@ from etl.stage.errors import StageError
 from etl.stage.identity import report_page
 from etl.stage.uris import without_secrets
 from etl.warehouse.partitions import parse_dt
-from infra import database, services, settings
+from infra import settings
+from infra.airflow_api import AirflowApi, InfraError
+from infra.local import database, services
+from infra.local.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, Service
 from infra.options import OPTIONS
-from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, AirflowApi, InfraError, Service
 
 WAITING = "awaiting_input"
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
@@ -144,7 +146,7 @@ class TaskLog:
                      / f"attempt={task['try_number']}.log")
 
     def progress(self) -> list[str]:
-        """Return the lines that the stage itself logged (`etl.datasets.arguments.log` puts the time first), not its libraries' noise."""
+        """Return the lines that the stage itself logged (`etl.stage.commands.log` puts the time first), not its libraries' noise."""
         return [line for line in self.lines() if re.match(r"\d\d:\d\d:\d\d ", line)]
 
     def lines(self) -> list[str]:

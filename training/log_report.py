@@ -1,6 +1,6 @@
 """Logs the report of a partition (`etl.quality.report`) to the MLflow run of its attempt, whether its gate held or not.
 
-    python -m training.page --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--when-input-ends]
+    python -m training.log_report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--when-input-ends]
 
 Prints one line of JSON: `experiment_id`, `run_id` and `artifact`, each null when there was no page or MLflow did not answer.
 A stopped partition ends its run as FAILED: no training will.

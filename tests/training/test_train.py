@@ -18,16 +18,16 @@ import pytest
 import safetensors.torch
 import torch
 
-import training.main
+import training.ray_workers
 from etl.stage.errors import StageError, TryAgainError
 from etl.warehouse.schemas import schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, runs, start
 from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for
-from training.checkpoint import Cutoff
 from training.loop import WorkerLostError
-from training.main import _told_of_workers
+from training.package import Cutoff
+from training.ray_workers import _told_of_workers
 from training.scoring import load_scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def command(tmp_path: Path, warehouse: str, *more: str) -> tuple[list[str], dict
     """Return command line and environment of a training; OMP_NUM_THREADS as on the smallest machine."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "OMP_NUM_THREADS": "1"}
     words = ["--dataset", "kuairand", "--warehouse", warehouse, "--dt", DT, "--attempt", "t", "--runs", str(tmp_path / "runs"), "--config", "tiny"]
-    return [sys.executable, "-m", "training.main", *words, *more], env
+    return [sys.executable, "-m", "training.train", *words, *more], env
 
 
 def train(tmp_path: Path, warehouse: str, *more: str) -> subprocess.CompletedProcess:
@@ -183,12 +183,12 @@ def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_tr
 def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeypatch):
     import ray
 
-    monkeypatch.setattr(training.main, "PLACEMENT_SECONDS", 2)
+    monkeypatch.setattr(training.ray_workers, "PLACEMENT_SECONDS", 2)
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        training.main._wait_for_workers(2, gpus=False)
+        training.ray_workers._wait_for_workers(2, gpus=False)
         with pytest.raises(StageError, match=r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: train with --workers 1 "):
-            training.main._wait_for_workers(2, gpus=True)
+            training.ray_workers._wait_for_workers(2, gpus=True)
     finally:
         ray.shutdown()
 

@@ -11,12 +11,12 @@ from etl.quality.kept import read_outcomes
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError, StageError
 from etl.warehouse.store import TableStore, code_version
-from evaluation.main import read_training, write_json
+from evaluation.evaluate import read_training, write_json
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
 from training.run_folder import run_folder
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SERVING_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 LONG_LISTS = ("history_item_id", "history_time_ms", "history_feedback", "history_watch_bucket", "target_item_id", "target_time_ms", "target_context")
 
@@ -69,7 +69,7 @@ def read_evaluation(run_dir: Path) -> dict:
     """
     path = run_dir / "evaluation.json"
     if not path.exists():
-        raise StageError(f"{path} is missing", "run evaluation.main with the same --attempt and --runs first")
+        raise StageError(f"{path} is missing", "run evaluation.evaluate with the same --attempt and --runs first")
     return json.loads(path.read_text())
 
 
@@ -110,7 +110,7 @@ def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> s
     try:
         return mlflow.pyfunc.log_model(
             name=name,
-            python_model=str(ROOT / "evaluation" / "served_model.py"),
+            python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"package": str(package)},
             code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
             signature=signature,

@@ -16,8 +16,8 @@ from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import USER_CACHES, history_first, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore, code_version
-from training.checkpoint import load_package
 from training.data import Joined, Sequences, make_batch
+from training.package import load_package
 from training.run_folder import run_folder
 from training.tracking import attempt_run
 
@@ -33,7 +33,7 @@ def main() -> None:
     registration_file = run_dir / "registration.json"
     if not registration_file.exists():
         raise StageError(
-            f"{registration_file} is missing", "run evaluation.register and evaluation.promote for this attempt first"
+            f"{registration_file} is missing", "run evaluation.release.register and evaluation.release.promote for this attempt first"
         )
     with attempt_run(args.definition, args.dt, args.attempt, {}, last=True):
         _publish_caches(args, store, run_dir, json.loads(registration_file.read_text()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from infra import database, services, settings
-from infra.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, AirflowApi, InfraError, Service
+from infra import settings
+from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
+from infra.local import database, services
+from infra.local.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, TRIGGERER, Service
 
 
 def stack() -> list[Service]:
@@ -39,7 +41,7 @@ def up() -> None:
     api = AirflowApi()
     services.wait_healthy(api, base | processes, "scheduler", "dag_processor", "triggerer", since=started)
     api.set_pools()
-    deadline = time.monotonic() + services.HEALTHY_WITHIN_SECONDS
+    deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
     while not services.http_ok(settings.mlflow_url() + "/health"):
         services.check_alive(base | processes)
         if time.monotonic() > deadline:
@@ -75,7 +77,7 @@ def down() -> None:
 
 def main() -> int:
     if sys.argv[1:] not in (["up"], ["down"]):
-        print("usage: python -m infra.stack up|down", file=sys.stderr)
+        print("usage: python -m infra.local.stack up|down", file=sys.stderr)
         return 2
     return services.exit_code(up if sys.argv[1] == "up" else down)
 

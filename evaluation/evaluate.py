@@ -83,7 +83,7 @@ def read_training(run_dir: Path) -> dict:
     """
     path = run_dir / "training.json"
     if not path.exists():
-        raise StageError(f"{path} is missing", "run training.main with the same --attempt and --runs first")
+        raise StageError(f"{path} is missing", "run training.train with the same --attempt and --runs first")
     return json.loads(path.read_text())
 
 

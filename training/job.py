@@ -1,0 +1,193 @@
+"""One training of every model of a configuration on one published partition, in any number of workers, restarts and processes.
+
+A worker that calls `train_all` again goes on from the last checkpoint, when that is of the same training: `identity_of` says which.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from etl.stage.commands import log
+from etl.stage.errors import StageError
+from etl.warehouse.store import TableStore, sha256_of
+from training.config import TrainConfig
+from training.data import Sequences
+from training.loop import EpochResult, TrainingData, TrainingState, Worker, from_first, train_model
+from training.package import Cutoff, load_package, save_package
+from training.registry import CHAMPION, ArtifactGone, Registry
+from training.resume import Checkpoint, Checkpoints, flat
+from training.scoring import request_of
+from training.tracking import MetricsBuffer
+from training.vocabulary import Vocabulary
+
+PROGRESS_FILE = "progress.log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and where its files go.
+
+    Attributes:
+        warehouse, dataset, dt: the published partition.
+        attempt: names the run of Ray.
+        run_dir: folder of the attempt; every worker sees it.
+        mlflow_run_id: takes the metrics.
+        warm_start: folder of the package to begin with; None: begin cold.
+        prints: the lines of progress are printed too, not only written to the run's folder.
+    """
+
+    warehouse: str
+    dataset: str
+    dt: str
+    attempt: str
+    run_dir: str
+    config: TrainConfig
+    mlflow_run_id: str
+    warm_start: str | None
+    prints: bool
+
+
+def train_all(job: Job, worker: Worker) -> dict[str, dict]:
+    """Train every model of the job on this worker, from where its run stands; rank 0 writes checkpoints, packages and metrics.
+
+    Returns:
+        name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
+
+    Raises:
+        StageError: the run stands elsewhere: its checkpoints are of another training; or the loss is not finite.
+    """
+    config = job.config
+    older = load_package(Path(job.warm_start))[:2] if job.warm_start else None
+    data, items, cutoff, digests = load_training_data(job.warehouse, job.dataset, job.dt, config, older[1] if older else None)
+    run_dir = Path(job.run_dir)
+    say = _progress(job)
+    if worker.rank == 0:
+        say(
+            f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
+            f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
+        )
+    hashed = data.hashed_event_share()
+    if worker.rank == 0:
+        say(f"{hashed:.1%} of the history events are of rare items, which share {config.vocabulary.hashed_rows} embedding rows")
+    metrics_log = MetricsBuffer(job.mlflow_run_id, run_dir / "metrics.jsonl") if worker.rank == 0 else None
+    if metrics_log is not None:
+        metrics_log.log({"hashed_event_share": hashed}, 0)
+    identity = identity_of(job, digests, data.vocabulary)
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, config.checkpoint_every_steps, config.checkpoint_every_seconds, say)
+    reached = from_first(checkpoints.newest() if worker.rank == 0 else None, worker)
+    summaries = dict(reached.done)
+    if worker.rank == 0 and reached.state is not None:
+        say(f"going on with {reached.name} after step {reached.state.step}, batch {reached.state.position} of epoch {reached.state.epoch + 1}")
+    for name in config.models:
+        if name in summaries:
+            continue
+        started = time.perf_counter()
+
+        def on_epoch(result: EpochResult, name: str = name) -> None:
+            if metrics_log is not None:
+                figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+                say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
+                for warning in result.warnings:
+                    say(f"{name} warning: {warning}")
+                metrics_log.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
+
+        def on_step(step: int, state: Callable[[], TrainingState], name: str = name) -> None:
+            checkpoints.offer(step, lambda: Checkpoint(dict(summaries), name, state()))
+
+        mine = reached.state if reached.name == name else None
+        first = name == next(iter(config.models))  # the one that is registered, hence the one that the older model was
+        try:
+            model, result = train_model(
+                name, data, config, worker, on_epoch, on_step if worker.rank == 0 else None, resume=mine, warm_start=older if first else None
+            )
+        except FloatingPointError as error:
+            raise StageError(str(error), "lower the learning rate, or look for what the data has of the extreme") from error
+        package = run_dir / "models" / name
+        if worker.rank == 0:
+            sequences = data.joined.sequences
+            owner = np.searchsorted(sequences.target_start, data.split.evaluation[:1], side="right") - 1
+            user = int(owner[0]) if len(owner) else 0
+            save_package(package, model.cpu(), data.vocabulary, cutoff, request_of(items, sequences, user))
+        summaries[name] = {
+            "package": str(package),
+            "epochs": result.epoch + 1,
+            "best_epoch": result.best_epoch,
+            "validation_logloss": result.best_logloss,
+            "train_seconds": round(time.perf_counter() - started, 1),
+        }
+        if worker.rank == 0:
+            checkpoints.write(Checkpoint(dict(summaries)))
+    if metrics_log is not None:
+        metrics_log.flush()
+    return summaries
+
+
+def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return all that decides the weights: a checkpoint of another training is refused by what differs.
+
+    Args:
+        digests: of the tables that were read.
+    """
+    warm_start = sha256_of(pafs.LocalFileSystem(), f"{job.warm_start}/model.safetensors")[:16] if job.warm_start else "none"
+    return {**flat(job.config.deciding, "configuration"), **digests, "vocabulary": vocabulary.digest, "weights of the warm start": warm_start}
+
+
+def _progress(job: Job) -> Callable[[str], None]:
+    """Return what prints a line here, and keeps it for whoever follows the run (shared storage, any node)."""
+
+    def say(message: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {message}"
+        with (Path(job.run_dir) / PROGRESS_FILE).open("a") as stream:
+            stream.write(line + "\n")
+        if job.prints:
+            print(line, flush=True)
+
+    return say
+
+
+def load_training_data(
+    warehouse: str, dataset: str, dt: str, config: TrainConfig, known: Vocabulary | None = None
+) -> tuple[TrainingData, pa.Table, Cutoff, dict[str, str]]:
+    """Read a published partition; return the data, its items table, the cut-off rule of its histories, and the digests of what was read.
+
+    Args:
+        known: the vocabulary of a warm start, which this partition appends to.
+    """
+    store = TableStore(warehouse, dataset)
+    manifest, of_items = store.require("sequences", dt), store.require("items", dt)
+    items, settings = store.read(of_items), manifest.settings
+    cutoff = Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), int(settings["max_events"]))
+    sequences = Sequences.from_arrow(store.read(manifest), cutoff.max_events)
+    digests = {"data of sequences": manifest.data_digest, "data of items": of_items.data_digest}
+    return TrainingData.of(sequences, items, config, known), items, cutoff, digests
+
+
+def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
+    """Return the folder of the package to begin with; a champion of this day or later would know what is to be predicted."""
+    if wanted == "none":
+        return None
+    if wanted != "champion":
+        return wanted
+    registry = Registry(dataset)
+    version = registry.aliases().get(CHAMPION)
+    if version is None:
+        log("no champion to start from: starting cold")
+        return None
+    partition = registry.version(version).tags.get("pipeline.partition") or "9"
+    if partition >= dt:
+        log(f"the champion is of partition {partition}, not earlier than {dt}: starting cold")
+        return None
+    try:
+        package = registry.package(version)
+    except ArtifactGone as error:
+        raise StageError(f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version") from error
+    log(f"starting from champion version {version} of partition {partition}")
+    return str(package)

@@ -1,0 +1,147 @@
+"""Trains a job in the data-parallel workers of Ray Train, started again when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from etl.stage.commands import log
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.local_files import replace_text
+from training.job import PROGRESS_FILE, Job, train_all
+from training.loop import Worker, WorkerLostError
+
+WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
+PLACEMENT_SECONDS = 50
+
+
+def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
+    """Train in so many workers of one Ray start; return what `train_all` returns.
+
+    Raises:
+        StageError: a worker failed of something to correct, or the cluster has no room.
+        TryAgainError: workers were lost again and again.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    run_dir = Path(job.run_dir)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+    else:
+        # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
+        ray.init(
+            num_cpus=workers + 2,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=job.attempt,
+            object_store_memory=256 << 20,
+        )
+    # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
+    following = threading.Event()
+    follower = threading.Thread(target=_follow, args=(run_dir / PROGRESS_FILE, following), daemon=True)
+    follower.start()
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0) > 0
+        for number in range(WORKER_LOSSES + 1):
+            _wait_for_workers(workers, gpus)
+            trainer = TorchTrainer(
+                _ray_worker,
+                train_loop_config={"job": job},
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+                # Ray's own retries would repeat errors of ours, too.
+                run_config=RunConfig(
+                    name=job.attempt, storage_path=str(run_dir / "ray"), failure_config=FailureConfig(max_failures=0), checkpoint_config=CheckpointConfig(num_to_keep=2)
+                ),
+            )
+            try:
+                trainer.fit()
+                break
+            except (TrainingFailedError, ray.exceptions.RayActorError) as error:
+                told = _told_of_workers(error)
+                if not isinstance(told, TryAgainError) or number == WORKER_LOSSES:
+                    raise told from error
+                log(f"warning: {told.what}; starting the workers again, from the last checkpoint")
+    finally:
+        following.set()
+        follower.join()
+        ray.shutdown()
+    done = run_dir / "models" / "summaries.json"
+    return json.loads(done.read_text())
+
+
+def _wait_for_workers(workers: int, gpus: bool) -> None:
+    """Wait until the cluster has room for every worker, at most a minute.
+
+    Raises:
+        StageError: it never will have; what was asked for, what it has and what of that is free is named.
+        TryAgainError: others use it.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    one = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    room = placement_group([one] * workers)
+    try:
+        if room.wait(PLACEMENT_SECONDS):
+            return
+    finally:
+        remove_placement_group(room)
+    has, free = ray.cluster_resources(), ray.available_resources()
+    missing = next((name for name in reversed(one) if has.get(name, 0) < workers), None)
+    what = f"no room for {workers} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has {_counted(has, one)}, free {_counted(free, one)}"
+    if missing:
+        raise StageError(what, f"train with --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes")
+    raise TryAgainError(what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)")
+
+
+def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
+    return " and ".join(f"{resources.get(name, 0):g} {name}" for name in of)
+
+
+def _told_of_workers(error: Exception) -> Exception:
+    """Return what a failed group of workers comes to: the first error of our own code, or TryAgainError for a lost worker."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    causes = {rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()}  # Ray's UserExceptionWithTraceback has it
+    for rank, cause in sorted(causes.items()):
+        if isinstance(cause, StageError):
+            return cause
+        if cause is not None and not isinstance(cause, WorkerLostError):
+            return RuntimeError(f"worker {rank} failed:\n{failures[rank]}")
+    lost = [rank for rank, cause in causes.items() if cause is None]
+    reason = (str(failures[lost[0]] if lost else error).splitlines() or [type(error).__name__])[0][:300]
+    return TryAgainError(f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}", "run the same command again: it goes on from the last checkpoint")
+
+
+def _follow(path: Path, finished: threading.Event) -> None:
+    """Print lines that are added to a file until `finished` is set and the file is read to its end."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        last = finished.wait(0.5)
+        if path.exists():
+            with path.open() as stream:
+                stream.seek(position)
+                sys.stdout.write(stream.read())
+                sys.stdout.flush()
+                position = stream.tell()
+        if last:
+            return
+
+
+def _ray_worker(config: dict[str, Job]) -> None:
+    import ray.train
+
+    job = config["job"]
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
+    summaries = train_all(job, worker)
+    if worker.rank == 0:
+        replace_text(Path(job.run_dir) / "models" / "summaries.json", json.dumps(summaries))

@@ -1,0 +1,95 @@
+"""Train VQL and its baselines on one partition.
+
+With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are any);
+--workers 0 trains in this very process, for a debugger, from the same modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+
+from etl.datasets.arguments import definition_of, partition_parser, store_of
+from etl.stage.commands import log, run_stage
+from etl.stage.errors import StageError
+from etl.stage.local_files import replace_text
+from etl.warehouse.store import TableStore, code_version
+from training.config import TrainConfig, load_config
+from training.job import Job, train_all, warm_start_package
+from training.loop import Worker
+from training.ray_workers import train_with_ray
+from training.run_folder import run_folder
+from training.tracking import attempt_run
+
+
+def main() -> None:
+    parser = partition_parser(__doc__)
+    parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
+    parser.add_argument("--config", default="default", help="name of a file in training/configs/")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray"
+    )
+    parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
+    parser.add_argument(
+        "--warm-start",
+        default="none",
+        help="none; champion: begin with the weights of the model in service when it is of an earlier partition; or the "
+        "folder of a model package. New items get rows of their own behind the known ones",
+    )
+    parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
+    args = parser.parse_args()
+    definition_of(args)
+    store_of(args)
+    config = _narrowed(load_config(args.config), args.models, args.seed)
+    run_dir = run_folder(args.runs, args.definition, args.dt, args.attempt, config.digest)
+    tags = _tags(args, config)
+    with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
+        warm_start = warm_start_package(args.warm_start, args.dataset, args.dt)
+        job = Job(args.warehouse, args.dataset, args.dt, args.attempt, str(run_dir), config, run.info.run_id, warm_start, prints=args.workers == 0)
+        if args.workers == 0:
+            summaries = train_all(job, Worker())
+        else:
+            summaries = train_with_ray(job, args.workers)
+    summary = {
+        "config": asdict(config),
+        "config_digest": config.digest,
+        "models": summaries,
+        "primary": next(iter(config.models)),
+        "seed": config.seed,
+        "mlflow_run_id": job.mlflow_run_id,
+        "mlflow_experiment_id": run.info.experiment_id,
+    }
+    replace_text(run_dir / "training.json", json.dumps(summary, indent=1))
+    log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
+
+
+def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:
+    """Return what the run was made from; refuse a partition that holds nothing to train on."""
+    store = TableStore(args.warehouse, args.dataset)
+    sequences = store.require("sequences", args.dt)
+    if not sequences.counts.get("train_targets"):
+        raise StageError(
+            f"partition dt={args.dt} of {args.dataset} has no training target on a day before {args.dt}",
+            "choose a later --dt, or build sequences with more --target-days",
+        )
+    return {
+        "data.snapshot_digest": sequences.data_digest,
+        "data.items_digest": store.require("items", args.dt).data_digest,
+        "mlflow.source.git.commit": code_version(),
+        "config_digest": config.digest,
+    }
+
+
+def _narrowed(config: TrainConfig, models: str | None, seed: int | None) -> TrainConfig:
+    if models is not None:
+        wanted = models.split(",")
+        unknown = [name for name in wanted if name not in config.models]
+        if unknown:
+            raise StageError(f"unknown model {unknown[0]!r} in --models", f"use some of: {', '.join(config.models)}")
+        config = replace(config, models={name: config.models[name] for name in wanted})
+    return config if seed is None else replace(config, seed=seed)
+
+
+if __name__ == "__main__":
+    run_stage(main)
