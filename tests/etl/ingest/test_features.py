@@ -158,7 +158,7 @@ def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
         read_features(RawLocation(str(tmp_path)), FeatureFile.model_validate(QUOTED))
 
 
-FIELD = Path(__file__).resolve().parents[3] / "shared" / "field" / "item_file_open_quote"
+FIELD = Path(__file__).resolve().parents[4] / "shared" / "field" / "item_file_open_quote"
 
 
 @pytest.mark.skipif(not FIELD.exists(), reason=f"the input is not at {FIELD}")

@@ -19,7 +19,7 @@ from etl.warehouse.buckets import Layout
 from etl.warehouse.partitions import day_number
 from etl.warehouse.store import TableStore
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 REAL = ROOT.parent / "shared" / "data"
 
 

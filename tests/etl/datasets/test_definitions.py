@@ -21,7 +21,7 @@ from etl.ingest.raw import times_ms
 from etl.stage.errors import StageError
 from etl.warehouse.schemas import ITEMS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SAMPLES = [*(BUILT_IN / f"{name}.yaml" for name in ("kuairand", "kuairec_big", "movielens", "tmall")), *sorted((ROOT / "docs" / "definitions").glob("*.yaml"))]
 
 SHOP = """

@@ -11,7 +11,7 @@ from etl.datasets.definition import Negatives, Positions, dataset
 from etl.sequences.sequence_rows import sequence_rows, target_splits
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION
-from tests.etl.test_sequences import DT, FIRST_MS, WINDOW, events_table
+from tests.etl.sequences.test_sequences import DT, FIRST_MS, WINDOW, events_table
 
 KUAIRAND = dataset("kuairand")
 

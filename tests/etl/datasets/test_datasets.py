@@ -11,7 +11,7 @@ import yaml
 from etl.datasets.definition import BUILT_IN, built_in_names, dataset, definition_name
 from etl.stage.errors import StageError
 
-OWN = Path(__file__).resolve().parents[2] / "docs" / "definitions"
+OWN = Path(__file__).resolve().parents[3] / "docs" / "definitions"
 
 SMALL = """
 name: shop

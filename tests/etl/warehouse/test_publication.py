@@ -1,6 +1,6 @@
 """What is published is what was judged, by one publisher at a time, readable for years: real processes, a real S3 server.
 
-    .venv/bin/python -m pytest tests/etl/test_publication.py -q
+    .venv/bin/python -m pytest tests/etl/warehouse/test_publication.py -q
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from etl.warehouse.schemas import QUARANTINE
 from etl.warehouse.store import Manifest, Staged, TableStore, Try
 from tests.etl.quality.test_audit import stage_events
 from tests.etl.test_cluster import BUCKET, s3  # noqa: F401  (a fixture)
-from tests.etl.test_store import DT, rows, stage, staged_manifest
+from tests.etl.warehouse.test_store import DT, rows, stage, staged_manifest
 from tests.waiting import wait_for
 
 DATASET = "kuairand_simulated"

@@ -13,7 +13,7 @@ from etl.datasets.definition import DatasetDefinition, dataset
 from etl.ingest.raw import RawLocation
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = 34_000  # of each of the three layouts
 GOOD = {
     "kuairand": b"111,3199380,20220408,0,1649349856990,1,1,0,1,0,0,1,43454,14233,-1,27683,0,0,-1",

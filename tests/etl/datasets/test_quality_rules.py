@@ -1,6 +1,6 @@
 """The section `quality` of a definition: what is wrong in it is refused when it is read, by name; what is right is what judges.
 
-    .venv/bin/python -m pytest tests/etl/test_quality_rules.py -q
+    .venv/bin/python -m pytest tests/etl/datasets/test_quality_rules.py -q
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_no_output_of_a_stage_holds_a_secret(tmp_path: Path) -> None:
     partition = ["--dataset", "kuairand", "--dt", "2022-04-21", "--attempt", "a"]
     for warehouse, raw in ((bad, str(tmp_path)), (str(tmp_path), bad)):
         words = [sys.executable, "-m", "etl.jobs.events", *partition, "--warehouse", warehouse, "--raw", raw]
-        done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
         assert SECRET not in done.stdout + done.stderr
         assert done.returncode == 2, done.stdout + done.stderr
     assert not list(tmp_path.rglob("*"))
