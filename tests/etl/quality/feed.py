@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,8 @@ def one_spark_session() -> Iterator[None]:
     """Let both jobs use one session."""
     spark = spark_session("gates")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (events_job, sequences_job):
-            patch.setattr(module, "spark_session", lambda name: _Shared(spark))
+        for module in ("etl.ingest.build_events", "etl.sequences.build_sequences"):
+            patch.setattr(import_module(module), "spark_session", lambda name: _Shared(spark))
         try:
             yield
         finally:
