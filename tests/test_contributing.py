@@ -1,0 +1,51 @@
+"""What CONTRIBUTING.md walks through works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from etl.datasets.definition import dataset
+from etl.quality.check import main as check
+from etl.stage.errors import EXIT_MEND
+from infra import settings
+from tests.etl.quality.feed import Feed, one_spark_session
+
+TEXT = (settings.ROOT / "CONTRIBUTING.md").read_text()
+DT = "2024-03-04"
+
+
+def block(section: str, language: str) -> str:
+    """Return the first code block of a language in a section."""
+    found = re.search(rf"^## {section}$.*?^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_twenty_rows_become_a_published_day_and_the_stage_reads_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "log.csv").write_text(block("Add a data set", "csv"))
+    (tmp_path / "reading.yaml").write_text(block("Add a data set", "yaml"))
+    feed = Feed(tmp_path, dataset(str(tmp_path / "reading.yaml")), tmp_path / "reports")
+    partition = ["--dataset", str(tmp_path / "reading.yaml"), "--warehouse", feed.store.warehouse, "--dt", DT, "--attempt", "by-hand"]
+    with one_spark_session():
+        feed.build_events("by-hand", DT)
+    monkeypatch.setattr(sys, "argv", ["check", *partition, "--stage", "events"])
+    check()
+    assert "0 critical" in capsys.readouterr().out
+    feed.audit("by-hand", DT).publish("events")
+    counts = [feed.store.require("events", f"2024-03-0{day}").counts for day in (1, 2, 3, 4)]
+    assert sum(day["rows_read"] for day in counts) == 20 == sum(day["events"] for day in counts)
+
+    stage = tmp_path / "longest.py"
+    stage.write_text(block("Add a stage", "python"))
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(stage), *partition, *more], cwd=tmp_path, env=settings.environment() | {"PYTHONPATH": str(settings.ROOT)}, capture_output=True, text=True)
+
+    done = run("--most", "2")
+    assert done.returncode == 0 and [line.split(": ")[1] for line in done.stdout.splitlines()] == ["2 events on 2024-03-04"] * 2, done
+    wrong = run("--most", "0")
+    assert wrong.returncode == EXIT_MEND and "remedy: give 1 or more" in wrong.stderr
