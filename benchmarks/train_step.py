@@ -74,9 +74,9 @@ def measure(config: ModelConfig, batch: Batch, runs: int, device: str) -> tuple[
     """Return the median milliseconds of a step after two to warm up, and the peak of GPU memory in MB (0 on a CPU)."""
     torch.manual_seed(0)
     model = Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config).to(device).train()
-    if model.quantizer is not None:
+    if model.coded is not None:
         with torch.no_grad():
-            model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+            model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -64,7 +64,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
     """Build caches over what a target at the end of each stored history sees, with the end of the day as reference time; publish them."""
     sequences_manifest, items_manifest = store.require("sequences", dt), store.require("items", dt)
     model, vocabulary, cutoff = load_package(package)
-    if model.quantizer is None:
+    if model.coded is None:
         raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
     items = store.read(items_manifest)
     reference_time_ms = (day_number(dt) + 1) * MS_PER_DAY

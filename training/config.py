@@ -10,17 +10,13 @@ from typing import Any
 
 from etl.stage.errors import StageError
 
-INTERESTS = ("vql", "softmax_attention", "recent_attention", "sdim", "mean_pooling")
-
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of one ranker.
 
     Attributes:
-        interest: how a history becomes an interest vector: `vql`, or a baseline with the same embeddings and head:
-            `softmax_attention` (exact), `recent_attention` (exact, newest `recent_window` events only), `sdim` (hashing),
-            `mean_pooling`.
+        interest: how a history becomes an interest vector: a name of `training.model.interests.INTERESTS`.
         id_width: width of the item-id and author embeddings.
         field_width: width of the embeddings of small categorical fields.
         heads, head_width: attention heads and their width; D = heads * head_width.
@@ -54,14 +50,13 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.interest not in INTERESTS:
-            raise StageError(f"unknown interest {self.interest!r}", f"use one of: {', '.join(INTERESTS)}")
+        from training.model.interests import interest_class  # the kinds are built from this class
+
+        interest_class(self.interest).check(self)
         if self.heads % self.groups:
             raise StageError(f"{self.groups} groups do not divide {self.heads} heads", "choose groups that do")
         if isinstance(self.codes, tuple) and len(self.codes) != self.groups:
             raise StageError(f"{len(self.codes)} codebook sizes for {self.groups} groups", "give one number for all groups or one for each")
-        if self.interest == "recent_attention" and self.recent_window < 1:
-            raise StageError("recent_attention without a recent_window sees nothing", "set recent_window, for example 200")
 
     @property
     def width(self) -> int:

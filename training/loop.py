@@ -187,7 +187,7 @@ def train_model(
         seconds = time.perf_counter() - started
         validation = _validation_logloss(model, batches, data.split.validation, worker)
         # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
-        ready = model.quantizer is None or bool(model.quantizer.started)
+        ready = model.coded is None or bool(model.coded.quantizer.started)
         if ready and validation < best_logloss - 1e-5:
             best_model, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
         finished = epoch + 1 == config.epochs or (best_epoch >= 0 and epoch - best_epoch >= config.patience)
@@ -200,7 +200,7 @@ def train_model(
         }
         totals.zero_()
         warnings: list[str] = []
-        if model.quantizer is not None:
+        if model.coded is not None:
             codebook, warnings = _codebook_metrics(model, batches, data.split.validation, worker)
             metrics |= codebook
         result = EpochResult(epoch, metrics, best_logloss, best_epoch, finished, warnings)
@@ -257,7 +257,8 @@ class _StepSums:
     def __init__(self, model: Ranker, worker: Worker) -> None:
         self.model, self.worker = model, worker
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        counted = 0 if model.quantizer is None else model.quantizer.step_GCk.numel()
+        self.quantizer = model.coded.quantizer if model.coded is not None else None
+        counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
         sizes = [*(p.numel() for p in self.parameters), counted, 1]
         self.flat = torch.zeros(sum(sizes), device=worker.device)
         *gradients, self.counted, self.loss = self.flat.split(sizes)
@@ -270,7 +271,7 @@ class _StepSums:
         self.flat.zero_()
         targets, events = (len(batch.target_label), len(batch.event_item)) if batch is not None else (0, 0)
         counts = _summed(torch.tensor([targets, events], dtype=torch.float32, device=self.flat.device), self.worker)
-        quantizer = self.model.quantizer
+        quantizer = self.quantizer
         if batch is not None:
             with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
                 logits, auxiliary = self.model(batch)
@@ -342,9 +343,10 @@ def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmu
 
     Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
     """
-    quantizer = model.quantizer
-    if quantizer is None:
+    coded = model.coded
+    if coded is None:
         return
+    quantizer = coded.quantizer
     started = bool(quantizer.started)
     if started:
         quantizer.move_averages()
@@ -354,7 +356,7 @@ def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmu
     seed = _stream(config.seed, step)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    keys_NHd = model.keys(model.items(order.items(position).to(worker.device)))
+    keys_NHd = coded.keys(model.items(order.items(position).to(worker.device)))
     quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
     if worker.world == 1:
         return
@@ -369,16 +371,17 @@ def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, 
 
     Of this worker's users: figures to look at, which nothing is decided by.
     """
-    assert model.quantizer is not None
-    shares_G = model.quantizer.perplexity_share()
-    metrics = {"perplexity_share": float(shares_G.mean()), "dead_share": float(model.quantizer.dead_share().mean())}
+    assert model.coded is not None
+    quantizer = model.coded.quantizer
+    shares_G = quantizer.perplexity_share()
+    metrics = {"perplexity_share": float(shares_G.mean()), "dead_share": float(quantizer.dead_share().mean())}
     batch = next(batches.all_of(targets), None)
-    if batch is None or not bool(model.quantizer.started):
+    if batch is None or not bool(quantizer.started):
         return metrics, []
     batch = batch.to(worker.device)
     probes = probe_by_length(model.eval().probe(batch))
-    if model.quantizer.groups > 1 and len(batch.event_item):
-        codes_NG = model.quantizer.search(model.keys(model.items(batch.items)))
+    if quantizer.groups > 1 and len(batch.event_item):
+        codes_NG = quantizer.search(model.coded.keys(model.items(batch.items)))
         metrics["groups_shared_information"] = shared_information(codes_NG, torch.bincount(batch.event_item, minlength=len(codes_NG)))
     for probe in probes:
         span = f"probe_{probe.shortest}_to_{probe.longest - 1}_events"

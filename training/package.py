@@ -6,6 +6,7 @@ config.json  model.safetensors  vocabulary.json  known_items.parquet  cutoff.jso
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,5 +107,11 @@ def load_package(folder: Path) -> tuple[Ranker, Vocabulary, Cutoff]:
     config = ModelConfig(**settings)
     vocabulary = Vocabulary.load(folder)
     model = Ranker(FieldSizes.of(vocabulary), config)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(_named_as_now(load_file(folder / "model.safetensors")))
     return model.eval(), vocabulary, Cutoff(**json.loads((folder / "cutoff.json").read_text()))
+
+
+def _named_as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name the weights as today: in older packages those of the interest have no prefix, and hashing is a part of its own."""
+    before = re.compile(r"(?:hashed\.)?((?:to_key|to_query|log_scale_H|kernel|quantizer|planes_DXB|powers_B)\b)")
+    return {before.sub(r"interest.\1", name) if before.match(name) else name: weight for name, weight in weights.items()}

@@ -24,7 +24,7 @@ from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
 KEPT = 2
-FORMAT = "1"
+FORMAT = "2"
 SHOWN_CHARACTERS = 80
 
 

@@ -1,13 +1,13 @@
-"""Open choices of the method that were tried once and not kept, and ways to break it: rankers for the claims report alone.
+"""Open choices of the method that were tried once and not kept, and ways to break it: kinds of interest for the claims
+report alone, under the names that its configurations give them.
 
 Legend as in training/model/blocks.py; G groups, C codes, w group width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +15,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from training.config import ModelConfig
-from training.data import Batch
-from training.model.blocks import Layout, age_days_of_pairs, block_attention
+from training.model.blocks import Layout, age_days_of_pairs
+from training.model.history import Events, Targets
+from training.model.interests.interface import Interest
+from training.model.interests.vql import Vql
 from training.model.kernel import MixtureKernel
+from training.model.passes import Keys, by_layout
 from training.model.quantizer import GroupedQuantizer
-from training.model.ranker import FieldSizes, Ranker
 
 
-class Alternate(Ranker):
-    """A ranker whose histories are always read by the item-level pass over all users."""
+class _Trial(Vql):
+    """VQL whose histories are always read event by event: what is changed need not hold for sums over codes."""
 
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.block_attention = functools.partial(block_attention)
-
-
-class _Quantizer(GroupedQuantizer):
-    """Sizes of the given configuration."""
-
-    @classmethod
-    def of(cls, config: ModelConfig):
-        return cls(config.groups, config.codes, config.width // config.groups)
+    def at_once(self, events: Events) -> bool:
+        return True
 
 
 # ---- codebooks -------------------------------------------------------------------------------------------------------
@@ -70,13 +63,13 @@ class _SharedQuantizer(GroupedQuantizer):
         return 0
 
 
-class SharedCodebook(Alternate):
+class SharedCodebook(_Trial):
     """One codebook for all heads, each of which has codes of its own."""
 
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
+    def new_quantizer(self) -> GroupedQuantizer:
+        config = self.config
         assert isinstance(config.codes, int) and config.groups == config.heads
-        self.quantizer = _SharedQuantizer(config.heads, config.codes, config.head_width)
+        return _SharedQuantizer(config.heads, config.codes, config.head_width)
 
 
 class _Mapped(nn.Module):
@@ -90,7 +83,7 @@ class _Mapped(nn.Module):
         return self.frozen_GCw @ map_Gww
 
 
-class _SimVQ(_Quantizer):
+class _SimVQ(GroupedQuantizer):
     """Frozen Gaussian codewords times a learned map (SimVQ); no start from keys, no revival."""
 
     def __init__(self, groups: int, codes: int, group_width: int) -> None:
@@ -108,13 +101,7 @@ class _SimVQ(_Quantizer):
         return 0
 
 
-class SimVQ(Alternate):
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.quantizer = _SimVQ.of(config)
-
-
-class _Random(_Quantizer):
+class _Random(GroupedQuantizer):
     """Codewords as they were drawn: neither started from keys nor revived."""
 
     @torch.no_grad()
@@ -127,64 +114,59 @@ class _Random(_Quantizer):
         return 0
 
 
-class CarelessStart(Alternate):
-    """No start from keys, no revival: codes collapse."""
-
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.quantizer = _Random.of(config)
-
-
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-class _Aggregated(_Quantizer):
-    """The task's gradient goes to the codewords and not to the keys, as it does where the cached form is differentiated."""
+class _Aggregated(GroupedQuantizer):
+    """The task's gradient goes to the codewords, not to the keys, as where the cached form is differentiated."""
 
     through = 0.0
 
     def forward(self, keys_NHd: Tensor, weight_N: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
         _, loss, codes_NG = super().forward(keys_NHd, weight_N, commitment)
         keys_GNw = self._grouped(keys_NHd)
-        return self._ungrouped(self.lookup(codes_NG) + self.through * (keys_GNw - keys_GNw.detach()), keys_NHd), loss, codes_NG
+        words_GNw = self.lookup(codes_NG) + self.through * (keys_GNw - keys_GNw.detach())
+        return self._ungrouped(words_GNw, keys_NHd), loss, codes_NG
 
 
 class _Both(_Aggregated):
     through = 1.0
 
 
-class AggregatedGradient(Alternate):
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.quantizer = _Aggregated.of(config)
+def _with_quantizer(quantizer: type[GroupedQuantizer], about: str) -> type[Vql]:
+    """Return VQL with other codebooks of the configured sizes."""
 
+    class WithQuantizer(_Trial):
+        __doc__ = about
 
-class BothGradients(Alternate):
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.quantizer = _Both.of(config)
+        def new_quantizer(self) -> GroupedQuantizer:
+            config = self.config
+            return quantizer(config.groups, config.codes, config.width // config.groups)
+
+    return WithQuantizer
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-class KernelOutside(Alternate):
+class KernelOutside(_Trial):
     """o = sum_i alpha_i K(t_q - t_i) v_i: the kernel weights values, not logits; an old history fades."""
 
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
-        self.block_attention = _attention_times_kernel
+    def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:
+        assert self.kernel is not None
+        key_EHd, kernel = keys.hard_NHd.index_select(0, events.item_E), self.kernel
 
+        def attended(layout: Layout) -> Tensor:
+            logit_HNPB = layout.targets(query_THd) @ layout.events(key_EHd).transpose(2, 3)
+            # Logits are bounded by 4 sqrt(d), so their exponentials need no maximum.
+            weight_HNPB = logit_HNPB.exp() * layout.seen(targets.end_T)
+            age_NPB = age_days_of_pairs(layout, events.time_ms_E, targets.time_ms_T, query_THd.dtype)
+            kernel_HNPB = kernel.log_kernel_of_age(age_NPB[None]).exp()
+            total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))
+            mixed_THd = layout.summed((weight_HNPB * kernel_HNPB) @ layout.events(events.value_EHd))
+            return mixed_THd / total_TH1.clamp(min=1e-12)
 
-def _attention_times_kernel(
-    layout: Layout, query_THd: Tensor, key_EHd: Tensor, value_EHd: Tensor, event_ms_E: Tensor, target_ms_T: Tensor, end_T: Tensor, kernel: MixtureKernel, **_
-) -> Tensor:
-    logit_HNPB = layout.targets(query_THd) @ layout.events(key_EHd).transpose(2, 3)
-    # Logits are bounded by 4 sqrt(d), so their exponentials need no maximum.
-    weight_HNPB = logit_HNPB.exp() * layout.seen(end_T)
-    kernel_HNPB = kernel.log_kernel_of_age(age_days_of_pairs(layout, event_ms_E, target_ms_T, query_THd.dtype)[None]).exp()
-    total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))
-    return layout.summed((weight_HNPB * kernel_HNPB) @ layout.events(value_EHd)) / total_TH1.clamp(min=1e-12)
+        return by_layout(attended, events, targets)
 
 
 class _Periodic(MixtureKernel):
@@ -200,44 +182,66 @@ class _Periodic(MixtureKernel):
         return super().log_kernel_of_age(age_H) + torch.log1p(depth * torch.cos(2 * math.pi * age_H + phase))
 
 
-class PeriodicKernel(Alternate):
-    def __init__(self, sizes: FieldSizes, config: ModelConfig) -> None:
-        super().__init__(sizes, config)
+class PeriodicKernel(_Trial):
+    """A taste that comes back at the same time of day."""
+
+    def __init__(self, config: ModelConfig, static_width: int) -> None:
+        super().__init__(config, static_width)
         self.kernel = _Periodic(config.heads, config.half_life_days[: config.kernel_components])
 
 
-class RankKernel(Alternate):
+class RankKernel(_Trial):
     """Ages in events instead of days: 50 events count as one day."""
 
     MS_PER_EVENT = 86_400_000 // 50
 
-    def _attend_all(self, batch: Batch, query_THd: Tensor, keys, value_EHd: Tensor) -> Tensor:
-        rank_E = torch.arange(len(batch.event_item), device=query_THd.device)
-        owner_T = torch.repeat_interleave(torch.tensor(batch.target_start).diff()).to(query_THd.device)
-        first_T = torch.tensor(batch.event_start, device=query_THd.device)[owner_T]
-        ranked = dataclasses.replace(batch, event_time_ms=rank_E * self.MS_PER_EVENT, target_time_ms=(first_T + batch.target_end) * self.MS_PER_EVENT)
-        return super()._attend_all(ranked, query_THd, keys, value_EHd)
+    def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:
+        device = query_THd.device
+        rank_E = torch.arange(len(events.item_E), device=device)
+        owner_T = torch.repeat_interleave(torch.tensor(targets.start).diff()).to(device)
+        first_T = torch.tensor(events.start, device=device)[owner_T]
+        return super().attend(
+            query_THd,
+            keys,
+            replace(events, time_ms_E=rank_E * self.MS_PER_EVENT),
+            replace(targets, time_ms_T=(first_T + targets.end_T) * self.MS_PER_EVENT),
+        )
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 
-class SharpQueries(Alternate):
+class SharpQueries(_Trial):
     """Logits four times as large, beyond the cap of the learned scale."""
 
     def queries(self, static_NS: Tensor) -> Tensor:
         return 4.0 * super().queries(static_NS)
 
 
-class UnboundedKeys(Alternate):
+class UnboundedKeys(_Trial):
     """Queries and keys without normalisation: their lengths, and the codebook's error, know no bound."""
 
-    def _normalised(self, flat: Tensor) -> Tensor:
-        return 4.0 * self._heads(flat) * self.config.head_width**-0.25
+    def normalised(self, flat_ND: Tensor) -> Tensor:
+        return 4.0 * self.heads(flat_ND) * self.config.head_width**-0.25
 
 
-class L2Keys(Alternate):
+class L2Keys(_Trial):
     """Queries and keys of length d^1/4 without centring."""
 
-    def _normalised(self, flat: Tensor) -> Tensor:
-        return F.normalize(self._heads(flat), dim=-1) * self.config.head_width**0.25
+    def normalised(self, flat_ND: Tensor) -> Tensor:
+        return F.normalize(self.heads(flat_ND), dim=-1) * self.config.head_width**0.25
+
+
+TRIALS: dict[str, type[Interest]] = {
+    "vql_kernel_outside": KernelOutside,
+    "vql_periodic_kernel": PeriodicKernel,
+    "vql_rank_kernel": RankKernel,
+    "vql_simvq": _with_quantizer(_SimVQ, "Codewords as a learned map of frozen ones."),
+    "vql_shared_codebook": SharedCodebook,
+    "vql_aggregated_gradient": _with_quantizer(_Aggregated, "The task trains the codewords, not the keys."),
+    "vql_both_gradients": _with_quantizer(_Both, "The task trains both."),
+    "vql_l2_keys": L2Keys,
+    "vql_careless_start": _with_quantizer(_Random, "No start from keys, no revival: codes collapse."),
+    "vql_sharp_queries": SharpQueries,
+    "vql_unbounded_keys": UnboundedKeys,
+}

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -111,13 +110,12 @@ def measured(run: Run, device: str) -> dict:
     about = {"data_set": run.data_set, "variant": run.variant, "number": run.number, "torch": torch.__version__}
     began = time.perf_counter()
     try:
-        with mock.patch("training.loop.Ranker", variant.ranker):
-            model, result = train_model(run.variant, data, config, Worker(device=device), lambda _: None)
+        model, result = train_model(run.variant, data, config, Worker(device=device), lambda _: None)
     except FloatingPointError as error:
         return about | {"failed": str(error)}
     figures = about | {"seconds": time.perf_counter() - began, "best_epoch": result.best_epoch + 1, "epochs": result.epoch + 1}
     figures |= _quality(model, data, device)
-    if model.quantizer is not None:
+    if model.coded is not None:
         figures |= _codebook(model, data, device)
         if run.data_set == "simulated" and run.variant in LENGTHS_OF:
             keys = _popular_keys(model, data, device)
@@ -140,24 +138,24 @@ def _quality(model: Ranker, data: TrainingData, device: str) -> dict:
 @torch.no_grad()
 def _codebook(model: Ranker, data: TrainingData, device: str) -> dict:
     """Key error over the events, use of the codes, size of the caches, and what the probe of training says."""
-    assert model.quantizer is not None
+    assert model.coded is not None
     batches = UserBatches(data.joined, 0, 1, users_per_step=64, seed=0)
     batch = next(batches.all_of(data.split.evaluation)).to(device)
-    key_NHd = model.keys(model.items(batch.items))
-    hard_NHd = model.quantizer.quantized(model.quantizer.search(key_NHd), key_NHd)
+    key_NHd = model.coded.keys(model.items(batch.items))
+    hard_NHd = model.coded.quantizer.quantized(model.coded.quantizer.search(key_NHd), key_NHd)
     weight_N = torch.bincount(batch.event_item, minlength=len(key_NHd)).double()
     error = ((key_NHd - hard_NHd).double().square().sum((1, 2)) * weight_N).sum() / weight_N.sum()
     centred = (key_NHd - (key_NHd * weight_N[:, None, None]).sum(0) / weight_N.sum()).double()
     variance = (centred.square().sum((1, 2)) * weight_N).sum() / weight_N.sum()
     probes = probe_by_length(model.probe(batch))
-    shares_G = model.quantizer.perplexity_share()
+    shares_G = model.coded.quantizer.perplexity_share()
     caches = model.user_caches(batch, int(batch.event_time_ms.max()))
     sparse = [to_sparse(stored(cache, torch.float16)) for cache in caches]
     cache_bytes = sum(s.entry_K.nbytes + s.log_count_K.nbytes + s.mean_Kd.nbytes for s in sparse)
     users = sum(p.users for p in probes)
     mean = lambda name: sum(getattr(p, name) * p.users for p in probes) / users  # noqa: E731
     return {
-        "key_error": float(error / variance), "perplexity": float(shares_G.mean()), "dead": float(model.quantizer.dead_share().mean()),
+        "key_error": float(error / variance), "perplexity": float(shares_G.mean()), "dead": float(model.coded.quantizer.dead_share().mean()),
         "cache_bytes": cache_bytes / len(caches), "key_value_bytes": len(batch.event_item) / len(caches) * 2 * model.config.width * 2,
         "attention_error": mean("error"), "bound": mean("bound"), "warnings": probe_warnings(probes, shares_G.cpu()),
     }  # fmt: skip
@@ -166,12 +164,12 @@ def _codebook(model: Ranker, data: TrainingData, device: str) -> dict:
 @torch.no_grad()
 def _popular_keys(model: Ranker, data: TrainingData, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return exact keys, quantized keys and queries [N, H, d] of the partition's items, and how often each occurs [N]."""
-    assert model.quantizer is not None
+    assert model.coded is not None
     sequences = data.joined.sequences
     items = data.joined.items.take(np.arange(len(data.joined.items.rows["item_id"])))
     tensors = type(items)({name: torch.from_numpy(np.ascontiguousarray(rows)).to(device) for name, rows in items.rows.items()})
     static_NS = model.items(tensors)
-    key_NHd = model.keys(static_NS)
-    hard_NHd = model.quantizer.quantized(model.quantizer.search(key_NHd), key_NHd)
+    key_NHd = model.coded.keys(static_NS)
+    hard_NHd = model.coded.quantizer.quantized(model.coded.quantizer.search(key_NHd), key_NHd)
     count_N = torch.bincount(torch.from_numpy(sequences.history_item.astype(np.int64)), minlength=len(key_NHd))
-    return key_NHd.cpu(), hard_NHd.cpu(), model.queries(static_NS).cpu(), count_N.double()
+    return key_NHd.cpu(), hard_NHd.cpu(), model.coded.queries(static_NS).cpu(), count_N.double()

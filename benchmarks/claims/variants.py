@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.claims import alternates
+from benchmarks.claims.alternates import TRIALS
 from training.config import ModelConfig, TrainConfig
 from training.loop import TrainingData
-from training.model.ranker import Ranker
+from training.model.interests import INTERESTS
 from training.vocabulary import ItemFeatures
 
 MAX_EVENTS = b"max_events"  # key of a sequences.parquet's metadata: a target sees at most so many
+INTERESTS.update(TRIALS)  # the configurations below, and the processes that train them, name them like any other kind
 SIMULATED = {"simulated": 0.0, "drifting": 4.0}  # mean days that a taste lasts; 0 = for ever
 
 
@@ -33,7 +34,6 @@ class Variant:
     everywhere: bool = False
     drifting: bool = False
     short: bool = False
-    ranker: type[Ranker] = Ranker
     alter: Callable[[TrainingData], TrainingData] | None = None
     warmup_steps: int = TrainConfig.warmup_steps
 
@@ -85,25 +85,25 @@ VARIANTS: dict[str, Variant] = {
     "vql_no_kernel": Variant(ModelConfig(kernel_components=0), everywhere=True, drifting=True),
     "vql_1_exponential": Variant(ModelConfig(kernel_components=1), everywhere=True, short=True, drifting=True),
     "vql_3_exponentials": Variant(ModelConfig(kernel_components=3, half_life_days=THREE_HALF_LIVES), drifting=True),
-    "vql_kernel_outside": Variant(ModelConfig(), drifting=True, ranker=alternates.KernelOutside),
-    "vql_periodic_kernel": Variant(ModelConfig(), drifting=True, ranker=alternates.PeriodicKernel),
-    "vql_rank_kernel": Variant(ModelConfig(), drifting=True, ranker=alternates.RankKernel),
+    "vql_kernel_outside": Variant(ModelConfig(interest="vql_kernel_outside"), drifting=True),
+    "vql_periodic_kernel": Variant(ModelConfig(interest="vql_periodic_kernel"), drifting=True),
+    "vql_rank_kernel": Variant(ModelConfig(interest="vql_rank_kernel"), drifting=True),
     # codebook training
     "vql_ema": Variant(ModelConfig(ema_decay=0.99)),
-    "vql_simvq": Variant(ModelConfig(), ranker=alternates.SimVQ),
-    "vql_shared_codebook": Variant(ModelConfig(), ranker=alternates.SharedCodebook),
-    "vql_aggregated_gradient": Variant(ModelConfig(), ranker=alternates.AggregatedGradient),
-    "vql_both_gradients": Variant(ModelConfig(), ranker=alternates.BothGradients),
+    "vql_simvq": Variant(ModelConfig(interest="vql_simvq")),
+    "vql_shared_codebook": Variant(ModelConfig(interest="vql_shared_codebook")),
+    "vql_aggregated_gradient": Variant(ModelConfig(interest="vql_aggregated_gradient")),
+    "vql_both_gradients": Variant(ModelConfig(interest="vql_both_gradients")),
     "vql_loss_weight_0.01": Variant(ModelConfig(codebook_weight=0.01), drifting=True),
     "vql_warmup_100": Variant(ModelConfig(), warmup_steps=100, drifting=True),
     "vql_warmup_20": Variant(ModelConfig(), warmup_steps=20, drifting=True),
     "vql_loss_weight_1": Variant(ModelConfig(codebook_weight=1.0)),
     "vql_commitment_1": Variant(ModelConfig(commitment=1.0)),
-    "vql_l2_keys": Variant(ModelConfig(), ranker=alternates.L2Keys),
+    "vql_l2_keys": Variant(ModelConfig(interest="vql_l2_keys")),
     # failures
-    "vql_careless_start": Variant(ModelConfig(), ranker=alternates.CarelessStart),
-    "vql_sharp_queries": Variant(ModelConfig(), ranker=alternates.SharpQueries),
-    "vql_unbounded_keys": Variant(ModelConfig(), ranker=alternates.UnboundedKeys),
+    "vql_careless_start": Variant(ModelConfig(interest="vql_careless_start")),
+    "vql_sharp_queries": Variant(ModelConfig(interest="vql_sharp_queries")),
+    "vql_unbounded_keys": Variant(ModelConfig(interest="vql_unbounded_keys")),
     # static context
     **{
         f"{name}_{how}_{share}": Variant(model, alter=without_context(share / 100, how))

@@ -71,8 +71,8 @@ class Stages:
         for name in ("vql", "softmax_attention", "mean_pooling"):
             torch.manual_seed(seed)
             model = Ranker(FieldSizes.of(vocabulary), ModelConfig(interest=name, codes=16)).eval()
-            if model.quantizer is not None:
-                model.quantizer.started.fill_(1)
+            if model.coded is not None:
+                model.coded.quantizer.started.fill_(1)
             package = run_folder(str(self.runs), dataset(DATASET), dt, attempt, "c0") / "models" / name
             save_package(package, model, vocabulary, Cutoff(), example)
             models[name] = {"package": str(package), "epochs": 1, "best_epoch": 0, "train_seconds": 1.0, "validation_logloss": 0.7}

@@ -79,8 +79,8 @@ def make_model(loaded):
     def make(interest: str = "vql", **settings) -> Ranker:
         torch.manual_seed(1)
         model = Ranker(FieldSizes.of(loaded[1]), ModelConfig(interest=interest, codes=16, **settings)).eval()
-        if model.quantizer is not None:
-            model.quantizer.started.fill_(1)
+        if model.coded is not None:
+            model.coded.quantizer.started.fill_(1)
         return model
 
     return make

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.warehouse.partitions import MS_PER_DAY
-from training.model.attention import build_cache, cache_attention, event_attention, mean_pooling
+from training.model.attention import build_cache, cache_attention, event_attention
 from training.model.kernel import MixtureKernel
 from training.model.quantizer import GroupedQuantizer
 
@@ -145,11 +143,3 @@ def test_the_task_gradient_goes_to_the_keys_and_not_to_the_codebook():
     event_attention(queries, hard, values, times, target_times, torch.full((4,), 60), None).square().sum().backward()
     assert keys.grad.abs().max() > 0
     assert quantizer.codebook_GCw.grad is None or quantizer.codebook_GCw.grad.abs().max() == 0
-
-
-def test_mean_pooling_is_the_mean_of_the_visible_values():
-    values = torch.randn(9, HEADS, WIDTH)
-    pooled = mean_pooling(values, torch.tensor([0, 4, 9]))
-    assert pooled[0].abs().max() == 0
-    assert torch.allclose(pooled[1], values[:4].mean(0), atol=1e-6)
-    assert math.isclose(float(pooled[2].sum()), float(values.mean(0).sum()), abs_tol=1e-4)

@@ -24,9 +24,9 @@ def ranker(kind: str) -> tuple[Ranker, object]:
     torch.manual_seed(0)
     model = Ranker(SIZES, dataclasses.replace(KINDS[kind], dropout=0.0))
     batch = make_batch(users=5, length=700, targets=20, cut_offs=6).to("cpu")
-    if model.quantizer is not None:
+    if model.coded is not None:
         with torch.no_grad():
-            model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+            model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
     return model.train(), batch
 
 
@@ -70,11 +70,11 @@ def test_bf16_stays_near_single_precision_with_fp32_search():
     model, batch = ranker("vql")
     model, batch = model.cuda(), moved(batch, "cuda")
     plain, _ = step(model, batch)
-    keys = model.keys(model.items(batch.items))
+    keys = model.coded.keys(model.items(batch.items))
     with torch.autocast("cuda", torch.bfloat16):
         rounded, _ = step(model, batch)
-        assert model.keys(model.items(batch.items)).dtype == torch.float32
-        assert torch.equal(model.quantizer.search(keys), model.quantizer.search(keys.float()))
+        assert model.coded.keys(model.items(batch.items)).dtype == torch.float32
+        assert torch.equal(model.coded.quantizer.search(keys), model.coded.quantizer.search(keys.float()))
     assert (plain - rounded.float()).abs().max() < 0.05
 
 

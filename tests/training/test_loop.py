@@ -114,19 +114,19 @@ def test_autocast_leaves_search_codebooks_softmax_and_loss_in_single_precision()
     model = Ranker(FieldSizes.of(data.vocabulary), config.models["vql"])
     batch = next(UserBatches(data.joined, 0, 1, 8, 0).all_of(data.split.train)).to("cpu")
     with torch.no_grad():
-        model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
-        off_centre = model.keys(model.items(batch.items)) + 100.0  # in bf16 these would all be one key
-        plain = model.quantizer.search(off_centre)
+        model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+        off_centre = model.coded.keys(model.items(batch.items)) + 100.0  # in bf16 these would all be one key
+        plain = model.coded.quantizer.search(off_centre)
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.quantizer.search(off_centre), plain)
-        key = model.keys(model.items(batch.items))
-        _, loss, _ = model.quantizer(key, torch.ones(len(key)), 0.25)
+        assert torch.equal(model.coded.quantizer.search(off_centre), plain)
+        key = model.coded.keys(model.items(batch.items))
+        _, loss, _ = model.coded.quantizer(key, torch.ones(len(key)), 0.25)
         assert key.dtype == loss.dtype == torch.float32
         logits, auxiliary = model(batch)
     assert auxiliary.dtype == torch.float32
     (torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.target_label) + auxiliary).backward()
-    assert model.quantizer.codebook_GCw.grad.dtype == torch.float32
+    assert model.coded.quantizer.codebook_GCw.grad.dtype == torch.float32
     with torch.no_grad():
         assert (model(batch)[0] - logits).abs().max() < 0.05
 

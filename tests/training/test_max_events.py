@@ -14,8 +14,8 @@ from etl.warehouse.schemas import SEQUENCES
 from evaluation.user_caches import _at_the_end
 from tests.training.conftest import random_partition
 from training.data import Joined, Sequences, UserBatches, make_batch
-from training.model import ranker
-from training.model.blocks import Layout, block_attention
+from training.model import passes
+from training.model.blocks import Layout
 from training.package import Cutoff, save_package
 from training.scoring import load_scorer, request_of
 
@@ -25,9 +25,9 @@ KINDS = [{"interest": name} for name in ("vql", "softmax_attention", "mean_pooli
     {"interest": "recent_attention", "recent_window": 5}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5},
     {"kernel_components": 0}, {"interest": "softmax_attention", "kernel_components": 0}]  # fmt: skip
 PASSES = {
-    "user after user": lambda patch, model: patch.setattr(ranker, "prefers_factored", lambda *_: False),
-    "factored": lambda patch, model: patch.setattr(ranker, "prefers_factored", lambda *_: True),
-    "all users at once": lambda patch, model: setattr(model, "block_attention", functools.partial(block_attention)),
+    "user after user": lambda patch, model: patch.setattr(passes, "prefers_factored", lambda *_: False),
+    "factored": lambda patch, model: patch.setattr(passes, "prefers_factored", lambda *_: True),
+    "all users at once": lambda patch, model: patch.setattr(model.interest, "always_at_once", True),
 }
 HISTORY = [name for name in SEQUENCES.names if name.startswith("history_")]
 TARGET = [name for name in SEQUENCES.names if name.startswith("target_")]
@@ -66,10 +66,8 @@ def test_every_pass_is_the_plain_one_over_histories_cut_by_hand(kind, way, most,
         expected = logits_and_gradients(model, batches_of(cut_by_hand(rows, most), items, vocabulary, None, users=64))
         with monkeypatch.context() as patch:
             patch.setattr(Layout, "of", functools.partial(Layout.of, block=7, tile=3, most_pairs=9))
-            before = model.block_attention
             PASSES[way](patch, model)
             found = logits_and_gradients(model, batches_of(rows, items, vocabulary, most))
-            model.block_attention = before
         assert (found[0] - expected[0]).abs().max() <= 1e-5
         for one, other in zip(found[1], expected[1], strict=True):
             assert (one - other).abs().max() <= 2e-5 * max(1.0, float(other.abs().max()))

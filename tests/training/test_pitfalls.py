@@ -24,7 +24,7 @@ def ranker(**settings) -> tuple[Ranker, object]:
     model = Ranker(SIZES, ModelConfig(**settings))
     batch = make_batch(users=3, length=200, targets=8, cut_offs=4).to("cpu")
     with torch.no_grad():
-        model.quantizer.start_from_keys(model.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+        model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
     return model, batch
 
 
@@ -32,10 +32,10 @@ def test_the_learned_scale_cannot_grow_beyond_its_cap_nor_logits_beyond_their_bo
     model, batch = ranker()
     with torch.no_grad():
         static = model.items(batch.items)
-        model.log_scale_H.fill_(9.0)
-        model.to_query.weight.mul_(1e3)
-        model.to_key.weight.mul_(1e3)
-        largest = (model.queries(static).norm(dim=-1).max() * model.keys(static).norm(dim=-1).max()).item()
+        model.coded.log_scale_H.fill_(9.0)
+        model.coded.to_query.weight.mul_(1e3)
+        model.coded.to_key.weight.mul_(1e3)
+        largest = (model.coded.queries(static).norm(dim=-1).max() * model.coded.keys(static).norm(dim=-1).max()).item()
     assert largest <= 4 * math.sqrt(16) * (1 + 1e-5)
 
 
@@ -63,8 +63,8 @@ def test_the_key_and_the_code_of_an_item_do_not_depend_on_what_the_user_did():
     values = []
     for interaction in (0, 5):
         changed = dataclasses.replace(batch, event_interaction=torch.full_like(batch.event_interaction, interaction))
-        static = model.items(changed.items)
-        values.append((model._values(static, changed), model.quantizer.search(model.keys(static))))
+        items, events = model._read(changed)
+        values.append((events.value_EHd, model.coded.quantizer.search(model.coded.keys(items.static_NS))))
     assert torch.equal(values[0][1], values[1][1])
     assert (values[0][0] - values[1][0]).abs().max() > 0
 

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from etl.datasets.definition import History
 from etl.sequences.sequence_rows import visible_ends
 from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
 from tests.training.conftest import DAY_MS, vocabulary_of
 from training.data import Epoch, Joined, Sequences, UserBatches, make_batch, split_targets
-from training.model.blocks import Layout, block_attention
+from training.model.blocks import Layout
 from training.package import Cutoff, load_package, save_package
 from training.scoring import load_scorer, request_of
 
@@ -70,8 +71,8 @@ def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_e
     model = make_model(**kind, dropout=0.0).train()
     batch = next(batches.all_of(_all_targets(sequences))).to("cpu")
     found = []
-    for attend in (block_attention, functools.partial(block_attention)):
-        model.block_attention = attend  # any other than the plain function is called for all users at once
+    for at_once in (False, True):
+        model.interest.always_at_once = at_once
         model.zero_grad()
         logits, auxiliary = model(batch)
         (logits.square().sum() + auxiliary).backward()
@@ -224,6 +225,18 @@ def test_a_package_loads_to_the_same_model(loaded, make_model, tmp_path):
         name: field.rows for name, field in loaded[1].items.items()
     }
     assert cutoff == Cutoff("day_start", 60_000)
+
+
+@pytest.mark.parametrize("kind", ["vql", "sdim", "mean_pooling"])
+def test_a_package_from_before_kinds_had_modules_of_their_own_scores_as_it_did(kind, partition, loaded, make_model, tmp_path):
+    save_package(tmp_path, make_model(kind), loaded[1], Cutoff(), {})
+    scores = load_scorer(tmp_path).score(*partition).score
+    before = {"interest.planes_DXB": "hashed.planes_DXB", "interest.powers_B": "hashed.powers_B"}
+    weights = load_file(tmp_path / "model.safetensors")
+    older = {before.get(name, name.removeprefix("interest.")): weight for name, weight in weights.items()}
+    assert older.keys() != weights.keys() or kind == "mean_pooling"
+    save_file(older, tmp_path / "model.safetensors")
+    assert np.array_equal(load_scorer(tmp_path).score(*partition).score, scores)
 
 
 def test_rare_and_new_items_share_hashed_rows_and_frequent_ones_do_not(partition, loaded):

@@ -41,7 +41,7 @@ def test_what_was_known_scores_as_before_and_new_items_have_rows_of_their_own(tm
     config = VocabularyConfig(min_occurrences=2, hashed_rows=4)
     vocabulary = Vocabulary.build(items, fields_of(sequences), sequences.target_context, config)
     older = Ranker(FieldSizes.of(vocabulary), CONFIG)
-    older.quantizer.started.fill_(True)
+    older.coded.quantizer.started.fill_(True)
     save_package(tmp_path, older, vocabulary, Cutoff(), {})
     older, known, _ = load_package(tmp_path)
 

@@ -196,17 +196,3 @@ def code_logits(
     age_T = age_days(target_time_ms_T, torch.full_like(target_time_ms_T, reference_time_ms), torch.float64)
     log_phi_HTM = kernel.log_weight_HM()[:, None] - kernel.rate_HM()[:, None] * age_T[None, :, None]
     return logit_HT1C + (log_phi_HTM[..., None] + log_count_HMC[:, None]).to(query_THd.dtype)
-
-
-def mean_pooling(value_LHd: Tensor, target_end_T: Tensor, first_T: Tensor | None = None) -> Tensor:
-    """Mean of the values `first` (default 0) to `target_end` of every target, [T, H, d]; zeros for none."""
-    if first_T is not None:  # a difference of two long sums would round away a short one
-        seen_TL = ~hidden(len(value_LHd), first_T, target_end_T)
-        total_TD = seen_TL.to(value_LHd.dtype) @ value_LHd.flatten(1)
-        return total_TD.view(-1, *value_LHd.shape[1:]) / (target_end_T - first_T).clamp(min=1)[:, None, None]
-    total_LHd = (
-        torch.cat([torch.zeros_like(value_LHd[:1]), value_LHd.cumsum(0)])
-        if len(value_LHd)
-        else value_LHd.new_zeros(1, *value_LHd.shape[1:])
-    )
-    return total_LHd[target_end_T] / target_end_T.clamp(min=1)[:, None, None]

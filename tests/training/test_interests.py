@@ -1,0 +1,147 @@
+"""Every kind of interest in the registry is its own definition (oracles.py), in every pass, and one user's alone."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from benchmarks.claims.variants import TRIALS
+from etl.stage.errors import StageError
+from tests.training.oracles import ORACLES, config, interests
+from training.config import ModelConfig
+from training.model import passes
+from training.model.blocks import Layout
+from training.model.history import Events, Items, Targets
+from training.model.interests import INTERESTS
+from training.model.interests.interface import Coded, Interest
+
+torch.set_num_threads(1)
+
+ITEMS, STATIC, NOW_MS, DAY_MS = 11, 5, 1_650_000_000_000, 86_400_000
+KINDS = [(kind, settings) for kind, (_, tried) in ORACLES.items() for settings in tried]
+# (events, targets) of each user: without history, without targets, and one longer than a block of the test's layouts.
+USERS = [(0, 3), (9, 4), (1, 2), (19, 4), (5, 0), (0, 1)]
+PASSES = {
+    "user by user": lambda patch, interest: patch.setattr(passes, "prefers_factored", lambda *_: False),
+    "factored": lambda patch, interest: patch.setattr(passes, "prefers_factored", lambda *_: True),
+    "all at once": lambda patch, interest: patch.setattr(interest, "always_at_once", True),
+}
+
+
+def made(kind: str, settings: dict, seed: int = 0) -> Interest:
+    """An interest as training would leave it: spread codewords, kernels of a rate a head."""
+    torch.manual_seed(seed)
+    interest = INTERESTS[kind](config(kind, **settings), STATIC).eval()
+    with torch.no_grad():
+        if isinstance(interest, Coded):
+            interest.quantizer.start_from_keys(interest.keys(torch.randn(50, STATIC)), torch.Generator().manual_seed(0))
+        for name, weights in interest.named_parameters():
+            if "kernel" in name or "log_scale" in name:
+                weights += 0.3 * torch.randn_like(weights)
+    return interest
+
+
+def batch(seed: int, users=tuple(USERS), most: int | None = None) -> tuple[Items, Events, Targets]:
+    """A random batch; with an odd seed many events, or all of an hour, have equal times. `most` bounds what targets see."""
+    draw = torch.Generator().manual_seed(seed)
+    whole = lambda high, n: torch.randint(high, (n,), generator=draw)  # noqa: E731
+    step = DAY_MS * 5 if seed % 2 else 1
+    times = [(NOW_MS - whole(40 * DAY_MS, n) // step * step).sort().values for n, _ in users]
+    ends = [whole(n + 1, t) for n, t in users]
+    firsts = [torch.zeros_like(end) if most is None else (end - most).clamp(min=0) for end in ends]
+    starts = [[0, *accumulate(user[i] for user in users)] for i in (0, 1)]
+    events, targets = (start[-1] for start in starts)
+    return (
+        Items(torch.randn(ITEMS, STATIC, generator=draw), {"item_id": torch.arange(ITEMS)}),
+        Events(whole(ITEMS, events), torch.randn(events, 2, 4, generator=draw), torch.cat(times), starts[0]),
+        Targets(
+            item_T=whole(ITEMS, targets),
+            time_ms_T=NOW_MS + whole(DAY_MS, targets),
+            first_T=torch.cat(firsts),
+            end_T=torch.cat(ends),
+            start=starts[1],
+            cut_offs=[len(end.unique()) for end in ends],
+            shared_from=[int(first.max()) if len(first) else 0 for first in firsts],
+        ),
+    )
+
+
+@functools.cache
+def defined(kind: str, settings: str, seed: int, most: int | None) -> torch.Tensor:
+    """What the definition gives, worked out once for all passes."""
+    of, tried = ORACLES[kind]
+    (mine,) = [one for one in tried if str(one) == settings]
+    return interests(of, made(kind, mine), *batch(seed, most=most))
+
+
+def test_every_kind_has_a_definition_and_no_definition_is_of_a_kind_that_is_gone():
+    assert ORACLES.keys() == INTERESTS.keys() - TRIALS.keys()
+
+
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=str)
+@torch.no_grad()
+def test_a_kind_is_its_definition(kind, settings, way, monkeypatch):
+    monkeypatch.setattr(Layout, "of", functools.partial(Layout.of, block=8, tile=3, most_pairs=9))
+    interest = made(kind, settings)
+    PASSES[way](monkeypatch, interest)
+    for seed, most in ((0, None), (1, None), (2, 4), (3, 4)):
+        given = batch(seed, most=most)
+        found, auxiliary = interest(*given)
+        expected = defined(kind, str(settings), seed, most)
+        assert found.shape == expected.shape and float(auxiliary) == 0
+        assert (found - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=str)
+@torch.no_grad()
+def test_what_another_user_does_changes_nothing(kind, settings, at_once):
+    interest = made(kind, settings)
+    interest.always_at_once = at_once
+    items, events, targets = batch(0)
+    before = interest(items, events, targets)[0]
+    others, others_targets = slice(events.start[3], events.start[4]), slice(targets.start[3], targets.start[4])
+    value_EHd, item_E, time_ms_E = events.value_EHd.clone(), events.item_E.clone(), events.time_ms_E.clone()
+    value_EHd[others], item_E[others], time_ms_E[others] = 100.0, 0, NOW_MS
+    item_T = targets.item_T.clone()
+    item_T[others_targets] = 0
+    after = interest(items, Events(item_E, value_EHd, time_ms_E, events.start), replace(targets, item_T=item_T))[0]
+    same = torch.ones(len(before), dtype=torch.bool)
+    same[others_targets] = False
+    assert (before[same] - after[same]).abs().max() <= 1e-6
+    assert (before[~same] - after[~same]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=str)
+def test_a_batch_without_events_or_without_targets_is_no_error(kind, settings):
+    for at_once in (False, True):
+        interest = made(kind, settings).train()
+        interest.always_at_once = at_once
+        items, events, targets = batch(0, users=[(0, 2), (0, 1)])
+        found, auxiliary = interest(items, events, targets)
+        (found.sum() + auxiliary).backward() if (found.requires_grad or auxiliary.requires_grad) else None
+        assert found.shape == (3, 2, 4) and not found.any()
+        assert interest(*batch(0, users=[(4, 0)]))[0].shape == (0, 2, 4)
+
+
+def test_a_configuration_that_a_kind_cannot_run_is_refused_with_a_remedy():
+    with pytest.raises(StageError, match="unknown interest 'din'") as refused:
+        ModelConfig(interest="din")
+    assert "softmax_attention" in refused.value.remedy
+    with pytest.raises(StageError, match="recent_window"):
+        ModelConfig(interest="recent_attention")
+
+
+@pytest.mark.parametrize("kind", TRIALS)
+def test_a_trial_of_the_claims_runs_as_a_kind_like_any_other(kind):
+    interest = made(kind, {"groups": 2}).train()
+    items, events, targets = batch(0)
+    found, auxiliary = interest(items, events, targets)
+    (found.square().sum() + auxiliary).backward()
+    assert found.isfinite().all()
+    assert interest.to_query.weight.grad.abs().max() > 0

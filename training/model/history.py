@@ -1,0 +1,89 @@
+"""A batch as attention reads it: the histories of all users and their targets, flat and typed.
+
+Legend: U users, N distinct items of the batch, E events (flat over users), T targets (flat), S width of an item's static
+embedding, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Items:
+    """The distinct items of a batch, those of events and of targets.
+
+    Attributes:
+        static_NS: float, the embedded static fields of each item.
+        rows: field name -> int64 [N], or [N, k] of a field with several values: the embedding rows; 0 is "missing".
+    """
+
+    static_NS: Tensor
+    rows: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Events:
+    """The histories of U users, one after another; those of a user are sorted by time.
+
+    Attributes:
+        item_E: int64, position of the event's item among the N items.
+        value_EHd: float, what attention mixes: the item's part and what the user did with it.
+        time_ms_E: int64, milliseconds since the epoch.
+        start: U + 1 offsets; user u has the events start[u] to start[u + 1].
+    """
+
+    item_E: Tensor
+    value_EHd: Tensor
+    time_ms_E: Tensor
+    start: list[int]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The items to be scored, those of a user together; each sees the events [first, end) of its user.
+
+    Attributes:
+        item_T: int64, position of the target's item among the N items.
+        time_ms_T: int64, milliseconds since the epoch; no visible event is later, clock skew aside.
+        first_T, end_T: int64, counted from the user's first event of the batch.
+        start: U + 1 offsets; user u has the targets start[u] to start[u + 1].
+        cut_offs: distinct `end_T` of each user, [U].
+        shared_from: the largest `first_T` of each user, [U]: from there on all targets of the user see the events.
+    """
+
+    item_T: Tensor
+    time_ms_T: Tensor
+    first_T: Tensor
+    end_T: Tensor
+    start: list[int]
+    cut_offs: list[int]
+    shared_from: list[int]
+
+    @property
+    def bound_T(self) -> Tensor | None:
+        """`first_T`, or None where every target sees its user's events from the first on, which saves a mask."""
+        return self.first_T if any(self.shared_from) else None
+
+
+def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Targets, slice]]:
+    """Yield the events and targets of one user after another, as a batch of one user each, and the place of the targets."""
+    for user, (event, target) in enumerate(zip(pairwise(events.start), pairwise(targets.start), strict=True)):
+        mine, rows = slice(*event), slice(*target)
+        yield (
+            Events(events.item_E[mine], events.value_EHd[mine], events.time_ms_E[mine], [0, event[1] - event[0]]),
+            Targets(
+                targets.item_T[rows],
+                targets.time_ms_T[rows],
+                targets.first_T[rows],
+                targets.end_T[rows],
+                [0, target[1] - target[0]],
+                [targets.cut_offs[user]],
+                [targets.shared_from[user]],
+            ),
+            rows,
+        )

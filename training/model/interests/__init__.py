@@ -1,0 +1,31 @@
+"""Kinds of interest: a file a kind, a line a kind here. CONTRIBUTING.md says how to add one."""
+
+from __future__ import annotations
+
+from etl.stage.errors import StageError
+from training.model.interests.interface import Interest
+from training.model.interests.mean_pooling import MeanPooling
+from training.model.interests.recent_attention import RecentAttention
+from training.model.interests.sdim import Sdim
+from training.model.interests.softmax_attention import SoftmaxAttention
+from training.model.interests.vql import Vql
+
+# By the name that `ModelConfig.interest` gives. Who tries a kind of their own adds it here before a configuration names it.
+INTERESTS: dict[str, type[Interest]] = {
+    "vql": Vql,
+    "softmax_attention": SoftmaxAttention,
+    "recent_attention": RecentAttention,
+    "sdim": Sdim,
+    "mean_pooling": MeanPooling,
+}
+
+
+def interest_class(name: str) -> type[Interest]:
+    """Return the kind of that name.
+
+    Raises:
+        StageError: there is none.
+    """
+    if name not in INTERESTS:
+        raise StageError(f"unknown interest {name!r}", f"use one of: {', '.join(INTERESTS)}")
+    return INTERESTS[name]

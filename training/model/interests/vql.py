@@ -1,0 +1,136 @@
+"""VQL: target attention whose keys are codewords (docs/method.md#quantization and the sections behind it).
+
+    o_t = sum_i softmax_i(q_t . e_{z_i} + log K(t_q - t_i)) v_i
+
+trained event by event with straight-through keys; served from one count and one mean of values a code. With `recent_window` and
+`refine_k` some events have their exact keys, in the same softmax.
+
+Legend: N distinct items of the batch, E events (flat), T targets (flat), L events of one user, H heads, d head width, G groups,
+C codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.model.attention import Attended, cache_part, combine, window_part
+from training.model.cache import UserCache, build_cache
+from training.model.history import Events, Items, Targets, each_user
+from training.model.interests.interface import Coded
+from training.model.passes import Keys, Softmax
+from training.model.probe import AttentionErrors, attention_errors
+from training.model.quantizer import GroupedQuantizer
+from training.model.refined import index_events, refined_cache_part
+
+
+class Vql(Coded):
+    """Exact attention until the codebooks are started, quantized attention from then on."""
+
+    def __init__(self, config: ModelConfig, static_width: int) -> None:
+        super().__init__(config, static_width)
+        self.quantizer = self.new_quantizer()
+
+    def new_quantizer(self) -> GroupedQuantizer:
+        config = self.config
+        return GroupedQuantizer(config.groups, config.codes, config.width // config.groups, config.ema_decay)
+
+    def softmax(self) -> Softmax:
+        return Softmax(self.kernel, self.config.recent_window, self.config.refine_k)
+
+    def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
+        keys, loss = self.coded_keys(self.keys(items.static_NS), events)
+        query_THd = self.queries(items.static_NS)[targets.item_T]
+        return self.attend(query_THd, keys, events, targets), loss
+
+    def coded_keys(self, key_NHd: Tensor, events: Events) -> tuple[Keys, Tensor]:
+        """Return the keys of the batch's items with their codes, and the weighted quantization loss."""
+        if not bool(self.quantizer.started):
+            # Warm-up: exact keys; the codebooks stay in the graph, so that every worker has the same gradients.
+            return Keys.exact(key_NHd), 0.0 * self.quantizer.codebook_GCw.sum()
+        if not self.training:
+            codes_NG = self.quantizer.search(key_NHd)
+            hard_NHd, loss = self.quantizer.quantized(codes_NG, key_NHd), key_NHd.new_zeros(())
+        else:
+            # Items are searched once, but the loss is the theorem's: a mean over events, so an item counts as often as
+            # it occurs.
+            weight_N = torch.bincount(events.item_E, minlength=key_NHd.shape[0])
+            hard_NHd, loss, codes_NG = self.quantizer(key_NHd, weight_N, self.config.commitment)
+            loss = self.config.codebook_weight * loss
+        return Keys(key_NHd, hard_NHd, codes_NG, self.codebook_HCd()), loss
+
+    def codebook_HCd(self) -> Tensor:
+        """Each head's slice of its group's codewords."""
+        config = self.config
+        words = self.quantizer.codebook_GCw.view(config.groups, -1, config.heads // config.groups, config.head_width)
+        return words.transpose(1, 2).reshape(config.heads, -1, config.head_width)
+
+    @torch.no_grad()
+    def user_caches(self, items: Items, events: Events, reference_time_ms: int) -> list[UserCache]:
+        codes_NG = self.quantizer.search(self.keys(items.static_NS))
+        caches = []
+        for first, last in pairwise(events.start):
+            # The exact recent window is no part of a cache: its events would count twice.
+            old = slice(first, max(first, last - self.config.recent_window))
+            codes_LG, value_LHd, time_ms_L = codes_NG[events.item_E[old]], events.value_EHd[old], events.time_ms_E[old]
+            caches.append(
+                build_cache(codes_LG, value_LHd, time_ms_L, reference_time_ms, self.quantizer.codes, self.kernel)
+            )
+        return caches
+
+    @torch.no_grad()
+    def from_caches(
+        self, items: Items, targets: Targets, caches: list[UserCache], opened: Callable[[], Events]
+    ) -> Tensor:
+        query_THd, codebook_HCd = self.queries(items.static_NS)[targets.item_T], self.codebook_HCd()
+        rows = [slice(first, last) for first, last in pairwise(targets.start)]
+        if not (self.config.refine_k or self.config.recent_window):
+            parts = [
+                cache_part(query_THd[mine], codebook_HCd, cache, targets.time_ms_T[mine], self.kernel).out_THd
+                for mine, cache in zip(rows, caches, strict=True)
+            ]
+            return torch.cat(parts)
+        keys = Keys(key_NHd := self.keys(items.static_NS), key_NHd, self.quantizer.search(key_NHd), codebook_HCd)
+        users = zip(each_user(opened(), targets), caches, strict=True)
+        return torch.cat([self._opened(query_THd[mine], keys, e, t, cache).out_THd for (e, t, mine), cache in users])
+
+    def _opened(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets, cache: UserCache) -> Attended:
+        """Return the attention of one user's targets, of which some events are read beside the cache."""
+        assert keys.codes_NG is not None and keys.codebook_HCd is not None
+        window, time_ms_T = self.config.recent_window, targets.time_ms_T
+        split = max(0, len(events.item_E) - window)
+        old, new = slice(None, split), slice(split, None)
+        if self.config.refine_k:
+            item_L = events.item_E[old]
+            index = index_events(keys.codes_NG[item_L], self.quantizer.codes)
+            history = keys.exact_NHd[item_L], events.value_EHd[old], events.time_ms_E[old]
+            part = refined_cache_part(
+                query_THd, keys.codebook_HCd, cache, index, *history, time_ms_T, self.kernel, self.config.refine_k
+            )
+        else:
+            part = cache_part(query_THd, keys.codebook_HCd, cache, time_ms_T, self.kernel)
+        if not window:
+            return part
+        item_L = events.item_E[new]
+        history = keys.exact_NHd[item_L], events.value_EHd[new], events.time_ms_E[new]
+        end_T = torch.full_like(time_ms_T, len(item_L))
+        return combine(window_part(query_THd, *history, time_ms_T, end_T, self.kernel, window), part)
+
+    @torch.no_grad()
+    def probe(self, items: Items, events: Events, targets: Targets) -> list[tuple[int, AttentionErrors]]:
+        key_NHd, query_NHd = self.keys(items.static_NS), self.queries(items.static_NS)
+        hard_NHd = self.quantizer.quantized(self.quantizer.search(key_NHd), key_NHd)
+        found = []
+        for mine, seen, _ in each_user(events, targets):
+            first, end = (int(seen.first_T[-1]), int(seen.end_T[-1])) if len(seen.item_T) else (0, 0)
+            if end == first:
+                continue
+            item_L, time_ms_L = mine.item_E[first:end], mine.time_ms_E[first:end]
+            bias = None if self.kernel is None else self.kernel.log_kernel(seen.time_ms_T[-1:, None], time_ms_L)
+            errors = attention_errors(query_NHd[seen.item_T[-1:]], key_NHd[item_L], hard_NHd[item_L], bias)
+            found.append((end - first, errors))
+        return found

@@ -1,0 +1,166 @@
+"""The ways to run one softmax over the histories of a batch; outputs and gradients of all are equal within rounding.
+
+A pass takes queries, keys of the distinct items, events, targets and a `Softmax`, and gives one interest a target. It knows
+neither the model around it nor which kind of interest asks.
+
+Legend: N distinct items of the batch, E events (flat), T targets (flat), H heads, d head width, G groups, C codes; L events of
+one user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.model.attention import Attended, combine, event_attention, event_part, window_part
+from training.model.blocks import Layout, block_attention
+from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
+from training.model.history import Events, Targets, each_user
+from training.model.kernel import MixtureKernel
+from training.model.refined import refined_event_part
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of the N items of a batch.
+
+    Attributes:
+        exact_NHd: float, scaled so that a logit is a plain product.
+        hard_NHd: at their codewords, gradient straight through to the exact ones; the exact ones where none is quantized.
+        codes_NG, codebook_HCd: int64 codes, and each head's slice of the codewords; None where none is quantized.
+    """
+
+    exact_NHd: Tensor
+    hard_NHd: Tensor
+    codes_NG: Tensor | None = None
+    codebook_HCd: Tensor | None = None
+
+    @staticmethod
+    def exact(key_NHd: Tensor) -> Keys:
+        return Keys(key_NHd, key_NHd)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What decides the logits, beside queries and keys.
+
+    Attributes:
+        kernel: of the ages, inside the softmax; None: age does not matter.
+        recent_window: so many of the newest events that a target sees have exact keys.
+        refine_k: so many events of the highest quantized logits have exact keys too.
+        window_alone: a target sees no event that is older than the window.
+    """
+
+    kernel: MixtureKernel | None
+    recent_window: int = 0
+    refine_k: int = 0
+    window_alone: bool = False
+
+
+def user_by_user(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
+    """Return the interests [T, H, d] one user after another: what a CPU is fastest at, whose caches hold one history."""
+    return torch.cat(
+        [_one_user(query_THd[rows], keys, mine, seen, softmax) for mine, seen, rows in each_user(events, targets)]
+    )
+
+
+def in_blocks(
+    query_THd: Tensor,
+    keys: Keys,
+    events: Events,
+    targets: Targets,
+    softmax: Softmax,
+    attention: Callable[..., Tensor] = block_attention,
+) -> Tensor:
+    """Return the interests [T, H, d] of all users at once: what a GPU, or compiled code, is fastest at (blocks.py).
+
+    Args:
+        attention: `block_attention`, or the same function compiled.
+    """
+    # Every distinct item was projected and searched once; its key is copied to its events here and nowhere earlier.
+    exact_EHd = keys.exact_NHd.index_select(0, events.item_E)
+    key_EHd, first_T = exact_EHd, targets.bound_T
+    more: dict[str, Any] = {}
+    recent_T = (targets.end_T - softmax.recent_window).clamp(min=0)
+    if softmax.window_alone:
+        first_T = recent_T if first_T is None else torch.maximum(recent_T, first_T)
+    elif keys.codes_NG is not None:
+        key_EHd = keys.hard_NHd.index_select(0, events.item_E)
+        if softmax.recent_window or softmax.refine_k:
+            more = {"exact_EHd": exact_EHd, "exact_from_T": recent_T, "refine": softmax.refine_k}
+    times = events.time_ms_E, targets.time_ms_T
+    return by_layout(
+        lambda layout: attention(
+            layout,
+            query_THd,
+            key_EHd,
+            events.value_EHd,
+            *times,
+            targets.end_T,
+            softmax.kernel,
+            first_T=first_T,
+            **more,
+        ),
+        events,
+        targets,
+    )
+
+
+def by_layout(attend: Callable[[Layout], Tensor], events: Events, targets: Targets) -> Tensor:
+    """Return what `attend` gives for all targets, [T, ...]: one layout after another, so that memory stays bounded."""
+    return torch.cat([attend(layout) for layout in Layout.of(events.start, targets.start, events.value_EHd.device)])
+
+
+def _one_user(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
+    """Return the interests of one user's targets, by whatever form is the cheapest for this history."""
+    item_L, value_LHd, kernel = events.item_E, events.value_EHd, softmax.kernel
+    end_T, first_T = targets.end_T, targets.bound_T
+    times = events.time_ms_E, targets.time_ms_T
+    if softmax.window_alone:
+        key_LHd = keys.exact_NHd[item_L]
+        return window_part(query_THd, key_LHd, value_LHd, *times, end_T, kernel, softmax.recent_window, first_T).out_THd
+    if keys.codes_NG is None:
+        return event_attention(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
+    tail_T = (end_T - softmax.recent_window).clamp(min=0)  # the newest events have exact keys, and are joined below
+    factored = prefers_factored(
+        len(item_L) - targets.shared_from[0], len(end_T), targets.cut_offs[0], kernel is not None
+    )
+    if not (softmax.refine_k or softmax.recent_window or factored):
+        return event_attention(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
+    tail = _coded_part(query_THd, keys, events, targets, softmax, tail_T, factored)
+    if not softmax.recent_window:
+        return tail.out_THd
+    head = window_part(
+        query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, kernel, softmax.recent_window, first_T
+    )
+    return combine(head, tail).out_THd
+
+
+def _coded_part(
+    query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax, end_T: Tensor, factored: bool
+) -> Attended:
+    """Return the attention of one user's targets over the events before `end_T`, keys at their codewords."""
+    assert keys.codes_NG is not None and keys.codebook_HCd is not None
+    item_L, value_LHd, kernel, first_T = events.item_E, events.value_EHd, softmax.kernel, targets.bound_T
+    times = events.time_ms_E, targets.time_ms_T
+    if not (softmax.refine_k or factored):
+        return event_part(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
+    coded = (
+        query_THd,
+        keys.exact_NHd[item_L],
+        keys.codebook_HCd,
+        keys.codes_NG[item_L],
+        value_LHd,
+        *times,
+        end_T,
+        kernel,
+    )
+    if softmax.refine_k:
+        return refined_event_part(*coded, softmax.refine_k, first_T)
+    if first_T is None:
+        return factored_attention(*coded)
+    return bounded_factored_attention(*coded, first_T, targets.shared_from[0])
