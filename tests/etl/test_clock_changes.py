@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets.definition import DatasetDefinition, Time
+from etl.ingest import build_events as job
 from etl.ingest.raw import MISSING, REPEATED, SINGLE, RawLocation, clocked_times_ms
-from etl.jobs import events as job
 from etl.warehouse.store import TableStore
 from tests.etl.test_feed_life import NoSpark, run_here
 

@@ -18,9 +18,9 @@ import pyarrow.fs as pafs
 import pytest
 
 from etl.datasets.definition import DatasetDefinition
+from etl.ingest import build_events as job
 from etl.ingest.affected import affected
 from etl.ingest.raw import RawLocation
-from etl.jobs import events as job
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
 from etl.warehouse.store import Manifest, TableStore

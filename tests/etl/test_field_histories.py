@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.jobs import events as events_job
-from etl.jobs import sequences as sequences_job
+from etl.ingest import build_events as events_job
 from etl.quality.kept import StageOutcome
+from etl.sequences import build_sequences as sequences_job
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
 from tests.etl.quality.feed import Feed, one_spark_session
