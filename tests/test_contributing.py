@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from etl.datasets.definition import dataset
 from etl.quality.check import main as check
 from etl.stage.errors import EXIT_MEND
 from infra import settings
 from tests.etl.quality.feed import Feed, one_spark_session
+from tests.training.conftest import random_partition
+from training.data import Sequences
+from training.loop import TrainingData, Worker, train_model
 
 TEXT = (settings.ROOT / "CONTRIBUTING.md").read_text()
 DT = "2024-03-04"
@@ -22,6 +28,21 @@ def block(section: str, language: str) -> str:
     found = re.search(rf"^## {section}$.*?^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
     assert found is not None
     return found[1]
+
+
+def test_the_baseline_is_the_one_of_the_registry_and_its_configuration_trains() -> None:
+    interests = settings.ROOT / "training/model/interests"
+    assert block("Add a baseline", "python") == (interests / "linear_attention.py").read_text()
+    assert block("Add a baseline", "text") in (interests / "__init__.py").read_text()
+    assert block("Add a baseline", "py") in (settings.ROOT / "tests/training/oracles.py").read_text()
+    shown: dict = {}
+    exec(block("Add a baseline", "python3"), shown)
+    config = dataclasses.replace(shown["config"](), epochs=1, min_epoch_steps=1)
+    items, rows = random_partition()
+    data = TrainingData.of(Sequences.from_arrow(rows), items, config)
+    for name in config.models:
+        _, result = train_model(name, data, config, Worker(), lambda _: None)
+        assert np.isfinite(result.best_logloss)
 
 
 def test_the_twenty_rows_become_a_published_day_and_the_stage_reads_it(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -159,7 +159,7 @@ class KernelOutside(_Trial):
         def attended(layout: Layout) -> Tensor:
             logit_HNPB = layout.targets(query_THd) @ layout.events(key_EHd).transpose(2, 3)
             # Logits are bounded by 4 sqrt(d), so their exponentials need no maximum.
-            weight_HNPB = logit_HNPB.exp() * layout.seen(targets.end_T)
+            weight_HNPB = logit_HNPB.exp() * layout.visible(targets)
             age_NPB = age_days_of_pairs(layout, events.time_ms_E, targets.time_ms_T, query_THd.dtype)
             kernel_HNPB = kernel.log_kernel_of_age(age_NPB[None]).exp()
             total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))

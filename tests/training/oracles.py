@@ -92,7 +92,7 @@ def recent_attention(interest: Attention, seen: Seen) -> Tensor:
 
 
 def vql(interest, seen: Seen) -> Tensor:
-    """Keys at their nearest codewords, but exact for the newest events and for those of the highest quantized logits."""
+    """Keys at their nearest codewords; exact for the newest events and for those of the highest quantized logits."""
     config, book_GCw = interest.config, interest.quantizer.codebook_GCw.double()
     query_Hd, key_LHd = interest.queries(seen.target_S[None])[0].double(), interest.keys(seen.event_LS).double()
     length, a_group = len(seen.age_days), config.heads // config.groups
@@ -128,6 +128,21 @@ def sdim(interest, seen: Seen) -> Tensor:
     return (total_D / interest.planes_DXB.shape[1]).view(seen.value_LHd.shape[1:])
 
 
+def linear_attention(interest: Attention, seen: Seen) -> Tensor:
+    query_Hd, key_LHd = interest.queries(seen.target_S[None])[0].double(), interest.keys(seen.event_LS).double()
+    heads = []
+    for h in range(interest.config.heads):
+        weights = []
+        for i, age in enumerate(seen.age_days):
+            product = sum(
+                (x + 1 if x > 0 else math.exp(x)) * (y + 1 if y > 0 else math.exp(y))
+                for x, y in zip(query_Hd[h].tolist(), key_LHd[i, h].tolist(), strict=True)
+            )
+            weights.append(product * math.exp(log_kernel(interest, h, age)))
+        heads.append(sum(w * v for w, v in zip(weights, seen.value_LHd[:, h], strict=True)) / sum(weights))
+    return torch.stack(heads)
+
+
 # By the registry's names: the definition, and the settings under which it is tried.
 ORACLES: dict[str, tuple[Callable[..., Tensor], list[dict]]] = {
     "mean_pooling": (mean_pooling, [{}]),
@@ -146,6 +161,7 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], list[dict]]] = {
         ],
     ),
     "sdim": (sdim, [{}]),
+    "linear_attention": (linear_attention, [{}, {"kernel_components": 0}]),
 }
 
 

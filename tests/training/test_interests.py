@@ -46,7 +46,7 @@ def made(kind: str, settings: dict, seed: int = 0) -> Interest:
 
 
 def batch(seed: int, users=tuple(USERS), most: int | None = None) -> tuple[Items, Events, Targets]:
-    """A random batch; with an odd seed many events, or all of an hour, have equal times. `most` bounds what targets see."""
+    """A random batch; with an odd seed many events have equal times. `most` bounds what targets see."""
     draw = torch.Generator().manual_seed(seed)
     whole = lambda high, n: torch.randint(high, (n,), generator=draw)  # noqa: E731
     step = DAY_MS * 5 if seed % 2 else 1

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from etl.warehouse.partitions import MS_PER_DAY
+from training.model.history import Targets
 from training.model.kernel import MixtureKernel
 
 BLOCK, TILE = 256, 64
@@ -94,6 +95,11 @@ class Layout:
     def seen(self, end_T: Tensor) -> Tensor:
         """Return which events lie before each target's cut-off, bool [N, P, B]."""
         return self.place_NB[:, None] < end_T[self.target_NP][..., None]
+
+    def visible(self, targets: Targets) -> Tensor:
+        """Return which events each target may see, bool [N, P, B]."""
+        seen_NPB, first_T = self.seen(targets.end_T), targets.bound_T
+        return seen_NPB if first_T is None else seen_NPB & ~self.seen(first_T)
 
     def summed(self, part_HNPx: Tensor) -> Tensor:
         """Sum over the blocks of each tile, [H, N, P, x] -> one row a target, [T, H, x]."""

@@ -1,7 +1,7 @@
 """A batch as attention reads it: the histories of all users and their targets, flat and typed.
 
-Legend: U users, N distinct items of the batch, E events (flat over users), T targets (flat), S width of an item's static
-embedding, H heads, d head width.
+Legend: U users, N distinct items of the batch, E events (flat over users), T targets (flat), S width of an item's
+static embedding, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Targets:
 
 
 def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Targets, slice]]:
-    """Yield the events and targets of one user after another, as a batch of one user each, and the place of the targets."""
+    """Yield one user after another, as a batch of that user alone, and the place of the user's targets."""
     for user, (event, target) in enumerate(zip(pairwise(events.start), pairwise(targets.start), strict=True)):
         mine, rows = slice(*event), slice(*target)
         yield (

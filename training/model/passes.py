@@ -1,10 +1,10 @@
 """The ways to run one softmax over the histories of a batch; outputs and gradients of all are equal within rounding.
 
-A pass takes queries, keys of the distinct items, events, targets and a `Softmax`, and gives one interest a target. It knows
-neither the model around it nor which kind of interest asks.
+A pass takes queries, keys of the distinct items, events, targets and a `Softmax`, and gives one interest a target. It
+knows neither the model around it nor which kind of interest asks.
 
-Legend: N distinct items of the batch, E events (flat), T targets (flat), H heads, d head width, G groups, C codes; L events of
-one user.
+Legend: N distinct items of the batch, E events (flat), T targets (flat), H heads, d head width, G groups, C codes;
+L events of one user.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Keys:
 
     Attributes:
         exact_NHd: float, scaled so that a logit is a plain product.
-        hard_NHd: at their codewords, gradient straight through to the exact ones; the exact ones where none is quantized.
+        hard_NHd: at their codewords, gradient straight through to the exact ones; those where none is quantized.
         codes_NG, codebook_HCd: int64 codes, and each head's slice of the codewords; None where none is quantized.
     """
 
@@ -62,7 +62,7 @@ class Softmax:
 
 
 def user_by_user(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
-    """Return the interests [T, H, d] one user after another: what a CPU is fastest at, whose caches hold one history."""
+    """Return the interests [T, H, d] one user after another: fastest on a CPU, whose caches hold one history."""
     return torch.cat(
         [_one_user(query_THd[rows], keys, mine, seen, softmax) for mine, seen, rows in each_user(events, targets)]
     )

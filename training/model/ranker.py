@@ -4,8 +4,8 @@ What turns a history into an interest is a kind of its own (training/model/inter
 the same for all kinds, so that they can be compared. The equations and their reasons: docs/method.md#embedding and the
 sections behind it.
 
-Legend: N distinct items of the batch, E events (flat), T targets (flat), H heads, d head width, D = H * d, S width of an
-item's static embedding.
+Legend: N distinct items of the batch, E events (flat), T targets (flat), H heads, d head width, D = H * d,
+S width of an item's static embedding.
 """
 
 from __future__ import annotations

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from etl.stage.errors import StageError
 from training.model.interests.interface import Interest
+from training.model.interests.linear_attention import LinearAttention
 from training.model.interests.mean_pooling import MeanPooling
 from training.model.interests.recent_attention import RecentAttention
 from training.model.interests.sdim import Sdim
 from training.model.interests.softmax_attention import SoftmaxAttention
 from training.model.interests.vql import Vql
 
-# By the name that `ModelConfig.interest` gives. Who tries a kind of their own adds it here before a configuration names it.
+# By the name that `ModelConfig.interest` gives. A trial outside this package is added before a configuration names it.
 INTERESTS: dict[str, type[Interest]] = {
     "vql": Vql,
     "softmax_attention": SoftmaxAttention,
     "recent_attention": RecentAttention,
     "sdim": Sdim,
+    "linear_attention": LinearAttention,
     "mean_pooling": MeanPooling,
 }
 

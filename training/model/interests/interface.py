@@ -2,11 +2,12 @@
 
     interest_THd, auxiliary loss = interest(items, events, targets)
 
-The ranker around it is the same for all kinds: it embeds the items, makes the values, and predicts from the interest. A kind
-gets all users at once; which pass runs, by device and size, is its business and changes no result beyond rounding.
+The ranker around it is the same for all kinds: it embeds the items, makes the values, and predicts from the interest.
+A kind gets all users at once; which pass runs, by device and size, is its own business and changes no result beyond
+rounding.
 
-Legend: N distinct items of the batch, E events (flat), T targets (flat), S width of an item's static embedding, H heads,
-d head width, D = H * d.
+Legend: N distinct items of the batch, E events (flat), T targets (flat), S width of an item's static embedding,
+H heads, d head width, D = H * d.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Interest(nn.Module):
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         """Return the interests, float [T, H, d], and a loss to be added to the task's, 0 where there is none.
 
-        A target's interest depends on its own item and on the events [first, end) of its own user, and on nothing else of
-        the batch; with no such event it is zeros.
+        A target's interest depends on its own item and on the events [first, end) of its own user, and on nothing else
+        of the batch; with no such event it is zeros.
         """
         raise NotImplementedError
 
@@ -103,7 +104,7 @@ class Attention(Interest):
         return Softmax(self.kernel)
 
     def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:
-        """Return the interests, [T, H, d], by the pass that suits device and sizes. The one place that chooses a pass."""
+        """Return the interests, [T, H, d], by the pass that suits device and sizes; no other place chooses one."""
         if self.at_once(events):
             return in_blocks(query_THd, keys, events, targets, self.softmax(), self.block_attention)
         return user_by_user(query_THd, keys, events, targets, self.softmax())

@@ -44,9 +44,8 @@ def _means_at_once(events: Events, targets: Targets) -> Tensor:
     value_EHd = events.value_EHd
 
     def totals(layout: Layout) -> Tensor:
-        seen_NPB = layout.seen(targets.end_T)
-        if targets.bound_T is not None:
-            seen_NPB = seen_NPB & ~layout.seen(targets.bound_T)
-        return layout.summed((seen_NPB.to(value_EHd.dtype) @ layout.events(value_EHd)).to(value_EHd.dtype))
+        return layout.summed(
+            (layout.visible(targets).to(value_EHd.dtype) @ layout.events(value_EHd)).to(value_EHd.dtype)
+        )
 
     return by_layout(totals, events, targets) / (targets.end_T - targets.first_T).clamp(min=1)[:, None, None]

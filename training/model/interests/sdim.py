@@ -4,8 +4,8 @@
 
 The target is hashed by its key, so that what is similar to it shares its buckets.
 
-Legend: N distinct items, E events (flat), T targets (flat), L events of one user, H heads, d head width, D = H * d, X hash
-tables, B bits of a table (in the passes: events of a block, as in blocks.py).
+Legend: N distinct items, E events (flat), T targets (flat), L events of one user, H heads, d head width, D = H * d,
+X hash tables, B bits of a table (in a layout N, P and B are those of blocks.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sdim(Attention):
 
 
 def _pooled(bucket_NX: Tensor, events: Events, targets: Targets) -> Tensor:
-    """Return the mean over tables of the normalised sum of the values in the target's bucket, [T, H, d], for one user."""
+    """Return the mean over tables of the normalised sum of the bucket's values, [T, H, d], for one user."""
     length, heads, width = events.value_EHd.shape
     value_LD = events.value_EHd.flatten(1)
     event_LX, target_TX = bucket_NX[events.item_E], bucket_NX[targets.item_T]
@@ -70,14 +70,12 @@ def _pooled_at_once(bucket_NX: Tensor, events: Events, targets: Targets) -> Tens
     event_EX, target_TX = bucket_NX[events.item_E], bucket_NX[targets.item_T]
 
     def pooled(layout: Layout) -> Tensor:
-        seen_NPB = layout.seen(targets.end_T)
-        if targets.bound_T is not None:
-            seen_NPB = seen_NPB & ~layout.seen(targets.bound_T)
+        visible_NPB = layout.visible(targets)
         value_NBD = layout.events(events.value_EHd).permute(1, 2, 0, 3).flatten(2)
         total_TD = value_NBD.new_zeros(len(layout.slot_T), value_NBD.shape[-1])
         for table in range(TABLES):
             target_NP1 = target_TX[:, table][layout.target_NP][..., None]
-            same_NPB = (target_NP1 == event_EX[:, table][layout.event_NB][:, None]) & seen_NPB
+            same_NPB = (target_NP1 == event_EX[:, table][layout.event_NB][:, None]) & visible_NPB
             sum_TD = layout.summed((same_NPB.to(value_NBD.dtype) @ value_NBD)[None])[:, 0]
             # Normalised after the sum over blocks: a bucket's length is that of all its events.
             total_TD = total_TD + F.normalize(sum_TD, dim=-1)

@@ -2,11 +2,11 @@
 
     o_t = sum_i softmax_i(q_t . e_{z_i} + log K(t_q - t_i)) v_i
 
-trained event by event with straight-through keys; served from one count and one mean of values a code. With `recent_window` and
-`refine_k` some events have their exact keys, in the same softmax.
+trained event by event with straight-through keys; served from one count and one mean of values a code. With
+`recent_window` and `refine_k` some events have their exact keys, in the same softmax.
 
-Legend: N distinct items of the batch, E events (flat), T targets (flat), L events of one user, H heads, d head width, G groups,
-C codes.
+Legend: N distinct items of the batch, E events (flat), T targets (flat), L events of one user, H heads, d head width,
+G groups, C codes.
 """
 
 from __future__ import annotations
