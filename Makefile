@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl claims validate let-through lint up down backup restore lock clean
+.PHONY: help setup data run test readme test-slow bench-etl claims validate let-through prune lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ validate: setup ## look at one stage of a partition, change nothing: STAGE=event
 let-through: setup ## let a partition that a gate stopped through, once: STAGE=events DT=YYYY-MM-DD DATASET=name REASON="why" BY=name
 	@$(PY) -m etl.quality.pass_once --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--dt "$$DT" --stage "$$STAGE" --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
+
+prune: setup ## remove what is no longer current and as old as the definition says: DATASET=name; ARGS=--dry-run shows it with sizes
+	@$(PY) -m evaluation.prune --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--runs "$${LONGVIEW_RUNS:-$${LONGVIEW_HOME:-var}/runs}" --reports "$${LONGVIEW_REPORTS:-$${LONGVIEW_HOME:-var}/reports}" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

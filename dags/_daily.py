@@ -118,7 +118,9 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as caches:
             stage(task_id="build_user_caches", module="evaluation.user_caches", arguments=runs, pool="training")
 
-        chain(start, ingest, sequences, train, evaluate, register, caches)
+        prune = stage(task_id="prune", module="evaluation.prune", arguments=[*runs, "--reports", reports])
+
+        chain(start, ingest, sequences, train, evaluate, register, caches, prune)
 
     return dag
 

@@ -68,7 +68,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
         raise StageError(f"the model in {package} has no codebook, so its users have no caches", "promote a VQL model")
     items = store.read(items_manifest)
     reference_time_ms = (day_number(dt) + 1) * MS_PER_DAY
-    staging = store.begin_try(attempt, ["user_caches"], [dt])
+    staging = store.begin_try(attempt, ["user_caches"], [dt], dt)
     files = []
     for bucket in sorted({file.bucket for file in sequences_manifest.files}):
         sequences = Sequences.from_arrow(store.read(sequences_manifest, bucket=bucket))

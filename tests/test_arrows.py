@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("evaluation.evaluate", "etl.quality.audit"),
     ("evaluation.evaluate", "etl.quality.report"),
+    ("evaluation.prune", "etl.quality.docs"),
     ("evaluation.release.register", "etl.quality.kept"),
 }
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from etl.stage.errors import StageError
+from etl.warehouse.retention import Lineage
 from etl.warehouse.store import sha256_of
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, set_tracking
 
 CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"
-DIGEST_TAG = "model.digest"
+DIGEST_TAG, SNAPSHOT_TAG = "model.digest", "data.snapshot_digest"
+PAGE = 1_000  # versions that are asked for at once
 # Of a package: what scores depend on. The example request is of the day that the model was trained on.
 EXAMPLE = "example_request.json"
 
@@ -98,6 +100,23 @@ class Registry:
             for double in found[1:]:
                 self.client.delete_model_version(self.name, double.version)
             return str(found[0].version)
+
+    def lineage(self) -> Lineage:
+        """Return what the versions that there are need of the tables and the runs."""
+        with asking_mlflow():
+            aliases = set(self.aliases().values())
+            found = self.client.search_model_versions(f"name = '{self.name}'", max_results=PAGE)
+            versions = list(found)
+            while found.token:
+                found = self.client.search_model_versions(f"name = '{self.name}'", max_results=PAGE, page_token=found.token)
+                versions += found
+        served = [version for version in versions if str(version.version) in aliases]
+        return Lineage(
+            versions=len(versions),
+            snapshots=frozenset(one.tags[SNAPSHOT_TAG] for one in versions if SNAPSHOT_TAG in one.tags),
+            served=frozenset(f"{self.name}/{one.version}" for one in served),
+            attempts=frozenset(one.tags[ATTEMPT_TAG] for one in served if ATTEMPT_TAG in one.tags),
+        )
 
     def package(self, version: str) -> Path:
         """Download a version and return its package folder.

@@ -28,6 +28,7 @@ from etl.stage.uris import folder_problem
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
+SHORTEST_RETENTION_DAYS = 4  # longer than any run of the DAG may take
 MAX_SIGNALS = 8  # bits of `feedback` that the model embeds
 # What databases and data frames write for "no value".
 MISSING_WORDS = ("", "NULL", "null", "\\N", "NaN", "nan", "NA", "N/A", "<NA>", "None")
@@ -468,6 +469,40 @@ class RunDefaults(_Model):
     wait_hours: int = Setting(default=6, ge=0, le=23)
 
 
+def _days_or_never(given: Any) -> int | None:
+    if given == "never":
+        return None
+    if type(given) is int and SHORTEST_RETENTION_DAYS <= given <= 36_525:
+        return given
+    raise ValueError(
+        f"a whole number of days from {SHORTEST_RETENTION_DAYS} to 36525 is wanted, or never; a run may take so long"
+    )
+
+
+# None: never.
+RemovedAfterDays = Annotated[int | None, pydantic.PlainValidator(_days_or_never)]
+
+
+class Retention(_Model):
+    """After how many days what is no longer current is removed, or `never`; see `evaluation.prune`.
+
+    Attributes:
+        superseded_days: files that were published before; the days count from the last publication of their partition.
+        history_days: manifests that were published before, the same way.
+        staging_days: what attempts have staged and not published, from its last change.
+        data_docs_days: pages of Great Expectations.
+        runs_days: folders of runs: checkpoints, packages, scores.
+        reports_days: reports of partitions.
+    """
+
+    superseded_days: RemovedAfterDays = 30
+    history_days: RemovedAfterDays = None
+    staging_days: RemovedAfterDays = 14
+    data_docs_days: RemovedAfterDays = 60
+    runs_days: RemovedAfterDays = 30
+    reports_days: RemovedAfterDays = 365
+
+
 class Archive(_Model):
     """One published file: where it is, how large, its checksum, and which of its members are raw files."""
 
@@ -495,6 +530,7 @@ class DatasetDefinition(_Model):
         first_day, last_day: UTC days of the data; the DAG builds no others.
         items, users: files of static fields.
         run: what a run of its DAG takes where nothing else is said.
+        retention: when what is no longer current is removed.
         quality: bounds and expectations of its own (`etl.datasets.quality_rules`).
     """
 
@@ -512,6 +548,7 @@ class DatasetDefinition(_Model):
     targets: Targets
     window: WindowDefaults = WindowDefaults()
     run: RunDefaults = RunDefaults()
+    retention: Retention = Retention()
     quality: Quality = Quality()
 
     @pydantic.model_validator(mode="after")

@@ -77,7 +77,7 @@ def build_events(store: TableStore, definition: DatasetDefinition, raw: RawLocat
     if strangers := sorted(set(accept_loss) - set(lookback)):
         raise StageError(f"--accept-loss names {strangers[0]}, which is no day of the lookback {lookback[0]} .. {dt}", "name days that this partition reads")
     found = store.published(("quarantine", "events"), lookback)
-    work = store.begin_try(attempt, ("quarantine", "events"), lookback, found)
+    work = store.begin_try(attempt, ("quarantine", "events"), lookback, dt, found)
     published = {day: manifest for day in lookback if (manifest := found.get(("events", day))) is not None}
     layout = Layout(buckets or _buckets(published, files, definition, lookback))
     judge = Judge(definition, raw, files)

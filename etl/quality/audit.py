@@ -45,9 +45,9 @@ from etl.quality.report import written_after
 from etl.quality.validate import EVERY_ROW, Check, OwnCheck, validate
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError, StageError, TryAgainError
-from etl.warehouse.partitions import MS_PER_DAY, Window, add_days
+from etl.warehouse.partitions import Window, add_days
 from etl.warehouse.schemas import EVENTS
-from etl.warehouse.store import STAGING_DAYS, DataFile, Manifest, Staged, TableStore
+from etl.warehouse.store import DataFile, Manifest, Staged, TableStore, require_one_day
 
 STAGED_TABLES = {"events": ("quarantine", "events"), "sequences": ("items", "sequences")}  # items first: sequences point into it
 MAX_THREADS = 4  # that measure buckets of sequences
@@ -98,6 +98,8 @@ class Audit:
         self.thresholds = self.definition.quality.thresholds()
         for expectation in self.definition.quality.expectations:
             own.built(expectation)  # wrong arguments are told before anything is read
+        if self.attempt is not None:
+            require_one_day(self.attempt, self.dt, self.store.tries(self.attempt))
 
     # ---- one gate, two ways --------------------------------------------------------------------------------------
 
@@ -134,7 +136,6 @@ class Audit:
         self.store.publish_all(staged, lambda m: log(f"published {m.table} dt={m.dt}: {m.rows} rows, data digest {m.data_digest[:16]}"))
         if staged:
             self.store.forget(_judgement_path(staged))
-            self.store.prune_staging(round(time.time() * 1_000) - STAGING_DAYS * MS_PER_DAY)
         return outcome
 
     def judge_ahead(self, stage: str) -> None:

@@ -75,6 +75,7 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     Args:
         stopped_by: what stopped the gate beside a failed expectation; '' for nothing.
     """
+    from etl.quality.docs import index_lock
     from etl.quality.kept import read_outcomes
     from etl.quality.page import Partition, partition_page, summary
     from etl.quality.pass_once import pass_command
@@ -101,7 +102,7 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     found = summary(partition)
     html = partition_page(partition, draw(partition.stats, dt), os.path.relpath(reports / "index.html", page.parent))
     page.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(reports / ".index.lock"):
+    with one_at_a_time(index_lock(reports)):
         replace_text(page, html)
         replace_text(page.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False))
         write_index(reports)

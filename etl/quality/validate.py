@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from etl.datasets.quality_rules import Condition, Expectation
 from etl.datasets.thresholds import Thresholds
-from etl.quality.docs import prune, write_home
+from etl.quality.docs import gx_lock, write_home
 from etl.quality.gx import great_expectations
-from etl.quality.kept import GATES, Outcome
+from etl.quality.kept import Outcome
 from etl.quality.own import Sample, built
 from etl.quality.suites import UNKNOWN, as_words, build_suite, must_be_known
 from etl.stage.local_files import one_at_a_time
@@ -96,7 +96,7 @@ def validate(checks: Sequence[Check | OwnCheck], run_name: str, reports: Path | 
     if reports is not None:
         reports = reports.resolve()
     checks = [_with_unknown(check, thresholds) if isinstance(check, Check) else check for check in checks]
-    with one_at_a_time(reports / ".gx.lock") if reports is not None else nullcontext():
+    with one_at_a_time(gx_lock(reports)) if reports is not None else nullcontext():
         results, pages = _run(checks, run_name, reports, thresholds)
     return [check.outcome(item, page) for check, result, page in zip(checks, results, pages, strict=True) for item in result.results]
 
@@ -136,7 +136,6 @@ def _run(checks: Sequence[Check | OwnCheck], run_name: str, reports: Path | None
     # Without its index: that reads every validation there is, each time.
     context.build_data_docs(site_names=[SITE], build_index=False, resource_identifiers=[*identifiers, *(ExpectationSuiteIdentifier(suite) for suite in batches)])
     write_home(reports)
-    prune(reports, GATES)
     sites = [context.get_docs_sites_urls(resource_identifier=identifier, site_name=SITE) for identifier in identifiers]
     return results, [site["site_url"].removeprefix("file://") for [site] in sites]
 

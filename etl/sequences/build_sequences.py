@@ -54,7 +54,7 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
         StageError: a day of the window is not published.
     """
     dt = window.dt
-    staging = store.begin_try(attempt, ("items", "sequences"), [dt])
+    staging = store.begin_try(attempt, ("items", "sequences"), [dt], dt)
     manifests = [store.require("events", day) for day in window.event_days]
     if not manifests[-1].rows:
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")

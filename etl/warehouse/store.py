@@ -42,7 +42,6 @@ from etl.warehouse.schemas import TABLES, table_schema
 ROW_GROUP_ROWS = 1 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
 SUPERSEDED = "_superseded"
-STAGING_DAYS = 14  # staging of an attempt that began no try for so long is left over
 REQUESTS = 8  # small files that are read at once
 Found = TypeVar("Found")
 
@@ -54,6 +53,7 @@ class Try:
     Attributes:
         name: the folder's name; the later of two tries of an attempt has the greater one.
         tables, days: what it stages; of these, older tries count no more, whether this one ends or not.
+        dt: the partition that its attempt builds; '' of a job that builds none, or of a record of earlier versions.
         expected: `table/dt=D` -> data digest of what was published when it began, '' where nothing was.
     """
 
@@ -62,6 +62,7 @@ class Try:
     tables: tuple[str, ...]
     days: tuple[str, ...]
     begun_at_ms: int
+    dt: str = ""
     expected: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -117,18 +118,30 @@ class TableStore:
             found = list(pool.map(lambda name: self.manifest(*name), names))
         return {name: manifest for name, manifest in zip(names, found, strict=True) if manifest is not None}
 
-    def begin_try(self, attempt: str, tables: Sequence[str], days: Sequence[str], published: Mapping[tuple[str, str], Manifest] | None = None) -> Try:
+    def begin_try(
+        self,
+        attempt: str,
+        tables: Sequence[str],
+        days: Sequence[str],
+        dt: str = "",
+        published: Mapping[tuple[str, str], Manifest] | None = None,
+    ) -> Try:
         """Begin to stage these tables and days: what earlier tries of the attempt staged of them counts no more.
 
         Args:
+            dt: the partition that is built; '' for a job that builds none.
             published: what the job builds on, where it has read that already: nobody may publish anything else meanwhile.
+
+        Raises:
+            StageError: the attempt has begun to build another partition.
         """
         earlier = self.tries(attempt)
+        require_one_day(attempt, dt, earlier)
         number = 1 + (int(earlier[0].name.split("-")[1]) if earlier else 0)
         if published is None:
             published = self.published(tables, days)
         expected = {f"{table}/dt={day}": m.data_digest if (m := published.get((table, day))) else "" for table in tables for day in days}
-        work = Try(attempt, f"try-{number:04d}-{uuid.uuid4().hex[:8]}", tuple(tables), tuple(days), round(time.time() * 1_000), expected)
+        work = Try(attempt, f"try-{number:04d}-{uuid.uuid4().hex[:8]}", tuple(tables), tuple(days), round(time.time() * 1_000), dt, expected)
         self.write_text(f"{work.folder}/try.json", json.dumps(asdict(work), indent=1, sort_keys=True))
         self._drop_staged(earlier, tables, days)
         return work
@@ -145,19 +158,6 @@ class TableStore:
             raw = json.loads(text)
             self._tries[path] = Try(**{**raw, "tables": tuple(raw["tables"]), "days": tuple(raw["days"])})
         return self._tries.get(path)
-
-    def prune_staging(self, before_ms: int) -> list[str]:
-        """Drop the staging of every attempt whose last try began before `before_ms` (Unix); return the attempts' names."""
-        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_staging", allow_not_found=True))
-        old = []
-        for info in infos:
-            tries = self.tries(info.base_name)
-            if tries and tries[0].begun_at_ms < before_ms:
-                old.append(info.base_name)
-                for one in reversed(tries):  # the newest last: an older one never becomes the newest
-                    self._drop(one.folder)
-                self._drop(f"_staging/{info.base_name}")
-        return old
 
     def _drop_staged(self, tries: Sequence[Try], tables: Sequence[str], days: Sequence[str]) -> None:
         """Drop what some tries have staged of these tables and days; their records stay, so that none of them counts again."""
@@ -246,7 +246,7 @@ class TableStore:
         if staged is None:
             current = self.manifest(table, dt)
             if current is not None and current.attempt == attempt:
-                with opened(self.fs, self.warehouse, f"{self.root}/{_pointer(table, dt)}"):
+                with opened(self.fs, self.warehouse, f"{self.root}/{pointer_path(table, dt)}"):
                     self._settle(table, dt)  # a publication may have been cut short behind its pointer
                 return current
             raise StageError(f"attempt {attempt} has no completely staged partition dt={dt} of table {table}",
@@ -314,7 +314,7 @@ class TableStore:
         published = replace(manifest, files=tuple(replace(file, path=self.published_path(table, dt, file)) for file in manifest.files))
         text, won = published.to_json(), False
         while not won:
-            with opened(self.fs, self.warehouse, f"{self.root}/{_pointer(table, dt)}") as pointer:
+            with opened(self.fs, self.warehouse, f"{self.root}/{pointer_path(table, dt)}") as pointer:
                 current = self._as_current(table, dt, pointer.text) if pointer.text is not None else None
                 try:
                     self._require_expected(staged, current)
@@ -390,13 +390,18 @@ class TableStore:
 
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""
-        text = self.read_text(_pointer(table, dt))
+        text = self.read_text(pointer_path(table, dt))
         if text is None and (kept := self._history(table, dt)):
-            text = self.read_text(_pointer(table, dt))  # published just now: the history is written behind the pointer
+            text = self.read_text(pointer_path(table, dt))  # published just now: the history is written behind the pointer
             if text is None:
-                raise StageError(f"{self.root}/{_pointer(table, dt)} is gone, yet the partition was published: {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
+                raise StageError(f"{self.root}/{pointer_path(table, dt)} is gone, yet the partition was published: {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
                                  "copy the newest good one of them over it; to withdraw a partition for good, remove its whole folder below _manifests")
         return self._as_current(table, dt, text) if text is not None else None
+
+    def manifest_at(self, path: str) -> Manifest:
+        """Return a manifest of the history. Raises: StageError: it is gone or damaged."""
+        text = self.read_text(path.removeprefix(f"{self.root}/"))
+        return Manifest.from_json(text or "", path, "remove it by hand if nobody needs it")
 
     def _history(self, table: str, dt: str) -> list[str]:
         """Return the paths of every manifest of a partition that was ever published."""
@@ -412,7 +417,7 @@ class TableStore:
             self.write_text(path, text, durable=True)
 
     def _as_current(self, table: str, dt: str, text: str) -> Manifest:
-        where = f"{self.root}/{_pointer(table, dt)}"
+        where = f"{self.root}/{pointer_path(table, dt)}"
         return Manifest.from_json(text, where, f"copy the newest good manifest of {self.root}/_manifests/{table}/dt={dt}/history over it")
 
     def days(self, table: str) -> list[str]:
@@ -539,6 +544,15 @@ class TableStore:
             return stream.read().decode("utf-8", "replace")
 
 
+def require_one_day(attempt: str, dt: str, tries: Sequence[Try]) -> None:
+    """Raises: StageError: a try of the attempt says that it builds another partition than `dt` ('': none)."""
+    if dt and (other := next((work for work in tries if work.dt not in ("", dt)), None)):
+        raise StageError(
+            f"attempt {attempt} builds dt={other.dt} (by {other.folder}), not dt={dt}",
+            "give every day an --attempt of its own",
+        )
+
+
 def sha256_of(fs: pafs.FileSystem, path: str) -> str:
     """Return the sha256 (hex) of a file's bytes, as they lie there: nothing is unpacked.
 
@@ -552,7 +566,8 @@ def sha256_of(fs: pafs.FileSystem, path: str) -> str:
     return digest.hexdigest()
 
 
-def _pointer(table: str, dt: str) -> str:
+def pointer_path(table: str, dt: str) -> str:
+    """Return the path of a partition's current manifest below the data set's folder."""
     return f"_manifests/{table}/dt={dt}/current.json"
 
 

@@ -110,6 +110,7 @@ class Project:
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "log_report.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
+        (root / "evaluation" / "prune.py").touch()
         (root / "etl" / "datasets" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -370,7 +371,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences"}
     states = project.states(run)
     assert {task for task, state in states.items() if state == "skipped"} == {
-        "train.train_models", "evaluate.evaluate_models", "register.register_model", "register.promote_model", "caches.build_user_caches"}  # fmt: skip
+        "train.train_models", "evaluate.evaluate_models", "register.register_model", "register.promote_model", "caches.build_user_caches", "prune"}  # fmt: skip
 
     # A warning that nobody is to be asked about, and an approval without a warning, wait for nobody.
     for conf in ({}, {"on_warning": "approve"}):

@@ -19,7 +19,7 @@ import pytest
 from airflow.sdk.exceptions import ParamValidationError
 from structlog.testing import capture_logs
 
-from etl.datasets.definition import built_in_names, dataset
+from etl.datasets.definition import SHORTEST_RETENTION_DAYS, built_in_names, dataset
 from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
 from infra import settings
 from tests.waiting import wait_for
@@ -42,6 +42,7 @@ EXPECTED_COMMANDS = {
     "register.register_model": "evaluation.release.register --runs RUNS",
     "register.promote_model": "evaluation.release.promote --runs RUNS",
     "caches.build_user_caches": "evaluation.user_caches --runs RUNS",
+    "prune": "evaluation.prune --runs RUNS --reports REPORTS",
 }
 
 
@@ -485,6 +486,11 @@ def test_run_defaults_of_the_definition_are_those_of_the_form(own):
     assert {"raw": "/data/shop", "config": "tiny", "workers": 3, "on_warning": "approve"}.items() <= dag.params.dump().items()
     assert dag.timetable.hour == 6
     assert dag.dagrun_timeout >= dtm.timedelta(hours=2 + 12)
+
+
+def test_nothing_of_a_run_that_still_goes_on_is_old_enough_to_be_removed(own):
+    own.write_text(OWN + "run: {hour: 6, wait_hours: 23}\n")
+    assert own_dags()["vql_daily_shop"].dagrun_timeout < dtm.timedelta(days=SHORTEST_RETENTION_DAYS)
 
 
 def test_an_airflow_of_make_run_alone_has_no_schedule(own, monkeypatch):

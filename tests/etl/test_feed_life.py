@@ -1,4 +1,5 @@
-"""Sixty days in the life of a feed: raw retention, late and repeated deliveries, edited definitions, kills, backfills in any order.
+"""Sixty days in the life of a feed: retention of raw files and of what was superseded, late and repeated deliveries, edited definitions,
+kills, backfills in any order.
 
 Everything runs as the jobs run it, but for Spark: the tasks' own functions are called here, one after the other.
 """
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
@@ -23,9 +25,11 @@ from etl.ingest.affected import affected
 from etl.ingest.raw import RawLocation
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
+from etl.warehouse.retention import Cutoffs, Lineage, prune_partitions, prune_staging
 from etl.warehouse.store import Manifest, TableStore
 
 FIRST, DAYS, LOOKBACK, BUCKETS = "2024-01-01", 60, 6, 2
+RETENTION_DAYS, NS_PER_DAY = 4, MS_PER_DAY * 1_000_000
 
 
 class NoSpark:
@@ -148,6 +152,31 @@ class Life:
                 return None
         return None
 
+    def a_day_goes_by(self) -> None:
+        """Make what has an age that counts a day older."""
+        root = Path(self.store.root)
+        for path in [*root.glob("_manifests/*/*/current.json"), *root.glob("_staging/**/*")]:
+            os.utime(path, ns=(path.stat().st_mtime_ns - NS_PER_DAY,) * 2)
+
+    def prune(self) -> int:
+        """Remove what is old; what is published, what is stale and what any engine reads are as before. Return what went."""
+        tables = {name: {day: self.store.require(name, day) for day in self.store.days(name)} for name in ("events", "quarantine")}
+        stale = affected(self.store, self.definition, RawLocation(str(self.raw)))
+        (now := self.folder / "now").touch()
+        old_ms = now.stat().st_mtime_ns // 1_000_000 - RETENTION_DAYS * MS_PER_DAY
+        said: list[str] = []
+        removed = prune_partitions(self.store, Cutoffs(old_ms, old_ms), Lineage(), False, said.append)
+        removed += prune_staging(self.store, old_ms, (), False)
+        assert said == []
+        assert tables == {name: {day: self.store.require(name, day) for day in self.store.days(name)} for name in tables}
+        assert affected(self.store, self.definition, RawLocation(str(self.raw))) == stale
+        for manifest in (manifest for days in tables.values() for manifest in days.values() if manifest.files):
+            folder = Path(self.store.root) / manifest.table / f"dt={manifest.dt}"
+            listed = [f"{self.store.root}/{file.path}" for file in manifest.files]
+            assert sorted(map(str, folder.rglob("*.parquet"))) == sorted(listed)
+            assert duckdb.read_parquet(listed, hive_partitioning=False).count("*").fetchone() == (manifest.rows,)
+        return sum(one.files for one in removed)
+
 
 @contextlib.contextmanager
 def never_smaller(life: Life, accept: tuple[str, ...]) -> Iterator[None]:
@@ -160,7 +189,9 @@ def never_smaller(life: Life, accept: tuple[str, ...]) -> Iterator[None]:
 
 def test_sixty_days_of_a_feed(tmp_path):
     life = Life(tmp_path, 1)
-    rng, seen = life.rng, {"stop": 0, "accepted": 0, "late": 0, "lost": 0, "stale": 0, "killed": 0, "backfill": 0}
+    others = random.Random(2)  # readers and prunes: the feed's life is the same without them
+    readers: list[tuple[int, Manifest]] = []  # since which day each holds the manifest that it reads
+    rng, seen = life.rng, {"pruned": 0, "stop": 0, "accepted": 0, "late": 0, "lost": 0, "stale": 0, "killed": 0, "backfill": 0}
     for number in range(DAYS):
         today = add_days(FIRST, number)
         life.deliver(today, f"log-{today}.csv")
@@ -202,6 +233,13 @@ def test_sixty_days_of_a_feed(tmp_path):
                 with never_smaller(life, accept):
                     assert life.run(dt, accept=accept) is None
                 seen["accepted"] += 1
+        life.a_day_goes_by()
+        readers = [(since, manifest) for since, manifest in readers if number - since < RETENTION_DAYS]
+        readers += [(number, life.manifest(day)) for day in others.sample(sorted(life.built), min(2, len(life.built)))]
+        if others.random() < 0.3:
+            seen["pruned"] += life.prune()
+        for _, manifest in readers:
+            assert life.store.read(manifest).num_rows == manifest.rows
         # Wherever raw is still there, what is published and fresh is what a build from nothing would give.
         fresh = [day for day in life.built if day not in life.stale() and not life.lost(day) and life.there(day) and life.manifest(day).rows]
         checked = rng.sample(sorted(fresh), min(2, len(fresh)))
@@ -230,7 +268,7 @@ def test_three_archived_days_and_a_harmless_key_leave_what_is_published_alone(tm
     # The partition of an archived day cannot be built; nor can one whose lookback the definition changes.
     for dt, definition in ((days[1], shop()), (days[3], shop(least=1))):
         with pytest.raises(StageError, match=rf"(?s)dt={days[1]}: .*gone: {days[1]}.csv.*--accept-loss DAY") as stopped:
-            build(store, raw, definition, dt, "stopped", 4)
+            build(store, raw, definition, dt, f"stopped-{dt}", 4)
         assert ("--adopt-definition" in stopped.value.remedy) is (definition != shop()), "where no definition changed there is none to adopt"
     assert {s.dt: s.whole for s in affected(store, shop(least=1), RawLocation(str(raw)))} == {**dict.fromkeys(days[:3], False), days[3]: True}
     build(store, raw, shop(least=1), days[3], "accepted", 4, tuple(days[:3]))

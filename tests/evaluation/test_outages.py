@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from etl.stage.commands import run_stage
-from etl.stage.errors import EXIT_TRY_AGAIN
+from etl.stage.errors import EXIT_MEND, EXIT_TRY_AGAIN
 from evaluation.gate import Decision
 from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT
@@ -84,6 +86,58 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
     assert registry.aliases() == {"challenger": version.version, "champion": version.version}
     assert registry.version(version.version).tags["validation_status"] == "passed"
     assert registry.package(version.version).is_dir()
+
+
+BODIES = ("", "<html><body>Sign in</body></html>", '{"error_code": "PERMISSION_DENIED", "message": "no rights"}')
+
+
+@pytest.fixture(params=[(status, body) for status in (401, 403) for body in BODIES], ids=lambda one: f"{one[0]}-{one[1][:5]}")
+def gatekeeper(request) -> Iterator[tuple[str, list[str]]]:
+    """A server that refuses whoever asks; yields its address and what was asked."""
+    status, body = request.param
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            asked.append(f"{self.command} {self.path}")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = refuse
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_user_whom_mlflow_refuses_is_told_at_once_what_to_set(gatekeeper, stages, monkeypatch, capsys):
+    address, asked = gatekeeper
+    stages.train(ATTEMPT)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    place = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT, "--runs", str(stages.runs)]
+    more = {"training.train": ["--config", "tiny", "--workers", "0"], "evaluation.evaluate": ["--raw", str(stages.raw)], "evaluation.prune": ["--reports", str(stages.raw)]}
+    (stages.runs / ATTEMPT / "evaluation.json").write_text("{}")
+    (stages.runs / ATTEMPT / "registration.json").write_text("{}")
+    for module in ("evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune", "training.train"):
+        asked.clear()
+        if module == "training.train":
+            shutil.rmtree(stages.runs / ATTEMPT)
+        monkeypatch.setattr(sys, "argv", [module, *place, *more.get(module, [])])
+        with pytest.raises(SystemExit) as end:
+            run_stage(importlib.import_module(module).main)
+        said = capsys.readouterr().err
+        assert (end.value.code, len(asked)) == (EXIT_MEND, 1), (module, said, asked)
+        assert said.startswith(f"error: MLflow at {address} refuses this user: ")
+        assert "remedy: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN" in said
+        assert "Traceback" not in said
 
 
 def test_a_version_that_is_gone_behind_its_alias_is_named(stages, monkeypatch):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -292,24 +293,43 @@ def test_a_gate_loads_no_drawing_library() -> None:
 # ---- Data Docs are kept of the newest attempts -----------------------------------------------------------------------
 
 
-def validation(reports: Path, attempt: str, time: str) -> Path:
+def validation(reports: Path, attempt: str, days_old: int) -> Path:
     """Write a validation and its page, as Great Expectations lays them down."""
     for folder, suffix in zip(docs.folders(reports), (".json", ".html"), strict=True):
-        path = folder / "events_days" / f"{attempt}-events" / time / f"batch{suffix}"
+        path = folder / "events_days" / f"{attempt}-events" / "20220421T000000.000000Z" / f"batch{suffix}"
         path.parent.mkdir(parents=True)
         path.write_text("{}")
+        age(path, days_old)
     return path
+
+
+def age(path: Path, days: int) -> None:
+    os.utime(path, (days_ago(days) / 1_000,) * 2)
+
+
+def days_ago(days: int) -> int:
+    return 1_700_000_000_000 - days * 86_400_000  # pages that a test writes are newer
 
 
 def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, tmp_path: Path) -> None:
     pages = {}
-    for number, attempt in enumerate(("oldest", "middle", "newest")):
-        pages[attempt] = validation(tmp_path, attempt, f"2022042{number}T000000.000000Z")
+    for attempt, days_old in (("oldest", 61), ("middle", 59), ("newest", 0)):
+        pages[attempt] = validation(tmp_path, attempt, days_old)
         write_outcome(store, replace(gate("events", "warning", outcome("warning", data_docs=str(pages[attempt]))), attempt=attempt))
         report.write(dataset(DATASET), store, DT, attempt, tmp_path, "")
     shown = report_page(tmp_path, DATASET, DT, "oldest")
     assert "data_docs" in shown.read_text()
-    assert docs.prune(tmp_path, ("events",), keep=2) == ["oldest"]
+    age(shown, 61)
+    of_another = validation(tmp_path, "another", 99)
+    (tmp_path / "partitions" / "another_set" / "dt=2022-04-21").mkdir(parents=True)
+    (tmp_path / "partitions" / "another_set" / "dt=2022-04-21" / "another.html").touch()
+    would = docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=True)
+    assert pages["oldest"].exists()
+    removed = docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False)
+    assert removed == would
+    assert [(one.kind, one.name, one.files, one.bytes) for one in removed] == [("data docs", "oldest", 2, 4)]
+    assert of_another.exists()  # its data set says when
+    assert shown.stat().st_mtime == days_ago(61) / 1_000  # the report is as old as before
     assert [path.exists() for path in pages.values()] == [False, True, True]
     assert not list(tmp_path.rglob("oldest-events"))
     for write_again in (False, True):  # as it lies there, and written anew
@@ -321,7 +341,25 @@ def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, t
             for name, address in Reader(page.read_text()).attributes:
                 assert name != "href" or (page.parent / str(address)).exists(), (page, address)
         assert "no longer kept" in Reader(shown.read_text()).text
-    assert docs.prune(tmp_path, ("events",), keep=2) == []
+    assert docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False) == []
+
+
+def test_old_reports_go_and_the_index_knows(store: TableStore, tmp_path: Path) -> None:
+    for attempt in ("old", "new"):
+        write_outcome(store, replace(gate("events", None), attempt=attempt))
+        report.write(dataset(DATASET), store, DT, attempt, tmp_path, "")
+    old = report_page(tmp_path, DATASET, DT, "old")
+    for path in (old, old.with_suffix(".json")):
+        age(path, 366)
+    assert docs.prune_reports(tmp_path, "another_set", days_ago(365), dry_run=False) == []
+    would = docs.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=True)
+    assert (old.exists(), [one.name for one in would]) == (True, ["old"])
+    assert docs.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=False) == would
+    assert sorted(path.name for path in old.parent.iterdir()) == ["new.html", "new.json"]
+    links = [address for name, address in Reader((tmp_path / "index.html").read_text()).attributes if name == "href"]
+    assert [link for link in links if link and "partitions" in link] == [f"partitions/{DATASET}/dt={DT}/new.html"]
+    report.write(dataset(DATASET), store, DT, "old", tmp_path, "")  # what the gates found is still there
+    assert old.exists()
 
 
 def test_messages_are_whole() -> None:

@@ -103,15 +103,13 @@ def test_a_publication_cut_short_is_finished_from_verified_files_only(store):
     assert store.read(store.publish("a", "quarantine", DT)).num_rows == 3
 
 
-def test_staging_that_was_left_is_pruned_by_age(store):
-    stage(store, "old", "one")
-    began = store.tries("old")[0].begun_at_ms
-    assert store.prune_staging(began) == []
-    stage(store, "old", "two")
-    last = store.tries("old")[0].begun_at_ms
-    assert store.prune_staging(last + 1) == ["old"]
-    assert store.tries("old") == []
-    assert store.staged_manifest("old", "quarantine", DT) is None
+def test_an_attempt_builds_one_day(store):
+    store.begin_try("a", ["quarantine"], ["2022-04-20", DT], DT)
+    for tables in (["quarantine"], ["sequences"]):
+        with pytest.raises(StageError, match=rf"attempt a builds dt={DT} \(by _staging/a/try-0001-.*, not dt=2022-04-20.*\n.*an --attempt of its own"):
+            store.begin_try("a", tables, ["2022-04-20"], "2022-04-20")
+    store.begin_try("a", ["sequences"], [DT], DT)
+    store.begin_try("b", ["quarantine"], ["2022-04-20"], "2022-04-20")
 
 
 def test_publishing_twice_changes_nothing(store):
