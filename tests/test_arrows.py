@@ -66,7 +66,9 @@ def against_the_arrow(module: str, source: str) -> list[str]:
     """Return the imports of a module that its room may not have."""
     room = room_of(module)
     ours = {name for name in imports_of(source) if name.split(".")[0] in {room.split(".")[0] for room in MAY_IMPORT}}
-    wrong = {name for name in ours if room_of(name) != room and not any(within(name, below) for below in MAY_IMPORT[room])}
+    wrong = {
+        name for name in ours if room_of(name) != room and not any(within(name, below) for below in MAY_IMPORT[room])
+    }
     return sorted(name for name in wrong if not any(module == one and within(name, other) for one, other in EXCEPTIONS))
 
 
@@ -81,7 +83,9 @@ SOURCES = {
 def test_every_module_stands_in_a_room_and_imports_downwards_only() -> None:
     assert len(SOURCES) > 90, "the code is not where this test looks"
     assert [module for module in SOURCES if not room_of(module)] == []
-    assert {module: wrong for module, path in SOURCES.items() if (wrong := against_the_arrow(module, path.read_text()))} == {}
+    assert {
+        module: wrong for module, path in SOURCES.items() if (wrong := against_the_arrow(module, path.read_text()))
+    } == {}
 
 
 @pytest.mark.parametrize(
