@@ -73,7 +73,7 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
     if (folder / "sequences.parquet").exists():
         return folder
     from etl.datasets.simulate import Simulation, write_simulation
-    from etl.ingest.build_events import EVENT, events_schema, parse_split, write_day_bucket
+    from etl.ingest.event_rows import EVENT, events_schema, parse_split, write_day_bucket
     from etl.ingest.features import read_features
     from etl.ingest.raw import RawLocation
     from etl.sequences.items import counted, item_rows, merged

@@ -19,7 +19,7 @@ import pyarrow as pa
 from etl.datasets.arguments import dataset_parser, definition_of
 from etl.datasets.definition import DatasetDefinition
 from etl.datasets.rows_digest import rows_digest
-from etl.ingest.build_events import events_schema
+from etl.ingest.event_rows import events_schema
 from etl.ingest.freshness import same_rows
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError

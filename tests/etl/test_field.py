@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.ingest.build_events import COUNTED, EVENT, REFUSED, parse_split, write_day_bucket
+from etl.ingest.event_rows import COUNTED, EVENT, REFUSED, parse_split, write_day_bucket
 from etl.ingest.features import read_features
 from etl.ingest.raw import RawLocation
 from etl.stage.errors import StageError

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import etl.ingest.raw
 from etl.datasets.definition import dataset
-from etl.ingest.build_events import COUNTED, ELSEWHERE, parse_split, parsed_schema, write_day_bucket
+from etl.ingest.event_rows import COUNTED, ELSEWHERE, parse_split, parsed_schema, write_day_bucket
 from etl.ingest.raw import RawLocation
 from etl.warehouse.buckets import Layout
 from etl.warehouse.partitions import MS_PER_DAY, day_number, dt_of_day_number

@@ -16,7 +16,7 @@ import yaml
 
 from etl.datasets.definition import BUILT_IN, Time, dataset
 from etl.datasets.definition_checks import EVENT_COLUMNS, ITEM_COLUMNS
-from etl.ingest.build_events import parsed_schema
+from etl.ingest.event_rows import parsed_schema
 from etl.ingest.raw import times_ms
 from etl.stage.errors import StageError
 from etl.warehouse.schemas import ITEMS

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.ingest.build_events import COUNTED, EVENT, REFUSED, parse_split
+from etl.ingest.event_rows import COUNTED, EVENT, REFUSED, parse_split
 from etl.ingest.features import read_features
 from etl.ingest.raw import RawLocation, Split, parse_lines
 from etl.sequences.build_sequences import _user_fields

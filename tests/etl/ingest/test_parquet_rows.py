@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.datasets.definition import DatasetDefinition, dataset
-from etl.ingest.build_events import COUNTED, REFUSED, parse_split
+from etl.ingest.event_rows import COUNTED, REFUSED, parse_split
 from etl.ingest.raw import RawLocation
 from etl.stage.errors import StageError
 from etl.warehouse.buckets import Layout

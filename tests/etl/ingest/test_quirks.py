@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets.definition import DatasetDefinition, dataset
-from etl.ingest.build_events import EVENT, REFUSED, parse_split, write_day_bucket
+from etl.ingest.event_rows import EVENT, REFUSED, parse_split, write_day_bucket
 from etl.ingest.features import read_features
 from etl.ingest.raw import RawLocation, hashed_ids
 from etl.warehouse.buckets import Layout

@@ -106,7 +106,7 @@ def test_rows_that_are_kept_under_another_definition_have_its_signals_and_column
 def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp_path, capsys):
     """What was made from the day under its old definition is stale then, also when the day had been cut anew before."""
     from etl.datasets.rows_digest import rows_digest
-    from etl.ingest.build_events import events_schema
+    from etl.ingest.event_rows import events_schema
     from etl.ingest.freshness import same_rows
     from etl.jobs.rebucket import rebucket
 
