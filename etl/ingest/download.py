@@ -37,6 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm import tqdm
+
 from etl.datasets.definition import (
     SIMULATED_MARKER,
     Archive,
@@ -113,25 +115,19 @@ class Progress:
     def __init__(self, label: str, total: int | None, start: int = 0) -> None:
         self.label, self.total, self.position, self.start = label, total, start, start
         self.began = self.told = time.monotonic()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(desc=label, total=total, initial=start, unit="B", unit_scale=True, leave=False)
+        # disable=None: no bar where stderr is no terminal.
+        self.bar = tqdm(desc=label, total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def add(self, count: int) -> None:
         self.position += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif time.monotonic() - self.told >= LOG_EVERY_SECONDS:
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.told >= LOG_EVERY_SECONDS:
             self.told = time.monotonic()
             log(f"{self.label}  {self._so_far()}")
 
@@ -489,10 +485,24 @@ class _Transfer:
         log(f"{self.target.name}: from its beginning, because {why}")
 
 
+class _SameMethod(urllib.request.HTTPRedirectHandler):
+    """Asks the same thing of the address that a server sends us to.
+
+    Python 3.11 turns a redirected HEAD into a GET, so that the server begins to send the whole archive for its size.
+    """
+
+    def redirect_request(self, req: urllib.request.Request, *answer: Any) -> urllib.request.Request | None:
+        moved = super().redirect_request(req, *answer)
+        if moved is not None:
+            moved.method = req.get_method()
+        return moved
+
+
 def _open(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, method=method, headers={"User-Agent": "longview", "Accept-Encoding": "identity", **headers})
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        opener = urllib.request.build_opener(_SameMethod)
+        response: http.client.HTTPResponse = opener.open(request, timeout=TIMEOUT_SECONDS)
         return response
     except urllib.error.HTTPError as error:
         with error:

@@ -50,6 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges, self.head, self.told = True, True, True
         self.status: list[int] = []  # of the next answers
         self.pause = 0.0
+        self.moved = False  # `files` have gone to another address, to which the old one leads
         self.requests: list[tuple[str, str | None]] = []  # method, Range
         self.served = 0
 
@@ -75,6 +76,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, send: bool) -> None:
         server, asked = self.server, self.headers.get("Range")
         server.requests.append((self.command, asked))
+        if server.moved and self.path.startswith("/files/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("/files/", "/moved/"))
+            self.end_headers()
+            return
         body = server.files.get(self.path.split("?")[0].rsplit("/", 1)[1])
         status = server.status.pop(0) if server.status else 404 if body is None else 405 if not (send or server.head) else 200
         if status != 200 or body is None:
@@ -255,6 +261,15 @@ def interrupted(server, path: str, raw: Path, monkeypatch, after: int = 100_000)
     assert ended.value.code == 130
     assert (raw / "archives" / "X.tar.gz.part").stat().st_size == after
     server.requests.clear()
+
+
+def test_a_server_that_leads_elsewhere_is_followed_and_sends_the_file_once(server, one):
+    path, raw = one
+    server.moved, server.cuts = True, [100_000]
+    call(path, raw)
+    assert files(raw) == CONTENTS
+    size, first, rest = ("HEAD", None), ("GET", None), ("GET", "bytes=100000-")
+    assert server.requests == [size, size, first, first, rest, rest]
 
 
 def test_a_server_that_ignores_ranges_sends_the_file_from_its_beginning(server, one, monkeypatch, capsys):
