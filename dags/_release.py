@@ -11,10 +11,9 @@ from airflow.sdk import Asset, AssetAlias
 from dags._common import StageOperator
 from dags._links import MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
+from evaluation.release.outcomes import PROMOTED, sentence
 from infra import settings
 
-PROMOTED = "promoted"  # of `evaluation.release.promote.SAID`, whose module imports too much for a DAG file
-SAID = {PROMOTED: "promoted", "kept": "not promoted, the champion's equal", "refused": "NOT promoted"}
 REASON_LENGTH = 300  # of what stands in the run's note
 
 
@@ -75,9 +74,8 @@ class PromoteOperator(ModelOperator):
         self.champion = champion
 
     def told(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
-        decision, version = registration["outcome"], f"{registration['model_name']} version {registration['version']}"
-        reason = registration["gate"]["reason"]
-        line = f"{SAID[decision]}: {version}, {reason}"
+        decision, reason = registration["outcome"], registration["gate"]["reason"]
+        line = sentence(decision, registration["model_name"], registration["version"], reason)
         self.log.info(line)
         append_note(context, line[:REASON_LENGTH])
         details = {"outcome": decision, "reason": reason, "model": registration["model_name"], "version": registration["version"]}

@@ -26,6 +26,7 @@ from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
 from evaluation.evaluate import judge_again, read_training, write_json
 from evaluation.gate import Decision, quality_gate
+from evaluation.release.outcomes import KEPT, PROMOTED, REFUSED, sentence
 from evaluation.release.register import read_evaluation, request_frame
 from training.data import Sequences
 from training.registry import CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
@@ -33,8 +34,6 @@ from training.run_folder import run_folder
 from training.scoring import load_scorer, request_of
 from training.tracking import asking_mlflow, attempt_run
 
-PROMOTED, KEPT, REFUSED = "promoted", "kept", "refused"
-SAID = {PROMOTED: "promoted", KEPT: "NOT promoted, it is the champion's equal", REFUSED: "NOT promoted, stays challenger"}
 OUTCOME_TAG = "promotion"
 DIGESTS = (DIGEST_TAG, "data.snapshot_digest", "config_digest")
 REASON_LENGTH = 1000
@@ -61,7 +60,7 @@ def main() -> None:
     registration = {"model_name": registry.name, "version": version, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
     write_json(run_dir / "registration.json", registration | {"aliases": aliases, "gate": decision.to_dict(), "outcome": outcome,
                "digests": {name: tags[name] for name in DIGESTS if name in tags}})  # fmt: skip
-    log(f"{registry.name} version {version} {SAID[outcome]}: {decision.reason}")
+    log(sentence(outcome, registry.name, version, decision.reason))
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Promotion:
     version: str
 
     def decided(self, evaluation: dict) -> tuple[str, Decision]:
-        """Return the outcome (a key of SAID) and its reason.
+        """Return the outcome (of `evaluation.release.outcomes`) and its reason.
 
         Raises:
             TryAgainError: the champion moves faster than it can be compared with, or MLflow does not answer.

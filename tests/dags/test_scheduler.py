@@ -107,6 +107,7 @@ class Project:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text({"etl.quality.audit": GATE, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
+        shutil.copy(settings.ROOT / "evaluation" / "release" / "outcomes.py", root / "evaluation" / "release")
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "log_report.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
@@ -522,7 +523,7 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         assert [call[0] for call in calls].count("evaluation.release.register") == 2
         [attempt] = {of(call, "--attempt") for call in calls}
         assert stack.error(run, "register.register_model") == "error: a fault was asked for"
-        words = {"promoted": "promoted: vql_model version 3, the reason", "refused": "NOT promoted: vql_model version 3, the reason"}[outcome]
+        words = {"promoted": "vql_model version 3 promoted: the reason", "refused": "vql_model version 3 NOT promoted, stays challenger: the reason"}[outcome]
         assert words in stack.api.call("GET", run)["note"]
         assert words in stack.log(run, "register.promote_model")
         links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]

@@ -779,15 +779,14 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
 def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an_event(tmp_path, monkeypatch, outcome, aliases, event):
     from dags import _release
     from dags._links import MlflowRunLink, ModelVersionLink
-    from evaluation.release import promote
 
-    assert set(_release.SAID) == set(promote.SAID)
     notes: list[str] = []
     monkeypatch.setattr(_release, "append_note", lambda context, line: notes.append(line))
     task, execute, context = promote_task(tmp_path, monkeypatch, outcome, aliases)
     found = execute()
     assert {"outcome": outcome, "reason": "the reason", "version": "3", "dt": "2022-04-21"}.items() <= found.items()
-    assert notes == [f"{_release.SAID[outcome]}: vql_kuairand version 3, the reason"]
+    said = {"promoted": "promoted", "kept": "NOT promoted, it is the champion's equal", "refused": "NOT promoted, stays challenger"}[outcome]
+    assert notes == [f"vql_kuairand version 3 {said}: the reason"]
     events = context["outlet_events"][task.alias].asset_alias_events
     assert [one.dest_asset_key.uri for one in events] == ["longview://c/champion"] * event
     for one in events:

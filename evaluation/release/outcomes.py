@@ -1,0 +1,15 @@
+"""What becomes of a version at its promotion, and how that is said; imports nothing, so that a DAG file may."""
+
+from __future__ import annotations
+
+PROMOTED, KEPT, REFUSED = "promoted", "kept", "refused"  # kept: the champion is the same model
+_SAID = {
+    PROMOTED: "promoted",
+    KEPT: "NOT promoted, it is the champion's equal",
+    REFUSED: "NOT promoted, stays challenger",
+}
+
+
+def sentence(outcome: str, model: str, version: str, reason: str) -> str:
+    """Return what stands in the stage's log and in the run's note."""
+    return f"{model} version {version} {_SAID[outcome]}: {reason}"
