@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
           "evaluation.release.promote", "evaluation.user_caches")  # fmt: skip
 STAGE = '''
-import json, os, sys
+import contextlib, json, os, sys, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[len(__spec__.name.split(".")) - 1]
 if any("hunter2" in value or "///airflow?" in value for value in os.environ.values()):
@@ -42,6 +42,23 @@ if fault.exists():
             fault.unlink()
         print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
         sys.exit(code)
+def hold():
+    "Wait while the stage is held, which a file of the root names."
+    (root / "held").write_text(__spec__.name)
+    with contextlib.suppress(FileNotFoundError):
+        while (root / "hold").read_text() == __spec__.name:
+            time.sleep(0.2)
+if __spec__.name != "training.train":
+    hold()
+'''
+# Training begins the attempt's run in MLflow, as the real one does.
+TRAIN = STAGE + '''
+if (root / "training" / "tracking.py").exists():
+    from etl.datasets.arguments import partition_parser
+    from training.tracking import attempt_run
+    args, _ = partition_parser("").parse_known_args()
+    with attempt_run(args.definition, args.dt, args.attempt, {}):
+        hold()
 '''
 # A gate keeps its outcome, a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
 GATE = STAGE + '''
@@ -57,8 +74,11 @@ if (root / "gates").exists():
 '''
 # Promotion leaves what the real one does; `outcome` of the root says which.
 PROMOTE = STAGE + '''
-import time
+champion, before = root / "champion", (root / "champion").read_text() if (root / "champion").exists() else ""
 time.sleep(8 if (root / "slow_promotion").exists() else 0)
+if before != (champion.read_text() if champion.exists() else ""):
+    sys.exit("another promotion was at work")
+champion.write_text(sys.argv[sys.argv.index("--attempt") + 1])
 outcome = (root / "outcome").read_text() if (root / "outcome").exists() else "promoted"
 folder = Path(sys.argv[sys.argv.index("--runs") + 1]) / sys.argv[sys.argv.index("--attempt") + 1]
 folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +126,7 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text({"etl.quality.audit": GATE, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
+            path.write_text({"etl.quality.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
         shutil.copy(settings.ROOT / "evaluation" / "release" / "outcomes.py", root / "evaluation" / "release")
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "log_report.py").write_text(PAGE)
@@ -544,19 +564,48 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
     assert ended.endswith("--status FAILED\n")
 
 
-def test_a_manual_run_beside_a_backfill_promotes_one_after_the_other(stack):
-    days = ("2022-04-15", "2022-04-16")
+def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_the_other(stack):
+    """They may be at work at once, as a backfill counts apart; one trains and one promotes at a time, and the last is the champion."""
+    raw, dag_id = stack.root / "meeting", "vql_daily_meeting"
+    dag = f"/api/v2/dags/{dag_id}"
+    raw.mkdir()
+    (raw / "log.csv").touch()  # the scheduled run finds what it waits for
+    stack.definition("var/definitions/meeting.yaml", f"""
+        extends: kuairand
+        name: meeting
+        title: Three runs at once
+        first_day: 2023-01-02
+        last_day: null
+        logs: {{files: ['log*.csv'], days_in_name: null}}
+        run: {{hour: 0, raw: '{raw}'}}
+        """)
+    stack.api.wait_for_dag(dag_id, "vql_daily_own.py", since=0)
+    stack.calls()
     (stack.root / "slow_promotion").touch()  # each is at it long enough for the others to come
-    stack.start_backfill(*days, max_active_runs=2)
-    runs = [stack.trigger("2022-04-19")]
-    runs += wait_for("runs of the backfill", lambda: found if len(found := [run for day in days for run in stack.runs_of_backfill(day)]) == 2 else None)
-    assert {stack.ended(run) for run in runs} == {"success"}
+    stack.start_backfill("2023-04-15", "2023-04-16", dag_id=dag_id, max_active_runs=2)
+    stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": {"dt": "2023-04-19"}})
+    stack.pause(False, dag)
+    runs = wait_for("four runs", lambda: found if len(found := stack.api.call("GET", f"{dag}/dagRuns")["dag_runs"]) == 4 else None, every=1)
+    assert sorted(run["run_type"] for run in runs) == ["backfill", "backfill", "manual", "scheduled"]
+    paths = [f"{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs]
+    assert {stack.ended(path) for path in paths} == {"success"}
     (stack.root / "slow_promotion").unlink()
-    began = [stack.api.call("GET", run)["start_date"] for run in runs]
-    ended = [stack.api.call("GET", run)["end_date"] for run in runs]
-    assert max(began) < min(ended)  # they were at work at the same time, which a backfill and other runs may be
-    promotions = sorted((task["start_date"], task["end_date"]) for run in runs for task in [stack.api.call("GET", f"{run}/taskInstances/register.promote_model")])
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(promotions))
+
+    def spans(of_one) -> list[tuple[str, str]]:
+        return sorted((one["start_date"], one["end_date"]) for one in map(of_one, paths))
+
+    def overlap(found: list[tuple[str, str]]) -> bool:
+        return any(before[1] > after[0] for before, after in itertools.pairwise(found))
+
+    assert overlap(spans(lambda path: stack.api.call("GET", path)))
+    for task in ("train.train_models", "register.promote_model"):
+        assert not overlap(spans(lambda path, task=task: stack.api.call("GET", f"{path}/taskInstances/{task}")))
+    calls = stack.calls()
+    assert len(calls) == 4 * TASKS
+    assert len(attempts_of(calls)) == 4
+    promoted = [of(call, "--attempt") for call in calls if call[0] == "evaluation.release.promote"]
+    assert (stack.root / "champion").read_text() == promoted[-1]
+    stack.pause(True, dag)
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
