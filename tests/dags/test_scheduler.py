@@ -25,7 +25,7 @@ from tests.waiting import PATIENCE_S, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
 STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
-          "evaluation.release.promote", "evaluation.user_caches")  # fmt: skip
+          "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune")  # fmt: skip
 STAGE = '''
 import contextlib, json, os, sys, time
 from pathlib import Path
@@ -98,7 +98,7 @@ sys.stdin.read()
 print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
 '''
 SECRET = "hunter2"  # stands in the address of Airflow's database
-TASKS = 10  # that run a stage
+TASKS = 11  # that run a stage
 APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
 DAG_ID = settings.dag_id("kuairand_simulated")
 DAG_PATH = f"/api/v2/dags/{DAG_ID}"
@@ -131,7 +131,6 @@ class Project:
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "log_report.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
-        (root / "evaluation" / "prune.py").touch()
         (root / "etl" / "datasets" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -377,7 +376,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     assert "training.train" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
-    assert [call[0] for call in project.calls()] == ["training.train", "evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches"]
+    assert [call[0] for call in project.calls()] == ["training.train", "evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune"]
     [attempt] = {of(call, "--attempt") for call in called}
     for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
         assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
@@ -442,7 +441,7 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     project.clear(run, only_failed=True)
     assert project.ended(run) == "success"
     calls = project.calls()
-    assert modules_of(calls) == ["evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches"]
+    assert modules_of(calls) == ["evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune"]
     assert attempts_of(calls) == {attempt}
 
     # One task of a finished run, alone.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import pytest
 from etl.datasets.definition import dataset
 from etl.quality import audit, kept
 from etl.quality.kept import StageOutcome
-from etl.stage.errors import StageError
+from etl.stage.errors import EXIT_MEND, StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import (
     EVALUATION,
@@ -74,6 +75,16 @@ def stage_table(store: TableStore, attempt: str, table: str, dt: str, parts: lis
     made = Manifest(store.dataset, table, dt, attempt, schema_fingerprint(parts[0].schema if parts else TABLES[table]), "test", files, **manifest)
     store.write_staged_manifest(work, made)
     return made
+
+
+def test_a_gate_judges_no_day_that_its_attempt_does_not_build(store: TableStore) -> None:
+    """The attempt has staged the day before, too, for its own partition."""
+    store.begin_try("a", ["events"], [add_days(DT, -1), DT], DT)
+    audit_of = functools.partial(audit.Audit, store, dataset(DATASET))
+    assert audit_of(DT, "a").attempt == "a"
+    with pytest.raises(StageError, match=rf"attempt a builds dt={DT} .*, not dt={add_days(DT, -1)}") as caught:
+        audit_of(add_days(DT, -1), "a")
+    assert caught.value.exit_code == EXIT_MEND
 
 
 # ---- events ------------------------------------------------------------------------------------------------------
