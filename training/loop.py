@@ -149,7 +149,7 @@ def train_model(
     if config.compiled:
         model.compile()
     sums = _StepSums(model, worker)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, fused=worker.device != "cpu")
     batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
     totals, best_model, best_logloss, best_epoch = torch.zeros(2, dtype=torch.float64, device=worker.device), None, float("inf"), -1
     step = first_epoch = first_position = 0

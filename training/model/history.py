@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from training.model.fused_rows import Places
+
 
 @dataclass(frozen=True)
 class Items:
@@ -35,12 +37,14 @@ class Events:
         value_EHd: float, what attention mixes: the item's part and what the user did with it.
         time_ms_E: int64, milliseconds since the epoch.
         start: U + 1 offsets; user u has the events start[u] to start[u + 1].
+        by_item: the same items, once ordered for all that is summed by item.
     """
 
     item_E: Tensor
     value_EHd: Tensor
     time_ms_E: Tensor
     start: list[int]
+    by_item: Places | None = None
 
 
 @dataclass(frozen=True)

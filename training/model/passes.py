@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.model import fused
 from training.model.attention import Attended, combine, event_attention, event_part, window_part
 from training.model.blocks import Layout, block_attention
 from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
+from training.model.fused_rows import Places, gathered
 from training.model.history import Events, Targets, each_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import refined_event_part
@@ -107,6 +109,31 @@ def in_blocks(
         ),
         events,
         targets,
+    )
+
+
+def has_kernels(query_THd: Tensor, softmax: Softmax) -> bool:
+    """Say whether `in_kernels` can do it: on a GPU that runs the kernels, if no code is refined."""
+    return fused.available(query_THd) and not softmax.refine_k
+
+
+def in_kernels(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
+    """Return the interests [T, H, d] of all users at once by the fused kernels (fused.py)."""
+    first_T, exact_from_T, exact_EHd = targets.bound_T, None, None
+    by_item = events.by_item or Places(events.item_E)
+    recent_T = (targets.end_T - softmax.recent_window).clamp(min=0) if softmax.recent_window else None
+    if softmax.window_alone and recent_T is not None:
+        first_T = recent_T if first_T is None else torch.maximum(recent_T, first_T)
+    elif keys.codes_NG is not None and recent_T is not None:
+        exact_from_T, exact_EHd = recent_T, gathered(keys.exact_NHd, by_item)
+    return fused.fused_attention(
+        fused.Work.of(events.start, targets.start, query_THd.shape[1], query_THd.device),
+        query_THd,
+        gathered(keys.hard_NHd, by_item),
+        events.value_EHd,
+        fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T),
+        softmax.kernel,
+        exact_EHd,
     )
 
 

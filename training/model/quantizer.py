@@ -55,6 +55,7 @@ class GroupedQuantizer(nn.Module):
         self.codebook_GCw = nn.Parameter(words_GCw, requires_grad=ema_decay is None)
         self.register_buffer("usage_GC", self._even_usage())
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
+        self._known_started = False
         if ema_decay is not None:
             self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones_like(words_GCw[..., :1])], -1))
         self.register_buffer("step_GCk", torch.zeros(groups, self.codes, group_width + 1), persistent=False)
@@ -75,7 +76,18 @@ class GroupedQuantizer(nn.Module):
 
     def lookup(self, codes_NG: Tensor) -> Tensor:
         """Return the codewords of assignments, fp32 [G, N, w]."""
-        return torch.stack([self.codebook_GCw[g][codes_NG[:, g]] for g in range(self.groups)])
+        row_GN = codes_NG.T + self.codes * torch.arange(self.groups, device=codes_NG.device)[:, None]
+        return self.codebook_GCw.flatten(0, 1).index_select(0, row_GN.flatten()).unflatten(0, row_GN.shape)
+
+    def is_started(self) -> bool:
+        """Say whether codes have begun; a device is asked until they have, and not in every step after."""
+        if not self._known_started:
+            self._known_started = bool(self.started)
+        return self._known_started
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._known_started = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, keys_NHd: Tensor, weight_N: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize the keys of distinct items.

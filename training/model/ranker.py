@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.cache import UserCache
+from training.model.fused import on_device
+from training.model.fused_rows import Places, gathered
 from training.model.history import Events, Items, Targets
 from training.model.interests import interest_class
 from training.model.interests.interface import Coded
@@ -188,9 +191,9 @@ class Ranker(nn.Module):
     def _events(self, items: Items, batch: Batch) -> Events:
         """Values are the item's part and what the user did with it: each made once a distinct item or interaction."""
         value_NHd, interaction_IHd = self._heads(self.to_value(items.static_NS)), self._heads(self.interactions.table())
-        value_EHd = value_NHd.index_select(0, batch.event_item)
-        value_EHd = value_EHd + interaction_IHd.index_select(0, batch.event_interaction)
-        return Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start)
+        by_item = Places(batch.event_item)
+        value_EHd = gathered(value_NHd, by_item, interaction_IHd, Places(batch.event_interaction))
+        return Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start, by_item)
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], self.config.heads, self.config.head_width)
@@ -210,9 +213,8 @@ def _targets(batch: Batch) -> Targets:
 
 def _recency(batch: Batch) -> Tensor:
     """log(1 + visible events) and log(1 + days since the last visible event), [T, 2]."""
-    starts = torch.tensor(batch.event_start[:-1], device=batch.target_end.device)
-    counts = torch.tensor(batch.target_start, device=batch.target_end.device).diff()
-    last = (starts.repeat_interleave(counts) + batch.target_end - 1).clamp(min=0)
+    starts_T = np.repeat(batch.event_start[:-1], np.diff(batch.target_start))
+    last = (on_device(starts_T, batch.target_end.device) + batch.target_end - 1).clamp(min=0)
     last_ms = batch.event_time_ms[last] if len(batch.event_time_ms) else batch.target_time_ms
     visible = batch.target_end - batch.target_first
     gap = torch.where(visible > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0))

@@ -24,7 +24,7 @@ from training.model.blocks import block_attention
 from training.model.cache import UserCache
 from training.model.history import Events, Items, Targets
 from training.model.kernel import MixtureKernel
-from training.model.passes import Keys, Softmax, in_blocks, user_by_user
+from training.model.passes import Keys, Softmax, has_kernels, in_blocks, in_kernels, user_by_user
 from training.model.probe import AttentionErrors
 from training.model.quantizer import GroupedQuantizer
 
@@ -105,6 +105,8 @@ class Attention(Interest):
 
     def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:
         """Return the interests, [T, H, d], by the pass that suits device and sizes; no other place chooses one."""
+        if has_kernels(query_THd, self.softmax()):
+            return in_kernels(query_THd, keys, events, targets, self.softmax())
         if self.at_once(events):
             return in_blocks(query_THd, keys, events, targets, self.softmax(), self.block_attention)
         return user_by_user(query_THd, keys, events, targets, self.softmax())

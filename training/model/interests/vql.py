@@ -49,7 +49,7 @@ class Vql(Coded):
 
     def coded_keys(self, key_NHd: Tensor, events: Events) -> tuple[Keys, Tensor]:
         """Return the keys of the batch's items with their codes, and the weighted quantization loss."""
-        if not bool(self.quantizer.started):
+        if not self.quantizer.is_started():
             # Warm-up: exact keys; the codebooks stay in the graph, so that every worker has the same gradients.
             return Keys.exact(key_NHd), 0.0 * self.quantizer.codebook_GCw.sum()
         if not self.training:
@@ -58,7 +58,9 @@ class Vql(Coded):
         else:
             # Items are searched once, but the loss is the theorem's: a mean over events, so an item counts as often as
             # it occurs.
-            weight_N = torch.bincount(events.item_E, minlength=key_NHd.shape[0])
+            # A device is not asked for the largest item, as bincount would.
+            once_E = key_NHd.new_ones(len(events.item_E))
+            weight_N = key_NHd.new_zeros(len(key_NHd)).index_add_(0, events.item_E, once_E)
             hard_NHd, loss, codes_NG = self.quantizer(key_NHd, weight_N, self.config.commitment)
             loss = self.config.codebook_weight * loss
         return Keys(key_NHd, hard_NHd, codes_NG, self.codebook_HCd()), loss

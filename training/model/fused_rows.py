@@ -1,0 +1,99 @@
+"""Rows of tables for every event, and their gradients back, in one pass each (Triton, on a GPU).
+
+A batch has tens of events for each distinct item, so the gradient is added up in the order of the items: one addition to the
+table a run of equal items in place of one an event.
+
+Legend: E events, N rows of a table, D their width (flattened).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from training.model import fused
+
+ROWS = 64  # events of a program
+
+
+class Places:
+    """Which row of a table each event takes.
+
+    Attributes:
+        row_E: int64 [E].
+    """
+
+    def __init__(self, row_E: Tensor) -> None:
+        self.row_E = row_E
+
+    @cached_property
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """(order, ids): the events in the order of their rows, and these rows, int64 and int32 [E]."""
+        ids, order = self.row_E.int().sort()
+        return order, ids
+
+
+def gathered(table: Tensor, places: Places, other: Tensor | None = None, other_places: Places | None = None) -> Tensor:
+    """Return table[row] (+ other[other row]) of every event, [E, ...], in autocast's precision.
+
+    Gradients are summed in fp32. With `torch.use_deterministic_algorithms` they have the same bits in every run.
+    """
+    if not fused.available(table):
+        rows = table.index_select(0, places.row_E)
+        return rows if other is None or other_places is None else rows + other.index_select(0, other_places.row_E)
+    dtype = table.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return _Gathered.apply(table, other, places, other_places, dtype)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table: Tensor, other: Tensor | None, places: Places, other_places: Places | None, dtype) -> Tensor:
+        from training.model.fused_kernels import gather_kernel
+
+        table = table.contiguous()
+        second = table if other is None else other.contiguous()
+        ctx.places, ctx.shapes = (places, other_places), (table.shape, second.shape)
+        ctx.dtypes = table.dtype, second.dtype
+        events, width = len(places.row_E), table[0].numel()
+        out = table.new_empty(events, *table.shape[1:], dtype=dtype)
+        if events:
+            gather_kernel[(-(-events // ROWS),)](
+                table, places.row_E, second, (other_places or places).row_E, out, events,
+                D=width, DP=_padded(width), B=ROWS, TWO=other is not None,
+            )  # fmt: skip
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        found = [
+            None if places is None or not needed else _summed(grad, places, shape).to(dtype)
+            for places, shape, dtype, needed in zip(
+                ctx.places, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ]
+        return *found, None, None, None
+
+
+def _summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
+    """Sum the rows of a gather's gradient into a table, fp32."""
+    from training.model.fused_kernels import scatter_kernel
+
+    table = grad.new_zeros(shape, dtype=torch.float32)
+    events, width = len(places.row_E), table[0].numel()
+    if torch.are_deterministic_algorithms_enabled():
+        return table.index_add_(0, places.row_E, grad.float())
+    if events:
+        order, ids = places.ordered
+        scatter_kernel[(-(-events // ROWS),)](grad, order, ids, table, events, D=width, DP=_padded(width), B=ROWS)
+    return table
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
