@@ -10,10 +10,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, BaseSensorOperator
 
 from dags._exits import ends_as_a_stage, log_lines, told
 from etl.datasets.definition import definition_name
@@ -74,6 +75,75 @@ def partition_arguments(run: Mapping[str, Any], dataset: str) -> list[str]:
     return ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", run["dt"], "--attempt", run["attempt"]]
 
 
+def require_done(task: BaseOperator, context: Mapping[str, Any], attempt: str) -> None:
+    """Refuse to go on behind a task whose state a person has set: Airflow goes on behind what is marked as success.
+
+    A task that did its work has handed on the attempt that it did it for; only of what waits for files nothing is
+    asked. What is marked as failed while later tasks work stops the run at the next one.
+
+    Raises:
+        StageError: names the task.
+    """
+    ti, run = context["ti"], context["dag_run"]
+    remedy = (
+        "clear that task with its downstream tasks, and it does its work in the same attempt; "
+        "a day that a gate stopped is let through once and by name (make let-through)"
+    )
+    for name in sorted(task.upstream_task_ids):
+        if isinstance(task.dag.get_task(name), BaseSensorOperator):
+            continue
+        if (ti.xcom_pull(task_ids=name) or {}).get("attempt") != attempt:
+            what = f"attempt {attempt} has no result of the task `{name}`, which was rejected or marked as success"
+            raise StageError(what, remedy)
+    if before := sorted(task.get_flat_relative_ids(upstream=True)):
+        states = ti.get_task_states(dag_id=run.dag_id, run_ids=[run.run_id], task_ids=before).get(run.run_id, {})
+        if failed := [name for name in before if states.get(name) == "failed"]:
+            raise StageError(f"the task `{failed[0]}` of this run is marked as failed", remedy)
+
+
+def start_ending(partition: Sequence[str], status: str) -> None:
+    """Begin to end the MLflow run of an attempt that no stage will end any more, in a session of its own.
+
+    Args:
+        partition: the arguments that every stage takes.
+        status: FAILED or KILLED.
+    """
+    subprocess.Popen(
+        ending(partition, status),
+        cwd=settings.ROOT,
+        env=settings.stage_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def ending(partition: Sequence[str], status: str) -> list[str]:
+    """Return the command line that ends an attempt's run in MLflow, if that is still RUNNING."""
+    return [sys.executable, "-m", "training.ended", *partition, "--status", status]
+
+
+def end_failed_run(context: Mapping[str, Any], dataset: str) -> None:
+    """End the MLflow run of a DAG run that has failed. A task that was marked as failed before it worked has no process that could.
+
+    Airflow asks for it some time after the failure: a run that was cleared meanwhile goes on.
+
+    Args:
+        dataset: name of a built-in data set, or the path of a definition.
+    """
+    from infra.airflow_api import AirflowApi  # loads more than a DAG file needs
+
+    run = context["ti"].xcom_pull(task_ids=settings.START) if "ti" in context else None
+    if run and AirflowApi().call("GET", run_path(context["dag_run"]))["state"] == "failed":
+        start_ending(partition_arguments(run, dataset), "FAILED")
+
+
+def run_path(run: Any) -> str:
+    """Return the path of a DAG run in Airflow's API."""
+    return f"/api/v2/dags/{run.dag_id}/dagRuns/{urllib.parse.quote(run.run_id)}"
+
+
 class StageOperator(BaseOperator):
     """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
 
@@ -113,6 +183,7 @@ class StageOperator(BaseOperator):
 
     @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, str]:
+        require_done(self, context, self._run["attempt"])
         command = self.command()
         self.log.info("running: %s", shlex.join(command))
         run = context["dag_run"]
@@ -136,27 +207,24 @@ class StageOperator(BaseOperator):
         return outcome
 
     def on_kill(self) -> None:
-        self._killed = True
+        done = self._process is not None and self._process.poll() is not None  # the task only takes its leave
         self._end_stage()
-        if self._run:  # in a session of its own: Airflow has seconds for this task
-            subprocess.Popen(self._ended("KILLED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        if self._run and not done:
+            self._killed = True
+            start_ending(self.partition(), "KILLED")
 
     def end_mlflow_run(self) -> None:
         """End the attempt's run in MLflow as FAILED, when the task has failed for good; what its stage has ended stays so."""
         if not self._run or self._killed:
             return
         try:
-            done = subprocess.run(self._ended("FAILED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+            done = subprocess.run(ending(self.partition(), "FAILED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
                                   text=True, timeout=ENDED_WITHIN_SECONDS, check=False)  # fmt: skip
         except subprocess.TimeoutExpired:
             self.log.warning("MLflow may still show the run as RUNNING")
         else:
             for line in (done.stdout + done.stderr).splitlines():
                 self.log.info(line)
-
-    def _ended(self, status: str) -> list[str]:
-        return [sys.executable, "-m", "training.ended", *self.partition(), "--status", status]
 
     def _end_stage(self) -> None:
         """End the stage and everything that it started."""

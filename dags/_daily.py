@@ -7,7 +7,7 @@ import functools
 
 from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 
-from dags._common import StageOperator
+from dags._common import StageOperator, end_failed_run
 from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from dags._release import ModelOperator, PromoteOperator
@@ -58,6 +58,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         doc_md=DOC % (NO_SCHEDULE if run.hour is None else f"{timetable.summary}, each time the day that ended at midnight"),
         schedule=timetable,  # knows the days of the data set: tasks would inherit a start_date or end_date
         catchup=False,
+        on_failure_callback=functools.partial(end_failed_run, dataset=argument),
         max_active_runs=1,  # a day's model is judged against the champion of the days before
         dagrun_timeout=dtm.timedelta(hours=12 + run.wait_hours) + ANSWERED_WITHIN,
         tags=["longview", "vql", name],

@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 
-from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments
+from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments, require_done, start_ending
 from dags._exits import ends_as_a_stage, log_lines, told
 from dags._links import ReportLink
 from etl.stage.errors import StageError
@@ -114,10 +114,11 @@ class WarningApproval(ApprovalOperator):
     def execute(self, context: Any) -> Any:
         self.report_url = self._find_report_url(context)
         run = handed_on(context)
+        require_done(self, context, run["attempt"])
         on_warning = run["params"]["on_warning"]
         if on_warning != settings.APPROVE:
             self.log.info("on_warning=%s: warnings are told and training goes on", on_warning)
-            return None
+            return {"attempt": run["attempt"]}
         found = self._summary(run)
         if missing := [gate for gate in GATES if gate not in found["stages"]]:
             raise StageError(
@@ -128,7 +129,7 @@ class WarningApproval(ApprovalOperator):
         warnings = found["failed"]["warning"]
         if not warnings:
             self.log.info("no gate of this run warned: nothing to approve")
-            return None
+            return {"attempt": run["attempt"]}
         self.subject = f"Train {found['dataset']} {found['dt']} in spite of {len(warnings)} warning(s)?"
         self.body = _body(found, warnings, self.report_url)
         self.log.info("%s\n%s", self.subject, self.body)
@@ -137,7 +138,11 @@ class WarningApproval(ApprovalOperator):
     @ends_as_a_stage
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         self.report_url = self._find_report_url(context)
-        return super().execute_complete(context, event)
+        run, answer = handed_on(context), super().execute_complete(context, event)
+        if self.APPROVE in answer["chosen_options"]:
+            return {**answer, "attempt": run["attempt"]}
+        start_ending(partition_arguments(run, self.dataset), "KILLED")  # nothing that follows will
+        return answer
 
     def process_trigger_event_error(self, event: dict[str, Any]) -> None:
         if event["error_type"] == "timeout":  # asking the same once more would hold the next days back as long again

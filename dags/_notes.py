@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
+
+from dags._common import run_path
 
 LONGEST_NOTE = 1_000  # characters; Airflow refuses more
 ANSWER_WITHIN_SECONDS = 10
@@ -22,8 +23,7 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
     from infra.airflow_api import AirflowApi, InfraError  # loads more than a DAG file needs
 
     log.info("note of the run: %s", line)
-    run = context["dag_run"]
-    path = f"/api/v2/dags/{run.dag_id}/dagRuns/{urllib.parse.quote(run.run_id)}"
+    path = run_path(context["dag_run"])
     try:
         api = AirflowApi()
         lines = (api.call("GET", path, timeout=ANSWER_WITHIN_SECONDS)["note"] or "").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dtm
 import itertools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -231,6 +233,16 @@ def project(tmp_path_factory):
     made = Project(tmp_path_factory.mktemp("project"))
     yield made
     made.python("-m", "infra.local.stack", "down")
+
+
+def processes_of(root: Path) -> list[str]:
+    """Return the command lines of what works below the services of a project, its database included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(root / "var") in process.environ().get(services.MARK, "") and services.alive(process.pid):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def of(call: list[str], option: str) -> str:
@@ -605,6 +617,86 @@ def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_t
     promoted = [of(call, "--attempt") for call in calls if call[0] == "evaluation.release.promote"]
     assert (stack.root / "champion").read_text() == promoted[-1]
     stack.pause(True, dag)
+
+
+def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(stack):
+    for file in ("tracking", "ended"):
+        shutil.copy(settings.ROOT / "training" / f"{file}.py", stack.root / "training")
+    stack.calls()
+
+    def ask_mlflow(what: str, body: dict) -> dict:
+        url = f"http://127.0.0.1:{stack.env['LONGVIEW_MLFLOW_PORT']}/api/2.0/mlflow/{what}/search"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=PATIENCE_S) as answer:
+            return json.loads(answer.read())
+
+    def status_of(attempt: str) -> str:
+        experiments = [one["experiment_id"] for one in ask_mlflow("experiments", {"max_results": 100})["experiments"]]
+        [run] = ask_mlflow("runs", {"experiment_ids": experiments, "filter": f"tags.`pipeline.attempt` = '{attempt}'"})["runs"]
+        return run["info"]["status"]
+
+    def mark(task: str, state: str) -> None:
+        stack.api.call("PATCH", f"{run}/taskInstances/{task}?update_mask=new_state", {"new_state": state})
+
+    def hold_at(module: str) -> None:
+        wait_for("what ends the run in MLflow", lambda: not any("training.ended" in one for one in processes_of(stack.root)))
+        (stack.root / "held").write_text("")
+        hold.write_text(module)
+
+    def held(module: str) -> str:
+        """Wait until a stage is at work; return its attempt."""
+        wait_for(f"{module} at work", lambda: (stack.root / "held").read_text() == module, every=0.2)
+        return of(stack.calls()[-1], "--attempt")
+
+    train, evaluate = "train.train_models", "evaluate.evaluate_models"
+    hold = stack.root / "hold"
+    hold_at("training.train")
+    run = stack.trigger("2022-04-18")
+    attempt = held("training.train")
+    mark(train, "failed")
+    assert stack.ended(run) == "failed"
+    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+
+    # What was marked as success has no result: nothing goes on behind it.
+    hold_at("training.train")
+    stack.clear(run, train)
+    assert held("training.train") == attempt
+    mark(train, "success")
+    assert stack.ended(run) == "failed"
+    assert f"attempt {attempt} has no result of the task `{train}`" in stack.error(run, evaluate)
+    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+    assert stack.calls() == []
+
+    # A task that has ended, marked as failed while a later one works: the run stops behind that.
+    hold_at("evaluation.evaluate")
+    stack.clear(run, train)
+    assert held("evaluation.evaluate") == attempt
+    assert status_of(attempt) == "RUNNING"
+    mark(train, "failed")
+    hold.unlink()
+    assert stack.ended(run) == "failed"
+    assert f"the task `{train}` of this run is marked as failed" in stack.error(run, "register.register_model")
+    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+
+    # A task that waits for a slot, of which there is no process that could end anything.
+    def slots(number: int) -> None:
+        body = {"pool": "training", "slots": number, "description": "", "include_deferred": False}
+        stack.api.call("PATCH", "/api/v2/pools/training", body)
+
+    hold_at("training.train")
+    stack.clear(run, train)
+    assert held("training.train") == attempt
+    slots(0)
+    hold.unlink()
+    wait_for("end of the training", lambda: stack.states(run)[train] == "success", every=1)
+    assert status_of(attempt) == "RUNNING"
+    mark(evaluate, "failed")
+    assert stack.ended(run) == "failed"
+    wait_for("end in MLflow", lambda: status_of(attempt) == "FAILED", every=1)
+    assert stack.calls() == []
+    slots(1)
+    (stack.root / "training" / "tracking.py").unlink()
+    (stack.root / "training" / "ended.py").write_text(ENDED)
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):

@@ -138,7 +138,12 @@ def attempt(dataset: str, dt: str) -> str:
 def ti_of(name: str = "", dt: str = "2022-04-21", params=None, id="1"):
     """Return a task instance as far as it is looked at: its id, and what the first task of its run has handed on."""
     handed = {"dt": dt, "attempt": name, "params": params or {}} if name else None
-    return SimpleNamespace(id=id, xcom_pull=lambda task_ids=START, key="return_value": handed if (task_ids, key) == (START, "return_value") else None)
+    done = {"attempt": name}  # by every task
+    return SimpleNamespace(
+        id=id,
+        xcom_pull=lambda task_ids=START, key="return_value": {START: handed}.get(task_ids, done) if key == "return_value" else None,
+        get_task_states=lambda dag_id, run_ids, task_ids: {run_ids[0]: dict.fromkeys(task_ids, "success")},
+    )
 
 
 def context_of(*, dt=None, start=None, run_type="manual", ti=None, conf=None, **params):
@@ -477,7 +482,7 @@ def test_a_task_asks_once_what_its_run_is_about(dag):
     task.command = lambda: [sys.executable, "-c", ""]
     task._start_logger = task._log_report = lambda: None
     assert executed(task, context_of(ti=ti))["attempt"] == "a"
-    assert asked == [START]
+    assert asked.count(START) == 1
 
 
 def test_run_defaults_of_the_definition_are_those_of_the_form(own):
@@ -566,6 +571,50 @@ def test_findings_that_cannot_be_read_now_are_asked_for_again(dag, monkeypatch):
     task = dag.get_task("train.approve_warnings")
     with ended_as_a_stage("the store does not answer", EXIT_TRY_AGAIN):
         task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
+
+
+# ---- states that a person has set ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task_id", "before"), [("sequences.build_sequences", "ingest.audit_events"), ("train.approve_warnings", "train.audit_training_input"),
+                                                 ("train.train_models", "train.approve_warnings"), ("register.promote_model", "register.register_model")])  # fmt: skip
+@pytest.mark.parametrize("result", [None, {"attempt": "another"}, {"chosen_options": ["Reject"]}])
+def test_nothing_goes_on_behind_a_task_without_a_result_of_the_attempt(dag, monkeypatch, task_id, before, result):
+    """Marked as success without its work, or cleared alone after a new attempt began, or a question that was rejected."""
+    task, ti = dag.get_task(task_id).prepare_for_execution(), ti_of("a", params=dag.params.dump())
+    pulled = ti.xcom_pull
+    ti.xcom_pull = lambda task_ids, key="return_value": result if (task_ids, key) == (before, "return_value") else pulled(task_ids, key)
+    with ended_as_a_stage(f"attempt a has no result of the task `{before}`"):
+        executed(task, context_of(ti=ti))
+
+
+def test_a_task_marked_as_failed_stops_the_run_at_the_next_one(dag):
+    task, ti = dag.get_task("register.promote_model").prepare_for_execution(), ti_of("a", params=dag.params.dump())
+    ti.get_task_states = lambda dag_id, run_ids, task_ids: {run_ids[0]: {name: "failed" if name == "train.train_models" else "success" for name in task_ids}}
+    with ended_as_a_stage("the task `train.train_models` of this run is marked as failed"):
+        executed(task, context_of(ti=ti))
+
+
+def test_what_only_waits_may_be_marked_as_success(dag):
+    from dags._common import require_done
+
+    ti = ti_of("a")
+    ti.xcom_pull = lambda task_ids: None
+    require_done(dag.get_task("ingest.build_events"), context_of(ti=ti), "a")
+
+
+@pytest.mark.parametrize(("option", "ends"), [("Reject", ["KILLED"]), ("Approve", [])])
+def test_a_rejected_run_ends_in_mlflow_too(dag, monkeypatch, option, ends):
+    from airflow.providers.standard.operators.hitl import HITLOperator
+
+    ended: list[str] = []
+    monkeypatch.setattr("dags._gates.start_ending", lambda partition, status: ended.append(status))
+    monkeypatch.setattr(HITLOperator, "execute_complete", lambda self, context, event: {"chosen_options": [option]})
+    task = dag.get_task("train.approve_warnings").prepare_for_execution()
+    monkeypatch.setattr(type(task), "skip", lambda self, ti, tasks: None)
+    context = context_of(ti=ti_of("a")) | {"task": task}
+    assert task.execute_complete(context, {}).get("attempt") == ("a" if option == "Approve" else None)
+    assert ended == ends
 
 
 # ---- the note of a run -----------------------------------------------------------------------------------------------
@@ -814,11 +863,14 @@ def test_the_mlflow_run_of_a_task_that_failed_or_was_killed_ends(tmp_path, monke
     """Airflow asks for the first when the task has failed for good, for the second when it is marked as failed or times out."""
     operator, execute = run_code(tmp_path, monkeypatch, "import sys; sys.exit(1)")
     said = tmp_path / "said"
-    monkeypatch.setattr(operator, "_ended", lambda status: [sys.executable, "-c", f"open({str(said)!r}, 'w').write({status!r})"])
-    with pytest.raises(SystemExit):
-        execute()
+    monkeypatch.setattr("dags._common.ending", lambda partition, status: [sys.executable, "-c", f"open({str(said)!r}, 'w').write({status!r})"])
     if status == "KILLED":
+        operator.render_template_fields(context_of(ti=ti_of("a")))
         operator.on_kill()
+    else:
+        with pytest.raises(SystemExit):
+            execute()
+        operator.on_kill()  # of a task whose stage has ended: says nothing
     [callback] = operator.on_failure_callback
     callback({"task": operator})
     wait_for("end of the run", lambda: said.exists() and said.read_text())
