@@ -135,7 +135,7 @@ def start(service: Service, env: dict[str, str], stays: bool = False) -> subproc
     """
     path = log_path(service)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = {"home": str(settings.home()), "service": service.name, "of": None if stays else [os.getpid(), _started(os.getpid())]}
+    mark = {"home": str(settings.home()), "service": service.name, "of": None if stays else [os.getpid(), started(os.getpid())]}
     with path.open("ab") as log:
         return subprocess.Popen([service.program, *service.arguments], cwd=settings.ROOT, env=env | {MARK: json.dumps(mark)}, stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -168,7 +168,7 @@ def end_left_behind(names: Iterable[str] = ()) -> list[int]:
     names, ended = set(names), []
     for process, mark in _marked():
         of = mark["of"]
-        if mark["service"] in names if of is None else of[0] == os.getpid() or _started(of[0]) != of[1]:
+        if mark["service"] in names if of is None else of[0] == os.getpid() or started(of[0]) != of[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()  # the very process whose environment was read: psutil compares its start
                 ended.append(process.pid)
@@ -181,14 +181,14 @@ def end_left_behind(names: Iterable[str] = ()) -> list[int]:
 def stop(pids: Iterable[int], ask: signal.Signals = signal.SIGTERM, seconds: float | None = None) -> None:
     """End processes with everything below them: ask first, then, after STOP_SECONDS or `seconds`, force."""
     roots = [pid for pid in pids if alive(pid)]
-    family = {pid: started for root in roots for pid, started in _family(root).items()}
+    family = {pid: began for root in roots for pid, began in _family(root).items()}
     for pid in roots:
         _signal(pid, ask)
     deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
     while time.monotonic() < deadline and any(alive(pid) for pid in roots):
         time.sleep(0.1)
-    for pid, started in family.items():
-        if _started(pid) == started:
+    for pid, began in family.items():
+        if started(pid) == began:
             _signal(pid, signal.SIGKILL)
 
 
@@ -214,7 +214,8 @@ def _signal(pid: int, signum: int) -> None:
         os.kill(pid, signum)
 
 
-def _started(pid: int) -> float | None:
+def started(pid: int) -> float | None:
+    """Return when a process began (Unix seconds)."""
     try:
         return psutil.Process(pid).create_time()
     except Exception:
@@ -293,18 +294,18 @@ def pid_file(service: Service) -> Path:
 
 def write_pid(service: Service, pid: int) -> None:
     pid_file(service).parent.mkdir(parents=True, exist_ok=True)
-    pid_file(service).write_text(f"{pid} {_started(pid)}")
+    pid_file(service).write_text(f"{pid} {started(pid)}")
 
 
 def running_pid(service: Service) -> int | None:
     """Return the pid of a service of `make up` that still runs; a number that another process took over is not it."""
-    pid, started = _recorded(service)
-    return pid if pid and alive(pid) and str(_started(pid)) == started else None
+    pid, began = _recorded(service)
+    return pid if pid and alive(pid) and str(started(pid)) == began else None
 
 
 def _recorded(service: Service) -> tuple[int, str]:
     """Return pid and start time of the pid file; 0 where there is none."""
     with contextlib.suppress(OSError, ValueError):
-        pid, started = pid_file(service).read_text().split()
-        return int(pid), started
+        pid, began = pid_file(service).read_text().split()
+        return int(pid), began
     return 0, ""

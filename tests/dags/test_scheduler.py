@@ -326,21 +326,33 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     with pytest.raises(Exception, match="param raw"):
         project.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}})
 
-    # A killed scheduler takes its executors along, though they ignore SIGTERM: at the next `make up`, or with `make down`.
-    for command, says in (("up", "started scheduler"), ("down", "api-server")):
-        scheduler = psutil.Process(int((project.root / "var" / "run" / "scheduler.pid").read_text().split()[0]))
-        executors = wait_for("executors", lambda scheduler=scheduler: scheduler.children(recursive=True))
-        scheduler.kill()
-        wait_for("end of the scheduler", lambda scheduler=scheduler: not services.alive(scheduler.pid))
-        assert any(services.alive(executor.pid) for executor in executors)  # else this shows nothing
-        done = project.python("-m", "infra.local.stack", command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert says in done.stdout
-        assert [executor for executor in executors if services.alive(executor.pid)] == []
-    assert not project.api.healthy()
-    assert "postgres" in done.stdout
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(project.root) in " ".join(process.info["cmdline"] or [])]
-    assert left == []
+    # A killed scheduler comes again by itself, and its executors end, though they ignore SIGTERM; so does MLflow's server.
+    def pid_of(service: str) -> int:
+        return int((project.root / "var" / "run" / f"{service}.pid").read_text().split()[0])
+
+    scheduler, mlflow = (psutil.Process(pid_of(service)) for service in ("scheduler", "mlflow"))
+    executors = wait_for("executors", lambda: scheduler.children(recursive=True))
+    for service in (scheduler, mlflow):
+        service.kill()
+    wait_for("another scheduler", lambda: pid_of("scheduler") != scheduler.pid)
+    wait_for("another MLflow", lambda: pid_of("mlflow") != mlflow.pid)
+    wait_for("end of the executors", lambda: not any(services.alive(executor.pid) for executor in executors))
+    said = (project.root / "var" / "airflow" / "logs" / "supervisor.out").read_text()
+    assert f"scheduler (process {scheduler.pid}) ended with code -9; started again in 1 s" in said
+    again = project.python("-m", "infra.local.stack", "up")  # waits until they are healthy
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "started" not in again.stdout
+
+    # Killed, what watches them takes them all along; so does `make down`.
+    psutil.Process(pid_of("supervisor")).kill()
+    wait_for("end of all", lambda: not processes_of(project.root))
+    again = project.python("-m", "infra.local.stack", "up")
+    assert "started scheduler" in again.stdout
+    down = project.python("-m", "infra.local.stack", "down")
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert "scheduler" in down.stdout
+    assert "postgres" in down.stdout
+    assert processes_of(project.root) == []
 
 
 def test_with_a_login_only_the_password_opens(project):
