@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etl.warehouse.partitions import MS_PER_DAY
-from training.model.attention import event_attention, straight_through_codes
+from training.model.attention import CodedKeys, event_attention
 from training.model.factored import factored_attention
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 
 LENGTH, HEADS, WIDTH, CODES, GROUPS, DAYS = 16_384, 4, 16, 128, 4, 14
@@ -44,21 +45,19 @@ def passes(targets: int, cut_offs: int, half_lives: tuple[float, ...]) -> dict[s
         end_T = choices[torch.arange(targets) * len(choices) // targets]
     target_times = times[end_T - 1] + 1000
     kernel = MixtureKernel(HEADS, half_lives) if half_lives else None
+    seen, coded = one_user(value_LHd, times, target_times, end_T), CodedKeys(key_LHd, codebook_HCd, codes_LG)
 
     def exact() -> Tensor:
         if kernel is None and cut_offs == 1:  # nothing to mask: the fastest form there is
             query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_THd, key_LHd, value_LHd))
             return F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return event_attention(query_THd, key_LHd, value_LHd, times, target_times, end_T, kernel)
+        return event_attention(query_THd, key_LHd, *seen, kernel)
 
     def item_level() -> Tensor:
-        hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
-        return event_attention(query_THd, hard_LHd, value_LHd, times, target_times, end_T, kernel)
+        return event_attention(query_THd, coded.hard_LHd(), *seen, kernel)
 
     def factored() -> Tensor:
-        return factored_attention(
-            query_THd, key_LHd, codebook_HCd, codes_LG, value_LHd, times, target_times, end_T, kernel
-        ).out_THd
+        return factored_attention(query_THd, coded, *seen, kernel).out_THd
 
     return {"exact": exact, "item_level": item_level, "factored": factored}
 

@@ -20,15 +20,15 @@ from training.model.history import Events, Targets
 from training.model.interests.interface import Interest
 from training.model.interests.vql import Vql
 from training.model.kernel import MixtureKernel
-from training.model.passes import Keys, by_layout
+from training.model.passes import Keys, by_layout, in_blocks
 from training.model.quantizer import GroupedQuantizer
 
 
 class _Trial(Vql):
-    """VQL whose histories are always read event by event: what is changed need not hold for sums over codes."""
+    """VQL whose histories are always read by the plain pass: what is changed need not hold in the others."""
 
-    def at_once(self, events: Events) -> bool:
-        return True
+    def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:
+        return in_blocks(query_THd, keys, events, targets, self.softmax(), self.block_attention)
 
 
 # ---- codebooks -------------------------------------------------------------------------------------------------------

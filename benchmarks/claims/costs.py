@@ -20,6 +20,7 @@ from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import cache_attention, event_attention
 from training.model.blocks import Layout, block_attention
 from training.model.cache import build_cache, stored, to_sparse
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import index_events, refined_cache_part
 
@@ -74,7 +75,7 @@ def _scorers(length: int) -> tuple[dict[str, Callable[[], object]], int]:
         return lambda: refined_cache_part(query_THd, codebook_HCd, caches[2], index, key_LHd, value_LHd, times, at, two, count)
 
     runs: dict[str, Callable[[], object]] = {
-        "exact": lambda: event_attention(query_THd, key_LHd, value_LHd, times, at, ends, two),
+        "exact": lambda: event_attention(query_THd, key_LHd, *one_user(value_LHd, times, at, ends), two),
         "vql_1_exponential": lambda: cache_attention(query_THd, codebook_HCd, caches[1], at, one),
         "vql": lambda: cache_attention(query_THd, codebook_HCd, caches[2], at, two),
         "vql_refined_16": refined(16),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import build_cache, cache_attention, event_attention
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.quantizer import GroupedQuantizer
 
@@ -32,7 +33,7 @@ def _both_forms(length, targets, seed, kernel, dtype=torch.float32, days=60.0):
     quantizer, keys, values, queries, times, target_times = _problem(length, targets, seed, dtype, days)
     codes = quantizer.search(keys)
     hard = quantizer.quantized(codes, keys).to(dtype)
-    over_events = event_attention(queries, hard, values, times, target_times, torch.full((targets,), length), kernel)
+    over_events = event_attention(queries, hard, *one_user(values, times, target_times, torch.full((targets,), length)), kernel)
     codebook = (
         quantizer.codebook_GCw.view(GROUPS, CODES, HEADS // GROUPS, WIDTH).transpose(1, 2).reshape(HEADS, CODES, WIDTH)
     )
@@ -87,10 +88,10 @@ def test_many_targets_in_one_pass_equal_one_by_one(length, seed):
     _, keys, values, queries, times, target_times = _problem(length, 6, seed)
     ends = torch.from_numpy(np.random.default_rng(seed).integers(0, length + 1, 6))
     kernel = MixtureKernel(HEADS, (1.0, 30.0))
-    together = event_attention(queries, keys, values, times, target_times, ends, kernel)
+    together = event_attention(queries, keys, *one_user(values, times, target_times, ends), kernel)
     for j, end in enumerate(ends.tolist()):
         one = event_attention(
-            queries[j : j + 1], keys[:end], values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1], kernel
+            queries[j : j + 1], keys[:end], *one_user(values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1]), kernel
         )
         assert (together[j] - one[0]).abs().max() <= 1e-5
 
@@ -98,10 +99,10 @@ def test_many_targets_in_one_pass_equal_one_by_one(length, seed):
 def test_events_after_the_cut_off_change_nothing():
     _, keys, values, queries, times, target_times = _problem(50, 3, 0)
     ends = torch.tensor([10, 20, 30])
-    before = event_attention(queries, keys, values, times, target_times, ends, None)
+    before = event_attention(queries, keys, *one_user(values, times, target_times, ends), None)
     values[30:] += 100.0
     keys[30:] -= 3.0
-    assert torch.equal(before, event_attention(queries, keys, values, times, target_times, ends, None))
+    assert torch.equal(before, event_attention(queries, keys, *one_user(values, times, target_times, ends), None))
 
 
 def test_a_single_exponential_cannot_see_the_query_time_and_a_mixture_can():
@@ -112,12 +113,10 @@ def test_a_single_exponential_cannot_see_the_query_time_and_a_mixture_can():
     @torch.no_grad()
     def moved(half_lives: tuple[float, ...]) -> float:
         kernel = MixtureKernel(HEADS, half_lives)
-        args = (queries, keys, values, times)
-        return float(
-            (event_attention(*args, target_times, ends, kernel) - event_attention(*args, shifted, ends, kernel))
-            .abs()
-            .max()
+        before, after = (
+            event_attention(queries, keys, *one_user(values, times, at, ends), kernel) for at in (target_times, shifted)
         )
+        return float((before - after).abs().max())
 
     assert moved((5.0,)) <= 2e-5
     assert moved((1.0, 60.0)) > 1e-2
@@ -140,6 +139,7 @@ def test_the_task_gradient_goes_to_the_keys_and_not_to_the_codebook():
     quantizer, keys, values, queries, times, target_times = _problem(60, 4, 0)
     keys.requires_grad_(True)
     hard, _, _ = quantizer(keys, torch.ones(60), 0.25)
-    event_attention(queries, hard, values, times, target_times, torch.full((4,), 60), None).square().sum().backward()
+    seen = one_user(values, times, target_times, torch.full((4,), 60))
+    event_attention(queries, hard, *seen, None).square().sum().backward()
     assert keys.grad.abs().max() > 0
     assert quantizer.codebook_GCw.grad is None or quantizer.codebook_GCw.grad.abs().max() == 0

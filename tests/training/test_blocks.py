@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.model.attention import combine, event_attention, event_part, straight_through_codes, window_part
+from training.model.attention import CodedKeys, combine, event_attention, event_part, window_part
 from training.model.blocks import Layout, block_attention
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import refined_event_part
 
@@ -40,7 +41,7 @@ def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed,
     query, key, value, times, at, end, _, _, kernel, starts = problem(users, seed, half_lives)
     layouts = Layout.of(*starts, query.device, block, tile, most_pairs)
     together = torch.cat([block_attention(layout, query, key, value, times, at, end, kernel) for layout in layouts])
-    alone = one_by_one(lambda e, t: event_attention(query[t], key[e], value[e], times[e], at[t], end[t], kernel), starts)
+    alone = one_by_one(lambda e, t: event_attention(query[t], key[e], *one_user(value[e], times[e], at[t], end[t]), kernel), starts)
     assert torch.allclose(together, alone, atol=1e-12)
     weight = torch.randn(together.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     leaves = [query, key, value, *(kernel.parameters() if kernel else ())]
@@ -53,15 +54,17 @@ def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed,
 @given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), window=st.integers(0, 6), refine=st.integers(0, 12))
 def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, seed, half_lives, window, refine):
     query, key, value, times, at, end, codes, book, kernel, starts = problem(users, seed, half_lives)
-    hard = straight_through_codes(key, book, codes) if len(key) else key
+    hard = CodedKeys(key, book, codes).hard_LHd() if len(key) else key
     tail = (end - window).clamp(min=0)
 
     def alone(e, t):
+        older = one_user(value[e], times[e], at[t], tail[t])
         if refine:
-            part = refined_event_part(query[t], key[e], book, codes[e], value[e], times[e], at[t], tail[t], kernel, refine)
+            part = refined_event_part(query[t], CodedKeys(key[e], book, codes[e]), *older, kernel, refine)
         else:
-            part = event_part(query[t], hard[e], value[e], times[e], at[t], tail[t], kernel)
-        return combine(window_part(query[t], key[e], value[e], times[e], at[t], end[t], kernel, window), part).out_THd if window else part.out_THd
+            part = event_part(query[t], hard[e], *older, kernel)
+        newest = one_user(value[e], times[e], at[t], end[t])
+        return combine(window_part(query[t], key[e], *newest, kernel, window), part).out_THd if window else part.out_THd
 
     (layout,) = Layout.of(*starts, query.device, block=4, tile=3)
     together = block_attention(layout, query, hard, value, times, at, end, kernel, exact_EHd=key, exact_from_T=tail, refine=refine)

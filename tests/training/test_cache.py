@@ -26,6 +26,7 @@ from training.model.cache import (
     to_dense,
     to_sparse,
 )
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 
 torch.set_num_threads(1)
@@ -245,21 +246,20 @@ def test_the_windows_training_form_is_its_serving_form_is_one_softmax(half_lives
     end_T[0] = length
     tail_end_T = (end_T - window).clamp(min=0)
     training = combine(
-        event_part(query_THd, hard_LHd, value_LHd, times, target_times, tail_end_T, kernel),
-        window_part(query_THd, key_LHd, value_LHd, times, target_times, end_T, kernel, window),
+        event_part(query_THd, hard_LHd, *one_user(value_LHd, times, target_times, tail_end_T), kernel),
+        window_part(query_THd, key_LHd, *one_user(value_LHd, times, target_times, end_T), kernel, window),
     ).out_THd
     for t, (end, tail_end) in enumerate(zip(end_T.tolist(), tail_end_T.tolist(), strict=True)):
         one, when = query_THd[t : t + 1], target_times[t : t + 1]
         # one softmax over keys of which the newest are exact
         mixed_LHd = torch.cat([hard_LHd[:tail_end], key_LHd[tail_end:end]])
-        whole = event_attention(one, mixed_LHd, value_LHd[:end], times[:end], when, torch.tensor([end]), kernel)
+        whole = event_attention(one, mixed_LHd, *one_user(value_LHd[:end], times[:end], when, torch.tensor([end])), kernel)
         assert (training[t] - whole[0]).abs().max() <= 1e-10
         # serving: the cache of the older events and the newest ones
         cache = build_cache(codes_LG[:tail_end], value_LHd[:tail_end], times[:tail_end], NOW_MS, codes, kernel)
         newest = slice(tail_end, end)
-        recent = window_part(
-            one, key_LHd[newest], value_LHd[newest], times[newest], when, torch.tensor([end - tail_end]), kernel, window
-        )
+        seen = one_user(value_LHd[newest], times[newest], when, torch.tensor([end - tail_end]))
+        recent = window_part(one, key_LHd[newest], *seen, kernel, window)
         serving = combine(cache_part(one, codebook_HCd, cache, when, kernel), recent).out_THd
         assert (training[t] - serving[0]).abs().max() <= 1e-10
 
@@ -268,8 +268,8 @@ def test_the_windows_keys_get_the_task_gradient_and_hidden_events_get_none():
     _, value_LHd, times, query_THd, _, target_times, hard_LHd, key_LHd = _window_problem(40, 8, 0)
     key_LHd.requires_grad_(True)
     end_T = torch.full((5,), 30)
-    tail = event_part(query_THd, hard_LHd, value_LHd, times, target_times, end_T - 8, None)
-    recent = window_part(query_THd, key_LHd, value_LHd, times, target_times, end_T, None, 8)
+    tail = event_part(query_THd, hard_LHd, *one_user(value_LHd, times, target_times, end_T - 8), None)
+    recent = window_part(query_THd, key_LHd, *one_user(value_LHd, times, target_times, end_T), None, 8)
     combine(tail, recent).out_THd.square().sum().backward()
     touched = key_LHd.grad.abs().sum((1, 2)) > 0
     assert touched.nonzero()[:, 0].tolist() == list(range(22, 30))
@@ -281,8 +281,8 @@ def test_gradients_stay_finite_for_targets_that_see_nothing():
     for tensor in (query_THd, value_LHd, hard_LHd, key_LHd):
         tensor.requires_grad_(True)
     end_T = torch.tensor([0, 0, 3, 10, 40])
-    tail = event_part(query_THd, hard_LHd, value_LHd, times, target_times, (end_T - 8).clamp(min=0), kernel)
-    recent = window_part(query_THd, key_LHd, value_LHd, times, target_times, end_T, kernel, 8)
+    tail = event_part(query_THd, hard_LHd, *one_user(value_LHd, times, target_times, (end_T - 8).clamp(min=0)), kernel)
+    recent = window_part(query_THd, key_LHd, *one_user(value_LHd, times, target_times, end_T), kernel, 8)
     out_THd = combine(tail, recent).out_THd
     assert out_THd[:2].abs().max() == 0
     out_THd.square().sum().backward()

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.warehouse.partitions import MS_PER_DAY
-from training.model.attention import NOTHING, combine, event_part, straight_through_codes, window_part
+from training.model.attention import NOTHING, CodedKeys, combine, event_part, window_part
 from training.model.factored import (
     TARGETS_PER_SEGMENT,
     bounded_factored_attention,
     factored_attention,
     prefers_factored,
 )
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 
 torch.set_num_threads(1)  # many small products: a second thread only waits
@@ -61,12 +62,13 @@ def _item_level(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kern
     query_THd, key_LHd, value_LHd = leaves
     code_LH = codes_LG.repeat_interleave(HEADS // GROUPS, dim=1)
     hard_LHd = key_LHd + (codebook_HCd[torch.arange(HEADS), code_LH] - key_LHd).detach()
-    return event_part(query_THd, hard_LHd, value_LHd, times, target_times, end_T, kernel)
+    return event_part(query_THd, hard_LHd, *one_user(value_LHd, times, target_times, end_T), kernel)
 
 
 def _factored(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kernel):
     query_THd, key_LHd, value_LHd = leaves
-    return factored_attention(query_THd, key_LHd, codebook_HCd, codes_LG, value_LHd, times, target_times, end_T, kernel)
+    keys = CodedKeys(key_LHd, codebook_HCd, codes_LG)
+    return factored_attention(query_THd, keys, *one_user(value_LHd, times, target_times, end_T), kernel)
 
 
 def _outputs_and_gradients(attend, problem, kernel):
@@ -112,12 +114,12 @@ def test_the_bounded_factored_pass_equals_the_item_level_with_the_same_bound(hal
     first_T = (problem[-1] - most).clamp(min=0)
 
     def item_level(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kernel):
-        hard_LHd = straight_through_codes(leaves[1], codebook_HCd, codes_LG)
-        return event_part(leaves[0], hard_LHd, leaves[2], times, target_times, end_T, kernel, first_T)
+        hard_LHd = CodedKeys(leaves[1], codebook_HCd, codes_LG).hard_LHd()
+        return event_part(leaves[0], hard_LHd, *one_user(leaves[2], times, target_times, end_T, first_T), kernel)
 
     def bounded(leaves, codebook_HCd, codes_LG, times, target_times, end_T, kernel):
-        events = (leaves[0], leaves[1], codebook_HCd, codes_LG, leaves[2], times, target_times, end_T, kernel)
-        return bounded_factored_attention(*events, first_T, int(first_T.max()))
+        seen = one_user(leaves[2], times, target_times, end_T, first_T)
+        return bounded_factored_attention(leaves[0], CodedKeys(leaves[1], codebook_HCd, codes_LG), *seen, kernel)
 
     _assert_same(problem, _kernel(half_lives, torch.float64), 1e-10, item_level, bounded)
 
@@ -166,7 +168,8 @@ def test_gradients_of_queries_values_and_kernel_pass_a_numerical_check():
         kernel.log_rate_HM, kernel.weight_HM = torch.nn.Parameter(log_rate_HM), torch.nn.Parameter(weight_HM)
         del kernel.log_rate_HM, kernel.weight_HM
         kernel.log_rate_HM, kernel.weight_HM = log_rate_HM, weight_HM
-        part = factored_attention(query_THd, key_LHd, codebook, codes_LG, value_LHd, times, target_times, end_T, kernel)
+        seen = one_user(value_LHd, times, target_times, end_T)
+        part = factored_attention(query_THd, CodedKeys(key_LHd, codebook, codes_LG), *seen, kernel)
         return part.out_THd, part.lse_TH.clamp(min=-1e3)
 
     inputs = (query_THd, value_LHd, kernel.log_rate_HM.detach().clone(), kernel.weight_HM.detach().clone())
@@ -203,7 +206,8 @@ def test_it_joins_with_an_exact_window_as_the_item_level_pass_does():
         def both(leaves, codebook, codes_LG, times, target_times, end_T, kernel):
             tail = attend(leaves, codebook, codes_LG, times, target_times, (end_T - 16).clamp(min=0), kernel)
             query_THd, key_LHd, value_LHd = leaves
-            return combine(tail, window_part(query_THd, key_LHd, value_LHd, times, target_times, end_T, kernel, 16))
+            seen = one_user(value_LHd, times, target_times, end_T)
+            return combine(tail, window_part(query_THd, key_LHd, *seen, kernel, 16))
 
         return both
 

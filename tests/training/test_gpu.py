@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.train_step import make_batch
 from training.config import ModelConfig
+from training.model.attention import CodedKeys
 from training.model.factored import factored_attention
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.ranker import FieldSizes, Ranker
 
@@ -99,8 +101,9 @@ def test_the_factored_pass_runs_on_a_gpu_too():
     for device in ("cpu", "cuda"):
         generator = torch.Generator().manual_seed(1)
         draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731, B023
-        arguments = draw(9, 2, 4), draw(50, 2, 4), draw(2, 5, 4), torch.randint(5, (50, 2), generator=generator), draw(50, 2, 4)
+        query, *arguments = draw(9, 2, 4), draw(50, 2, 4), draw(2, 5, 4), torch.randint(5, (50, 2), generator=generator), draw(50, 2, 4)
         times, ends = torch.arange(50) * 3_600_000, torch.randint(0, 51, (9,), generator=generator)
         at = torch.full((9,), 10**9)
-        found.append(factored_attention(*(t.to(device) for t in (*arguments, times, at, ends)), kernel.to(device)).out_THd.cpu())
+        query, key, book, codes, *rest = (t.to(device) for t in (query, *arguments, times, at, ends))
+        found.append(factored_attention(query, CodedKeys(key, book, codes), *one_user(*rest), kernel.to(device)).out_THd.cpu())
     assert (found[0] - found[1]).abs().max() < 1e-12

@@ -11,6 +11,7 @@ from benchmarks.train_step import make_batch
 from training.config import ModelConfig
 from training.model.attention import cache_attention, event_attention
 from training.model.cache import build_cache
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.quantizer import GroupedQuantizer
 from training.model.ranker import FieldSizes, Ranker
@@ -85,7 +86,7 @@ def test_the_two_forms_agree_on_a_history_of_100_000_events(half_lives):
     book = quantizer.codebook_GCw.view(2, codes, 2, 8).transpose(1, 2).reshape(4, codes, 8)
     with torch.no_grad():
         over_codes = cache_attention(query, book, build_cache(code, value, times, NOW_MS, codes, kernel), at, kernel)
-        over_events = event_attention(query, hard, value, times, at, ends, kernel)
+        over_events = event_attention(query, hard, *one_user(value, times, at, ends), kernel)
     assert (over_codes - over_events).abs().max() <= 1e-5
 
 
@@ -107,7 +108,7 @@ def test_all_equal_times_one_code_and_more_codes_than_events():
         book, query = torch.randn(2, codes, 3), torch.randn(4, 2, 3)
         times, at = torch.full((length,), NOW_MS), torch.full((4,), NOW_MS)
         hard = book[torch.arange(2), code]
-        over_events = event_attention(query, hard, value, times, at, torch.full((4,), length), kernel)
+        over_events = event_attention(query, hard, *one_user(value, times, at, torch.full((4,), length)), kernel)
         over_codes = cache_attention(query, book, build_cache(code, value, times, NOW_MS, codes, kernel), at, kernel)
         assert (over_events - over_codes).abs().max() <= 1e-5
 

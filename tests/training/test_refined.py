@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.warehouse.partitions import MS_PER_DAY
-from training.model.attention import cache_attention, combine, event_attention, window_part
+from training.model.attention import CodedKeys, cache_attention, combine, event_attention, window_part
 from training.model.cache import build_cache
+from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import index_events, refined_cache_part, refined_event_part
 
@@ -54,10 +55,9 @@ class Problem:
 
     def training(self, kernel, refine, end_T=None):
         end_T = torch.full((len(self.queries),), len(self.keys)) if end_T is None else end_T
-        return refined_event_part(
-            self.queries, self.keys, self.codebook, self.codes_LG, self.values, self.times, self.target_times, end_T,
-            kernel, refine,
-        )  # fmt: skip
+        keys = CodedKeys(self.keys, self.codebook, self.codes_LG)
+        seen = one_user(self.values, self.times, self.target_times, end_T)
+        return refined_event_part(self.queries, keys, *seen, kernel, refine)
 
     def serving(self, kernel, refine, until=None):
         seen = slice(0, until)
@@ -106,15 +106,8 @@ def test_events_of_two_equal_codewords_are_refined_newest_first_too():
 def test_a_history_open_as_a_whole_is_exact_attention():
     for seed in range(6):
         problem, kernel = Problem(40, 8, seed), _kernel((0.5, 30.0))
-        exact = event_attention(
-            problem.queries,
-            problem.keys,
-            problem.values,
-            problem.times,
-            problem.target_times,
-            torch.full((5,), 40),
-            kernel,
-        )
+        seen = one_user(problem.values, problem.times, problem.target_times, torch.full((5,), 40))
+        exact = event_attention(problem.queries, problem.keys, *seen, kernel)
         assert (problem.serving(kernel, 64).out_THd - exact).abs().max() <= 1e-10
         assert (problem.training(kernel, 40).out_THd - exact).abs().max() <= 1e-10
 
@@ -141,9 +134,8 @@ def test_the_events_with_the_highest_quantized_logits_are_refined_and_newer_ones
 def test_refining_brings_the_output_nearer_to_exact_attention():
     problem, kernel = Problem(2_000, 16, 1, targets=40), _kernel((2.0, 180.0))
     end_T = torch.full((40,), 2_000)
-    exact = event_attention(
-        problem.queries, problem.keys, problem.values, problem.times, problem.target_times, end_T, kernel
-    )
+    seen = one_user(problem.values, problem.times, problem.target_times, end_T)
+    exact = event_attention(problem.queries, problem.keys, *seen, kernel)
     cache = build_cache(problem.codes_LG, problem.values, problem.times, NOW_MS, 16, kernel)
     plain = cache_attention(problem.queries, problem.codebook, cache, problem.target_times, kernel)
     errors = [float((plain - exact).norm())]
@@ -156,8 +148,8 @@ def test_refining_brings_the_output_nearer_to_exact_attention():
 def test_it_joins_with_an_exact_window():
     problem, kernel, window = Problem(200, 8, 1), _kernel((0.5, 30.0)), 16
     end_T = torch.full((5,), 200)
-    events = (problem.keys, problem.values, problem.times)
-    recent = window_part(problem.queries, *events, problem.target_times, end_T, kernel, window)
+    seen = one_user(problem.values, problem.times, problem.target_times, end_T)
+    recent = window_part(problem.queries, problem.keys, *seen, kernel, window)
     training = combine(problem.training(kernel, 32, end_T - window), recent)
     serving = combine(problem.serving(kernel, 32, until=200 - window), recent)
     assert (training.out_THd - serving.out_THd).abs().max() <= 1e-10
@@ -192,11 +184,11 @@ def test_a_fully_refined_pass_has_the_gradients_of_exact_attention():
         return torch.autograd.grad(attend(*leaves).square().sum(), leaves)
 
     def exact(q, k, v):
-        return event_attention(q, k, v, problem.times, problem.target_times, end_T, None)
+        return event_attention(q, k, *one_user(v, problem.times, problem.target_times, end_T), None)
 
     def refined(q, k, v):
-        rest = (problem.codebook, problem.codes_LG, v, problem.times, problem.target_times, end_T, None, 30)
-        return refined_event_part(q, k, *rest).out_THd
+        seen = one_user(v, problem.times, problem.target_times, end_T)
+        return refined_event_part(q, CodedKeys(k, problem.codebook, problem.codes_LG), *seen, None, 30).out_THd
 
     for expected, found in zip(gradients(exact), gradients(refined), strict=True):
         assert (expected - found).abs().max() <= 1e-10

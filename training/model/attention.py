@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training.model.cache import UserCache
 from training.model.cache import build_cache as build_cache
+from training.model.history import Events, Targets
 from training.model.kernel import MixtureKernel, age_days
 from training.model.quantizer import straight_through
 
@@ -30,6 +31,29 @@ class Attended(NamedTuple):
 
     out_THd: Tensor
     lse_TH: Tensor
+
+
+class CodedKeys(NamedTuple):
+    """The keys of one user's events and their codes.
+
+    Attributes:
+        key_LHd: exact keys. codebook_HCd: each head's slice of its group's codewords. codes_LG: int64.
+    """
+
+    key_LHd: Tensor
+    codebook_HCd: Tensor
+    codes_LG: Tensor
+
+    def of(self, events: slice) -> CodedKeys:
+        """Return those of some events."""
+        return CodedKeys(self.key_LHd[events], self.codebook_HCd, self.codes_LG[events])
+
+    def hard_LHd(self) -> Tensor:
+        """Keys at their codewords, whose gradient goes to the exact keys (docs/method.md#straight-through-gradient)."""
+        heads = self.codebook_HCd.shape[0]
+        code_LH = self.codes_LG.repeat_interleave(heads // self.codes_LG.shape[1], dim=1)
+        word_LHd = self.codebook_HCd[torch.arange(heads, device=self.codes_LG.device), code_LH]
+        return straight_through(self.key_LHd, word_LHd)
 
 
 def combine(*parts: Attended) -> Attended:
@@ -58,16 +82,12 @@ def hidden(length: int, first_T: Tensor | None, end_T: Tensor) -> Tensor:
 
 
 def event_attention(
-    query_THd: Tensor,
-    key_LHd: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
-    kernel: MixtureKernel | None,
-    first_T: Tensor | None = None,
+    query_THd: Tensor, key_LHd: Tensor, events: Events, targets: Targets, kernel: MixtureKernel | None
 ) -> Tensor:
-    """Softmax attention of every target over the events `first` (default 0) to `target_end`; exact for every target.
+    """Softmax attention of one user's targets over the events that each may see; exact for every target.
+
+    Args:
+        key_LHd: keys of the events.
 
     Returns:
         [T, H, d]; a target that may see no event gets zeros.
@@ -76,79 +96,65 @@ def event_attention(
     if key_LHd.shape[0] == 0:
         return out_THd
     # A softmax over nothing is 0 / 0, in its gradient too: targets that see no event take no part.
-    seen = target_end_T > (0 if first_T is None else first_T)
-    every = bool(seen.all())
-    q, end, times = (
-        (query_THd, target_end_T, target_time_ms_T)
-        if every
-        else (query_THd[seen], target_end_T[seen], target_time_ms_T[seen])
-    )
-    if q.shape[0] == 0:
+    end_T, first_T, time_ms_T = targets.end_T, targets.bound_T, targets.time_ms_T
+    seen_T = end_T > (0 if first_T is None else first_T)
+    every = bool(seen_T.all())
+    if not every:
+        query_THd, end_T, time_ms_T = query_THd[seen_T], end_T[seen_T], time_ms_T[seen_T]
+        first_T = first_T if first_T is None else first_T[seen_T]
+    if query_THd.shape[0] == 0:
         return out_THd
-    first = first_T if first_T is None or every else first_T[seen]
-    hidden_TL = hidden(key_LHd.shape[0], first, end)
+    # What is hidden goes into the bias: the product below then never holds T x L logits for a backward pass.
+    hidden_TL = hidden(key_LHd.shape[0], first_T, end_T)
     if kernel is None:
-        bias = torch.zeros(hidden_TL.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden_TL, float("-inf"))
+        nothing_TL = torch.zeros(hidden_TL.shape, dtype=query_THd.dtype, device=query_THd.device)
+        bias = nothing_TL.masked_fill_(hidden_TL, float("-inf"))
     else:
-        bias = kernel.log_kernel(times[:, None], event_time_ms_L).masked_fill(hidden_TL, float("-inf")).to(q.dtype)
+        bias = kernel.log_kernel(time_ms_T[:, None], events.time_ms_E).masked_fill(hidden_TL, float("-inf"))
+        bias = bias.to(query_THd.dtype)
     mixed_HTd = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
+        query_THd.transpose(0, 1)[None],
         key_LHd.transpose(0, 1)[None],
-        value_LHd.transpose(0, 1)[None],
+        events.value_EHd.transpose(0, 1)[None],
         attn_mask=bias[None] if bias.dim() == 3 else bias,
         scale=1.0,
     )[0]
     mixed_THd = mixed_HTd.transpose(0, 1).to(out_THd.dtype)
-    return mixed_THd if every else out_THd.index_put((seen.nonzero()[:, 0],), mixed_THd)
+    return mixed_THd if every else out_THd.index_put((seen_T.nonzero()[:, 0],), mixed_THd)
 
 
 def event_part(
-    query_THd: Tensor,
-    key_LHd: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
-    kernel: MixtureKernel | None,
-    first_T: Tensor | None = None,
+    query_THd: Tensor, key_LHd: Tensor, events: Events, targets: Targets, kernel: MixtureKernel | None
 ) -> Attended:
     """`event_attention` as a part of a larger softmax; keeps T x L logits."""
-    hidden_TL = hidden(key_LHd.shape[0], first_T, target_end_T)
+    hidden_TL = hidden(key_LHd.shape[0], targets.bound_T, targets.end_T)
     logit_HTL = query_THd.transpose(0, 1) @ key_LHd.permute(1, 2, 0)
     if kernel is not None:
-        logit_HTL = logit_HTL + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L).to(logit_HTL.dtype)
-    return softmax_part(logit_HTL.masked_fill(hidden_TL, float("-inf")), value_LHd.transpose(0, 1))
+        logit_HTL = logit_HTL + kernel.log_kernel(targets.time_ms_T[:, None], events.time_ms_E).to(logit_HTL.dtype)
+    return softmax_part(logit_HTL.masked_fill(hidden_TL, float("-inf")), events.value_EHd.transpose(0, 1))
 
 
 def window_part(
-    query_THd: Tensor,
-    key_LHd: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
-    kernel: MixtureKernel | None,
-    window: int,
-    first_T: Tensor | None = None,
+    query_THd: Tensor, key_LHd: Tensor, events: Events, targets: Targets, kernel: MixtureKernel | None, window: int
 ) -> Attended:
-    """Attention of every target over the newest `window` events before its cut-off, for their exact keys.
+    """Attention of one user's targets over the newest `window` events that each may see, for their exact keys.
 
-    Events before `first` (default 0) are none of the target's. See docs/method.md#recent-window.
-
-    The same function trains (all events, a cut-off per target) and serves (the newest events alone, every cut-off at their
-    end); the other part ends at `target_end - window`, clamped at 0, or is a cache that leaves the newest events out.
+    See docs/method.md#recent-window. The same function trains (all events, a cut-off per target) and serves (the newest
+    events alone, every cut-off at their end); the other part ends at `end - window`, clamped at 0, or is a cache that
+    leaves the newest events out.
     """
     if key_LHd.shape[0] == 0:
         return Attended(torch.zeros_like(query_THd), query_THd.new_full(query_THd.shape[:2], NOTHING))
-    place_TR = target_end_T[:, None] + torch.arange(-window, 0, device=query_THd.device)
+    place_TR = targets.end_T[:, None] + torch.arange(-window, 0, device=query_THd.device)
     event_TR = place_TR.clamp(min=0)  # places before the history are hidden below; what is read there does not matter
     logit_HTR = torch.einsum("thd,trhd->htr", query_THd, key_LHd[event_TR])
     if kernel is not None:
-        logit_HTR = logit_HTR + kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L[event_TR]).to(
-            logit_HTR.dtype
-        )
+        log_kernel_HTR = kernel.log_kernel(targets.time_ms_T[:, None], events.time_ms_E[event_TR])
+        logit_HTR = logit_HTR + log_kernel_HTR.to(logit_HTR.dtype)
+    first_T = targets.bound_T
     hidden_TR = place_TR < (0 if first_T is None else first_T[:, None])
-    return softmax_part(logit_HTR.masked_fill(hidden_TR, float("-inf")), value_LHd[event_TR].permute(2, 0, 1, 3))
+    value_HTRd = events.value_EHd[event_TR].permute(2, 0, 1, 3)
+    return softmax_part(logit_HTR.masked_fill(hidden_TR, float("-inf")), value_HTRd)
 
 
 def cache_part(
@@ -170,14 +176,6 @@ def cache_attention(
 ) -> Tensor:
     """Attention over codes, [T, H, d]; equals `event_attention` on codewords. An empty cache gives zeros."""
     return cache_part(query_THd, codebook_HCd, cache, target_time_ms_T, kernel).out_THd
-
-
-def straight_through_codes(key_LHd: Tensor, codebook_HCd: Tensor, codes_LG: Tensor) -> Tensor:
-    """Return keys at their codewords whose gradient goes to the exact keys, [L, H, d] (docs/method.md#straight-through-gradient)."""
-    heads = codebook_HCd.shape[0]
-    code_LH = codes_LG.repeat_interleave(heads // codes_LG.shape[1], dim=1)
-    word_LHd = codebook_HCd[torch.arange(heads, device=codes_LG.device), code_LH]
-    return straight_through(key_LHd, word_LHd)
 
 
 def code_logits(

@@ -17,6 +17,7 @@ one head and code.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from etl.warehouse.partitions import MS_PER_DAY
-from training.model.attention import NOTHING, Attended, combine, event_part, straight_through_codes
+from training.model.attention import NOTHING, Attended, CodedKeys, combine, event_part
 from training.model.cache import joined, tables
+from training.model.history import Events, Targets, one_user
 from training.model.kernel import MixtureKernel, age_days
 
 TARGETS_PER_SEGMENT = 32
@@ -33,88 +35,64 @@ TARGETS_PER_PRODUCT = 256  # d x d numbers a target live this long only
 
 
 def factored_attention(
-    query_THd: Tensor,
-    key_LHd: Tensor,
-    codebook_HCd: Tensor,
-    codes_LG: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
-    kernel: MixtureKernel | None,
+    query_THd: Tensor, keys: CodedKeys, events: Events, targets: Targets, kernel: MixtureKernel | None
 ) -> Attended:
-    """Attention over the first `target_end` events with keys at their codewords, in O(L + T) time and memory.
+    """Attention of one user's targets over the events before their ends, keys at codewords, in O(L + T) time and memory.
 
-    Output and gradients (of queries, keys, values and kernel; straight through to `key_LHd`, none to the codebook) are those of
-    `event_part` on `key + (codeword - key).detach()`, for sorted event times and no target before an event that it sees.
-    Up to `TARGETS_PER_SEGMENT` targets between two segment borders attend to their last, partial segment event by event.
+    Output and gradients (of queries, keys, values and kernel; straight through to the keys, none to the codebook) are those
+    of `event_part` on `keys.hard_LHd()`, for sorted event times and no target before an event that it sees. Up to
+    `TARGETS_PER_SEGMENT` targets between two segment borders attend to their last, partial segment event by event.
 
     Args:
-        key_LHd: exact keys; only their gradient is used. codes_LG: int64, their codes.
-        target_end_T: events that each target sees, any order.
+        keys: of the exact ones only the gradient is used.
+        targets: any order of ends; `first_T` is not looked at.
     """
-    if len(value_LHd) == 0 or len(query_THd) == 0:
+    if len(events.value_EHd) == 0 or len(query_THd) == 0:
         return Attended(torch.zeros_like(query_THd), query_THd.new_full(query_THd.shape[:2], NOTHING))
-    order_T = target_end_T.argsort(stable=True)
-    end_T = target_end_T[order_T]
+    # Segments grow from the oldest border to the newest, so targets are taken in the order of their ends.
+    order_T = targets.end_T.argsort(stable=True)
+    end_T, time_ms_T, query_THd = targets.end_T[order_T], targets.time_ms_T[order_T], query_THd[order_T]
     border_T, segments = _borders(end_T)
-    query, times = query_THd[order_T], target_time_ms_T[order_T]
     if kernel is None:
         rate_HM, log_weight_HM = query_THd.new_zeros(2, query_THd.shape[1], 1)
     else:
         rate_HM, log_weight_HM = kernel.rate_HM(), kernel.log_weight_HM()
     part = Attended(
         *_CodeAttention.apply(
-            query,
-            key_LHd,
-            codebook_HCd.detach(),
-            codes_LG,
-            value_LHd,
-            event_time_ms_L,
-            times,
+            query_THd,
+            keys.key_LHd,
+            keys.codebook_HCd.detach(),
+            keys.codes_LG,
+            events.value_EHd,
+            events.time_ms_E,
+            time_ms_T,
             rate_HM,
             log_weight_HM,
             segments,
         )
     )
     if bool((border_T < end_T).any()):
-        part = combine(
-            part,
-            _partial_segments(
-                query, key_LHd, codebook_HCd, codes_LG, value_LHd, event_time_ms_L, times, end_T, border_T, kernel
-            ),
-        )
+        ordered = replace(targets, time_ms_T=time_ms_T, end_T=end_T)
+        part = combine(part, _partial_segments(query_THd, keys, events, ordered, border_T, kernel))
     back_T = order_T.argsort()
     return Attended(part.out_THd[back_T], part.lse_TH[back_T])
 
 
 def bounded_factored_attention(
-    query_THd: Tensor,
-    key_LHd: Tensor,
-    codebook_HCd: Tensor,
-    codes_LG: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
-    kernel: MixtureKernel | None,
-    first_T: Tensor,
-    shared_from: int,
+    query_THd: Tensor, keys: CodedKeys, events: Events, targets: Targets, kernel: MixtureKernel | None
 ) -> Attended:
-    """`factored_attention` over the events `first` to `target_end`.
+    """`factored_attention` where targets see nothing of the events before their `first_T`.
 
-    Events from `shared_from` on, the largest `first`, are summed into codes: no target is too late for one of them. The older ones
-    meet the targets one by one, since a sum cannot be undone: what would be subtracted may be nearly all of it.
+    Events from `shared_from` on are summed into codes: no target is too late for one of them. The older ones meet the
+    targets one by one, since a sum cannot be undone: what would be subtracted may be nearly all of it.
     """
+    (shared_from,) = targets.shared_from
     old, new = slice(0, shared_from), slice(shared_from, None)
-    hard_LHd = straight_through_codes(key_LHd[old], codebook_HCd, codes_LG[old])
+    rest = replace(targets, end_T=(targets.end_T - shared_from).clamp(min=0))
     return combine(
-        event_part(query_THd, hard_LHd, value_LHd[old], event_time_ms_L[old], target_time_ms_T, target_end_T, kernel, first_T),
-        factored_attention(
-            query_THd, key_LHd[new], codebook_HCd, codes_LG[new], value_LHd[new], event_time_ms_L[new], target_time_ms_T,
-            (target_end_T - shared_from).clamp(min=0), kernel,
-        ),
-    )  # fmt: skip
+        event_part(query_THd, keys.of(old).hard_LHd(), events.of(old), targets, kernel),
+        factored_attention(query_THd, keys.of(new), events.of(new), rest, kernel),
+    )
 
 
 def prefers_factored(length: int, targets: int, cut_offs: int, with_kernel: bool) -> bool:
@@ -158,31 +136,23 @@ def _borders(end_T: Tensor) -> tuple[Tensor, list[_Segment]]:
 
 def _partial_segments(
     query_THd: Tensor,
-    key_LHd: Tensor,
-    codebook_HCd: Tensor,
-    codes_LG: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    end_T: Tensor,
+    keys: CodedKeys,
+    events: Events,
+    targets: Targets,
     border_T: Tensor,
     kernel: MixtureKernel | None,
 ) -> Attended:
-    """Attention of every target over the events between its border and its cut-off."""
-    hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
+    """Attention of every target over the events between its border and its end."""
+    hard_LHd, end_T = keys.hard_LHd(), targets.end_T
     inside_T = (end_T > border_T).nonzero()[:, 0]
     outs, lses = [], []
     for rows in inside_T.split((border_T[inside_T].unique_consecutive(return_counts=True)[1]).tolist()):
         border, end = int(border_T[rows[0]]), int(end_T[rows[-1]])
-        part = event_part(
-            query_THd[rows],
-            hard_LHd[border:end],
-            value_LHd[border:end],
-            event_time_ms_L[border:end],
-            target_time_ms_T[rows],
-            end_T[rows] - border,
-            kernel,
-        )
+        between = slice(border, end)
+        # The border is at or behind every `first_T`: within the segment all of it is seen.
+        value_LHd, time_ms_L = events.value_EHd[between], events.time_ms_E[between]
+        mine = one_user(value_LHd, time_ms_L, targets.time_ms_T[rows], end_T[rows] - border)
+        part = event_part(query_THd[rows], hard_LHd[between], *mine, kernel)
         outs.append(part.out_THd)
         lses.append(part.lse_TH)
     out_THd = torch.zeros_like(query_THd).index_copy(0, inside_T, torch.cat(outs))

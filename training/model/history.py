@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from training.model.fused_rows import Places
@@ -46,6 +47,11 @@ class Events:
     start: list[int]
     by_item: Places | None = None
 
+    def of(self, events: slice) -> Events:
+        """Return some events of one user, as a batch of that user alone."""
+        time_ms_L = self.time_ms_E[events]
+        return Events(self.item_E[events], self.value_EHd[events], time_ms_L, [0, len(time_ms_L)])
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -79,7 +85,7 @@ def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Target
     for user, (event, target) in enumerate(zip(pairwise(events.start), pairwise(targets.start), strict=True)):
         mine, rows = slice(*event), slice(*target)
         yield (
-            Events(events.item_E[mine], events.value_EHd[mine], events.time_ms_E[mine], [0, event[1] - event[0]]),
+            events.of(mine),
             Targets(
                 targets.item_T[rows],
                 targets.time_ms_T[rows],
@@ -91,3 +97,17 @@ def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Target
             ),
             rows,
         )
+
+
+def one_user(
+    value_LHd: Tensor, event_time_ms_L: Tensor, target_time_ms_T: Tensor, end_T: Tensor, first_T: Tensor | None = None
+) -> tuple[Events, Targets]:
+    """Return the batch of one user, for what reads keys and queries that are already each event's and each target's."""
+    item_L, item_T = torch.zeros_like(event_time_ms_L), torch.zeros_like(end_T)
+    shared_from = 0 if first_T is None or not len(first_T) else int(first_T.max())
+    first_T = torch.zeros_like(end_T) if first_T is None else first_T
+    cut_offs = [len(end_T.unique())]
+    return (
+        Events(item_L, value_LHd, event_time_ms_L, [0, len(item_L)]),
+        Targets(item_T, target_time_ms_T, first_T, end_T, [0, len(item_T)], cut_offs, [shared_from]),
+    )

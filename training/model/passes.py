@@ -10,14 +10,14 @@ L events of one user.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.model import fused
-from training.model.attention import Attended, combine, event_attention, event_part, window_part
+from training.model.attention import Attended, CodedKeys, combine, event_attention, event_part, window_part
 from training.model.blocks import Layout, block_attention
 from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
 from training.model.fused_rows import Places, gathered
@@ -144,50 +144,33 @@ def by_layout(attend: Callable[[Layout], Tensor], events: Events, targets: Targe
 
 def _one_user(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
     """Return the interests of one user's targets, by whatever form is the cheapest for this history."""
-    item_L, value_LHd, kernel = events.item_E, events.value_EHd, softmax.kernel
-    end_T, first_T = targets.end_T, targets.bound_T
-    times = events.time_ms_E, targets.time_ms_T
+    item_L, kernel, window = events.item_E, softmax.kernel, softmax.recent_window
     if softmax.window_alone:
-        key_LHd = keys.exact_NHd[item_L]
-        return window_part(query_THd, key_LHd, value_LHd, *times, end_T, kernel, softmax.recent_window, first_T).out_THd
+        return window_part(query_THd, keys.exact_NHd[item_L], events, targets, kernel, window).out_THd
     if keys.codes_NG is None:
-        return event_attention(query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
-    tail_T = (end_T - softmax.recent_window).clamp(min=0)  # the newest events have exact keys, and are joined below
-    factored = prefers_factored(
-        len(item_L) - targets.shared_from[0], len(end_T), targets.cut_offs[0], kernel is not None
-    )
-    if not (softmax.refine_k or softmax.recent_window or factored):
-        return event_attention(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
-    tail = _coded_part(query_THd, keys, events, targets, softmax, tail_T, factored)
-    if not softmax.recent_window:
+        return event_attention(query_THd, keys.exact_NHd[item_L], events, targets, kernel)
+    shared = len(item_L) - targets.shared_from[0]
+    factored = prefers_factored(shared, len(query_THd), targets.cut_offs[0], kernel is not None)
+    if not (softmax.refine_k or window or factored):
+        return event_attention(query_THd, keys.hard_NHd[item_L], events, targets, kernel)
+    # The newest events have exact keys, so codes end before them; the two parts are joined to one softmax.
+    older = replace(targets, end_T=(targets.end_T - window).clamp(min=0))
+    tail = _coded_part(query_THd, keys, events, older, softmax, factored)
+    if not window:
         return tail.out_THd
-    head = window_part(
-        query_THd, keys.exact_NHd[item_L], value_LHd, *times, end_T, kernel, softmax.recent_window, first_T
-    )
-    return combine(head, tail).out_THd
+    return combine(window_part(query_THd, keys.exact_NHd[item_L], events, targets, kernel, window), tail).out_THd
 
 
 def _coded_part(
-    query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax, end_T: Tensor, factored: bool
+    query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax, factored: bool
 ) -> Attended:
-    """Return the attention of one user's targets over the events before `end_T`, keys at their codewords."""
+    """Return the attention of one user's targets, keys at their codewords."""
     assert keys.codes_NG is not None and keys.codebook_HCd is not None
-    item_L, value_LHd, kernel, first_T = events.item_E, events.value_EHd, softmax.kernel, targets.bound_T
-    times = events.time_ms_E, targets.time_ms_T
+    item_L, kernel = events.item_E, softmax.kernel
     if not (softmax.refine_k or factored):
-        return event_part(query_THd, keys.hard_NHd[item_L], value_LHd, *times, end_T, kernel, first_T)
-    coded = (
-        query_THd,
-        keys.exact_NHd[item_L],
-        keys.codebook_HCd,
-        keys.codes_NG[item_L],
-        value_LHd,
-        *times,
-        end_T,
-        kernel,
-    )
+        return event_part(query_THd, keys.hard_NHd[item_L], events, targets, kernel)
+    coded = CodedKeys(keys.exact_NHd[item_L], keys.codebook_HCd, keys.codes_NG[item_L])
     if softmax.refine_k:
-        return refined_event_part(*coded, softmax.refine_k, first_T)
-    if first_T is None:
-        return factored_attention(*coded)
-    return bounded_factored_attention(*coded, first_T, targets.shared_from[0])
+        return refined_event_part(query_THd, coded, events, targets, kernel, softmax.refine_k)
+    run = factored_attention if targets.bound_T is None else bounded_factored_attention
+    return run(query_THd, coded, events, targets, kernel)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.model.attention import Attended, code_logits, hidden, softmax_part, straight_through_codes
+from training.model.attention import Attended, CodedKeys, code_logits, hidden, softmax_part
 from training.model.cache import UserCache
+from training.model.history import Events, Targets
 from training.model.kernel import MixtureKernel, age_days
 
 # Added per position: the order of equal logits becomes the order of time; far below a logit's rounding.
@@ -25,30 +26,26 @@ TIE = 1e-12
 
 def refined_event_part(
     query_THd: Tensor,
-    key_LHd: Tensor,
-    codebook_HCd: Tensor,
-    codes_LG: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
-    target_time_ms_T: Tensor,
-    target_end_T: Tensor,
+    keys: CodedKeys,
+    events: Events,
+    targets: Targets,
     kernel: MixtureKernel | None,
     refine: int,
-    first_T: Tensor | None = None,
 ) -> Attended:
-    """Training form: attention over the events `first` (default 0) to `target_end`; straight-through keys, exact where refined.
+    """Training form: attention over the events that each target may see; straight-through keys, exact where refined.
 
     Refined events send the task's gradient to query and key as in exact attention, all others as in VQL.
     """
+    key_LHd, codebook_HCd, codes_LG = keys
     heads, length = query_THd.shape[1], len(key_LHd)
     code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
-    hard_LHd = straight_through_codes(key_LHd, codebook_HCd, codes_LG)
-    hidden_TL = hidden(length, first_T, target_end_T)
+    hard_LHd = keys.hard_LHd()
+    hidden_TL = hidden(length, targets.bound_T, targets.end_T)
     query_HTd = query_THd.transpose(0, 1)
     logit_HTL = query_HTd @ hard_LHd.permute(1, 2, 0)
     bias_HTL = torch.zeros_like(logit_HTL)
     if kernel is not None:
-        bias_HTL = kernel.log_kernel(target_time_ms_T[:, None], event_time_ms_L).to(logit_HTL.dtype)
+        bias_HTL = kernel.log_kernel(targets.time_ms_T[:, None], events.time_ms_E).to(logit_HTL.dtype)
     bias_HTL = bias_HTL.masked_fill(hidden_TL, float("-inf"))
     if length:
         with torch.no_grad():
@@ -60,7 +57,7 @@ def refined_event_part(
         head_H11 = torch.arange(heads, device=code_HL.device)[:, None, None]
         exact_HTK = torch.einsum("htd,htkd->htk", query_HTd, key_LHd[chosen_HTK, head_H11])
         logit_HTL = logit_HTL.scatter(2, chosen_HTK, exact_HTK)
-    return softmax_part(logit_HTL + bias_HTL, value_LHd.transpose(0, 1))
+    return softmax_part(logit_HTL + bias_HTL, events.value_EHd.transpose(0, 1))
 
 
 @dataclass(frozen=True)

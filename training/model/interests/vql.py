@@ -20,7 +20,7 @@ from torch import Tensor
 from training.config import ModelConfig
 from training.model.attention import Attended, cache_part, combine, window_part
 from training.model.cache import UserCache, build_cache
-from training.model.history import Events, Items, Targets, each_user
+from training.model.history import Events, Items, Targets, each_user, one_user
 from training.model.interests.interface import Coded
 from training.model.passes import Keys, Softmax
 from training.model.probe import AttentionErrors, attention_errors
@@ -118,9 +118,10 @@ class Vql(Coded):
         if not window:
             return part
         item_L = events.item_E[new]
-        history = keys.exact_NHd[item_L], events.value_EHd[new], events.time_ms_E[new]
-        end_T = torch.full_like(time_ms_T, len(item_L))
-        return combine(window_part(query_THd, *history, time_ms_T, end_T, self.kernel, window), part)
+        newest = one_user(
+            events.value_EHd[new], events.time_ms_E[new], time_ms_T, torch.full_like(time_ms_T, len(item_L))
+        )
+        return combine(window_part(query_THd, keys.exact_NHd[item_L], *newest, self.kernel, window), part)
 
     @torch.no_grad()
     def probe(self, items: Items, events: Events, targets: Targets) -> list[tuple[int, AttentionErrors]]:
