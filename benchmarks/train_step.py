@@ -1,6 +1,7 @@
-"""Time of one training step (forward and backward) of the ranker by kind of interest and length of history.
+"""Time of one training step (forward, backward, clipping, optimizer) of the ranker by kind of interest, targets and length of history.
 
-    python -m benchmarks.train_step --users 32 --targets 64 --lengths 1024,4096,16384
+    make bench-train ARGS=--plain
+    python -m benchmarks.train_step --targets 64 --lengths 1024,4096,16384
 
 Random users of equal length, targets spread over the last tenth of the history. A table, and one JSON line last.
 """
@@ -8,9 +9,12 @@ Random users of equal length, targets spread over the last tenth of the history.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 import time
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import INTERACTIONS, Batch
+from training.model import fused
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import ItemFeatures
 
@@ -34,24 +39,47 @@ MODELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=32)
-    parser.add_argument("--targets", type=int, default=64)
+    parser.add_argument("--targets", default="64,1024")
     parser.add_argument("--cut-offs", type=int, default=8, help="distinct cut-offs of a user")
-    parser.add_argument("--lengths", default="1024,4096,16384")
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--lengths", default="16384")
+    parser.add_argument("--models", default="softmax_attention,vql", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--precisions", default="tf32,bf16", help="of fp32, tf32, bf16; a CPU has fp32")
+    parser.add_argument("--plain", action="store_true", help="measure the passes without fused kernels, too")
+    parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    found = []
-    print(f"{'model':<24}{'L':>8}{'median ms':>12}{'samples/s':>12}{'peak MB':>10}")
-    for length in map(int, args.lengths.split(",")):
-        batch = make_batch(args.users, length, args.targets, args.cut_offs).to(args.device)
-        for name in args.models.split(","):
-            milliseconds, peak = measure(MODELS[name], batch, args.runs, args.device)
-            rate = args.users * args.targets / milliseconds * 1_000
-            found.append({"model": name, "length": length, "ms": milliseconds, "samples_per_s": rate, "peak_mb": peak})
-            print(f"{name:<24}{length:>8}{milliseconds:>12.1f}{rate:>12,.0f}{peak:>10.0f}", flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-    print(json.dumps({"benchmark": "train_step", "device": device, "users": args.users, "targets": args.targets, "cut_offs": args.cut_offs, "runs": found}))
+    on_gpu = args.device == "cuda"
+    precisions = args.precisions.split(",") if on_gpu else ["fp32"]
+    passes = ["fused", "plain"] if on_gpu and args.plain else ["fused" if on_gpu else "plain"]
+    found: list[dict] = []
+    print(f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>7}{'step ms':>9}{'waited':>8}{'GPU ms':>8}{'samples/s':>12}{'peak MB':>9}")
+    cases = itertools.product(args.lengths.split(","), args.targets.split(","), args.models.split(","), precisions, passes)
+    for length, targets, name, precision, how in cases:
+        batch = make_batch(args.users, int(length), int(targets), args.cut_offs).to(args.device)
+        plainly = patch.object(fused, "available", lambda like: False) if how == "plain" else contextlib.nullcontext()
+        with plainly:
+            figures = measure(MODELS[name], batch, args.runs, args.device, precision)
+        rate = args.users * int(targets) / figures["step_ms"] * 1_000
+        found.append({"model": name, "length": int(length), "targets": int(targets), "precision": precision, "pass": how, "samples_per_s": rate} | figures)
+        print(
+            f"{name:<22}{length:>8}{targets:>8}{precision:>6}{how:>7}{figures['step_ms']:>9.2f}{figures['waited_ms']:>8.2f}{figures['gpu_ms']:>8.2f}"
+            f"{rate:>12,.0f}{figures['peak_mb']:>9.0f}",
+            flush=True,
+        )
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU thread(s)"
+    print(json.dumps({"benchmark": "train_step", "device": device, "users": args.users, "cut_offs": args.cut_offs, **best_steps(found), "runs": found}))
+
+
+def best_steps(found: list[dict]) -> dict[str, float]:
+    """Return step_ms_KIND_TARGETS, the fastest precision of the longest histories, without the plain pass where there is a fused one."""
+    longest = max(run["length"] for run in found)
+    best: dict[str, float] = {}
+    for run in found:
+        kind = {"softmax_attention": "exact", "vql": "vql"}.get(run["model"])
+        if kind and run["length"] == longest and run["pass"] == found[0]["pass"]:
+            key = f"step_ms_{kind}_{run['targets']}"
+            best[key] = min(run["step_ms"], best.get(key, run["step_ms"]))
+    return best
 
 
 def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int = 20_000) -> Batch:
@@ -70,27 +98,57 @@ def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int 
         cut_offs=[len(np.unique(e)) for e in ends], shared_from=[0] * users)  # fmt: skip
 
 
-def measure(config: ModelConfig, batch: Batch, runs: int, device: str) -> tuple[float, float]:
-    """Return the median milliseconds of a step after two to warm up, and the peak of GPU memory in MB (0 on a CPU)."""
+def measure(config: ModelConfig, batch: Batch, runs: int, device: str, precision: str) -> dict[str, float]:
+    """Return the medians of a step in ms after three to warm up, and the peak of GPU memory in MB (0 on a CPU).
+
+    A step is forward pass, backward pass, clipping and optimizer. `step_ms`: one step after another, as training goes; `waited_ms`: each
+    waited for before the next begins; `gpu_ms`: the time of its kernels.
+    """
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     model = Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config).to(device).train()
     if model.coded is not None:
         with torch.no_grad():
             model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(runs + 2):
+    on_gpu = device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu)
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logits, auxiliary = model(batch)
+        (F.binary_cross_entropy_with_logits(logits.float(), batch.target_label) + auxiliary).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def waited() -> float:
         wait()
         began = time.perf_counter()
-        logits, auxiliary = model(batch)
-        (F.binary_cross_entropy_with_logits(logits, batch.target_label) + auxiliary).backward()
+        step()
         wait()
-        seconds.append(time.perf_counter() - began)
-        model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-    return 1_000 * statistics.median(seconds[2:]), peak
+        return 1_000 * (time.perf_counter() - began)
+
+    for _ in range(3):
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    single = statistics.median(waited() for _ in range(runs))
+    if not on_gpu:
+        return {"step_ms": single, "waited_ms": single, "gpu_ms": 0.0, "peak_mb": 0.0}
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    for mark in marks:
+        mark.record()
+        step()
+    wait()
+    row = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            step()
+        wait()
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 3_000
+    return {"step_ms": row, "waited_ms": single, "gpu_ms": busy, "peak_mb": peak}
 
 
 if __name__ == "__main__":

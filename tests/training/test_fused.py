@@ -30,7 +30,7 @@ pytestmark = [
 DAY_MS, NOW_MS = 86_400_000, 1_650_000_000_000
 SEED = random.SystemRandom().randrange(2**31)  # fresh inputs in every run; pytest prints it with a failure
 USERS = [(130, 5), (0, 3), (7, 0), (64, 1), (200, 70), (1, 1), (3, 130)]
-TOLERANCE = {"exact": 2e-5, "tf32": 1e-3, "bf16": 4e-3}
+TOLERANCE = {"exact": 2e-5, "tf32": 1e-3, "bf16": 6e-3}
 
 
 @dataclass
