@@ -43,11 +43,11 @@ claims: setup ## every claim of the method on one page (var/claims/index.html); 
 	@$(PY) -m benchmarks.claims $(ARGS)
 
 validate: setup ## look at one stage of a partition, change nothing: STAGE=events DT=YYYY-MM-DD DATASET=name ARGS="--attempt A --json"
-	@$(PY) -m etl.quality.check --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+	@$(PY) -m etl.quality.judge.check --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--dt "$$DT" --stage "$${STAGE:-events}" $(ARGS)
 
 let-through: setup ## let a partition that a gate stopped through, once: STAGE=events DT=YYYY-MM-DD DATASET=name REASON="why" BY=name
-	@$(PY) -m etl.quality.pass_once --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+	@$(PY) -m etl.quality.judge.pass_once --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--dt "$$DT" --stage "$$STAGE" --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
 
 prune: setup ## remove what is no longer current and as old as the definition says: DATASET=name; ARGS=--dry-run shows it with sizes

@@ -118,7 +118,7 @@ class Bench:
         return done, staged(self.store, self._attempt(name), "sequences", dt)
 
     def audit(self, name: str, stage: str, dt: str) -> Done:
-        return self.run(f"{name}-audit", "etl.quality.audit", *self._partition(name, self.store, dt), "--stage", stage, *self._reports, figures=False)
+        return self.run(f"{name}-audit", "etl.quality.judge.audit", *self._partition(name, self.store, dt), "--stage", stage, *self._reports, figures=False)
 
     def duckdb(self, name: str, dt: str) -> tuple[Done, Path]:
         out = self.work / "duckdb.parquet"

@@ -77,7 +77,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
         runs = ["--runs", settings.runs()]
         reports = str(settings.reports())
-        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.audit", reports=reports)
+        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.judge.audit", reports=reports)
         hours_6 = dtm.timedelta(hours=6)
 
         start = StartOperator(task_id=settings.START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5))

@@ -156,7 +156,7 @@ class WarningApproval(ApprovalOperator):
         return context["ti"].xcom_pull(task_ids=self.gate, key=ReportLink().xcom_key) or ""
 
     def _summary(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        module = "etl.quality.report"
+        module = "etl.quality.report.write"
         command = [sys.executable, "-m", module, *partition_arguments(run, self.dataset), "--reports", self.reports, "--json"]
         done = subprocess.run(command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
                               text=True, check=False)  # fmt: skip

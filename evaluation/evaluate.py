@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.datasets.definition import SIMULATED_MARKER
-from etl.quality.audit import Audit
-from etl.quality.report import written_after
+from etl.quality.judge.audit import Audit
+from etl.quality.report.write import written_after
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.local_files import replace_text

@@ -34,10 +34,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # Who may import what besides: to become empty.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("evaluation.evaluate", "etl.quality.audit"),
-    ("evaluation.evaluate", "etl.quality.report"),
-    ("evaluation.prune", "etl.quality.docs"),
-    ("evaluation.release.register", "etl.quality.kept"),
+    ("evaluation.evaluate", "etl.quality.judge.audit"),
+    ("evaluation.evaluate", "etl.quality.report.write"),
+    ("evaluation.prune", "etl.quality.judge.data_docs"),
+    ("evaluation.release.register", "etl.quality.judge.outcomes"),
 }
 
 

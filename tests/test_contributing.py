@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from etl.datasets.definition import dataset
-from etl.quality.check import main as check
+from etl.quality.judge.check import main as check
 from etl.stage.errors import EXIT_MEND
 from infra import settings
 from tests.etl.quality.feed import Feed, one_spark_session

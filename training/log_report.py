@@ -1,4 +1,4 @@
-"""Logs the report of a partition (`etl.quality.report`) to the MLflow run of its attempt, whether its gate held or not.
+"""Logs the report of a partition (`etl.quality.report.write`) to the MLflow run of its attempt, whether its gate held or not.
 
     python -m training.log_report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--when-input-ends]
 

@@ -56,9 +56,9 @@ def _built(folder: Path, real: RealSet, raw: Path) -> Path:
         reports = ["--reports", f"{warehouse}/reports"]
         for stage, more in (
             ("etl.jobs.events", lookback),
-            ("etl.quality.audit", ["--stage", "events", *reports]),
+            ("etl.quality.judge.audit", ["--stage", "events", *reports]),
             ("etl.jobs.sequences", [*lookback, "--target-days", str(window.target_days), "--evaluation-days", str(window.evaluation_days)]),
-            ("etl.quality.audit", ["--stage", "sequences", *reports]),
+            ("etl.quality.judge.audit", ["--stage", "sequences", *reports]),
         ):
             print(f"{folder.name}: {stage}", flush=True)
             subprocess.run([sys.executable, "-m", stage, *common, *more], check=True)

@@ -1,6 +1,6 @@
 """The section `quality` of a definition: bounds that differ for this data set, each with its reason, and expectations of its own.
 
-The models are what a file is checked against; `etl.quality.own` runs what stands in them. Nothing heavy is imported here: DAG
+The models are what a file is checked against; `etl.quality.measure.own_rules` runs what stands in them. Nothing heavy is imported here: DAG
 files read definitions.
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.ingest.raw import RawLocation
-from etl.quality.stats import SEQUENCE_COLUMNS, SequenceRules, measured_bucket
+from etl.quality.measure.stats import SEQUENCE_COLUMNS, SequenceRules, measured_bucket
 from etl.sequences.build_sequences import Measuring, build_sequences
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
@@ -42,7 +42,7 @@ def main() -> None:
     with contextlib.ExitStack() as around:
         measuring: Measuring | None = None
         if args.reports:
-            from etl.quality.beside import judging_sequences
+            from etl.quality.judge.in_job import judging_sequences
 
             take = around.enter_context(judging_sequences(store, definition, args.dt, args.attempt, Path(args.reports)))
             rules = SequenceRules.of(window, definition.targets.positions is not None, definition.history)

@@ -25,5 +25,5 @@ def attempt_name(dataset: str, dt: str, of: str) -> str:
 
 
 def report_page(reports: Path, dataset: str, dt: str, attempt: str) -> Path:
-    """Return where the report of an attempt at a partition is (`etl.quality.report` writes it)."""
+    """Return where the report of an attempt at a partition is (`etl.quality.report.write` writes it)."""
     return reports / "partitions" / dataset / f"dt={dt}" / f"{attempt}.html"

@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
-from etl.quality.kept import read_outcomes
+from etl.quality.judge.outcomes import read_outcomes
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError, StageError
 from etl.warehouse.store import TableStore, code_version

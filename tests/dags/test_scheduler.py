@@ -26,7 +26,7 @@ from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
-STAGES = ("etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
+STAGES = ("etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
           "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune")  # fmt: skip
 STAGE = '''
 import contextlib, json, os, sys, time
@@ -66,7 +66,7 @@ if (root / "training" / "tracking.py").exists():
 GATE = STAGE + '''
 if (root / "gates").exists():
     from etl.datasets.arguments import partition_parser, store_of
-    from etl.quality.kept import Outcome, StageOutcome, write_outcome
+    from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome
     parser = partition_parser("")
     parser.add_argument("--stage")
     args, _ = parser.parse_known_args()
@@ -128,7 +128,7 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text({"etl.quality.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
+            path.write_text({"etl.quality.judge.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
         shutil.copy(settings.ROOT / "evaluation" / "release" / "outcomes.py", root / "evaluation" / "release")
         shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "training" / "log_report.py").write_text(PAGE)
@@ -412,7 +412,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     assert "hours_covered is  11" in question["body"]  # all of it in one code mark
     assert project.link(run, LAST_GATE) in question["body"]
     called = project.calls()
-    assert [call[0] for call in called].count("etl.quality.audit") == 3
+    assert [call[0] for call in called].count("etl.quality.judge.audit") == 3
     assert "training.train" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
@@ -428,7 +428,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     project.answer(run, "Reject")
     assert project.ended(run) == "success"
     wait_for("end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1)
-    assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.audit", "etl.jobs.sequences"}
+    assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences"}
     states = project.states(run)
     assert {task for task, state in states.items() if state == "skipped"} == {
         "train.train_models", "evaluate.evaluate_models", "register.register_model", "register.promote_model", "caches.build_user_caches", "prune"}  # fmt: skip
@@ -440,7 +440,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
         (project.root / "warn").unlink(missing_ok=True)
 
     # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
-    for module, task in (("etl.quality.audit", "ingest.audit_events"), ("etl.jobs.events", "ingest.build_events")):
+    for module, task in (("etl.quality.judge.audit", "ingest.audit_events"), ("etl.jobs.events", "ingest.build_events")):
         project.fault(module, 2, once=False)
         run = project.trigger("2022-04-19")
         assert project.ended(run) == "failed"

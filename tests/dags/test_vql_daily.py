@@ -33,10 +33,10 @@ HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "p
 MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which parses it every 15 seconds
 EXPECTED_COMMANDS = {
     "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK --reports REPORTS",
-    "ingest.audit_events": "etl.quality.audit --stage events --reports REPORTS",
+    "ingest.audit_events": "etl.quality.judge.audit --stage events --reports REPORTS",
     "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY --reports REPORTS",
-    "sequences.audit_sequences": "etl.quality.audit --stage sequences --reports REPORTS",
-    "train.audit_training_input": "etl.quality.audit --stage training_input --reports REPORTS",
+    "sequences.audit_sequences": "etl.quality.judge.audit --stage sequences --reports REPORTS",
+    "train.audit_training_input": "etl.quality.judge.audit --stage training_input --reports REPORTS",
     "train.train_models": "training.train --workers 2 --config default --warm-start none --runs RUNS",
     "evaluate.evaluate_models": "evaluation.evaluate --runs RUNS --raw /raw --reports REPORTS",
     "register.register_model": "evaluation.release.register --runs RUNS",

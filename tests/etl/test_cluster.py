@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from etl.datasets.simulate import Simulation, write_simulation
-from etl.quality import audit
+from etl.quality.judge import audit
 from etl.warehouse.partitions import Window
 from etl.warehouse.store import TableStore
 from tests import processes

@@ -11,7 +11,7 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.ingest import build_events as events_job
-from etl.quality.kept import StageOutcome
+from etl.quality.judge.outcomes import StageOutcome
 from etl.sequences import build_sequences as sequences_job
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between

@@ -32,9 +32,9 @@ def test_vql_beats_mean_pooling_by_more_than_the_intervals(tmp_path, seed):
     audit = ["--reports", str(tmp_path / "reports")]
     run(tmp_path, "etl.datasets.simulate", "--out", raw, "--seed", str(seed))
     run(tmp_path, "etl.jobs.events", *partition, "--raw", raw)
-    run(tmp_path, "etl.quality.audit", *partition, "--stage", "events", *audit)
+    run(tmp_path, "etl.quality.judge.audit", *partition, "--stage", "events", *audit)
     run(tmp_path, "etl.jobs.sequences", *partition, "--raw", raw)
-    run(tmp_path, "etl.quality.audit", *partition, "--stage", "sequences", *audit)
+    run(tmp_path, "etl.quality.judge.audit", *partition, "--stage", "sequences", *audit)
     run(tmp_path, "training.train", *partition, "--runs", runs, "--workers", "0", "--seed", str(seed))
     run(tmp_path, "evaluation.evaluate", *partition, "--runs", runs, "--raw", raw)
     result = json.loads((Path(runs) / f"seed{seed}" / "evaluation.json").read_text())

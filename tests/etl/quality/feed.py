@@ -21,9 +21,9 @@ from etl.datasets.simulate import Simulation, write_simulation
 from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.quality import kept
-from etl.quality.audit import Audit
-from etl.quality.kept import StageOutcome
+from etl.quality.judge import outcomes as kept
+from etl.quality.judge.audit import Audit
+from etl.quality.judge.outcomes import StageOutcome
 from etl.stage.errors import StageError
 from etl.stage.spark import spark_session
 from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between

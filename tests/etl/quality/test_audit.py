@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.quality import audit, kept
-from etl.quality.kept import StageOutcome
+from etl.quality.judge import audit
+from etl.quality.judge import outcomes as kept
+from etl.quality.judge.outcomes import StageOutcome
 from etl.stage.errors import EXIT_MEND, StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import (
@@ -576,13 +577,13 @@ def test_items_out_of_order_are_stopped(store: TableStore, reports: Path) -> Non
 
 
 def test_importing_the_audit_stays_light() -> None:
-    code = "import sys, etl.quality.audit; sys.exit(any(m in sys.modules for m in ('great_expectations', 'pandas')))"
+    code = "import sys, etl.quality.judge.audit; sys.exit(any(m in sys.modules for m in ('great_expectations', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_error_reaches_the_command_line(store: TableStore, reports: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "etl.quality.audit", "--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT,
+        [sys.executable, "-m", "etl.quality.judge.audit", "--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT,
          "--attempt", "none", "--stage", "events", "--reports", str(reports)],
         capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2

@@ -13,7 +13,7 @@ import pytest
 
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.quality import audit as audit_module
+from etl.quality.judge import audit as audit_module
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import add_days
 from tests.etl.quality.feed import DAYS, DT, Feed, log_name, one_spark_session, write_feed

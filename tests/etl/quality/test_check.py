@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from etl.quality import check, kept
+from etl.quality.judge import check
+from etl.quality.judge import outcomes as kept
 from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore
 from tests.etl.quality.test_audit import (
@@ -103,6 +104,6 @@ def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(t
 def test_standard_output_is_json_alone(tmp_path: Path) -> None:
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "tried", table=all_zero_labels())
-    done = subprocess.run([sys.executable, "-m", "etl.quality.check", *arguments(store, "--attempt", "tried")], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "etl.quality.judge.check", *arguments(store, "--attempt", "tried")], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert json.loads(done.stdout)["stage"] == "events"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etl.datasets.thresholds import DriftThresholds, EventThresholds
-from etl.quality.drift import HOURS, event_drift, kl, psi, shifted_hours, vocabulary_drift
+from etl.quality.measure.drift import HOURS, event_drift, kl, psi, shifted_hours, vocabulary_drift
 
 DRIFT = DriftThresholds()
 PROFILE = 1.2 + np.cos((np.arange(24) - 12) / 24 * 2 * np.pi)

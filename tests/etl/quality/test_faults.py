@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets.definition import DatasetDefinition
-from etl.quality import kept
+from etl.quality.judge import outcomes as kept
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
 from tests.etl.quality.feed import (

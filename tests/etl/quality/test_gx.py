@@ -15,7 +15,7 @@ import pytest
 CODE = """
 import importlib, sys, threading, time
 import pyspark.sql  # as a job has, before its gate begins beside it
-from etl.quality.gx import great_expectations
+from etl.quality.judge.gx import great_expectations
 
 failed = []
 def work():
@@ -56,7 +56,8 @@ def test_other_threads_import_what_they_like_meanwhile(tmp_path: Path, wait: flo
 def test_an_expectation_is_built_while_another_thread_imports(tmp_path: Path) -> None:
     run(tmp_path, """
 import time
-from etl.quality import gx, own
+from etl.quality.judge import gx
+from etl.quality.measure import own_rules as own
 from etl.datasets.quality_rules import Expectation
 
 gx.import_early()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from etl.quality.kept import (
+from etl.quality.judge.outcomes import (
     Outcome,
     StageOutcome,
     outcome_attempts,

@@ -16,10 +16,12 @@ import yaml
 from etl.datasets.definition import dataset
 from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
-from etl.quality import kept, own, pass_once
-from etl.quality.audit import Audit
-from etl.quality.kept import StageOutcome
-from etl.quality.report import write
+from etl.quality.judge import outcomes as kept
+from etl.quality.judge import pass_once
+from etl.quality.judge.audit import Audit
+from etl.quality.judge.outcomes import StageOutcome
+from etl.quality.measure import own_rules as own
+from etl.quality.report.write import write
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.store import TableStore
@@ -220,7 +222,7 @@ def decide(store: TableStore, *more: str) -> None:
 
 def test_a_stopped_partition_is_let_through_once_by_name(store: TableStore, tmp_path: Path, reports: Path) -> None:
     stage_events(store, "first", table=all_zero_labels())
-    with pytest.raises(StageError, match=rf"etl\.quality\.pass_once --dataset own --warehouse {store.warehouse} --dt {DT} --stage events --attempt first"):
+    with pytest.raises(StageError, match=rf"etl\.quality\.judge\.pass_once --dataset own --warehouse {store.warehouse} --dt {DT} --stage events --attempt first"):
         audit(store, tmp_path, "first", reports).publish("events")
     decide(store)
     # The next attempt fails elsewhere, too: that was not decided.

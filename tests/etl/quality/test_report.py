@@ -19,10 +19,11 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.quality import docs, report
-from etl.quality.kept import Outcome, StageOutcome, write_outcome, write_stats
-from etl.quality.page import Partition, Quarantine, index_page, partition_page, summary
-from etl.quality.plots import draw
+from etl.quality.judge import data_docs as docs
+from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome, write_stats
+from etl.quality.report import write as report
+from etl.quality.report.pages import Partition, Quarantine, index_page, partition_page, summary
+from etl.quality.report.plots import draw
 from etl.stage.identity import report_page
 from etl.warehouse.partitions import add_days
 from etl.warehouse.schemas import QUARANTINE, schema_fingerprint
@@ -224,7 +225,7 @@ def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore,
     assert "7,777" in text
     assert "8,888" not in text  # another attempt's day
     assert "100 to 200" in text  # the days before
-    assert f"etl.quality.pass_once --dataset {DATASET} --warehouse {store.warehouse} --dt {DT} --stage events --attempt {ATTEMPT} --reason" in text
+    assert f"etl.quality.judge.pass_once --dataset {DATASET} --warehouse {store.warehouse} --dt {DT} --stage events --attempt {ATTEMPT} --reason" in text
     assert re.search(r"bad_time\s*30", text)
     assert re.search(r"bad_id\s*2", text)
     assert "raw 31" in text  # a rare reason is in the sample, too
@@ -252,7 +253,7 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
 def gate_of(tmp_path: Path, body: str, reports: Path, more: str = "") -> subprocess.CompletedProcess[str]:
     """Run a gate with its report in a process of its own, until both have ended."""
     code = (
-        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.report import written_after\nfrom etl.warehouse.store import TableStore\n"
+        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.report.write import written_after\nfrom etl.warehouse.store import TableStore\n"
         f"store = TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\n"
         f"with written_after({DATASET!r}, store, {DT!r}, {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
     )
@@ -286,7 +287,7 @@ def test_a_report_that_cannot_be_written_costs_the_gate_nothing_and_is_told(tmp_
 
 
 def test_a_gate_loads_no_drawing_library() -> None:
-    code = "import sys, etl.quality.audit; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, etl.quality.judge.audit; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[2])
 
 

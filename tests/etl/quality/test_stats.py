@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from etl.datasets.definition import History
 from etl.datasets.thresholds import DriftThresholds, EventThresholds
-from etl.quality import stats
+from etl.quality.measure import stats
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, EVENTS, SEQUENCES, TRAIN, VALIDATION
 

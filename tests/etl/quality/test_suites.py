@@ -1,4 +1,4 @@
-"""Each expectation of each suite finds what it names, and the docs have it: both follow from its line in `etl.quality.suites`.
+"""Each expectation of each suite finds what it names, and the docs have it: both follow from its line in `etl.quality.judge.suites`.
 
     .venv/bin/python -m pytest tests/etl/quality/test_suites.py -q
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from etl.datasets.thresholds import Thresholds
-from etl.quality import suites
-from etl.quality.validate import Check, validate
+from etl.quality.judge import suites
+from etl.quality.judge.validate import Check, validate
 
 EXPECTATIONS = Path(__file__).parents[3] / "docs" / "expectations.md"
 
@@ -68,4 +68,4 @@ def test_what_must_be_known_stops_when_it_is_not(suite: str) -> None:
 
 
 def test_the_page_of_expectations_is_of_these_suites() -> None:
-    assert EXPECTATIONS.read_text() == suites.table(), "run python -m etl.quality.suites > docs/expectations.md"
+    assert EXPECTATIONS.read_text() == suites.table(), "run python -m etl.quality.judge.suites > docs/expectations.md"

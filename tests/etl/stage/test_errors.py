@@ -36,7 +36,7 @@ def test_each_kind_of_failure_has_its_exit_code(raised: str, code: int) -> None:
 
 def test_a_store_that_does_not_answer_is_no_fault_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     warehouse = f"s3://bucket/w?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{free_port()}"
-    code = "import sys; from etl.stage.commands import run_stage; from etl.quality.audit import main; run_stage(main)"
+    code = "import sys; from etl.stage.commands import run_stage; from etl.quality.judge.audit import main; run_stage(main)"
     secrets = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     done = subprocess.run([sys.executable, "-c", code, "--dataset", "kuairand", "--warehouse", warehouse, "--dt", "2022-04-21", "--attempt", "a", "--stage", "events"],
                           capture_output=True, text=True, env=os.environ | secrets, check=False)  # fmt: skip

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
-from etl.quality import audit
-from etl.quality.audit import Audit
+from etl.quality.judge import audit
+from etl.quality.judge.audit import Audit
 from etl.stage.errors import StageError
 from etl.warehouse.manifests import CHECKSUM, checksum
 from etl.warehouse.schemas import QUARANTINE

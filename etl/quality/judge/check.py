@@ -1,6 +1,6 @@
 """Validate one stage of one partition by hand: the same measures, suites and severities as the gate; nothing is changed.
 
-    python -m etl.quality.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--runs RUNS] [--json]
+    python -m etl.quality.judge.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--runs RUNS] [--json]
 
 With --attempt, what that attempt has staged (or published); without, what is published. No statistics, outcomes or pages are
 written. Exit code: 0 passed, 4 a warning, 3 critical; 2 and 75 as every stage (docs/stages.md).
@@ -12,9 +12,9 @@ import dataclasses
 import json
 import sys
 
-from etl.quality.audit import Evidence, audit_of, audit_parser
-from etl.quality.gx import import_early
-from etl.quality.kept import SEVERITIES, StageOutcome
+from etl.quality.judge.audit import Evidence, audit_of, audit_parser
+from etl.quality.judge.gx import import_early
+from etl.quality.judge.outcomes import SEVERITIES, StageOutcome
 from etl.stage.commands import run_stage
 from etl.stage.errors import EXIT_GATE
 

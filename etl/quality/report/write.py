@@ -1,12 +1,12 @@
 """Writes the page of an attempt at a partition, and the index of all of them; a gate has it written when it ends, well or not.
 
-    python -m etl.quality.report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--stopped-by TEXT] [--json]
+    python -m etl.quality.report.write --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--stopped-by TEXT] [--json]
 
     <reports>/index.html                                       every partition and attempt, newest first
     <reports>/partitions/<dataset>/dt=D/<attempt>.html         what the gates found; statistics over days; refused rows
-    <reports>/partitions/<dataset>/dt=D/<attempt>.json         the same in short: `etl.quality.page.summary`
+    <reports>/partitions/<dataset>/dt=D/<attempt>.json         the same in short: `etl.quality.report.pages.summary`
 
-What is drawn comes from what the gates keep (`etl.quality.kept`), so a page can be written again at any time.
+What is drawn comes from what the gates keep (`etl.quality.judge.outcomes`), so a page can be written again at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from etl.stage.identity import report_page
 from etl.stage.local_files import one_at_a_time, replace_text
 
 if TYPE_CHECKING:
-    from etl.quality.page import Quarantine
+    from etl.quality.report.pages import Quarantine
     from etl.warehouse.store import Manifest, TableStore
 
 DAYS = 30  # days that a drawing shows
@@ -51,7 +51,7 @@ def written_after(definition: str, store: TableStore, dt: str, attempt: str, rep
         definition: what the gate was given as --dataset.
         only_stopped: write it only when the body raises.
     """
-    command = [sys.executable, "-m", "etl.quality.report", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
+    command = [sys.executable, "-m", "etl.quality.report.write", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
                "--attempt", attempt, "--reports", str(reports), "--stopped-by", "-"]  # fmt: skip
     writer = None if only_stopped else subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     stopped_by = ""
@@ -75,11 +75,11 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
     Args:
         stopped_by: what stopped the gate beside a failed expectation; '' for nothing.
     """
-    from etl.quality.docs import index_lock
-    from etl.quality.kept import read_outcomes
-    from etl.quality.page import Partition, partition_page, summary
-    from etl.quality.pass_once import pass_command
-    from etl.quality.plots import draw
+    from etl.quality.judge.data_docs import index_lock
+    from etl.quality.judge.outcomes import read_outcomes
+    from etl.quality.judge.pass_once import pass_command
+    from etl.quality.report.pages import Partition, partition_page, summary
+    from etl.quality.report.plots import draw
 
     page = report_page(reports, store.dataset, dt, attempt)
     outcomes = read_outcomes(store, dt, attempt)
@@ -111,7 +111,7 @@ def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: st
 
 def write_index(reports: Path) -> None:
     """Write `<reports>/index.html` from the summaries that lie below it."""
-    from etl.quality.page import index_page
+    from etl.quality.report.pages import index_page
 
     entries = []
     for path in sorted(reports.glob("partitions/*/dt=*/*.json")):
@@ -124,7 +124,7 @@ def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str
 
     Days before are as kept; the day itself is as this attempt measured it, else as another one did.
     """
-    from etl.quality.kept import STAGES, read_rejected, read_stats
+    from etl.quality.judge.outcomes import STAGES, read_rejected, read_stats
 
     series: dict[str, dict[str, dict[str, float | None]]] = {}
     others: dict[str, str] = {}
@@ -141,7 +141,7 @@ def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str
 
 def _quarantine(store: TableStore, dt: str, attempt: str) -> Quarantine | None:
     """Return the refused rows of the day, as staged by this attempt, else as published."""
-    from etl.quality.page import Quarantine
+    from etl.quality.report.pages import Quarantine
 
     manifest = store.staged_manifest(attempt, "quarantine", dt) or store.manifest("quarantine", dt)
     other = manifest.attempt if manifest is not None and manifest.attempt != attempt else ""
@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _draw_early(store: TableStore, dt: str, attempt: str) -> None:
     """Load what draws, and draw what the gate that is at work will not change: both take longer than all the rest."""
-    import etl.quality.page  # noqa: F401
-    from etl.quality.plots import draw
+    import etl.quality.report.pages  # noqa: F401
+    from etl.quality.report.plots import draw
 
     with contextlib.suppress(OSError):  # told when the page is written
         draw(_stats(store, dt, attempt)[0], dt)

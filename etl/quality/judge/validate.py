@@ -1,7 +1,7 @@
 """Runs suites with Great Expectations: a Data Docs page a suite, and one outcome an expectation.
 
     <reports>/gx/                     the file context, built by code: suites, checkpoints, results
-    <reports>/data_docs/              the site: pages of the newest attempts (`etl.quality.docs`)
+    <reports>/data_docs/              the site: pages of the newest attempts (`etl.quality.judge.data_docs`)
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from etl.datasets.quality_rules import Condition, Expectation
 from etl.datasets.thresholds import Thresholds
-from etl.quality.docs import gx_lock, write_home
-from etl.quality.gx import great_expectations
-from etl.quality.kept import Outcome
-from etl.quality.own import Sample, built
-from etl.quality.suites import UNKNOWN, as_words, build_suite, must_be_known
+from etl.quality.judge.data_docs import gx_lock, write_home
+from etl.quality.judge.gx import great_expectations
+from etl.quality.judge.outcomes import Outcome
+from etl.quality.judge.suites import UNKNOWN, as_words, build_suite, must_be_known
+from etl.quality.measure.own_rules import Sample, built
 from etl.stage.local_files import one_at_a_time
 
 if TYPE_CHECKING:
-    from etl.quality.stats import Row
+    from etl.quality.measure.stats import Row
 
 SITE = "partitions"
 MAX_OBSERVED = 20  # observed values that are kept of an expectation
@@ -36,7 +36,7 @@ class Check:
     """Rows of metrics to validate against one suite.
 
     Attributes:
-        suite: name of the suite, see `etl.quality.suites.build_suite`.
+        suite: name of the suite, see `etl.quality.judge.suites.build_suite`.
         rows: one a day, or one a file.
         key: metric that names a row.
         details: metric -> row's key (or EVERY_ROW) -> what more to say when an expectation on it fails there.

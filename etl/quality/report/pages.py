@@ -14,8 +14,8 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from etl.quality.kept import SEVERITIES, STAGES, Outcome, StageOutcome
-from etl.quality.plots import BAND_DAYS, Plot, Series, values_before
+from etl.quality.judge.outcomes import SEVERITIES, STAGES, Outcome, StageOutcome
+from etl.quality.report.plots import BAND_DAYS, Plot, Series, values_before
 
 STOPPED, LET_THROUGH, WARNED, PASSED, UNKNOWN = "stopped", "let through", "warned", "passed", "not judged"
 MOST_CHARACTERS = 300  # of one raw row or observed value; what gates and people say is whole

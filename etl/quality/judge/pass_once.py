@@ -1,10 +1,10 @@
 """Let a partition that a gate has stopped through that gate, once: a person's decision, by name, with a reason.
 
-    python -m etl.quality.pass_once --dataset D --warehouse W --dt YYYY-MM-DD --stage S --reason TEXT [--attempt A] [--by NAME] [--expectation METRIC ...]
+    python -m etl.quality.judge.pass_once --dataset D --warehouse W --dt YYYY-MM-DD --stage S --reason TEXT [--attempt A] [--by NAME] [--expectation METRIC ...]
 
 The decision holds for the expectations that had failed, on the days that had failed, and for the next attempt at the partition
 that meets it (or the same one, when its gate is cleared): anything else that fails still stops. It is kept with who, when and
-why (`etl.quality.kept`), and stands in the outcome, on the report and on the model version.
+why (`etl.quality.judge.outcomes`), and stands in the outcome, on the report and on the model version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shlex
 import time
 
 from etl.datasets.definition import definition_name
-from etl.quality.kept import Decision, Failing, StageOutcome, outcome_attempts, read_outcomes, write_decision
+from etl.quality.judge.outcomes import Decision, Failing, StageOutcome, outcome_attempts, read_outcomes, write_decision
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import parse_dt
@@ -24,7 +24,7 @@ from etl.warehouse.store import TableStore
 
 def pass_command(warehouse: str, outcome: StageOutcome) -> str:
     """Return the command line that lets exactly this through; the reason is left to the person."""
-    return shlex.join(["python", "-m", "etl.quality.pass_once", "--dataset", outcome.dataset, "--warehouse", warehouse, "--dt", outcome.dt,
+    return shlex.join(["python", "-m", "etl.quality.judge.pass_once", "--dataset", outcome.dataset, "--warehouse", warehouse, "--dt", outcome.dt,
                        "--stage", outcome.stage, "--attempt", outcome.attempt, "--reason", "..."])  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from etl.datasets.thresholds import DriftThresholds, ModelOutputThresholds
-from etl.quality.drift import NAN, mean_shares, psi
+from etl.quality.measure.drift import NAN, mean_shares, psi
 
 SCORE_SHARES = tuple(f"score_share_{part:02d}" for part in range(20))  # of scores in [part / 20, (part + 1) / 20)
 CALIBRATION_BINS = 10

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from etl.datasets.definition import History
 from etl.datasets.thresholds import DriftThresholds, EventThresholds
-from etl.quality.drift import NAN, kl, psi
-from etl.quality.profile import MS_PER_HOUR, event_keys, value_shares
+from etl.quality.measure.drift import NAN, kl, psi
+from etl.quality.measure.profile import MS_PER_HOUR, event_keys, value_shares
 from etl.sequences.sequence_rows import cut_offs_ms
 from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
 from etl.warehouse.schemas import EVALUATION, EVENTS, TRAIN, VALIDATION, WATCH_BUCKETS, history_first

@@ -18,7 +18,7 @@ from etl.datasets.definition import DatasetDefinition, Logs
 from etl.datasets.thresholds import DriftThresholds, RawThresholds
 from etl.ingest.compression import DamagedError, without_suffix
 from etl.ingest.raw import Chunk, RawFile, RawLocation, Split, checked_lines, parse_lines
-from etl.quality.drift import NAN
+from etl.quality.measure.drift import NAN
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 

@@ -3,7 +3,7 @@
 It is imported as it is. It tries for databases and clouds that the gates do not need, a second of processor time; keeping
 those from it by hiding modules would keep them from every other thread, too, and one that starts Spark meanwhile fails.
 PySpark's packages import one another in circles, which two threads cannot do at once: whoever uses Spark and a gate in one
-process imports pyspark.sql before the gate's thread begins (`etl.quality.beside` waits for Spark's gateway).
+process imports pyspark.sql before the gate's thread begins (`etl.quality.judge.in_job` waits for Spark's gateway).
 """
 
 from __future__ import annotations

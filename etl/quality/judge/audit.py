@@ -1,6 +1,6 @@
 """Gate between build and use: validate what an attempt has staged, then publish it, or stop and publish nothing.
 
-    python -m etl.quality.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --stage S [--reports DIR] [--raw R] [--runs RUNS]
+    python -m etl.quality.judge.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --stage S [--reports DIR] [--raw R] [--runs RUNS]
 
 raw              validates the raw files that may hold the day (--raw), before anything is built from them
 events           validates every staged day of `events`; publishes `quarantine` and `events`, the partition's day last
@@ -9,7 +9,7 @@ training_input   validates that published `sequences` are complete and made of w
 model_output     validates the scores of the attempt's primary model (--runs); the evaluation calls it before it ends
 
 A failed critical expectation stops the stage, whatever else holds; warnings are logged and publication goes on. Statistics
-and outcomes are kept below the warehouse (`etl.quality.kept`). `etl.quality.check` looks and changes nothing.
+and outcomes are kept below the warehouse (`etl.quality.judge.outcomes`). `etl.quality.judge.check` looks and changes nothing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from etl.datasets.quality_rules import STATISTICS, Condition, stated_bounds
 from etl.datasets.thresholds import Thresholds
 from etl.ingest.freshness import rows_to_keep, same_rows
 from etl.ingest.raw import RawLocation
-from etl.quality import kept, own, profile, raw_stats, stats
-from etl.quality.drift import NAN, event_drift, median_of, vocabulary_drift
-from etl.quality.gx import import_early
-from etl.quality.kept import GATES, SEVERITIES, StageOutcome
-from etl.quality.model_output import model_output_row
-from etl.quality.pass_once import pass_command
-from etl.quality.report import written_after
-from etl.quality.validate import EVERY_ROW, Check, OwnCheck, validate
+from etl.quality.judge import outcomes as kept
+from etl.quality.judge.gx import import_early
+from etl.quality.judge.outcomes import GATES, SEVERITIES, StageOutcome
+from etl.quality.judge.pass_once import pass_command
+from etl.quality.judge.validate import EVERY_ROW, Check, OwnCheck, validate
+from etl.quality.measure import own_rules as own
+from etl.quality.measure import profile, stats
+from etl.quality.measure import raw_files as raw_stats
+from etl.quality.measure.drift import NAN, event_drift, median_of, vocabulary_drift
+from etl.quality.measure.model_output import model_output_row
+from etl.quality.report.write import written_after
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError, StageError, TryAgainError
 from etl.warehouse.partitions import Window, add_days

@@ -3,7 +3,7 @@
     <reports>/gx/gx/uncommitted/validations/<suite>/<attempt>-<stage>/<time>/<batch>.json
     <reports>/data_docs/validations/<suite>/<attempt>-<stage>/<time>/<batch>.html
 
-What the gates found is kept for good below the warehouse (`etl.quality.kept`): these are pages that show it.
+What the gates found is kept for good below the warehouse (`etl.quality.judge.outcomes`): these are pages that show it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from etl.quality.kept import GATES
+from etl.quality.judge.outcomes import GATES
 from etl.stage.local_files import one_at_a_time, replace_text
 from etl.warehouse.retention import Removed
 
@@ -60,7 +60,7 @@ def prune_docs(reports: Path, dataset: str, before_ms: int, dry_run: bool) -> li
 
 def prune_reports(reports: Path, dataset: str, before_ms: int, dry_run: bool) -> list[Removed]:
     """Delete the reports of a data set that were not written since `before_ms`, and write the index anew."""
-    from etl.quality.report import write_index
+    from etl.quality.report.write import write_index
 
     removed = []
     with one_at_a_time(index_lock(reports)):

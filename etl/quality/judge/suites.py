@@ -318,7 +318,7 @@ def _severity(name: str) -> FailureSeverity:
 
 def table() -> str:
     """Return every expectation as a page for people, with the default bounds: docs/expectations.md."""
-    lines = ["# Every expectation", "", "Written by `python -m etl.quality.suites > docs/expectations.md`, of the default bounds; `quality.bounds` of a definition sets others. What the",
+    lines = ["# Every expectation", "", "Written by `python -m etl.quality.judge.suites > docs/expectations.md`, of the default bounds; `quality.bounds` of a definition sets others. What the",
              "metrics are for and which faults they were tried on: [validation.md](validation.md).", ""]  # fmt: skip
     for gate, suites in SUITES.items():
         lines += [f"## Gate {gate}", "", "| of each | metric | severity | must be | so that | else |", "|---|---|---|---|---|---|"]

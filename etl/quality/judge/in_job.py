@@ -14,9 +14,9 @@ from pathlib import Path
 
 from etl.datasets.definition import DatasetDefinition
 from etl.ingest.raw import RawLocation
-from etl.quality.audit import Audit
-from etl.quality.gx import great_expectations
-from etl.quality.stats import Bucket
+from etl.quality.judge.audit import Audit
+from etl.quality.judge.gx import great_expectations
+from etl.quality.measure.stats import Bucket
 from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from etl.datasets.definition import DatasetDefinition
 from etl.datasets.own_checks import contract, first_line, frame_columns, isolated_database
 from etl.datasets.quality_rules import STATISTICS, Condition, Expectation
-from etl.quality.gx import great_expectations
+from etl.quality.judge.gx import great_expectations
 from etl.stage.errors import StageError
 from etl.warehouse.store import Manifest, TableStore
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.datasets.thresholds import EventThresholds
-from etl.quality.drift import HOURS, NAN
+from etl.quality.measure.drift import HOURS, NAN
 from etl.warehouse.partitions import MS_PER_DAY
 
 MS_PER_HOUR = 3_600_000
