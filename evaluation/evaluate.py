@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.datasets.definition import SIMULATED_MARKER
 from etl.quality.judge.audit import Audit
-from etl.quality.report.write import written_after
+from etl.quality.judge.page_process import written_after
+from etl.quality.measure.partition import Partition
+from etl.quality.measure.scores import Scores
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.local_files import replace_text
@@ -72,7 +74,10 @@ def evaluate(args: argparse.Namespace, store: TableStore, run_dir: Path, trainin
     log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
     # Last: what stops the registration is told with everything that explains it already logged.
     with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
-        Audit(store, definition_of(args), args.dt, args.attempt, Path(args.reports), run_dir=run_dir).publish("model_output")
+        [primary] = [row for row in evaluation["models"] if row["name"] == training["primary"]]
+        handed = Scores(targets.label, scores[training["primary"]], primary["auc"])
+        partition = Partition(store, definition_of(args), args.dt, args.attempt, scores=handed)
+        Audit(partition, Path(args.reports)).publish("model_output")
 
 
 def read_training(run_dir: Path) -> dict:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from etl.datasets.arguments import dataset_parser, definition_of
 from etl.datasets.definition import DatasetDefinition
-from etl.quality.judge.data_docs import prune_docs, prune_reports
+from etl.quality.report.prune import prune_docs, prune_reports
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import TryAgainError
 from etl.warehouse.partitions import MS_PER_DAY

@@ -6,7 +6,6 @@ files read definitions.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -18,7 +17,8 @@ import pydantic
 from pydantic import Field as Setting
 
 from etl.datasets.definition_model import DefinitionModel
-from etl.datasets.thresholds import Thresholds
+from etl.metrics import registry
+from etl.metrics.thresholds import SECTIONS, Thresholds, Value
 
 TABLES_BY_GATE = {"events": ("events",), "sequences": ("items", "sequences")}
 STATISTICS = "statistics."  # statistics.<stage>: the metrics of a gate, one row a day
@@ -34,7 +34,7 @@ HIGHEST_PSI = 5.0  # a critical bound on a PSI: beyond it nothing that a day can
 
 
 class Bound(DefinitionModel):
-    """A number of `etl.datasets.thresholds` that differs for this data set.
+    """A number of `etl.metrics` that differs for this data set.
 
     Attributes:
         value: a number, or the pair of a lowest and a highest one.
@@ -124,7 +124,7 @@ class Quality(DefinitionModel):
     """How the gates judge this data set.
 
     Attributes:
-        bounds: `<section>.<name>` of `etl.datasets.thresholds` -> value and reason.
+        bounds: name of a bound (docs/expectations.md) or a setting of `etl.metrics.thresholds` -> value and reason.
         expectations, conditions: of one's own.
     """
 
@@ -170,17 +170,20 @@ def thresholds_with(bounds: dict[str, Bound]) -> Thresholds:
         ValueError: no such bound, another type, or one that no data could break.
     """
     thresholds = Thresholds()
+    defaults = thresholds.known()
     for where, bound in bounds.items():
         section, _, name = where.partition(".")
-        known = {field.name: field.name for field in dataclasses.fields(Thresholds)}
-        if section not in known:
-            raise ValueError(f"bounds.{where}: no such bound; it begins with one of {', '.join(known)}, such as events.min_label_rate")
-        of = getattr(thresholds, section)
-        names = [field.name for field in dataclasses.fields(of)]
-        if name not in names:
-            raise ValueError(f"bounds.{where}: no such bound; {section} has, for example, {', '.join(_like(name, names))}")
-        value = _checked(where, name, bound.value, getattr(type(of)(), name))
-        thresholds = dataclasses.replace(thresholds, **{section: dataclasses.replace(of, **{name: _stated(value, bound.reason)})})
+        if section not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise ValueError(
+                f"bounds.{where}: no such bound; it begins with one of {known}, such as events.min_label_rate"
+            )
+        if where not in defaults:
+            names = [key.partition(".")[2] for key in defaults if key.startswith(f"{section}.")]
+            near = ", ".join(_like(name, names))
+            raise ValueError(f"bounds.{where}: no such bound; {section} has, for example, {near}")
+        value = _checked(where, name, bound.value, defaults[where])
+        thresholds = thresholds.with_value(where, _stated(value, bound.reason))
     drift = thresholds.drift
     for name in ("min_trailing_days", "min_steady_days", "memory_days"):
         if getattr(drift, name) > drift.trailing_days:
@@ -195,10 +198,13 @@ def reason_of(value: Any) -> str:
 
 def stated_bounds(bounds: dict[str, Bound], gate: str) -> dict[str, dict[str, Any]]:
     """Return what a gate's report says of the bounds that are set: name -> value, default, reason."""
-    sections = {"raw": ("raw", "drift"), "events": ("events", "drift"), "sequences": ("sequences", "drift"), "training_input": ("training_input",),
-                "model_output": ("model_output", "drift")}[gate]  # fmt: skip
-    return {where: {"value": bound.value, "default": getattr(getattr(Thresholds(), where.partition(".")[0]), where.partition(".")[2]), "reason": bound.reason}
-            for where, bound in bounds.items() if where.partition(".")[0] in sections}  # fmt: skip
+    sections = (gate,) if gate == "training_input" else (gate, "drift")
+    defaults = Thresholds().known()
+    return {
+        where: {"value": bound.value, "default": defaults[where], "reason": bound.reason}
+        for where, bound in bounds.items()
+        if where.partition(".")[0] in sections
+    }
 
 
 def expectation_names() -> list[str]:
@@ -209,7 +215,7 @@ def expectation_names() -> list[str]:
     return sorted(set(re.findall(r"\bExpect\w+", exported)) - {"Expectation"})
 
 
-def _checked(where: str, name: str, value: Any, default: Any) -> Any:
+def _checked(where: str, name: str, value: Any, default: Value) -> Any:
     """Return a value of the default's type that data could still break."""
     if isinstance(default, tuple):
         if not isinstance(value, tuple):
@@ -229,8 +235,9 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
             raise ValueError(f"bounds.{where}: {value} must be between {least} and {most}: beyond it nothing would be judged")
         return int(value)
     value = float(value)
-    critical = name.endswith("_critical") or name in _CRITICAL
-    lowest = critical and (name.startswith("min_") or name == "rows_to_extremes_critical")
+    stopping = registry.critical_bounds()
+    critical = where in stopping or where == "raw.max_refused_share"  # beyond that the events job stops
+    lowest = stopping.get(where, False)
     if value < 0 or (lowest and value == 0):
         raise ValueError(f"bounds.{where}: {value:g} must be {'above 0: nothing is below it' if lowest else 'at least 0'}")
     if _is_fraction(name) and (value > 1 or (critical and value == 1)):
@@ -238,9 +245,6 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
     if critical and "psi" in name and value > HIGHEST_PSI:
         raise ValueError(f"bounds.{where}: {value:g} must be at most {HIGHEST_PSI:g}: a critical bound that nothing breaks would switch the gate off")
     return value
-
-
-_CRITICAL = ("min_score_sd", "min_label_rate_ratio", "max_refused_share")  # critical by what they do, not by their names
 
 
 def _is_fraction(name: str) -> bool:

@@ -38,7 +38,7 @@ def main() -> None:
         raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
         if args.reports:
             from etl.quality.judge.in_job import judging_events
-            from etl.quality.report.write import written_after
+            from etl.quality.judge.page_process import written_after
 
             around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
             raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.ingest.raw import RawLocation
-from etl.quality.measure.stats import SEQUENCE_COLUMNS, SequenceRules, measured_bucket
+from etl.quality.measure.sequences import SEQUENCE_COLUMNS, SequenceRules, measured_bucket
 from etl.sequences.build_sequences import Measuring, build_sequences
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError

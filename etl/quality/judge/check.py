@@ -1,9 +1,10 @@
-"""Validate one stage of one partition by hand: the same measures, suites and severities as the gate; nothing is changed.
+"""Validate one stage of one partition by hand: the same measures, suites and severities as the gate; nothing is
+changed.
 
-    python -m etl.quality.judge.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--runs RUNS] [--json]
+    python -m etl.quality.judge.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--json]
 
-With --attempt, what that attempt has staged (or published); without, what is published. No statistics, outcomes or pages are
-written. Exit code: 0 passed, 4 a warning, 3 critical; 2 and 75 as every stage (docs/stages.md).
+With --attempt, what that attempt has staged (or published); without, what is published. No statistics, outcomes or
+pages are written. Exit code: 0 passed, 4 a warning, 3 critical; 2 and 75 as every stage (docs/stages.md).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import dataclasses
 import json
 import sys
 
-from etl.quality.judge.audit import Evidence, audit_of, audit_parser
+from etl.quality.judge.audit import audit_of, audit_parser
 from etl.quality.judge.gx import import_early
 from etl.quality.judge.outcomes import SEVERITIES, StageOutcome
+from etl.quality.measure.measured import Evidence
 from etl.stage.commands import run_stage
 from etl.stage.errors import EXIT_GATE
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     audit = audit_of(args, None)
     import_early()
-    evidence = audit.measure(args.stage)
+    evidence = audit.partition.measure(args.stage)
     outcome = audit.judge(args.stage, evidence)
     print(as_json(outcome, evidence) if args.json else as_text(outcome), flush=True)
     return {"critical": EXIT_GATE, "warning": EXIT_WARNING}.get(outcome.max_severity or "", 0)

@@ -1,7 +1,7 @@
 """Gates in the process of the job whose work they judge: Great Expectations is imported while Spark starts, not after.
 
-A job that is given --reports judges the raw files before it reads them, and what it has staged when it is done. Its gate, a
-command of its own, then publishes or stops without judging the same bytes again.
+A job that is given --reports judges the raw files before it reads them, and what it has staged when it is done. Its
+gate, a command of its own, then publishes or stops without judging the same bytes again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from etl.datasets.definition import DatasetDefinition
 from etl.ingest.raw import RawLocation
 from etl.quality.judge.audit import Audit
 from etl.quality.judge.gx import great_expectations
-from etl.quality.measure.stats import Bucket
+from etl.quality.measure.partition import Partition
+from etl.quality.measure.sequences import Bucket
 from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore
 
 
 @contextmanager
-def judging_events(store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[bool], object]]:
+def judging_events(
+    store: TableStore, definition: DatasetDefinition, raw: RawLocation, dt: str, attempt: str, reports: Path
+) -> Iterator[Callable[[bool], object]]:
     """Judge the raw files before, and the staged days after the events job.
 
     Yields:
@@ -32,7 +35,7 @@ def judging_events(store: TableStore, definition: DatasetDefinition, raw: RawLoc
     Raises:
         StageError: a gate could not judge, or the raw files did not pass.
     """
-    audit = Audit(store, definition, dt, attempt, reports, raw)
+    audit = Audit(Partition(store, definition, dt, attempt, raw), reports)
     with _while_spark_starts(lambda: audit.publish("raw")) as (gate, over):
 
         def asked(wait: bool) -> object:
@@ -45,7 +48,9 @@ def judging_events(store: TableStore, definition: DatasetDefinition, raw: RawLoc
 
 
 @contextmanager
-def judging_sequences(store: TableStore, definition: DatasetDefinition, dt: str, attempt: str, reports: Path) -> Iterator[Callable[[Sequence[Bucket]], None]]:
+def judging_sequences(
+    store: TableStore, definition: DatasetDefinition, dt: str, attempt: str, reports: Path
+) -> Iterator[Callable[[Sequence[Bucket]], None]]:
     """Judge what the sequences job has staged.
 
     Yields:
@@ -54,10 +59,10 @@ def judging_sequences(store: TableStore, definition: DatasetDefinition, dt: str,
     Raises:
         StageError: the gate could not judge.
     """
-    audit = Audit(store, definition, dt, attempt, reports)
+    audit = Audit(Partition(store, definition, dt, attempt), reports)
 
     def take(buckets: Sequence[Bucket]) -> None:
-        audit.buckets = buckets
+        audit.partition.buckets = buckets
 
     with _while_spark_starts(great_expectations):
         yield take
@@ -85,7 +90,8 @@ def _while_spark_starts(work: Callable[[], object]) -> Iterator[tuple[concurrent
 
 
 def _once_java_runs(over: threading.Event) -> None:
-    """Wait until this process waits for Spark, so that the import does not keep it from starting it; or until it is over."""
+    """Wait until this process waits for Spark, so that the import does not keep it from starting it; or until it is
+    over."""
     from pyspark import SparkContext
 
     while SparkContext._gateway is None and not over.wait(0.05):

@@ -1,43 +1,24 @@
-"""What the gates keep of a partition: its statistics, for the days that follow, and the outcome of each stage's gate.
+"""What the gates found in a partition, and what persons decided about it.
 
-    <warehouse>/<dataset>/quality/stats/stage=S/dt=D.parquet                      of days that passed: what trailing days are
-    <warehouse>/<dataset>/quality/stats_rejected/stage=S/dt=D/<attempt>.parquet   of attempts that a gate stopped
     <warehouse>/<dataset>/quality/outcomes/dt=D/<attempt>/<stage>.json            every expectation that was evaluated
     <warehouse>/<dataset>/quality/passes/dt=D/<stage>.<when>.json                 a person's decision to let a stopped partition through once
 
-Nothing else knows these paths. A later attempt that passes replaces the statistics of its day.
+Nothing else knows these paths. The statistics that were judged are in `etl.quality.measure.statistics`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from etl.warehouse.partitions import add_days, days_between
 from etl.warehouse.store import TableStore
 
 SEVERITIES = ("critical", "warning", "info")  # the worst first
-GATES = ("raw", "events", "sequences", "training_input", "model_output")
-STAGES = ("raw", "events", "items", "sequences", "training_input", "model_output")
-
-# One row is one metric of one day; a vector is several metrics with a suffix (hour_share_00 .. hour_share_23).
-STATS = pa.schema(
-    [
-        pa.field("dt", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("metric", pa.string(), nullable=False),
-        pa.field("value", pa.float64()),  # null: not measurable, a rate of an empty day
-        pa.field("attempt", pa.string(), nullable=False),
-    ]
-)
-
+STAGES = ("raw", "events", "items", "sequences", "training_input", "model_output")  # of statistics; items are judged with sequences
 
 @dataclass(frozen=True)
 class Outcome:
@@ -48,7 +29,7 @@ class Outcome:
         observed, expected: what was found (day -> value for statistics) and the bounds, as JSON values.
         message: one sentence that names the thing, the value and the bound.
         data_docs: path of the Data Docs page that shows it, None where no page was written.
-        rows: every day (or file) on which it failed; `observed` shows some. Not told by outcomes of earlier versions.
+        rows: every day (or file) on which it failed; `observed` shows some. Outcomes of earlier versions do not say.
         passable: a person can let its failure through; what breaks the tables' contract nobody can.
     """
 
@@ -163,47 +144,8 @@ class StageOutcome:
         return StageOutcome(**{**raw, "outcomes": tuple(map(Outcome.from_dict, raw["outcomes"])), "passed": passed})
 
 
-def write_stats(store: TableStore, stage: str, dt: str, attempt: str, metrics: Mapping[str, float | None], rejected: bool = False) -> str:
-    """Keep the statistics of a day; return the path below the data set's folder.
-
-    Args:
-        metrics: name -> value; None and nan are not measurable.
-        rejected: the gate stopped this attempt: trailing days never show it.
-    """
-    names = sorted(metrics)
-    values = [None if (value := metrics[name]) is None or math.isnan(value) else float(value) for name in names]
-    table = pa.table([[dt] * len(names), [stage] * len(names), names, values, [attempt] * len(names)], schema=STATS)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    path = _stats_path(stage, dt, attempt if rejected else None)
-    store.write_bytes(path, sink.getvalue())
-    return path
-
-
-def read_stats(store: TableStore, stage: str, last_dt: str, days: int) -> pa.Table:
-    """Return the kept statistics of the `days` days that end on `last_dt`, oldest first; days without any are left out.
-
-    For the trailing days of a partition, ask up to the day before it.
-    """
-    tables = []
-    for dt in days_between(add_days(last_dt, 1 - days), last_dt):
-        path = f"{store.root}/{_stats_path(stage, dt)}"
-        if store.fs.get_file_info(path).type == pafs.FileType.File:
-            tables.append(pq.read_table(path, filesystem=store.fs, partitioning=None, schema=STATS))
-    return pa.concat_tables(tables) if tables else STATS.empty_table()
-
-
-def read_rejected(store: TableStore, stage: str, dt: str) -> pa.Table:
-    """Return the statistics of every attempt at a day that a gate stopped, one block of rows an attempt."""
-    folder = f"{store.root}/quality/stats_rejected/stage={stage}/dt={dt}"
-    infos = store.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    paths = sorted(info.path for info in infos if info.base_name.endswith(".parquet"))
-    tables = [pq.read_table(path, filesystem=store.fs, partitioning=None, schema=STATS) for path in paths]
-    return pa.concat_tables(tables) if tables else STATS.empty_table()
-
-
 def write_outcome(store: TableStore, outcome: StageOutcome) -> str:
-    """Keep what a gate found; return the path below the data set's folder. A retry of the attempt replaces it."""
+    """Write what a gate found; return the path below the data set's folder. A retry of the attempt replaces it."""
     path = _outcome_path(outcome.dt, outcome.attempt, outcome.stage)
     store.write_text(path, outcome.to_json())
     return path
@@ -216,7 +158,7 @@ def read_outcomes(store: TableStore, dt: str, attempt: str) -> list[StageOutcome
 
 
 def write_decision(store: TableStore, decision: Decision) -> str:
-    """Keep a decision; return the path below the data set's folder."""
+    """Write a decision; return the path below the data set's folder."""
     path = f"{_passes_folder(decision.dt)}/{decision.stage}.{decision.at_ms}.json"
     store.write_text(path, json.dumps(asdict(decision), indent=1, ensure_ascii=False))
     return path
@@ -231,7 +173,8 @@ def read_decisions(store: TableStore, dt: str, stage: str) -> list[Decision]:
 
 
 def let_through(store: TableStore, outcome: StageOutcome) -> StageOutcome:
-    """Use the decision that covers all that is critical in an outcome, if there is one; a retry of its attempt may use it again."""
+    """Use the decision that covers all that is critical in an outcome, if there is one; a retry of its attempt may
+    use it again."""
     failed = outcome.failed("critical")
     for decision in read_decisions(store, outcome.dt, outcome.stage):
         if decision.used_by in ("", outcome.attempt) and failed and all(any(one.covers(failure) for one in decision.failing) for failure in failed):
@@ -242,19 +185,13 @@ def let_through(store: TableStore, outcome: StageOutcome) -> StageOutcome:
 
 
 def outcome_attempts(store: TableStore) -> list[tuple[str, str]]:
-    """Return every (day, attempt) of which an outcome is kept, by day and name of the attempt."""
+    """Return every (day, attempt) of which there is an outcome, by day and name of the attempt."""
     found = []
     for day in store.fs.get_file_info(pafs.FileSelector(f"{store.root}/quality/outcomes", allow_not_found=True)):
         for attempt in store.fs.get_file_info(pafs.FileSelector(day.path, allow_not_found=True)):
             if attempt.type == pafs.FileType.Directory:
                 found.append((day.base_name.removeprefix("dt="), attempt.base_name))
     return sorted(found)
-
-
-def _stats_path(stage: str, dt: str, rejected_attempt: str | None = None) -> str:
-    if rejected_attempt is None:
-        return f"quality/stats/stage={stage}/dt={dt}.parquet"
-    return f"quality/stats_rejected/stage={stage}/dt={dt}/{rejected_attempt}.parquet"
 
 
 def _passes_folder(dt: str) -> str:

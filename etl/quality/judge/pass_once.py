@@ -2,9 +2,10 @@
 
     python -m etl.quality.judge.pass_once --dataset D --warehouse W --dt YYYY-MM-DD --stage S --reason TEXT [--attempt A] [--by NAME] [--expectation METRIC ...]
 
-The decision holds for the expectations that had failed, on the days that had failed, and for the next attempt at the partition
-that meets it (or the same one, when its gate is cleared): anything else that fails still stops. It is kept with who, when and
-why (`etl.quality.judge.outcomes`), and stands in the outcome, on the report and on the model version.
+The decision holds for the expectations that had failed, on the days that had failed, and for the next attempt at the
+partition that meets it (or the same one, when its gate is cleared): anything else that fails still stops. It is kept
+with who, when and why (`etl.quality.judge.outcomes`), and stands in the outcome, on the report and on the model
+version.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def decide(store: TableStore, dt: str, stage: str, attempt: str | None, by: str,
         expectations: the failed metrics to let through; none named: all that failed.
 
     Raises:
-        StageError: nothing was stopped there, a named expectation had not failed, breaks the tables' contract, or who or why is missing.
+        StageError: nothing was stopped there, a named expectation had not failed, breaks the tables' contract, or who
+            or why is missing.
     """
     if len(reason.strip(" .")) < 3 or not by.strip():
         raise StageError("a decision needs who takes it and why", "give --reason with a sentence that others will understand, and --by with a name")

@@ -1,4 +1,4 @@
-"""How far a day is from the days before it: pure functions of kept statistics, metric -> value.
+"""How far a day is from the days before it: pure functions of statistics, metric -> value.
 
 A metric that cannot be judged is not a number: too few rows, or too few trailing days. That is how first days pass. The
 field's measures: population stability index (PSI: below 0.1 stable, above 0.25 another population) and Kullback-Leibler
@@ -8,12 +8,14 @@ divergence (KL, in nats).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from etl.datasets.thresholds import DriftThresholds, EventThresholds
+from etl.metrics.record import NAN
+from etl.metrics.thresholds import DriftSettings
 
-NAN = float("nan")
 SHARE_FLOOR = 1e-4  # a category that one side lacks: it would otherwise be infinitely far
 HOURS = tuple(f"hour_share_{hour:02d}" for hour in range(24))
 
@@ -33,7 +35,8 @@ def kl(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def shifted_hours(expected: np.ndarray, found: np.ndarray, min_gain: float) -> int:
-    """Return by how many hours (-11 .. 12) a day's profile is the expected one turned round; 0 when that explains little.
+    """Return by how many hours (-11 .. 12) a day's profile is the expected one turned round; 0 when that explains
+    little.
 
     Args:
         min_gain: how much better the turned profile must correlate than the unturned one.
@@ -47,7 +50,7 @@ def shifted_hours(expected: np.ndarray, found: np.ndarray, min_gain: float) -> i
     return best if best <= 12 else best - 24
 
 
-def median_of(trailing: Sequence[Metrics], metric: str, limits: DriftThresholds) -> float:
+def median_of(trailing: Sequence[Metrics], metric: str, limits: DriftSettings) -> float:
     """Return the median of a metric over the days that know it; nan when they are too few."""
     values = [value for day in trailing if not np.isnan(value := day.get(metric, NAN))]
     return float(np.median(values)) if len(values) >= limits.min_trailing_days else NAN
@@ -55,106 +58,239 @@ def median_of(trailing: Sequence[Metrics], metric: str, limits: DriftThresholds)
 
 def mean_shares(trailing: Sequence[Metrics], metrics: Sequence[str]) -> np.ndarray | None:
     """Return the mean share vector of the days that know it, None when none does; a share that a day lacks is 0."""
-    known = [[day.get(metric, 0.0) for metric in metrics] for day in trailing if any(day.get(metric, 0.0) > 0 for metric in metrics)]
+    known = [
+        [day.get(metric, 0.0) for metric in metrics]
+        for day in trailing
+        if any(day.get(metric, 0.0) > 0 for metric in metrics)
+    ]
     return np.nan_to_num(np.array(known)).mean(axis=0) if known else None
 
 
-def vocabulary_drift(today: Metrics, trailing: Sequence[Metrics], fields: Sequence[str]) -> tuple[float, float, dict[str, str]]:
-    """Return the largest share of values that no trailing day showed, the largest PSI, and which field and value they are of.
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the values of fields differ from those of trailing days.
+
+    Attributes:
+        new_share: the largest share, over the fields, of values that no trailing day showed.
+        new: what these are.
+        psi: the largest population stability index of a field.
+        differing: which field that is.
+    """
+
+    new_share: float = NAN
+    new: str = ""
+    psi: float = NAN
+    differing: str = ""
+
+
+def vocabulary_drift(today: Metrics, trailing: Sequence[Metrics], fields: Sequence[str]) -> Vocabulary:
+    """Compare the values of fields with those of trailing days.
 
     Args:
-        fields: names whose shares are kept as `<field>_share_<value>`.
+        fields: names whose shares are statistics named `<field>_share_<value>`.
     """
-    new_share, worst_psi, details = 0.0, 0.0, {}
-    for field in fields:
-        prefix = f"{field}_share_"
+    new_share, worst_psi, said, differing = 0.0, 0.0, "", ""
+    for name_of_field in fields:
+        prefix = f"{name_of_field}_share_"
         mine = {name: share for name, share in today.items() if name.startswith(prefix)}
         names = sorted({*mine, *(name for day in trailing for name in day if name.startswith(prefix))})
         expected = mean_shares(trailing, names)
         if not mine or expected is None:
             continue
-        new = {name.removeprefix(prefix): mine[name] for name, share in zip(names, expected, strict=True) if share == 0 and name in mine}
+        new = {
+            name.removeprefix(prefix): mine[name]
+            for name, share in zip(names, expected, strict=True)
+            if share == 0 and name in mine
+        }
         if sum(new.values()) > new_share:
             new_share = sum(new.values())
-            details["new_category_share"] = f"{field} has the new value(s) {', '.join(f'{value} ({share:.2%})' for value, share in sorted(new.items())[:5])}"
+            values = ", ".join(f"{value} ({share:.2%})" for value, share in sorted(new.items())[:5])
+            said = f"{name_of_field} has the new value(s) {values}"
         found = psi(expected, np.array([mine.get(name, 0.0) for name in names]))
         if found > worst_psi:
-            worst_psi = found
-            details["field_psi"] = f"it is {field} whose values differ most"
-    return new_share, worst_psi, details
+            worst_psi, differing = found, f"it is {name_of_field} whose values differ most"
+    return Vocabulary(new_share, said, worst_psi, differing)
 
 
-def event_drift(
-    today: Metrics, trailing: Sequence[Metrics], signals: Sequence[str], fields: Sequence[str], limits: EventThresholds, drift: DriftThresholds
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Compare a day of events with the days before it.
+@dataclass(frozen=True)
+class Compared:
+    """A row of metrics and those of the days before it.
 
-    Args:
-        today, trailing: kept statistics, the trailing ones oldest first.
-        signals: signals of the data set.
-        fields: names whose values are kept as shares.
-
-    Returns:
-        the metrics that the suite judges, and what more to say about those that fail.
+    Attributes:
+        today: the row.
+        before: statistics of the trailing days, oldest first.
+        settings: what it takes to compare.
+        judged: the row is large enough to be compared.
     """
-    before = [day for day in trailing if day.get("rows", 0) >= drift.min_rows]
-    rows = today["rows"]
-    names = ("hour_psi", "hour_shift", "missing_hour_count", "thin_hour_count", "label_rate_to_trailing", "label_kl", "action_mix_psi",
-             "vanished_signal_count", "new_category_share", "field_psi", "known_user_share_drop", "known_item_share_drop",
-             "item_popularity_drop", "duration_mismatch_rise", "largest_user_share_rise", "watch_p50_to_trailing", "rows_to_trailing_extremes")  # fmt: skip
-    found = dict.fromkeys(names, NAN)
-    details: dict[str, str] = {}
-    if rows < drift.min_rows or len(before) < drift.min_trailing_days:
-        if rows > 0 and len(before) >= drift.min_trailing_days:
-            found["rows_to_trailing_extremes"] = _to_extremes(rows, before, drift)
-        return found, details
 
-    hours, usual = np.array([today[name] for name in HOURS]), mean_shares(before, HOURS)
-    if usual is not None:
-        due = usual * rows
-        missing, thin = (hours == 0) & (due >= drift.min_hour_rows), (hours > 0) & (hours < drift.min_hour_ratio * usual) & (due >= drift.min_hour_rows)
-        found |= {"hour_psi": psi(usual, hours), "hour_shift": shifted_hours(usual, hours, drift.min_shift_gain),
-                  "missing_hour_count": int(missing.sum()), "thin_hour_count": int(thin.sum())}  # fmt: skip
-        for name, mask, what in (("missing_hour_count", missing, "no event in the UTC hour(s)"), ("thin_hour_count", thin, "few events in the UTC hour(s)")):
-            if mask.any():
-                details[name] = f"{what} {', '.join(f'{h:02d}' for h in np.flatnonzero(mask))}"
-        if found["hour_shift"]:
-            details["hour_shift"] = f"the day looks moved by about {found['hour_shift']:+.0f} h: check the time zone of the raw times"
+    today: Metrics
+    before: Sequence[Metrics]
+    settings: DriftSettings
+    judged: bool = True
 
-    label = median_of(before, "label_rate", drift)
-    if label > 0 and rows * label >= drift.min_positives:
-        rate = today["label_rate"]
-        found["label_rate_to_trailing"] = rate / label
-        found["label_kl"] = kl(np.array([label, 1 - label]), np.array([rate, 1 - rate]))
-        details["label_rate_to_trailing"] = f"the rate is {rate:.4f}, the median of the days before {label:.4f}"
-    rates = [f"action_rate_{signal}" for signal in signals]
-    usual_rates = np.array([median_of(before, name, drift) for name in rates])
-    if not np.isnan(usual_rates).any():
-        mine = np.array([today[name] for name in rates])
-        found["action_mix_psi"] = psi(_mix(usual_rates), _mix(mine))
-        gone = [signal for signal, usual_rate, rate in zip(signals, usual_rates, mine, strict=True) if rate == 0 and usual_rate * rows >= drift.min_signal_rows]
-        found["vanished_signal_count"] = len(gone)
-        if gone:
-            details["vanished_signal_count"] = f"never set: {', '.join(gone)}"
+    def median(self, metric: str) -> float:
+        """Return the median of the days before, not a number where too few of them know it."""
+        return median_of(self.before, metric, self.settings)
 
-    found["new_category_share"], found["field_psi"], told = vocabulary_drift(today, before, fields)
-    details |= told
-    for name, metric in (("known_user_share_drop", "known_user_share"), ("known_item_share_drop", "known_item_share"), ("item_popularity_drop", "item_popularity_correlation")):
-        found[name] = median_of(before, metric, drift) - today[metric]
-    for name, metric in (("duration_mismatch_rise", "duration_mismatch_share"), ("largest_user_share_rise", "largest_user_share")):
-        found[name] = today[metric] - median_of(before, metric, drift)
-    if (watch := median_of(before, "watch_time_ms_p50", drift)) > 0:
-        found["watch_p50_to_trailing"] = today["watch_time_ms_p50"] / watch
-    found["rows_to_trailing_extremes"] = _to_extremes(rows, before, drift)
-    return found, details
+    def ratio(self, metric: str) -> float:
+        """Return today's value over the median."""
+        usual = self.median(metric)
+        return float(self.today[metric]) / usual if self.judged and usual > 0 else NAN
+
+    def rise(self, metric: str) -> float:
+        """Return how far today's value is above the median."""
+        return float(self.today[metric]) - self.median(metric) if self.judged else NAN
+
+    def drop(self, metric: str) -> float:
+        """Return how far today's value is below the median."""
+        return self.median(metric) - float(self.today[metric]) if self.judged else NAN
 
 
-def _to_extremes(rows: float, before: Sequence[Metrics], drift: DriftThresholds) -> float:
-    """Return rows over the smallest trailing day (below 1) or the largest (above 1); nan where days differ much anyway."""
-    sizes = [day["rows"] for day in before]
-    if len(sizes) < drift.min_steady_days or max(sizes) > drift.max_steady_ratio * min(sizes):
-        return NAN
-    return float(min(rows / min(sizes), 1.0) if rows < min(sizes) else max(rows / max(sizes), 1.0))
+@dataclass(frozen=True)
+class ItemsCompared(Compared):
+    """A partition's items and those of the partitions before it.
+
+    Attributes:
+        like: compared with those of them that have as many days of events: a catalogue grows while a feed begins.
+        vocabulary: how the values of the item fields differ.
+    """
+
+    like: Compared | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+    new_category_share = property(lambda self: self.vocabulary.new_share)
+    new_categories = property(lambda self: self.vocabulary.new)
+    field_psi = property(lambda self: self.vocabulary.psi)
+    differing_field = property(lambda self: self.vocabulary.differing)
+
+
+@dataclass(frozen=True)
+class EventsCompared(Compared):
+    """A day of events and the days before it; what cannot be judged is not a number.
+
+    Attributes:
+        signals: signals of the data set.
+        fields: names whose values are statistics named `<field>_share_<value>`.
+    """
+
+    signals: Sequence[str] = ()
+    fields: Sequence[str] = ()
+
+    @staticmethod
+    def of(
+        today: Metrics,
+        trailing: Sequence[Metrics],
+        signals: Sequence[str],
+        fields: Sequence[str],
+        settings: DriftSettings,
+    ) -> EventsCompared:
+        """Return a day and those of the trailing days, oldest first, that are large enough to compare with."""
+        before = [day for day in trailing if day.get("rows", 0) >= settings.min_rows]
+        judged = today["rows"] >= settings.min_rows and len(before) >= settings.min_trailing_days
+        return EventsCompared(today, before, settings, judged, signals, fields)
+
+    @property
+    def rows_to_extremes(self) -> float:
+        """Rows over the smallest trailing day (below 1) or the largest (above 1); nan where days differ much anyway."""
+        rows, sizes = self.today["rows"], [day["rows"] for day in self.before]
+        few = len(sizes) < max(self.settings.min_steady_days, self.settings.min_trailing_days)
+        if not rows or few or max(sizes) > self.settings.max_steady_ratio * min(sizes):
+            return NAN
+        return float(min(rows / min(sizes), 1.0) if rows < min(sizes) else max(rows / max(sizes), 1.0))
+
+    # ---- hours
+
+    @cached_property
+    def hours(self) -> np.ndarray:
+        return np.array([self.today[name] for name in HOURS])
+
+    @cached_property
+    def usual_hours(self) -> np.ndarray | None:
+        return mean_shares(self.before, HOURS) if self.judged else None
+
+    @property
+    def compares_hours(self) -> bool:
+        return self.usual_hours is not None
+
+    @cached_property
+    def missing_hours(self) -> list[int]:
+        return self._hours_where(self.hours == 0)
+
+    @cached_property
+    def thin_hours(self) -> list[int]:
+        assert self.usual_hours is not None
+        return self._hours_where((self.hours > 0) & (self.hours < self.settings.min_hour_ratio * self.usual_hours))
+
+    def _hours_where(self, few: np.ndarray) -> list[int]:
+        assert self.usual_hours is not None
+        return np.flatnonzero(few & (self.usual_hours * self.today["rows"] >= self.settings.min_hour_rows)).tolist()
+
+    @staticmethod
+    def said(hours: Sequence[int]) -> str:
+        return ", ".join(f"{hour:02d}" for hour in hours)
+
+    @property
+    def hour_psi(self) -> float:
+        return NAN if self.usual_hours is None else psi(self.usual_hours, self.hours)
+
+    @property
+    def hour_shift(self) -> float:
+        if self.usual_hours is None:
+            return NAN
+        return shifted_hours(self.usual_hours, self.hours, self.settings.min_shift_gain)
+
+    # ---- the label
+
+    @property
+    def label_rate(self) -> float:
+        return self.today["label_rate"]
+
+    @cached_property
+    def usual_label_rate(self) -> float:
+        return self.median("label_rate")
+
+    @property
+    def compares_label(self) -> bool:
+        usual = self.usual_label_rate
+        return self.judged and usual > 0 and self.today["rows"] * usual >= self.settings.min_positives
+
+    @property
+    def label_kl(self) -> float:
+        return kl(*(np.array([rate, 1 - rate]) for rate in (self.usual_label_rate, self.label_rate)))
+
+    # ---- the signals
+
+    @cached_property
+    def action_rates(self) -> np.ndarray:
+        return np.array([self.today[f"action_rate_{signal}"] for signal in self.signals])
+
+    @cached_property
+    def usual_action_rates(self) -> np.ndarray:
+        return np.array([self.median(f"action_rate_{signal}") for signal in self.signals])
+
+    @property
+    def compares_signals(self) -> bool:
+        return self.judged and not np.isnan(self.usual_action_rates).any()
+
+    @property
+    def vanished_signals(self) -> list[str]:
+        due = self.usual_action_rates * self.today["rows"] >= self.settings.min_signal_rows
+        return [self.signals[place] for place in np.flatnonzero(due & (self.action_rates == 0)).tolist()]
+
+    @property
+    def action_mix_psi(self) -> float:
+        return psi(_mix(self.usual_action_rates), _mix(self.action_rates))
+
+    # ---- fields
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return vocabulary_drift(self.today, self.before, self.fields) if self.judged else Vocabulary()
+
+    new_category_share = property(lambda self: self.vocabulary.new_share)
+    new_categories = property(lambda self: self.vocabulary.new)
+    field_psi = property(lambda self: self.vocabulary.psi)
+    differing_field = property(lambda self: self.vocabulary.differing)
 
 
 def _mix(rates: np.ndarray) -> np.ndarray:

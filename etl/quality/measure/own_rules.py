@@ -18,7 +18,7 @@ import pyarrow as pa
 from etl.datasets.definition import DatasetDefinition
 from etl.datasets.own_checks import contract, first_line, frame_columns, isolated_database
 from etl.datasets.quality_rules import STATISTICS, Condition, Expectation
-from etl.quality.judge.gx import great_expectations
+from etl.quality.measure.measured import Check, Row
 from etl.stage.errors import StageError
 from etl.warehouse.store import Manifest, TableStore
 
@@ -30,7 +30,7 @@ MOST_ROWS = 500_000
 ROWS_AT_ONCE = 4_096  # of a table with lists
 EXAMPLES = 3
 KEYS = ("user_id", "item_id", "event_time_ms")  # of an example, beside the columns that a condition names
-_AT_FAULT = "correct quality.{kind} of the definition; docs/datasets.md explains it"
+AT_FAULT = "correct quality.{kind} of the definition; docs/datasets.md explains it"
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,34 @@ class Sample:
         return "" if self.step == 1 else f" (seen on {len(self.frame):,} of {self.rows:,} rows, every {self.step}th)"
 
 
-def built(own: Expectation) -> Any:
-    """Return the expectation as Great Expectations knows it.
+@dataclass(frozen=True)
+class OwnCheck:
+    """Rows of a table to judge by the data set's own expectations."""
 
-    Raises:
-        StageError: its arguments are not its.
-    """
-    great_expectations()  # whole: another thread may be at it, and a part of a package must not be imported from the middle
-    import great_expectations.expectations as gxe
-    from great_expectations.expectations.metadata_types import FailureSeverity
+    sample: Sample
+    expectations: Sequence[Expectation]
 
-    try:
-        return getattr(gxe, own.expectation)(
-            **own.arguments, severity=FailureSeverity(own.severity), notes=own.reason, meta={"remedy": own.remedy, "own": own.name},
-            description=f"{own.severity}: {own.name} of the definition. {own.reason}")  # fmt: skip
-    except Exception as error:
-        raise StageError(f"quality.expectations ({own.name}): {own.expectation} does not take these arguments: {' '.join(str(error).split())[:500]}",
-                         _AT_FAULT.format(kind="expectations")) from error  # fmt: skip
+    @property
+    def suite(self) -> str:
+        return f"own_{self.sample.table.replace('.', '_')}"
+
+
+def condition_check(
+    table: str, conditions: Sequence[Condition], counted: Mapping[str, Sequence[Counted]]
+) -> Check:
+    """Return the check of the shares of rows, day by day, that fail each condition."""
+    rows: dict[str, Row] = {}
+    details: dict[str, dict[str, str]] = {}
+    for condition in conditions:
+        for one in counted[condition.name]:
+            rows.setdefault(one.dt, {"dt": one.dt})[condition.name] = one.share
+            sql = " ".join(condition.sql.split())
+            example = f", such as {one.example}" if one.example else ""
+            details.setdefault(condition.name, {})[one.dt] = (
+                f"{one.dt}: {one.failed:,} of {one.rows:,} rows of {table} fail `{sql}`{example}"
+            )
+    suite = f"conditions_{table.replace('.', '_')}"
+    return Check(suite, list(rows.values()), details=details, conditions=conditions)
 
 
 def counted(store: TableStore, definition: DatasetDefinition, manifest: Manifest, conditions: Sequence[Condition]) -> dict[str, Counted]:
@@ -165,7 +176,7 @@ def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, C
                 found[condition.name] = one
         except Exception as error:
             raise StageError(f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}: {first_line(error)}",
-                             _AT_FAULT.format(kind="conditions")) from error  # fmt: skip
+                             AT_FAULT.format(kind="conditions")) from error  # fmt: skip
         return found
 
 

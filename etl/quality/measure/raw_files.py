@@ -1,4 +1,5 @@
-"""What the raw files of a day look like before anything is built from them: their headers, ends, sizes and a sample of their lines.
+"""What the raw files of a day look like before anything is built from them: their headers, ends, sizes and a sample
+of their lines.
 
 A file costs three small reads, whatever its size; only files of equal size are read whole, to compare their contents.
 """
@@ -7,18 +8,20 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.datasets.definition import DatasetDefinition, Logs
-from etl.datasets.thresholds import DriftThresholds, RawThresholds
 from etl.ingest.compression import DamagedError, without_suffix
-from etl.ingest.raw import Chunk, RawFile, RawLocation, Split, checked_lines, parse_lines
+from etl.ingest.raw import Chunk, RawFile, RawLocation, Refused, Split, checked_lines, parse_lines
+from etl.metrics.thresholds import DriftSettings, RawSettings
 from etl.quality.measure.drift import NAN
+from etl.quality.measure.measured import Row
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 
@@ -26,90 +29,176 @@ PARQUET_MAGIC = b"PAR1"
 
 
 @dataclass
-class FileFindings:
-    """What is wrong with one file.
+class FileFacts:
+    """What one log file of the day looks like; what so few lines cannot tell is not a number.
 
     Attributes:
-        metrics: the file's row of the suite.
-        details: metric -> what to say about it.
+        refused_because: why its header cannot be read as the definition says; '' where it can.
+        missing_columns: declared columns that it lacks, each with the undeclared one of its own that is most like it.
+        cut_line: the line within which it ends.
+        chunks: its checked lines; None where it was not read so far.
     """
 
-    metrics: dict[str, float | str]
-    details: dict[str, str] = field(default_factory=dict)
+    file: RawFile
+    limits: RawSettings
+    copy_of: RawFile | None = None
+    refused_because: str = ""
+    missing_columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    parquet_cut: bool = False
+    cut_line: bytes | None = None
+    chunks: Sequence[Chunk] | None = None
+
+    size = property(lambda self: self.file.size)
+
+    @cached_property
+    def _refused(self) -> list[Refused]:
+        return [refusal for chunk in self.chunks or () for refusal in chunk.refused]
+
+    @cached_property
+    def _time_ms(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(chunk.time_ms for chunk in self.chunks or ())])
+
+    @property
+    def lines(self) -> int:
+        return len(self._refused) + len(self._time_ms)
+
+    @property
+    def _judged(self) -> bool:
+        return self.chunks is not None and self.lines > 0 and self.lines >= self.limits.min_sampled_lines
+
+    @property
+    def empty(self) -> bool:
+        return self.size == 0 or (self.chunks is not None and self.lines == 0)
+
+    @property
+    def why_empty(self) -> str:
+        return f"{self.file.name} has {'a header and no line' if self.size else '0 bytes'}"
+
+    @property
+    def unreadable(self) -> bool:
+        return bool(self.refused_because) and not self.missing_columns and not self.parquet_cut
+
+    @property
+    def cut(self) -> bool:
+        return self.cut_line is not None or (self.parquet_cut and not self.missing_columns)
+
+    @property
+    def why_cut(self) -> str:
+        if self.cut_line is None:
+            return self.refused_because
+        return f"{self.file.name} ends within a line: {self.cut_line[-80:].decode('utf-8', 'backslashreplace')!r}"
+
+    @property
+    def why_copy(self) -> str:
+        name = self.copy_of.name if self.copy_of else ""
+        return f"{self.file.name} holds the same bytes as {name}: the delivery of another day came again"
+
+    @property
+    def refused_share(self) -> float:
+        return len(self._refused) / self.lines if self._judged else NAN
+
+    @property
+    def why_refused(self) -> str:
+        if not self._refused:
+            return ""
+        (code, count), *_ = Counter(refusal.reason.split(":")[0] for refusal in self._refused).most_common(1)
+        example = next(refusal for refusal in self._refused if refusal.reason.startswith(code))
+        return (
+            f"{len(self._refused):,} of {self.lines:,} sampled lines of {self.file.name} would be refused, most often"
+            f" {code} ({count:,}), such as {example.reason}"
+        )
+
+    @cached_property
+    def _outside(self) -> np.ndarray | None:
+        """Which rows are of no day that the name promises; None where it promises none or too few lines are known."""
+        first, last = self.file.first_utc_dt, self.file.last_utc_dt
+        if not self._judged or first is None or last is None or not len(self._time_ms):
+            return None
+        day = self._time_ms // MS_PER_DAY
+        return (day < day_number(first)) | (day > day_number(last))
+
+    @property
+    def outside_share(self) -> float:
+        return NAN if self._outside is None else float(self._outside.mean())
+
+    @property
+    def why_outside(self) -> str:
+        if self._outside is None or not self._outside.any():
+            return ""
+        example = np.datetime64(int(self._time_ms[self._outside][0]), "ms")
+        return (
+            f"{int(self._outside.sum()):,} of {len(self._outside):,} sampled rows of {self.file.name} are not of"
+            f" {self.file.first_utc_dt} .. {self.file.last_utc_dt} (UTC), such as {example}"
+        )
 
 
-def file_findings(raw: RawLocation, file: RawFile, others: Sequence[RawFile], definition: DatasetDefinition, limits: RawThresholds) -> FileFindings:
+def file_facts(
+    raw: RawLocation, file: RawFile, others: Sequence[RawFile], definition: DatasetDefinition, limits: RawSettings
+) -> FileFacts:
     """Look at one log file.
 
     Args:
         others: the other log files of the folder.
     """
-    found = FileFindings({"file": file.name, "bytes": file.size, "empty_count": int(file.size == 0), "unreadable_count": 0, "missing_column_count": 0,
-                          "cut_count": 0, "copy_count": 0, "sampled_lines": 0, "refused_share": NAN, "outside_named_days_share": NAN})  # fmt: skip
-    metrics, details = found.metrics, found.details
+    facts = FileFacts(file, limits)
     if file.size == 0:
-        details["empty_count"] = f"{file.name} has 0 bytes"
-        return found
-    if (copy := _copy_of(raw, file, others)) is not None:
-        metrics["copy_count"] = 1
-        details["copy_count"] = f"{file.name} holds the same bytes as {copy.name}: the delivery of another day came again"
+        return facts
+    facts.copy_of = _copy_of(raw, file, others)
     try:
         header = raw.header(file, definition.logs)
     except StageError as error:
-        missing, cut = _missing_columns(raw, file, definition.logs), definition.logs.format == "parquet" and _parquet_cut(raw, file)
-        name = "missing_column_count" if missing else "cut_count" if cut else "unreadable_count"
-        metrics[name] = max(1, len(missing))
-        details[name] = error.what + "".join(f"; {column} may be its {near[0]}" for column, near in missing.items() if near)
-        return found
-    chunks, cut_line = _sample(raw, file, header, definition, limits.sample_bytes)
-    if cut_line is not None:
-        metrics["cut_count"] = 1
-        details["cut_count"] = f"{file.name} ends within a line: {cut_line[-80:].decode('utf-8', 'backslashreplace')!r}"
-    _judge_sample(found, file, chunks, limits)
-    return found
+        facts.missing_columns = missing = _missing_columns(raw, file, definition.logs)
+        near = "".join(f"; {column} may be its {names[0]}" for column, names in missing.items() if names)
+        facts.refused_because = error.what + near
+        facts.parquet_cut = definition.logs.format == "parquet" and _parquet_cut(raw, file)
+        return facts
+    facts.chunks, facts.cut_line = _sample(raw, file, header, definition, limits.sample_bytes)
+    return facts
 
 
-def day_row(dt: str, files: Sequence[RawFile], drift: DriftThresholds) -> dict[str, float | str]:
-    """Return the metrics of all files that may hold a day: how many, how large, and how large compared with other days."""
-    mine = [file for file in files if file.may_hold(dt)]
-    size = sum(file.size for file in mine)
-    named = all(file.first_utc_dt is not None for file in files)
-    before = [sum(file.size for file in files if file.may_hold(day)) for day in (add_days(dt, -back) for back in range(1, drift.trailing_days + 1))]
-    before = [total for total in before if total > 0]
-    ratio = size / float(np.median(before)) if named and len(before) >= drift.min_trailing_days else NAN
-    return {"dt": dt, "files": len(mine), "bytes": size, "bytes_to_trailing_median": ratio}
+@dataclass(frozen=True)
+class DayOfFiles:
+    """All files that may hold a day.
 
+    Attributes:
+        uri: where the raw logs are.
+        files: all log files there.
+        measured: the rows of metrics of those that may hold the day.
+    """
 
-def _judge_sample(found: FileFindings, file: RawFile, chunks: Sequence[Chunk], limits: RawThresholds) -> None:
-    refused = [refusal for chunk in chunks for refusal in chunk.refused]
-    time_ms = np.concatenate([chunk.time_ms for chunk in chunks]) if chunks else np.zeros(0, np.int64)
-    lines = len(refused) + len(time_ms)
-    found.metrics["sampled_lines"] = lines
-    if lines == 0:
-        found.metrics["empty_count"] = 1
-        found.details["empty_count"] = f"{file.name} has a header and no line"
-    if lines < limits.min_sampled_lines:
-        return
-    found.metrics["refused_share"] = len(refused) / lines
-    if refused:
-        (code, count), *_ = Counter(refusal.reason.split(":")[0] for refusal in refused).most_common(1)
-        example = next(refusal for refusal in refused if refusal.reason.startswith(code))
-        found.details["refused_share"] = (
-            f"{len(refused):,} of {lines:,} sampled lines of {file.name} would be refused, most often {code} ({count:,}), such as {example.reason}")
-    if file.first_utc_dt is None or file.last_utc_dt is None or not len(time_ms):
-        return
-    day = time_ms // MS_PER_DAY
-    outside = (day < day_number(file.first_utc_dt)) | (day > day_number(file.last_utc_dt))
-    found.metrics["outside_named_days_share"] = float(outside.mean())
-    if outside.any():
-        example_ms = int(time_ms[outside][0])
-        found.details["outside_named_days_share"] = (
-            f"{int(outside.sum()):,} of {len(outside):,} sampled rows of {file.name} are not of {file.first_utc_dt} .. {file.last_utc_dt} (UTC), "
-            f"such as {np.datetime64(example_ms, 'ms')}")
+    dt: str
+    uri: str
+    files: Sequence[RawFile]
+    measured: Sequence[Row]
+    settings: DriftSettings
+
+    @property
+    def mine(self) -> list[RawFile]:
+        return [file for file in self.files if file.may_hold(self.dt)]
+
+    @property
+    def size(self) -> int:
+        return self._size(self.dt)
+
+    def _size(self, dt: str) -> int:
+        return sum(file.size for file in self.files if file.may_hold(dt))
+
+    @property
+    def size_to_trailing_median(self) -> float:
+        days = (add_days(self.dt, -back) for back in range(1, self.settings.trailing_days + 1))
+        before = [size for day in days if (size := self._size(day)) > 0]
+        named = all(file.first_utc_dt is not None for file in self.files)
+        return self.size / float(np.median(before)) if named and len(before) >= self.settings.min_trailing_days else NAN
+
+    def worst(self, metric: str) -> float:
+        """Return the largest value of a metric of the files; nan where none knows it."""
+        values = (float(row[metric]) for row in self.measured)
+        return max((value for value in values if not np.isnan(value)), default=NAN)
 
 
 def _sample(raw: RawLocation, file: RawFile, header: tuple[str, ...], definition: DatasetDefinition, block: int) -> tuple[list[Chunk], bytes | None]:
-    """Return the checked lines of the head, the middle and the tail of a file, and the line within which it ends, if it does."""
+    """Return the checked lines of the head, the middle and the tail of a file, and the line within which it ends, if
+    it does."""
     logs = definition.logs
     if logs.format == "parquet":
         with pq.ParquetFile(file.path, filesystem=raw.fs) as parquet:
@@ -144,7 +233,7 @@ def _copy_of(raw: RawLocation, file: RawFile, others: Sequence[RawFile]) -> RawF
     try:
         digest = raw.content_digest(file)
         return next((other for other in same if raw.content_digest(other) == digest), None)
-    except DamagedError:  # a cut archive, which is told elsewhere
+    except DamagedError:  # a cut archive, which another metric finds
         return None
 
 

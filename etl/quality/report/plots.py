@@ -1,4 +1,4 @@
-"""Plots of kept statistics over days as inline SVG that takes the colours of its page, light or dark.
+"""Plots of statistics over days as inline SVG that takes the colours of its page, light or dark.
 
 Pure functions; matplotlib is imported when something is drawn, never with this module.
 """
@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from etl.datasets.thresholds import THRESHOLDS
+from etl.metrics.panels import PANELS
+from etl.metrics.record import Metric, Panel
+from etl.metrics.registry import SUITES
+from etl.metrics.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 Series = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 _Lines = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 
-BAND_DAYS = THRESHOLDS.drift.trailing_days  # days before the partition whose lowest and highest value make the band
+BAND_DAYS = Thresholds().drift.trailing_days  # days before the partition whose lowest and highest value make the band
 MOST_LINES = 8
 LOGARITHMIC_FROM = 20  # times the smallest value
 
@@ -48,69 +51,57 @@ class Plot:
     lines: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Which metrics share a drawing: those of `stage` whose whole name matches; a group is what their lines are called."""
-
-    title: str
-    stage: str
-    pattern: str
-    logarithmic: bool = False
-
-
-_PANELS = (
-    _Panel("Raw files: bytes", "raw", r"bytes"),
-    _Panel("Events: rows", "events", r"rows"),
-    _Panel("Events: label rate", "events", r"label_rate"),
-    _Panel("Events: action rates", "events", r"action_rate_(?:is_)?(.*)", logarithmic=True),
-    _Panel("Events: drift against trailing days", "events", r".*_psi|label_kl"),
-    _Panel("Events: quarantined and duplicate share of raw rows", "events", r"quarantine_share|duplicate_share"),
-    _Panel("Events: repeated keys and largest user, share of rows", "events", r"(?:worst_hour_)?repeated_key_share|largest_user_share"),
-    _Panel("Events: rows of known users and items, share", "events", r"known_(user|item)_share"),
-    _Panel("Events: users", "events", r"users"),
-    _Panel("Events: watch time, ms", "events", r"watch_time_ms_(p\d+)", logarithmic=True),
-    _Panel("Sequences: history length, events", "sequences", r"history_length_(p\d+)", logarithmic=True),
-    _Panel("Sequences: label rates of targets", "sequences", r"(train|eval)_label_rate"),
-    _Panel("Sequences: targets", "sequences", r"(train|eval)_targets", logarithmic=True),
-    _Panel("Sequences: truncated users, share", "sequences", r"truncated_user_share"),
-    _Panel("Training input: skew of the window to its evaluation day", "training_input", r".*_psi|label_kl|label_rate_difference"),
-    _Panel("Model output: calibration", "model_output", r"expected_ratio|ece"),
-    _Panel("Model output: scores", "model_output", r"score_(?:sd|p\d+)|constant_share"),
-)
-
-
 def draw(series: Series, dt: str) -> list[Plot]:
-    """Return the plots of what is kept, the partition's day marked and the band of the days before it behind.
+    """Return the plots of the statistics, the partition's day marked and the band of the days before it behind.
 
     Args:
-        series: kept statistics; days after `dt` are not drawn.
+        series: the statistics; days after `dt` are not drawn.
         dt: the partition's day.
     """
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longview", "text.parse_math": False, "font.size": 8,
                                 "axes.unicode_minus": False}):  # fmt: skip
-        # A window may reach back to days before the data begin: they are empty, and kept as such.
+        # A window may reach back to days before the data begin: their statistics are of no rows.
         begin = min((day for day, rows in series.get("events", {}).get("rows", {}).items() if rows), default="")
-        plots = [_over_days(panel, lines, dt) for panel in _PANELS if (lines := _lines(series, panel, begin, dt))]
+        plots = [_over_days(panel, lines, dt) for panel in PANELS if (lines := _lines(series, panel, begin, dt))]
         if (profile := _hour_profile(series, dt)) is not None:
             plots.insert(2, profile)  # after the volumes
         return plots
 
 
-def _lines(series: Series, panel: _Panel, begin: str, dt: str) -> _Lines:
+def _lines(series: Series, panel: Panel, begin: str, dt: str) -> _Lines:
     """Return (name, (day, value) ...) of a panel's metrics; the largest when there are more than a drawing holds."""
     found: dict[str, dict[str, float]] = {}
-    for metric, values in sorted(series.get(panel.stage, {}).items()):
-        known = {day: value for day, value in sorted(values.items()) if value is not None and begin <= day <= dt}
-        if known and (match := re.fullmatch(panel.pattern, metric)):
-            found[match[match.lastindex or 0]] = known
-    kept = sorted(found, key=lambda name: -max(found[name].values()))[:MOST_LINES]
-    return tuple((name, tuple(found[name].items())) for name in found if name in kept)
+    for stage, metrics in series.items():
+        for metric, values in sorted(metrics.items()):
+            name = _line_name(stage, metric, panel)
+            known = {day: value for day, value in sorted(values.items()) if value is not None and begin <= day <= dt}
+            if known and name:
+                found[name] = known
+    shown = sorted(found, key=lambda name: -max(found[name].values()))[:MOST_LINES]
+    return tuple((name, tuple(found[name].items())) for name in found if name in shown)
 
 
-@functools.lru_cache(maxsize=len(_PANELS))  # what a gate does not change is drawn while it is at work
-def _over_days(panel: _Panel, values_of_lines: _Lines, dt: str) -> Plot:
+def _line_name(stage: str, metric: str, panel: Panel) -> str | None:
+    """Return what a metric's line is called in a drawing, None where it has none."""
+    if (record := _drawn(stage).get(metric)) is not None:
+        return (record.line or metric) if record.panel is panel else None
+    for stem, record in _drawn(stage).items():
+        if record.name.endswith("*") and record.panel is panel and metric.startswith(stem):
+            return metric.removeprefix(stem).removeprefix("is_")
+    return None
+
+
+@functools.cache
+def _drawn(stage: str) -> dict[str, Metric]:
+    """Return name, of a family its stem -> record of the metrics of a stage's statistics that are drawn."""
+    suite = SUITES[{"raw": "raw_day", "events": "events_days"}.get(stage, stage)]
+    return {metric.name.removesuffix("*"): metric for metric in suite.records if metric.panel is not None}
+
+
+@functools.lru_cache(maxsize=len(PANELS))  # what a gate does not change is drawn while it is at work
+def _over_days(panel: Panel, values_of_lines: _Lines, dt: str) -> Plot:
     lines = {name: dict(values) for name, values in values_of_lines}
     days = sorted({day for values in lines.values() for day in values} | {dt})
     at = {day: index for index, day in enumerate(days)}

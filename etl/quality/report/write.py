@@ -15,19 +15,16 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.datasets.definition import DatasetDefinition
 from etl.stage.commands import log, run_stage
-from etl.stage.errors import StageError
 from etl.stage.identity import report_page
 from etl.stage.local_files import one_at_a_time, replace_text
 
@@ -38,35 +35,6 @@ if TYPE_CHECKING:
 DAYS = 30  # days that a drawing shows
 SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4
 SAMPLED_FROM_ROWS = 200_000  # the sample is taken from the first of a partition's refused rows
-
-
-@contextmanager
-def written_after(definition: str, store: TableStore, dt: str, attempt: str, reports: Path, only_stopped: bool = False) -> Iterator[None]:
-    """Have the page written when the body ends, also when it raises; the page's own failure is told and costs nothing else.
-
-    A process of its own writes it, and nobody waits for that: it loads its libraries beside the gate, goes on when its input
-    ends, which tells it what stopped the gate, and tells where the page is a second after the gate has ended.
-
-    Args:
-        definition: what the gate was given as --dataset.
-        only_stopped: write it only when the body raises.
-    """
-    command = [sys.executable, "-m", "etl.quality.report.write", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
-               "--attempt", attempt, "--reports", str(reports), "--stopped-by", "-"]  # fmt: skip
-    writer = None if only_stopped else subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-    stopped_by = ""
-    try:
-        yield
-    except Exception as error:
-        stopped_by = str(error) if isinstance(error, StageError) else f"{type(error).__name__}: {error}"
-        writer = writer or subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        raise
-    finally:
-        if writer is not None and writer.stdin is not None:
-            sys.stdout.flush()  # before what the other process has to say
-            with contextlib.suppress(OSError):  # it has failed, and said so
-                writer.stdin.write(stopped_by)
-                writer.stdin.close()
 
 
 def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: str, reports: Path, stopped_by: str) -> dict[str, Any]:
@@ -124,7 +92,8 @@ def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str
 
     Days before are as kept; the day itself is as this attempt measured it, else as another one did.
     """
-    from etl.quality.judge.outcomes import STAGES, read_rejected, read_stats
+    from etl.quality.judge.outcomes import STAGES
+    from etl.quality.measure.statistics import read_rejected, read_stats
 
     series: dict[str, dict[str, dict[str, float | None]]] = {}
     others: dict[str, str] = {}

@@ -14,7 +14,7 @@ import yaml
 
 from etl.datasets.definition import dataset
 from etl.datasets.quality_rules import expectation_names, reason_of
-from etl.datasets.thresholds import Thresholds
+from etl.metrics.thresholds import Thresholds
 from etl.stage.errors import StageError
 
 CONDITION = {"name": "c", "table": "events", "sql": "watch_time_ms >= 0", "reason": "r"}
@@ -33,10 +33,13 @@ def bounds(**values) -> dict:
 
 def test_a_bound_is_set_with_its_reason_and_all_others_stay(tmp_path: Path) -> None:
     found = read(tmp_path, bounds(events__min_label_rate=0.0005, drift__label_rate_ratio_critical=[0.3, 3.5], events__min_hours_covered=2)).quality.thresholds()
-    assert (found.events.min_label_rate, found.drift.label_rate_ratio_critical, found.events.min_hours_covered) == (0.0005, (0.3, 3.5), 2)
-    assert reason_of(found.events.min_label_rate) == reason_of(found.drift.label_rate_ratio_critical) == reason_of(found.events.min_hours_covered) == "an ordinary feed of ours"
-    assert reason_of(found.events.max_label_rate) == ""
-    assert dataclasses.replace(found, events=Thresholds().events, drift=Thresholds().drift) == Thresholds()
+    names = ("events.min_label_rate", "drift.label_rate_ratio_critical", "events.min_hours_covered")
+    assert [found.bounds[name] for name in names] == [0.0005, (0.3, 3.5), 2]
+    assert {reason_of(found.bounds[name]) for name in names} == {"an ordinary feed of ours"}
+    assert reason_of(found.bounds["events.max_label_rate"]) == ""
+    assert {name: value for name, value in found.known().items() if name not in names} == {
+        name: value for name, value in Thresholds().known().items() if name not in names
+    }
     json.dumps(dataclasses.asdict(found))
 
 
@@ -87,8 +90,11 @@ def test_what_is_wrong_is_refused_by_name_when_the_definition_is_read(tmp_path: 
 
 
 def test_every_bound_can_be_set_to_its_default(tmp_path: Path) -> None:
-    everything = {f"{section}.{name}": {"value": list(value) if isinstance(value, tuple) else value, "reason": "as it is"}
-                  for section, of in dataclasses.asdict(Thresholds()).items() for name, value in of.items()}  # fmt: skip
+    everything = {
+        name: {"value": list(value) if isinstance(value, tuple) else value, "reason": "as it is"}
+        for name, value in Thresholds().known().items()
+    }
+    assert len(everything) > 80
     assert read(tmp_path, {"bounds": everything}).quality.thresholds() == Thresholds()
 
 

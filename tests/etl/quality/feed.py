@@ -21,9 +21,10 @@ from etl.datasets.simulate import Simulation, write_simulation
 from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
-from etl.quality.judge import outcomes as kept
 from etl.quality.judge.audit import Audit
-from etl.quality.judge.outcomes import StageOutcome
+from etl.quality.judge.outcomes import StageOutcome, read_outcomes
+from etl.quality.measure.partition import Partition
+from etl.quality.measure.scores import Scores
 from etl.stage.errors import StageError
 from etl.stage.spark import spark_session
 from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number, days_between
@@ -124,8 +125,9 @@ class Feed:
             shutil.copytree(self.folder / name, folder / name, copy_function=os.link)
         return Feed(folder, self.definition, self.reports)
 
-    def audit(self, attempt: str, dt: str = DT) -> Audit:
-        return Audit(self.store, self.definition, dt, attempt, self.reports, RawLocation(str(self.raw)), self.folder / "runs" / attempt)
+    def audit(self, attempt: str, dt: str = DT, scores: Scores | None = None) -> Audit:
+        raw = RawLocation(str(self.raw))
+        return Audit(Partition(self.store, self.definition, dt, attempt, raw, scores), self.reports)
 
     def build_events(self, attempt: str, dt: str = DT, lookback_days: int = LOOKBACK_DAYS) -> None:
         events_job.build_events(self.store, self.definition, RawLocation(str(self.raw)), dt, attempt, lookback_days, BUCKETS, 0.01)
@@ -146,7 +148,7 @@ class Feed:
         return None
 
     def outcomes(self, attempt: str, dt: str = DT) -> dict[str, StageOutcome]:
-        return {outcome.stage: outcome for outcome in kept.read_outcomes(self.store, dt, attempt)}
+        return {outcome.stage: outcome for outcome in read_outcomes(self.store, dt, attempt)}
 
     def change_log(self, change: Callable[[pa.Table], pa.Table], dt: str = DT) -> None:
         """Rewrite a day's log file."""

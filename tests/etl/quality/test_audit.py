@@ -18,8 +18,8 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.quality.judge import audit
-from etl.quality.judge import outcomes as kept
-from etl.quality.judge.outcomes import StageOutcome
+from etl.quality.judge.outcomes import StageOutcome, read_outcomes
+from etl.quality.measure.statistics import read_stats
 from etl.stage.errors import EXIT_MEND, StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import (
@@ -58,7 +58,7 @@ def run(store: TableStore, stage: str, attempt: str, reports: Path, definition: 
 
 
 def result(store: TableStore, attempt: str, stage: str) -> StageOutcome:
-    [outcome] = [outcome for outcome in kept.read_outcomes(store, DT, attempt) if outcome.stage == stage]
+    [outcome] = [outcome for outcome in read_outcomes(store, DT, attempt) if outcome.stage == stage]
     return outcome
 
 
@@ -67,7 +67,7 @@ def failures(store: TableStore, attempt: str, stage: str, severity: str) -> set[
 
 
 def statistics(store: TableStore, stage: str, dt: str = DT) -> dict[str, float]:
-    return {row["metric"]: row["value"] for row in kept.read_stats(store, stage, dt, 1).to_pylist()}
+    return {row["metric"]: row["value"] for row in read_stats(store, stage, dt, 1).to_pylist()}
 
 
 def stage_table(store: TableStore, attempt: str, table: str, dt: str, parts: list[pa.Table], **manifest: dict) -> Manifest:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from etl.quality.judge import check
-from etl.quality.judge import outcomes as kept
+from etl.quality.judge.outcomes import read_outcomes
 from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore
 from tests.etl.quality.test_audit import (
@@ -61,7 +61,7 @@ def test_a_check_says_what_the_gate_will_say_and_changes_nothing(tmp_path: Path,
         run(store, "events", "tried", tmp_path / "reports")
     for each in ("critical", "warning", "info"):
         assert {o["column"] for o in found["outcomes"] if not o["success"] and o["severity"] == each} == failures(store, "tried", "events", each)
-    [outcome] = kept.read_outcomes(store, DT, "tried")
+    [outcome] = read_outcomes(store, DT, "tried")
     assert [o["observed"] for o in found["outcomes"]] == [o.observed for o in outcome.outcomes]
     [statistics] = found["statistics"]
     assert (statistics["dt"], statistics["metrics"]["rows"]) == (DT, 960)

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etl.datasets.thresholds import DriftThresholds, EventThresholds
-from etl.quality.measure.drift import HOURS, event_drift, kl, psi, shifted_hours, vocabulary_drift
+from etl.metrics.events import COMPARED
+from etl.metrics.thresholds import DriftSettings
+from etl.quality.measure.drift import HOURS, EventsCompared, kl, psi, shifted_hours, vocabulary_drift
+from etl.quality.measure.measured import measured
 
-DRIFT = DriftThresholds()
+DRIFT = DriftSettings()
 PROFILE = 1.2 + np.cos((np.arange(24) - 12) / 24 * 2 * np.pi)
 shares = st.lists(st.floats(0.01, 1), min_size=2, max_size=8).map(lambda values: np.array(values) / sum(values))
 
@@ -51,7 +53,7 @@ def day(rows: float = 5_000, rate: float = 0.4, **more: float) -> dict[str, floa
 
 
 def drift_of(today: dict[str, float], trailing: list[dict[str, float]]) -> dict[str, float]:
-    return event_drift(today, trailing, ("click", "like"), ("context",), EventThresholds(), DRIFT)[0]
+    return measured(COMPARED, EventsCompared.of(today, trailing, ("click", "like"), ("context",), DRIFT))[0]
 
 
 @pytest.mark.parametrize(("today", "trailing"), [(day(), [day()] * (DRIFT.min_trailing_days - 1)), (day(rows=DRIFT.min_rows - 1), [day()] * 7),
@@ -83,6 +85,6 @@ def test_a_thin_hour_is_told_apart_from_a_missing_one() -> None:
 
 
 def test_new_values_are_told_by_field() -> None:
-    share, _, details = vocabulary_drift({"tab_share_a": 0.9, "tab_share_b": 0.1, "kind_share_x": 1.0}, [{"tab_share_a": 1.0, "kind_share_x": 1.0}], ("tab", "kind"))
-    assert share == pytest.approx(0.1)
-    assert "tab has the new value(s) b (10.00%)" in details["new_category_share"]
+    found = vocabulary_drift({"tab_share_a": 0.9, "tab_share_b": 0.1, "kind_share_x": 1.0}, [{"tab_share_a": 1.0, "kind_share_x": 1.0}], ("tab", "kind"))
+    assert found.new_share == pytest.approx(0.1)
+    assert "tab has the new value(s) b (10.00%)" in found.new

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets.definition import DatasetDefinition
-from etl.quality.judge import outcomes as kept
+from etl.quality.measure.scores import Scores
+from etl.quality.measure.statistics import read_stats
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
 from tests.etl.quality.feed import (
@@ -232,7 +231,7 @@ def test_fault_in_raw_logs_is_stopped_or_told_at_its_gate(feed: Feed, fault: Fau
     assert {day: feed.store.require("events", day).data_digest for day in before} == before
     if fault.severity == "critical":
         assert feed.store.manifest("events", DT) is None
-        assert not any(row["attempt"] == "today" for row in kept.read_stats(feed.store, fault.gate, DT, DAYS).to_pylist())  # no baseline for later days
+        assert not any(row["attempt"] == "today" for row in read_stats(feed.store, fault.gate, DT, DAYS).to_pylist())  # no baseline for later days
 
 
 def run_to(feed: Feed, gate: str) -> StageError | None:
@@ -391,29 +390,25 @@ SCORES = [
 ]  # fmt: skip
 
 
-def write_scores(feed: Feed, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Write what the evaluation of a calibrated model leaves, changed."""
+def scores_of(change: Callable[[np.ndarray], np.ndarray]) -> Scores:
+    """Return what the evaluation of a calibrated model hands in, changed."""
     rng = np.random.default_rng(4)
     score = rng.beta(2, 3, 3_000)
     label = (rng.random(3_000) < score).astype(np.int8)
     score = change(score).astype(np.float32)
-    folder = feed.folder / "runs" / "today"
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"label": label, "vql": score}), folder / "scores.parquet")
-    (folder / "training.json").write_text(json.dumps({"primary": "vql"}))
     auc = float((score[label == 1][:, None] > score[label == 0][None]).mean())
-    (folder / "evaluation.json").write_text(json.dumps({"models": [{"name": "vql", "auc": auc}]}))
+    return Scores(label, score, auc)
 
 
 @pytest.mark.parametrize(("change", "metric", "severity"), [fault[1:] for fault in SCORES], ids=[fault[0] for fault in SCORES])
 def test_fault_in_scores_is_found(clean: Feed, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], metric: str, severity: str) -> None:
     feed = Feed(tmp_path, clean.definition, clean.reports)
-    write_scores(feed, change)
+    audit = feed.audit("today", scores=scores_of(change))
     if severity == "critical":
         with pytest.raises(StageError, match=rf"must not be registered[\s\S]*{metric}"):
-            feed.audit("today").publish("model_output")
+            audit.publish("model_output")
     else:
-        feed.audit("today").publish("model_output")
+        audit.publish("model_output")
     assert metric in {outcome.column for outcome in feed.outcomes("today")["model_output"].failed(severity)}
     assert feed.outcomes("today")["model_output"].max_severity == severity
 
@@ -425,7 +420,7 @@ def test_ten_clean_days_of_events_raise_nothing(clean: Feed) -> None:
     """Weekdays and chance move rows, hours and rates; days 2 to 11 are judged, the first ones without enough days before them."""
     outcome = clean.outcomes("base", YESTERDAY)["events"]
     assert {day for o in outcome.outcomes if o.column == "label_rate_to_trailing" for day, value in o.observed.items() if value is not None} >= set(days_between(add_days(FIRST, 3), YESTERDAY))
-    rows = [row["value"] for row in kept.read_stats(clean.store, "events", YESTERDAY, DAYS).to_pylist() if row["metric"] == "rows"]
+    rows = [row["value"] for row in read_stats(clean.store, "events", YESTERDAY, DAYS).to_pylist() if row["metric"] == "rows"]
     assert len(rows) == 11
     assert max(rows) > 1.15 * min(rows) > ROWS_A_DAY  # the noise is there
     assert [o.message for severity in ("critical", "warning") for o in outcome.failed(severity)] == []
@@ -433,8 +428,7 @@ def test_ten_clean_days_of_events_raise_nothing(clean: Feed) -> None:
 
 def test_a_clean_day_passes_every_gate(feed: Feed) -> None:
     assert feed.run("today") is None
-    write_scores(feed, lambda score: score)
-    feed.audit("today").publish("model_output")
+    feed.audit("today", scores=scores_of(lambda score: score)).publish("model_output")
     assert {stage: outcome.max_severity for stage, outcome in feed.outcomes("today").items()} == dict.fromkeys(("raw", "events", "sequences", "training_input", "model_output"))
     assert feed.store.require("sequences", DT).rows
 

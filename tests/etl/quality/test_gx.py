@@ -63,5 +63,5 @@ from etl.datasets.quality_rules import Expectation
 gx.import_early()
 time.sleep(0.2)
 made = Expectation(name="e", table="events", expectation="ExpectColumnValuesToBeInSet", arguments={"column": "context", "value_set": [1]}, reason="r")
-assert own.built(made).column == "context"
+assert gx.built(made).column == "context"
 """)

@@ -16,11 +16,19 @@ import yaml
 from etl.datasets.definition import dataset
 from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
-from etl.quality.judge import outcomes as kept
 from etl.quality.judge import pass_once
 from etl.quality.judge.audit import Audit
-from etl.quality.judge.outcomes import StageOutcome
+from etl.quality.judge.outcomes import (
+    Decision,
+    Failing,
+    Outcome,
+    StageOutcome,
+    read_decisions,
+    read_outcomes,
+    write_decision,
+)
 from etl.quality.measure import own_rules as own
+from etl.quality.measure.partition import Partition
 from etl.quality.report.write import write
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
@@ -58,10 +66,10 @@ def definition(folder: Path, **quality):
 
 
 def audit(store: TableStore, folder: Path, attempt: str, reports: Path | None, **quality) -> Audit:
-    return Audit(store, definition(folder, **quality), DT, attempt, reports)
+    return Audit(Partition(store, definition(folder, **quality), DT, attempt), reports)
 
 
-def failed(outcome: StageOutcome, severity: str) -> dict[str, kept.Outcome]:
+def failed(outcome: StageOutcome, severity: str) -> dict[str, Outcome]:
     return {one.column: one for one in outcome.failed(severity)}
 
 
@@ -96,11 +104,11 @@ def test_an_ordinary_feed_passes_without_a_word(store: TableStore, tmp_path: Pat
 
 def test_hours_are_judged_only_where_times_have_them(store: TableStore, tmp_path: Path) -> None:
     stage_events(store, "a", table=one_time_a_day())
-    outcome = audit(store, tmp_path, "a", None).judge("events", audit(store, tmp_path, "a", None).measure("events"))
+    outcome = audit(store, tmp_path, "a", None).judge("events", audit(store, tmp_path, "a", None).partition.measure("events"))
     assert not {"hours_covered"} & set(failed(outcome, "warning"))
     table = events_table()
     stage_events(store, "b", table=table.filter(pa.array(table["event_time_ms"].to_numpy() % MS_PER_DAY < 6 * 3_600_000)))
-    outcome = audit(store, tmp_path, "b", None).judge("events", audit(store, tmp_path, "b", None).measure("events"))
+    outcome = audit(store, tmp_path, "b", None).judge("events", audit(store, tmp_path, "b", None).partition.measure("events"))
     assert "hours_covered" in failed(outcome, "warning")
 
 
@@ -111,7 +119,7 @@ def test_near_empty_histories_are_told_and_empty_ones_stop(store: TableStore, tm
         rows["target_history_end"][user] = [0, 0, 0]
     stage_sequences(store, "a", rows)
     judge = audit(store, tmp_path, "a", None, bounds={"sequences.min_judged_targets": {"value": 10, "reason": "a small test"}})
-    outcome = judge.judge("sequences", judge.measure("sequences"))
+    outcome = judge.judge("sequences", judge.partition.measure("sequences"))
     assert failed(outcome, severity)["eval_empty_history_share"].observed == {DT: pytest.approx(share)}
 
 
@@ -167,7 +175,7 @@ def test_own_conditions_and_expectations_are_judged_by_day(store: TableStore, tm
         judge.judge_ahead("events")
     with pytest.raises(StageError, match=r"user_below_19 is 0\.05 \(2022-04-21\).*48 of 960 rows of events fail `user_id < 19 -- a comment`, such as user_id 19"):
         judge.publish("events")
-    [outcome] = kept.read_outcomes(store, DT, "own")
+    [outcome] = read_outcomes(store, DT, "own")
     critical, warning, info = (failed(outcome, severity) for severity in ("critical", "warning", "info"))
     assert set(critical) == {"user_below_19"}
     assert critical["user_below_19"].observed == {DT: 0.05}  # yesterday held
@@ -281,7 +289,7 @@ def test_a_decision_that_means_nothing_is_refused(store: TableStore, tmp_path: P
         audit(store, tmp_path, "first", None).publish("events")
     with pytest.raises(StageError, match=says):
         decide(store, *more)
-    assert kept.read_decisions(store, DT, "events") == []
+    assert read_decisions(store, DT, "events") == []
 
 
 def test_a_decision_is_for_every_day_that_failed_however_many(store: TableStore, tmp_path: Path) -> None:
@@ -298,7 +306,7 @@ def test_a_decision_is_for_every_day_that_failed_however_many(store: TableStore,
     with pytest.raises(StageError):
         staged("first", decided).publish("events")
     decide(store, "--expectation", "label_rate")
-    [decision] = kept.read_decisions(store, DT, "events")
+    [decision] = read_decisions(store, DT, "events")
     assert set(decision.failing[0].rows) == decided
     with pytest.raises(StageError, match="label_rate"):
         staged("others", {*days[:20], *days[-3:]}).publish("events")
@@ -342,17 +350,17 @@ def no_user_column(store: TableStore) -> None:
 def test_what_breaks_the_contract_of_the_tables_nobody_lets_through(store: TableStore, tmp_path: Path, stage: str, breaks, metric: str) -> None:
     breaks(store)
     gate = audit(store, tmp_path, "first", None)
-    gate.raw = RawLocation(f"{store.warehouse}/raw") if stage == "raw" else None
+    gate.partition.raw = RawLocation(f"{store.warehouse}/raw") if stage == "raw" else None
     with pytest.raises(StageError, match=metric) as stopped:
         gate.publish(stage)
     assert "pass_once" not in str(stopped.value), "it offers what it would refuse"
     for more in ([], ["--expectation", metric]):
         with pytest.raises(StageError, match=rf"(?s){metric}.* cannot be let through.*remedy: ."):
             pass_once.main(["--dataset", "own", "--warehouse", store.warehouse, "--dt", DT, "--stage", stage, "--by", "Ada", "--reason", "they said it is fine", *more])
-    assert kept.read_decisions(store, DT, stage) == []
+    assert read_decisions(store, DT, stage) == []
     # Nor does a decision that was kept before such were refused.
-    [outcome] = [one for one in kept.read_outcomes(store, DT, "first") if one.stage == stage]
-    kept.write_decision(store, kept.Decision(DT, stage, "first", "Ada", 1, "old", tuple(map(kept.Failing.of, outcome.failed("critical")))))
+    [outcome] = [one for one in read_outcomes(store, DT, "first") if one.stage == stage]
+    write_decision(store, Decision(DT, stage, "first", "Ada", 1, "old", tuple(map(Failing.of, outcome.failed("critical")))))
     with pytest.raises(StageError, match=metric):
         gate.publish(stage)
 

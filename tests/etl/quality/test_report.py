@@ -19,8 +19,10 @@ import pyarrow as pa
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.quality.judge import data_docs as docs
-from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome, write_stats
+from etl.quality.judge import data_docs
+from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome
+from etl.quality.measure.statistics import write_stats
+from etl.quality.report import prune
 from etl.quality.report import write as report
 from etl.quality.report.pages import Partition, Quarantine, index_page, partition_page, summary
 from etl.quality.report.plots import draw
@@ -253,11 +255,11 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
 def gate_of(tmp_path: Path, body: str, reports: Path, more: str = "") -> subprocess.CompletedProcess[str]:
     """Run a gate with its report in a process of its own, until both have ended."""
     code = (
-        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.report.write import written_after\nfrom etl.warehouse.store import TableStore\n"
+        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.judge.page_process import written_after\nfrom etl.warehouse.store import TableStore\n"
         f"store = TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\n"
         f"with written_after({DATASET!r}, store, {DT!r}, {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=Path(report.__file__).parents[2], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(report.__file__).parents[3], capture_output=True, text=True, timeout=120)
 
 
 def test_the_page_is_written_when_a_gate_stops_and_the_gates_own_error_is_kept(tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_a_report_that_cannot_be_written_costs_the_gate_nothing_and_is_told(tmp_
 
 def test_a_gate_loads_no_drawing_library() -> None:
     code = "import sys, etl.quality.judge.audit; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[3])
 
 
 # ---- Data Docs are kept of the newest attempts -----------------------------------------------------------------------
@@ -296,7 +298,7 @@ def test_a_gate_loads_no_drawing_library() -> None:
 
 def validation(reports: Path, attempt: str, days_old: int) -> Path:
     """Write a validation and its page, as Great Expectations lays them down."""
-    for folder, suffix in zip(docs.folders(reports), (".json", ".html"), strict=True):
+    for folder, suffix in zip(data_docs.folders(reports), (".json", ".html"), strict=True):
         path = folder / "events_days" / f"{attempt}-events" / "20220421T000000.000000Z" / f"batch{suffix}"
         path.parent.mkdir(parents=True)
         path.write_text("{}")
@@ -324,9 +326,9 @@ def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, t
     of_another = validation(tmp_path, "another", 99)
     (tmp_path / "partitions" / "another_set" / "dt=2022-04-21").mkdir(parents=True)
     (tmp_path / "partitions" / "another_set" / "dt=2022-04-21" / "another.html").touch()
-    would = docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=True)
+    would = prune.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=True)
     assert pages["oldest"].exists()
-    removed = docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False)
+    removed = prune.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False)
     assert removed == would
     assert [(one.kind, one.name, one.files, one.bytes) for one in removed] == [("data docs", "oldest", 2, 4)]
     assert of_another.exists()  # its data set says when
@@ -342,7 +344,7 @@ def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, t
             for name, address in Reader(page.read_text()).attributes:
                 assert name != "href" or (page.parent / str(address)).exists(), (page, address)
         assert "no longer kept" in Reader(shown.read_text()).text
-    assert docs.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False) == []
+    assert prune.prune_docs(tmp_path, DATASET, days_ago(60), dry_run=False) == []
 
 
 def test_old_reports_go_and_the_index_knows(store: TableStore, tmp_path: Path) -> None:
@@ -352,10 +354,10 @@ def test_old_reports_go_and_the_index_knows(store: TableStore, tmp_path: Path) -
     old = report_page(tmp_path, DATASET, DT, "old")
     for path in (old, old.with_suffix(".json")):
         age(path, 366)
-    assert docs.prune_reports(tmp_path, "another_set", days_ago(365), dry_run=False) == []
-    would = docs.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=True)
+    assert prune.prune_reports(tmp_path, "another_set", days_ago(365), dry_run=False) == []
+    would = prune.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=True)
     assert (old.exists(), [one.name for one in would]) == (True, ["old"])
-    assert docs.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=False) == would
+    assert prune.prune_reports(tmp_path, DATASET, days_ago(365), dry_run=False) == would
     assert sorted(path.name for path in old.parent.iterdir()) == ["new.html", "new.json"]
     links = [address for name, address in Reader((tmp_path / "index.html").read_text()).attributes if name == "href"]
     assert [link for link in links if link and "partitions" in link] == [f"partitions/{DATASET}/dt={DT}/new.html"]

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.datasets.definition import History
-from etl.datasets.thresholds import DriftThresholds, EventThresholds
-from etl.quality.measure import stats
+from etl.metrics.registry import SUITES
+from etl.metrics.thresholds import EventSettings, Thresholds
+from etl.quality.measure import sequences
+from etl.quality.measure.events import EventsDay
+from etl.quality.measure.measured import Row, measured
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, EVENTS, SEQUENCES, TRAIN, VALIDATION
 
@@ -53,9 +56,10 @@ def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | N
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
-    rules = stats.SequenceRules(DT, 2, first_evaluation_ms, History(cutoff=cutoff, availability_lag_ms=lag))
-    buckets = [stats.measured_bucket(users, items["train_occurrences"].to_numpy(), rules) for users in (part.slice(0, 2), part.slice(2))]
-    row = stats.sequences_row(DT, buckets, items, {})
+    rules = sequences.SequenceRules(DT, 2, first_evaluation_ms, History(cutoff=cutoff, availability_lag_ms=lag))
+    buckets = [sequences.measured_bucket(users, items["train_occurrences"].to_numpy(), rules) for users in (part.slice(0, 2), part.slice(2))]
+    facts = sequences.SequencesFacts(buckets, items["item_index"].to_numpy(), items["item_id"].to_numpy(), {})
+    row, _ = measured(SUITES["sequences"].metrics, facts)
     in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
     assert row["leak_count"] == sum(any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end]) for h, t, end in in_range)
     assert row["history_end_out_of_range_count"] == sum(len(targets) for _, targets in rows) - len(in_range)
@@ -82,12 +86,19 @@ def events_of(rows: int, users: int) -> pa.Table:
                      "duration_ms": zeros, "context": zeros, "is_random": zeros.astype(bool)}).cast(EVENTS)
 
 
-SMALL = EventThresholds(min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
+SMALL = EventSettings(min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
+SIGNALS = tuple("abcdefgh")
 
 
-def row_of(events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventThresholds = SMALL, **changes) -> stats.Row:
-    arguments = {"label_bit": 0, "feedback_bits": 8, "limits": limits, "drift": DriftThresholds(), **changes}
-    return stats.events_row(DT, True, events, {"rows_read": events.num_rows}, 0, trailing, **arguments)
+def row_of(
+    events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventSettings = SMALL, **changes
+) -> Row:
+    facts = {"counts": {"rows_read": events.num_rows}, "label_bit": 0, **changes}
+    day = EventsDay(
+        DT, True, events, quarantine_rows=0, trailing_rows=trailing, settings=Thresholds(events=limits), signals=SIGNALS,
+        **facts,
+    )  # fmt: skip
+    return measured(SUITES["events_days"].metrics, day)[0]
 
 
 def test_few_trailing_days_give_no_ratio() -> None:
@@ -98,7 +109,7 @@ def test_few_trailing_days_give_no_ratio() -> None:
 
 @pytest.mark.parametrize(("rows", "users"), [(199, 20), (400, 9)])
 def test_a_day_of_few_rows_or_users_is_not_judged_by_its_shares(rows: int, users: int) -> None:
-    limits = EventThresholds(min_judged_rows=200, min_judged_users=10)
+    limits = EventSettings(min_judged_rows=200, min_judged_users=10)
     shares = ("label_rate", "hours_covered", "largest_user_share")
     small, judged = row_of(events_of(rows, users), limits=limits), row_of(events_of(400, 20), limits=limits)
     assert all(np.isnan(small[name]) for name in shares)
@@ -111,7 +122,7 @@ def test_a_day_of_few_rows_or_users_is_not_judged_by_its_shares(rows: int, users
 
 
 def test_a_day_after_sparse_days_is_not_judged_by_what_is_missing() -> None:
-    limits = EventThresholds(min_judged_rows=200, min_judged_users=10)
+    limits = EventSettings(min_judged_rows=200, min_judged_users=10)
     none, one = events_of(0, 1), events_of(1, 1)
     assert row_of(none, [199, 199, 199], limits)["gap_count"] == 0
     assert row_of(none, [200, 200, 200], limits)["gap_count"] == 1
@@ -122,8 +133,11 @@ def test_a_day_after_sparse_days_is_not_judged_by_what_is_missing() -> None:
 
 
 def test_a_share_of_duplicates_needs_rows() -> None:
-    limits = EventThresholds(min_judged_rows=200)
-    share = lambda read: stats.events_row(DT, True, events_of(1, 1), {"rows_read": read, "duplicates": 50}, 0, [], 0, 8, limits, DriftThresholds())["duplicate_share"]  # noqa: E731
+    limits = EventSettings(min_judged_rows=200)
+    def share(read: int) -> float:
+        counts = {"rows_read": read, "duplicates": 50}
+        return row_of(events_of(1, 1), [], limits, counts=counts)["duplicate_share"]
+
     assert share(199) == 0
     assert share(200) == 0.25
 

@@ -21,9 +21,10 @@ import pytest
 
 from etl.quality.judge import audit
 from etl.quality.judge.audit import Audit
+from etl.quality.measure.partition import Partition
 from etl.stage.errors import StageError
 from etl.warehouse.manifests import CHECKSUM, checksum
-from etl.warehouse.schemas import QUARANTINE
+from etl.warehouse.schemas import EVENTS, QUARANTINE
 from etl.warehouse.store import Manifest, Staged, TableStore, Try
 from tests.etl.quality.test_audit import stage_events
 from tests.etl.test_cluster import BUCKET, s3  # noqa: F401  (a fixture)
@@ -137,7 +138,7 @@ def write_as_zombie(store: TableStore, work: Try, count: int) -> None:
     manifest = replace(staged_manifest(work.attempt), dataset=DATASET)
     file = store.write_file(work, "quarantine", DT, 0, rows(f"zombie {count}"))
     store.write_staged_manifest(work, replace(manifest, files=(file,)))
-    table = pa.table({name: [0] * 3 for name in audit.EVENTS.names}).cast(audit.EVENTS)
+    table = pa.table({name: [0] * 3 for name in EVENTS.names}).cast(EVENTS)
     event_files = tuple(store.write_file(work, "events", DT, bucket, table) for bucket in (0, 1))
     store.write_staged_manifest(work, replace(manifest, table="events", files=event_files))
 
@@ -180,7 +181,7 @@ def mtime(store: TableStore, work: Try) -> int:
 def test_a_file_overwritten_between_judgement_and_publication_is_refused(tmp_path, monkeypatch):
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "first")
-    gate = Audit(store, _definition(), DT, "first")
+    gate = Audit(Partition(store, _definition(), DT, "first"))
     gate.publish("events")
     before = {table: store.require(table, DT) for table in ("events", "quarantine")}
     staged = stage_events(store, "second")
@@ -191,9 +192,9 @@ def test_a_file_overwritten_between_judgement_and_publication_is_refused(tmp_pat
         path = Path(store.root, staged.files[1].path)
         path.write_bytes(Path(store.root, staged.files[0].path).read_bytes())
 
-    monkeypatch.setattr(Audit, "_keep_judgement", then_overwrite)
+    monkeypatch.setattr(Audit, "_write_judgement", then_overwrite)
     with pytest.raises(StageError, match=rf"{staged.files[1].path} of table events dt={DT} has"):
-        Audit(store, _definition(), DT, "second").publish("events")
+        Audit(Partition(store, _definition(), DT, "second")).publish("events")
     assert {table: store.require(table, DT) for table in before} == before
     assert all(whole(store, manifest) for manifest in before.values())
 

@@ -1,6 +1,6 @@
 """Gates in a job's own process: the same verdict as the gate's, taken over only for the bytes that were judged.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_beside.py -q
+    .venv/bin/python -m pytest tests/etl/quality/test_in_job.py -q
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_what_tasks_measure_is_what_the_gate_measures(feed: Feed, monkeypatch: p
     audit = feed.audit(ATTEMPT)
     ahead = audit._judged_ahead(audit._staged("sequences"))
     assert ahead is not None
-    measured = {stage: audit_module.numbers(metrics) for stage, _, metrics in feed.audit(ATTEMPT).measure("sequences").statistics}
+    measured = {stage: audit_module.numbers(metrics) for stage, _, metrics in feed.audit(ATTEMPT).partition.measure("sequences").statistics}
     assert [stage for stage, _, _ in ahead[1]] == list(measured)
     for stage, _, metrics in ahead[1]:
         assert metrics == pytest.approx(measured[stage], nan_ok=True)

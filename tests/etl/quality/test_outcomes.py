@@ -1,6 +1,6 @@
 """What gates keep: trailing days never hold a rejected day, and outcomes survive the way to disk and back.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_kept.py -q
+    .venv/bin/python -m pytest tests/etl/quality/test_outcomes.py -q
 """
 
 from __future__ import annotations
@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from etl.quality.judge.outcomes import (
-    Outcome,
-    StageOutcome,
-    outcome_attempts,
-    read_outcomes,
-    read_rejected,
-    read_stats,
-    write_outcome,
-    write_stats,
-)
+from etl.quality.judge.outcomes import Outcome, StageOutcome, outcome_attempts, read_outcomes, write_outcome
+from etl.quality.measure.statistics import read_rejected, read_stats, write_stats
 from etl.warehouse.store import TableStore
 
 DAYS = ("2022-04-08", "2022-04-09", "2022-04-11")
