@@ -468,7 +468,13 @@ class RawLocation:
             first_row -= 1  # the split before ended right on a newline: all of this one's lines are its own
         if cut_line or (split.start == 0 and logs.names_columns):
             _, _, body = body.partition(b"\n")
-        yield body, first_row, None
+        # A piece at a time, as of a packed file: what is made of a whole split at once does not stay in the processor's cache.
+        start, end = 0, -1
+        while end < len(body):
+            end = body.find(b"\n", start + BLOCK_BYTES) + 1 or len(body)
+            yield body[start:end], first_row, None
+            first_row += body.count(b"\n", start, end)
+            start = end
 
     def _stream_lines(self, split: Split, logs: Logs) -> Iterator[tuple[bytes, int, str | None]]:
         rest, row, header_gone, broken = b"", split.first_row, not logs.names_columns, None

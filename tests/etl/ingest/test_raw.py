@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import etl.ingest.raw
 from etl.datasets.definition import SIMULATED_MARKER, NamedDays, dataset
+from etl.ingest.compression import BLOCK_BYTES
 from etl.ingest.raw import RawLocation, Split, named_days
 from etl.stage.errors import StageError
 
@@ -92,16 +94,13 @@ def test_mutated_rows_are_read_or_refused_and_never_crash_or_vanish(tmp_path):
     assert all(reason.split(":")[0].replace("_", "").isalnum() for reason in refused.values())
 
 
-def rows_of(folder: Path, split_bytes: int, name: str = LOG) -> tuple[list[int], list[int]]:
+def rows_of(folder: Path, split_bytes: int, name: str = LOG, block_bytes: int = BLOCK_BYTES) -> tuple[list[int], list[int]]:
     """Read a file through its splits: users of its good rows, row numbers of the refused ones."""
     location = RawLocation(str(folder))
     file = next(f for f in location.logs(KUAIRAND) if f.name == name)
-    original, etl.ingest.raw.SPLIT_BYTES = etl.ingest.raw.SPLIT_BYTES, split_bytes
-    try:
+    with mock.patch.multiple(etl.ingest.raw, SPLIT_BYTES=split_bytes, BLOCK_BYTES=block_bytes):
         splits = location.splits([file], KUAIRAND.logs, lambda ranges: [location.count_newlines(*r) for r in ranges])
-    finally:
-        etl.ingest.raw.SPLIT_BYTES = original
-    chunks = [chunk for split in splits for chunk in location.read(split, KUAIRAND)]
+        chunks = [chunk for split in splits for chunk in location.read(split, KUAIRAND)]
     return [u for c in chunks for u in c.rows["user_id"].to_pylist()], [r.row_number for c in chunks for r in c.refused]
 
 
@@ -111,11 +110,11 @@ def good_and_bad(rows: int) -> list[bytes]:
 
 
 @settings(max_examples=30)
-@given(rows=st.integers(1, 60), split_bytes=st.integers(200, 2_000), last_newline=st.booleans())
-def test_splits_cover_a_file_once_with_right_row_numbers(tmp_path_factory, rows, split_bytes, last_newline):
+@given(rows=st.integers(1, 60), split_bytes=st.integers(200, 2_000), block_bytes=st.integers(1, 2_500), last_newline=st.booleans())
+def test_splits_cover_a_file_once_with_right_row_numbers(tmp_path_factory, rows, split_bytes, block_bytes, last_newline):
     folder = tmp_path_factory.mktemp("raw")
     (folder / LOG).write_bytes(HEADER + b"\n" + b"\n".join(good_and_bad(rows)) + (b"\n" if last_newline else b""))
-    assert rows_of(folder, split_bytes) == ([u for u in range(rows) if u % 3 != 2], [u + 2 for u in range(rows) if u % 3 == 2])
+    assert rows_of(folder, split_bytes, block_bytes=block_bytes) == ([u for u in range(rows) if u % 3 != 2], [u + 2 for u in range(rows) if u % 3 == 2])
 
 
 def test_a_compressed_file_reads_as_the_plain_one(tmp_path):
