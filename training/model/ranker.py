@@ -213,7 +213,7 @@ def _targets(batch: Batch) -> Targets:
 
 def _recency(batch: Batch) -> Tensor:
     """log(1 + visible events) and log(1 + days since the last visible event), [T, 2]."""
-    starts_T = np.repeat(batch.event_start[:-1], np.diff(batch.target_start))
+    starts_T = np.repeat(np.asarray(batch.event_start[:-1], np.int64), np.diff(batch.target_start))
     last = (on_device(starts_T, batch.target_end.device) + batch.target_end - 1).clamp(min=0)
     last_ms = batch.event_time_ms[last] if len(batch.event_time_ms) else batch.target_time_ms
     visible = batch.target_end - batch.target_first
