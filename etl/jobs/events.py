@@ -5,12 +5,14 @@ The command line of `etl.ingest.build_events`: with --reports, the gates of `etl
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
-from etl.ingest.build_events import BUCKET_BYTES, build_events
+from etl.datasets.definition import DatasetDefinition
+from etl.ingest.build_events import BUCKET_BYTES, Build, build_events
 from etl.ingest.freshness import accepted_days
 from etl.ingest.raw import RawLocation
 from etl.stage.commands import log, run_stage
@@ -18,7 +20,7 @@ from etl.stage.errors import StageError
 from etl.warehouse.buckets import MAX_BUCKETS
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = partition_parser(__doc__)
     parser.add_argument("--raw", required=True, help="folder or URI of the raw logs, as published")
     parser.add_argument("--lookback-days", type=int, default=None, help="days, dt included, that must be there afterwards (default: the definition's)")
@@ -28,12 +30,32 @@ def main() -> None:
     parser.add_argument("--accept-loss", action="append", default=[], metavar="DAY", help="build this day (or FIRST..LAST) from the raw files that are left, "
                         "and let it have fewer rows than what is published; may be given more than once")
     parser.add_argument("--reports", help="folder of reports: judge the raw files first and the staged days last, in this process, and write the pages there")
-    args = parser.parse_args()
-    definition, store, raw = definition_of(args), store_of(args), RawLocation(args.raw)
+    return parser
+
+
+def _build_of(args: argparse.Namespace, definition: DatasetDefinition) -> Build:
+    """Return what the command line asks for; what it leaves out is as the definition says.
+
+    Raises:
+        StageError: a number is out of its range.
+    """
     lookback_days = args.lookback_days if args.lookback_days is not None else definition.window.lookback_days
-    max_bad_share = args.max_bad_share if args.max_bad_share is not None else definition.quality.thresholds().raw.max_refused_share
-    if lookback_days < 1 or (args.buckets is not None and not 1 <= args.buckets <= MAX_BUCKETS) or not 0 <= max_bad_share <= 1:
-        raise StageError(f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1", "correct them")
+    max_bad_share = args.max_bad_share
+    if max_bad_share is None:
+        max_bad_share = definition.quality.thresholds().raw.max_refused_share
+    buckets_fit = args.buckets is None or 1 <= args.buckets <= MAX_BUCKETS
+    if lookback_days < 1 or not buckets_fit or not 0 <= max_bad_share <= 1:
+        raise StageError(
+            f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1",
+            "correct them",
+        )
+    return Build(args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, accepted_days(args.accept_loss))
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    definition, store, raw = definition_of(args), store_of(args), RawLocation(args.raw)
+    build = _build_of(args, definition)
     with contextlib.ExitStack() as around:
         raw_gate: Callable[[bool], object] = lambda wait: None  # noqa: E731
         if args.reports:
@@ -42,8 +64,7 @@ def main() -> None:
 
             around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
             raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))
-        summary = build_events(store, definition, raw, args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, raw_gate,
-                               accepted_days(args.accept_loss))
+        summary = build_events(store, definition, raw, build, raw_gate)
     log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
         " + {outside_days:,} outside the lookback + {built_ahead:,} built ahead + {already_published:,} of days already published".format(**summary))
 

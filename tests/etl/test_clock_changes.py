@@ -70,7 +70,7 @@ def test_they_are_counted_and_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "raw" / "2024-03-31.csv").write_text("user,item,at\n1,1,2024-03-31 02:30:00\n1,2,2024-03-31 12:00:00\n")
     store = TableStore(str(tmp_path / "w"), "shop")
     for dt, counted in (("2024-10-27", (2, 0)), ("2024-03-31", (0, 1))):
-        summary = job.build_events(store, definition, RawLocation(str(tmp_path / "raw")), dt, dt, 1, 1, 0.0)
+        summary = job.build_events(store, definition, RawLocation(str(tmp_path / "raw")), job.Build(dt, dt, 1, 1, 0.0))
         counts = store.staged_manifest(dt, "events", dt).counts
         assert (counts["repeated_times"], counts["missing_times"]) == counted
         assert summary["rows_read"] == summary["events"] == counts["rows_read"]  # told beside the rows, not among them

@@ -22,6 +22,7 @@ import pytest
 from etl.datasets.definition import DatasetDefinition
 from etl.ingest import build_events as job
 from etl.ingest.affected import affected
+from etl.ingest.event_rows import parse_split, parsed_schema
 from etl.ingest.raw import RawLocation
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number, days_between
@@ -37,13 +38,13 @@ class NoSpark:
         pass
 
 
-def run_here(spark, store, definition, raw, files, needed, dt, work, later, layout) -> list[dict]:
+def run_here(spark, store, definition, raw, plan) -> list[dict]:
     """Do what the Spark job's tasks do, in one task."""
-    splits = raw.splits(files, definition.logs, lambda ranges: [raw.count_newlines(*r) for r in ranges])
-    days = frozenset(day_number(day) for day in [*needed, *(later.days if later else ())])
-    tables = [table for split in splits for table in job.parse_split(raw, split, definition, days, dt, layout)]
-    rows = pa.concat_tables([job.parsed_schema(definition).empty_table(), *tables])
-    return job.write_rows(rows, store, definition, work, later, layout)
+    splits = raw.splits(plan.files, definition.logs, lambda ranges: [raw.count_newlines(*r) for r in ranges])
+    days = frozenset(day_number(day) for day in [*plan.days, *plan.ahead])
+    tables = [table for split in splits for table in parse_split(raw, split, definition, days, plan.dt, plan.layout)]
+    rows = pa.concat_tables([parsed_schema(definition).empty_table(), *tables])
+    return job.write_rows(rows, store, definition, plan.staging, plan.later, plan.layout)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def write_log(path: Path, rng: random.Random, days: list[str], rows: int = 6) ->
 
 
 def build(store: TableStore, raw: Path, definition: DatasetDefinition, dt: str, attempt: str, lookback: int = LOOKBACK, accept: tuple[str, ...] = ()) -> dict[str, int]:
-    return job.build_events(store, definition, RawLocation(str(raw)), dt, attempt, lookback, BUCKETS, 1.0, accept_loss=accept)
+    return job.build_events(store, definition, RawLocation(str(raw)), job.Build(dt, attempt, lookback, BUCKETS, 1.0, accept))
 
 
 def publish(store: TableStore, attempt: str) -> None:
@@ -339,7 +340,7 @@ def test_a_file_without_days_in_its_name_is_parsed_once_for_all_its_days(tmp_pat
     days, rng = days_between(FIRST, add_days(FIRST, 29)), random.Random(0)
     write_log(raw / "all.csv", rng, days, 20)
     definition, parsed = shop(dated=False, last_day=days[-1]), []
-    monkeypatch.setattr(job, "_run", lambda *args: parsed.append(args[6]) or run_here(*args))
+    monkeypatch.setattr(job, "_run", lambda *args: parsed.append(args[4].dt) or run_here(*args))
     first = build(store, raw, definition, days[9], "d9", 5)
     assert (first["rows_read"], first["events"], first["built_ahead"]) == (600, 100, 500)
     publish(store, "d9")
@@ -392,7 +393,7 @@ def test_a_feed_that_starts_small_gets_the_buckets_of_its_lookback(tmp_path, mon
     buckets = {}
     for number, day in enumerate(days):
         write_log(raw / f"{day}.csv", rng, [day], 20 if number < 4 else 200)
-        job.build_events(store, shop(), RawLocation(str(raw)), day, day, 8, None, 1.0)
+        job.build_events(store, shop(), RawLocation(str(raw)), job.Build(day, day, 8, None, 1.0))
         publish(store, day)
         buckets[day] = store.require("events", day).settings["buckets"]
     # The first day knows that a lookback is eight such days; a feed that grew tenfold gets more with its first large day.

@@ -17,7 +17,7 @@ import pytest
 from etl.datasets.definition import dataset
 from etl.datasets.simulate import Simulation, write_simulation
 from etl.ingest.affected import affected
-from etl.ingest.build_events import Judge, build_events
+from etl.ingest.build_events import Build, Judge, build_events
 from etl.ingest.freshness import Action
 from etl.ingest.raw import RawLocation
 from etl.jobs.compact import compact
@@ -45,7 +45,7 @@ def raw(tmp_path_factory) -> Path:
 
 def ingest(warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01, buckets: int = BUCKETS) -> tuple[TableStore, dict[str, int]]:
     store = TableStore(str(warehouse), NAME)
-    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), dt, attempt, DAYS, buckets, max_bad_share)
+    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), Build(dt, attempt, DAYS, buckets, max_bad_share))
     for table in ("quarantine", "events"):
         for day in store.staged_days(attempt, table):
             store.publish(attempt, table, day)
@@ -217,7 +217,7 @@ def test_a_cut_archive_stops_the_stage_also_when_the_first_day_of_its_name_is_no
     path.with_name(f"{path.name}.gz").write_bytes(whole[: len(whole) * 2 // 3])
     store = TableStore(str(tmp_path / "w"), NAME)
     with pytest.raises(StageError, match=r"damaged: log_standard_.*csv.gz: truncated_gzip"):
-        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), EARLIER, "cut", 1, BUCKETS, 0.01)
+        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), Build(EARLIER, "cut", 1, BUCKETS, 0.01))
     assert store.staged_days("cut", "events") == []
 
 
@@ -228,7 +228,7 @@ def test_lines_without_a_day_count_against_the_share_of_refused_rows_whatever_th
     path.write_bytes(header + b"".join(b"garbage\n" if i % 2 else row for i, row in enumerate(rows)))
     store = TableStore(str(tmp_path / "w"), NAME)
     with pytest.raises(StageError, match=r"raw rows read .* were refused.*wrong_column_count"):
-        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), EARLIER, "bad", 1, BUCKETS, 0.01)
+        build_events(store, dataset(NAME), RawLocation(str(tmp_path / "raw")), Build(EARLIER, "bad", 1, BUCKETS, 0.01))
     assert store.staged_days("bad", "events") == []
 
 
@@ -246,7 +246,7 @@ def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(bu
         return [manifests[0].data_digest, *sorted(rows, key=lambda row: row["user_id"])]
 
     alike = sequences("alike")
-    build_events(store, dataset(NAME), RawLocation(str(raw)), DT, "other", 1, buckets, 0.01)
+    build_events(store, dataset(NAME), RawLocation(str(raw)), Build(DT, "other", 1, buckets, 0.01))
     cut_otherwise = store.publish("other", "events", DT)
     # A day as an earlier version has cut it.
     old = Layout(buckets, "product")
@@ -324,7 +324,7 @@ def test_sequences_of_a_day_that_was_never_ingested_name_it(built, raw):
 @pytest.mark.skipif(not REAL.exists(), reason=f"the real KuaiRand rows are not at {REAL}")
 def test_all_real_kuairand_rows_are_accounted_for(tmp_path):
     store = TableStore(str(tmp_path), "kuairand")
-    summary = build_events(store, dataset("kuairand"), RawLocation(str(REAL)), "2022-04-21", "real", 30, 4, 0.01)
+    summary = build_events(store, dataset("kuairand"), RawLocation(str(REAL)), Build("2022-04-21", "real", 30, 4, 0.01))
     assert summary == {"rows_read": 41_828, "events": 41_712, "duplicates": 116, "quarantined": 0, "outside_days": 0, "built_ahead": 0, "already_published": 0}
     staged: list[Manifest] = [store.staged_manifest("real", "events", day) for day in store.staged_days("real", "events")]
     assert sum(m.rows for m in staged) == 41_712

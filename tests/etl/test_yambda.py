@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.ingest.build_events import build_events
+from etl.ingest.build_events import Build, build_events
 from etl.ingest.raw import RawLocation
 from etl.sequences.build_sequences import build_sequences
 from etl.warehouse.partitions import Window
@@ -49,7 +49,7 @@ def test_events_and_sequences_of_yambda(tmp_path):
     days, dt = 3, "2024-01-03"
     table = write_yambda(tmp_path / "raw", days)
     raw, store = RawLocation(str(tmp_path / "raw")), TableStore(str(tmp_path / "w"), "yambda")
-    summary = build_events(store, YAMBDA, raw, dt, "a", days, 1, 0.0)
+    summary = build_events(store, YAMBDA, raw, Build(dt, "a", days, 1, 0.0))
     assert (summary["rows_read"], summary["events"], summary["duplicates"], summary["quarantined"]) == (table.num_rows, table.num_rows, 0, 0)
     for day in store.staged_days("a", "events"):
         store.publish("a", "events", day)

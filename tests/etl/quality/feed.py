@@ -18,6 +18,7 @@ import pytest
 
 from etl.datasets.definition import DatasetDefinition, dataset
 from etl.datasets.simulate import Simulation, write_simulation
+from etl.ingest.build_events import Build
 from etl.ingest.raw import RawLocation
 from etl.jobs import events as events_job
 from etl.jobs import sequences as sequences_job
@@ -130,7 +131,8 @@ class Feed:
         return Audit(Partition(self.store, self.definition, dt, attempt, raw, scores), self.reports)
 
     def build_events(self, attempt: str, dt: str = DT, lookback_days: int = LOOKBACK_DAYS) -> None:
-        events_job.build_events(self.store, self.definition, RawLocation(str(self.raw)), dt, attempt, lookback_days, BUCKETS, 0.01)
+        build = Build(dt, attempt, lookback_days, BUCKETS, 0.01)
+        events_job.build_events(self.store, self.definition, RawLocation(str(self.raw)), build)
 
     def build_sequences(self, attempt: str, dt: str = DT) -> None:
         sequences_job.build_sequences(self.store, self.definition, RawLocation(str(self.raw)), Window(dt, TARGET_DAYS, LOOKBACK_DAYS), attempt)

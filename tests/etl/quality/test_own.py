@@ -381,7 +381,7 @@ def test_the_share_of_refused_rows_is_a_bound_of_the_data_set(tmp_path: Path, mo
     taken = []
 
     def build_events(*arguments: object) -> dict[str, int]:
-        taken.append(arguments[7])
+        taken.append(arguments[3].max_bad_share)
         return dict.fromkeys(("rows_read", "events", "duplicates", "quarantined", "outside_days", "built_ahead", "already_published"), 0)
 
     monkeypatch.setattr(events_job, "build_events", build_events)
