@@ -20,7 +20,7 @@ from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
 from training.data import Sequences
-from training.loop import EpochResult, TrainingData, TrainingState, Worker, from_first, train_model
+from training.loop import EpochResult, Start, TrainingData, TrainingState, Worker, from_first, train_model
 from training.package import Cutoff, load_package, save_package
 from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import Checkpoint, Checkpoints, flat
@@ -64,70 +64,99 @@ def train_all(job: Job, worker: Worker) -> dict[str, dict]:
     Raises:
         StageError: the run stands elsewhere: its checkpoints are of another training; or the loss is not finite.
     """
-    config = job.config
-    older = load_package(Path(job.warm_start))[:2] if job.warm_start else None
-    data, items, cutoff, digests = load_training_data(job.warehouse, job.dataset, job.dt, config, older[1] if older else None)
-    run_dir = Path(job.run_dir)
-    say = _progress(job)
-    if worker.rank == 0:
-        say(
-            f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, {len(data.split.train):,} training targets, "
-            f"{len(data.split.validation):,} for the early stop; {worker.world} worker(s) on {worker.device}"
+    return _Trainings(job, worker).run()
+
+
+class _Trainings:
+    """The trainings of a job on this worker, one model after the other."""
+
+    def __init__(self, job: Job, worker: Worker) -> None:
+        self.job, self.worker, self.config = job, worker, job.config
+        self.run_dir = Path(job.run_dir)
+        self.older = load_package(Path(job.warm_start))[:2] if job.warm_start else None
+        known = self.older[1] if self.older else None
+        self.data, self.items, self.cutoff, digests = load_training_data(job.warehouse, job.dataset, job.dt, job.config, known)
+        self.say = _progress(job) if worker.rank == 0 else lambda line: None
+        self.metrics = MetricsBuffer(job.mlflow_run_id, self.run_dir / "metrics.jsonl") if worker.rank == 0 else None
+        self.checkpoints = Checkpoints(
+            self.run_dir / "checkpoints",
+            identity_of(job, digests, self.data.vocabulary),
+            job.config.checkpoint_every_steps,
+            job.config.checkpoint_every_seconds,
+            self.say,
         )
-    hashed = data.hashed_event_share()
-    if worker.rank == 0:
-        say(f"{hashed:.1%} of the history events are of rare items, which share {config.vocabulary.hashed_rows} embedding rows")
-    metrics_log = MetricsBuffer(job.mlflow_run_id, run_dir / "metrics.jsonl") if worker.rank == 0 else None
-    if metrics_log is not None:
-        metrics_log.log({"hashed_event_share": hashed}, 0)
-    identity = identity_of(job, digests, data.vocabulary)
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity, config.checkpoint_every_steps, config.checkpoint_every_seconds, say)
-    reached = from_first(checkpoints.newest() if worker.rank == 0 else None, worker)
-    summaries = dict(reached.done)
-    if worker.rank == 0 and reached.state is not None:
-        say(f"going on with {reached.name} after step {reached.state.step}, batch {reached.state.position} of epoch {reached.state.epoch + 1}")
-    for name in config.models:
-        if name in summaries:
-            continue
-        started = time.perf_counter()
 
-        def on_epoch(result: EpochResult, name: str = name) -> None:
-            if metrics_log is not None:
-                figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-                say(f"{name} epoch {result.epoch + 1}/{config.epochs}  {figures}")
-                for warning in result.warnings:
-                    say(f"{name} warning: {warning}")
-                metrics_log.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
+    def run(self) -> dict[str, dict]:
+        self._introduce()
+        reached = from_first(self.checkpoints.newest() if self.worker.rank == 0 else None, self.worker)
+        summaries = dict(reached.done)
+        if (state := reached.state) is not None:
+            self.say(f"going on with {reached.name} after step {state.step}, batch {state.position} of epoch {state.epoch + 1}")
+        for name in self.config.models:
+            if name in summaries:
+                continue
+            summaries[name] = self._train(name, reached.state if reached.name == name else None, summaries)
+            if self.worker.rank == 0:
+                self.checkpoints.write(Checkpoint(dict(summaries)))
+        if self.metrics is not None:
+            self.metrics.flush()
+        return summaries
 
-        def on_step(step: int, state: Callable[[], TrainingState], name: str = name) -> None:
-            checkpoints.offer(step, lambda: Checkpoint(dict(summaries), name, state()))
+    def _introduce(self) -> None:
+        data, hashed = self.data, self.data.hashed_event_share()
+        self.say(
+            f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, "
+            f"{len(data.split.train):,} training targets, {len(data.split.validation):,} for the early stop; "
+            f"{self.worker.world} worker(s) on {self.worker.device}"
+        )
+        rows = self.config.vocabulary.hashed_rows
+        self.say(f"{hashed:.1%} of the history events are of rare items, which share {rows} embedding rows")
+        if self.metrics is not None:
+            self.metrics.log({"hashed_event_share": hashed}, 0)
 
-        mine = reached.state if reached.name == name else None
-        first = name == next(iter(config.models))  # the one that is registered, hence the one that the older model was
+    def _train(self, name: str, resume: TrainingState | None, done: Mapping[str, dict]) -> dict[str, Any]:
+        """Train a model, from a state of it if there is one; return its summary.
+
+        Args:
+            done: summaries of the models before it, which a checkpoint keeps.
+        """
+        began = time.perf_counter()
+
+        def on_epoch(result: EpochResult) -> None:
+            self._log_epoch(name, result)
+
+        def on_step(step: int, state: Callable[[], TrainingState]) -> None:
+            self.checkpoints.offer(step, lambda: Checkpoint(dict(done), name, state()))
+
+        # The first is the one that is registered, hence the one that the older model was.
+        start = Start(resume, self.older if name == next(iter(self.config.models)) else None)
+        to_keep = on_step if self.worker.rank == 0 else None
         try:
-            model, result = train_model(
-                name, data, config, worker, on_epoch, on_step if worker.rank == 0 else None, resume=mine, warm_start=older if first else None
-            )
+            model, result = train_model(name, self.data, self.config, self.worker, on_epoch, to_keep, start)
         except FloatingPointError as error:
-            raise StageError(str(error), "lower the learning rate, or look for what the data has of the extreme") from error
-        package = run_dir / "models" / name
-        if worker.rank == 0:
-            sequences = data.joined.sequences
-            owner = np.searchsorted(sequences.target_start, data.split.evaluation[:1], side="right") - 1
-            user = int(owner[0]) if len(owner) else 0
-            save_package(package, model.cpu(), data.vocabulary, cutoff, request_of(items, sequences, user))
-        summaries[name] = {
+            remedy = "lower the learning rate, or look for what the data has of the extreme"
+            raise StageError(str(error), remedy) from error
+        package = self.run_dir / "models" / name
+        if self.worker.rank == 0:
+            sequences = self.data.joined.sequences
+            owner = np.searchsorted(sequences.target_start, self.data.split.evaluation[:1], side="right") - 1
+            request = request_of(self.items, sequences, int(owner[0]) if len(owner) else 0)
+            save_package(package, model.cpu(), self.data.vocabulary, self.cutoff, request)
+        return {
             "package": str(package),
             "epochs": result.epoch + 1,
             "best_epoch": result.best_epoch,
             "validation_logloss": result.best_logloss,
-            "train_seconds": round(time.perf_counter() - started, 1),
+            "train_seconds": round(time.perf_counter() - began, 1),
         }
-        if worker.rank == 0:
-            checkpoints.write(Checkpoint(dict(summaries)))
-    if metrics_log is not None:
-        metrics_log.flush()
-    return summaries
+
+    def _log_epoch(self, name: str, result: EpochResult) -> None:
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+        self.say(f"{name} epoch {result.epoch + 1}/{self.config.epochs}  {figures}")
+        for warning in result.warnings:
+            self.say(f"{name} warning: {warning}")
+        if self.metrics is not None:
+            self.metrics.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
 
 
 def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:

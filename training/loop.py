@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +111,22 @@ class TrainingState:
     best_epoch: int
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with; by default nothing.
+
+    Attributes:
+        resume: a state of this very training; the number of workers may be another.
+        warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no warm-up.
+    """
+
+    resume: TrainingState | None = None
+    warm_start: tuple[Ranker, Vocabulary] | None = None
+
+
+COLD = Start()
+
+
 def train_model(
     name: str,
     data: TrainingData,
@@ -119,102 +134,156 @@ def train_model(
     worker: Worker,
     on_epoch: Callable[[EpochResult], None],
     on_step: Callable[[int, Callable[[], TrainingState]], None] | None = None,
-    resume: TrainingState | None = None,
-    warm_start: tuple[Ranker, Vocabulary] | None = None,
+    start: Start = COLD,
 ) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
 
-    The gradient of a step is that of the loss over the whole global batch, whoever computes which part of it. On a CPU the same
-    command comes to the same bits every time; other numbers of workers come to the same weights within rounding, dropout aside.
+    The gradient of a step is that of the loss over the whole global batch, whoever computes which part of it. On a CPU
+    the same command comes to the same bits every time; other numbers of workers come to the same weights within
+    rounding, dropout aside.
 
     Args:
         on_epoch: called on every worker after each epoch.
         on_step: called on every worker after each step with its number and what copies the state (a checkpoint).
-        resume: a state of this very training; the number of workers may be another.
-        warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no warm-up.
 
     Raises:
         FloatingPointError: the loss is not finite.
         WorkerLostError: another worker no longer answers.
     """
-    torch.manual_seed(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
-    # Threads of a CPU add up the gradient of a gather in whatever order they come, unless told not to.
-    torch.use_deterministic_algorithms(config.deterministic or worker.device == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and nothing reads it
-    model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
-    if warm_start is not None:
-        inherit(model, data.vocabulary, *warm_start)
-    if config.compiled:
-        model.compile()
-    sums = _StepSums(model, worker)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, fused=worker.device != "cpu")
-    batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
-    totals, best_model, best_logloss, best_epoch = torch.zeros(2, dtype=torch.float64, device=worker.device), None, float("inf"), -1
-    step = first_epoch = first_position = 0
-    if resume is not None:
-        model.load_state_dict(resume.model)
-        optimizer.load_state_dict(resume.optimizer)
-        totals.copy_(resume.totals)
-        best_model, best_logloss, best_epoch = resume.best_model, resume.best_logloss, resume.best_epoch
-        step, first_epoch, first_position = resume.step, resume.epoch, resume.position
-    for epoch in range(first_epoch, config.epochs):
-        order = batches.epoch(data.split.train, epoch, config.targets_per_user, config.min_epoch_steps)
-        warmup = min(config.warmup_steps, len(order) * max(1, config.epochs // 2))
-        started, waited, before = time.perf_counter(), 0.0, totals.clone()
-        model.train()
-        for position in range(first_position, len(order)):
-            mark = time.perf_counter()
-            batch = order[position]
-            batch = batch.to(worker.device) if batch is not None else None
-            waited += time.perf_counter() - mark
-            torch.manual_seed(_stream(config.seed, step, worker.rank))  # of dropout: each worker's own, the same after a restart
-            sums.of(batch, config.bf16)
-            totals += sums.totals
-            nn.utils.clip_grad_norm_(sums.parameters, config.gradient_clip)
-            optimizer.step()
-            step += 1
-            _tend_codebooks(model, order, position, step, warmup, config, worker)
-            if on_step is not None:
-                state = functools.partial(_state, step, epoch, position + 1, totals, model, optimizer, best_model, best_logloss, best_epoch)
-                on_step(step, state)
-        first_position = 0
-        loss_sum, targets = totals.tolist()
-        train_loss = loss_sum / targets if targets else float("nan")
-        if not np.isfinite(train_loss):
-            raise FloatingPointError(f"the training loss of {name} is not finite in epoch {epoch}")
-        seconds = time.perf_counter() - started
-        validation = _validation_logloss(model, batches, data.split.validation, worker)
-        # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
-        ready = model.coded is None or bool(model.coded.quantizer.started)
-        if ready and validation < best_logloss - 1e-5:
-            best_model, best_logloss, best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
-        finished = epoch + 1 == config.epochs or (best_epoch >= 0 and epoch - best_epoch >= config.patience)
-        metrics = {
-            "train_loss": train_loss,
-            "validation_logloss": validation,
-            "samples_per_s": float(totals[1] - before[1]) / seconds,
-            "data_wait_share": waited / seconds,
-            "epoch_seconds": seconds,
-        }
-        totals.zero_()
-        warnings: list[str] = []
-        if model.coded is not None:
-            codebook, warnings = _codebook_metrics(model, batches, data.split.validation, worker)
-            metrics |= codebook
-        result = EpochResult(epoch, metrics, best_logloss, best_epoch, finished, warnings)
+    training = _Training(name, data, config, worker, start)
+    for _epoch in range(training.epoch, config.epochs):
+        result = training.run_epoch(on_step)
         on_epoch(result)
-        if finished:
+        if result.finished:
             break
-    if best_model is None:
+    if training.best_model is None:
+        warmup = training.warmup_steps(training.order(0))
         raise FloatingPointError(
             f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
         )
-    model.load_state_dict(best_model)
-    if warm_start is None:  # rows that this partition does not show were trained by an earlier one
-        _fill_unseen_rows(model, data)
-    return model.eval(), result
+    training.model.load_state_dict(training.best_model)
+    if start.warm_start is None:  # rows that this partition does not show were trained by an earlier one
+        _fill_unseen_rows(training.model, data)
+    return training.model.eval(), result
+
+
+class _Training:
+    """A training of one model on this worker, between two steps of it.
+
+    Attributes:
+        step: steps of all epochs; epoch, position: the next batch.
+        totals: of the epoch so far, float64 [2]: summed loss and targets of all workers.
+    """
+
+    def __init__(self, name: str, data: TrainingData, config: TrainConfig, worker: Worker, start: Start) -> None:
+        self.name, self.data, self.config, self.worker = name, data, config, worker
+        _make_repeatable(config, worker)
+        self.model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
+        if start.warm_start is not None:
+            inherit(self.model, data.vocabulary, *start.warm_start)
+        if config.compiled:
+            self.model.compile()
+        self.sums = _StepSums(self.model, worker)
+        groups = _parameter_groups(self.model, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=worker.device != "cpu")
+        self.batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+        self.best_model: dict | None = None
+        self.best_logloss, self.best_epoch = float("inf"), -1
+        self.step = self.epoch = self.position = 0
+        if start.resume is not None:
+            self._go_on_from(start.resume)
+
+    def _go_on_from(self, state: TrainingState) -> None:
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.totals.copy_(state.totals)
+        self.best_model, self.best_logloss, self.best_epoch = state.best_model, state.best_logloss, state.best_epoch
+        self.step, self.epoch, self.position = state.step, state.epoch, state.position
+
+    def state(self) -> TrainingState:
+        """Copy the state to the CPU."""
+        model, optimizer = _on_cpu(self.model.state_dict()), _on_cpu(self.optimizer.state_dict())
+        best = _on_cpu(self.best_model), self.best_logloss, self.best_epoch
+        return TrainingState(self.step, self.epoch, self.position, _on_cpu(self.totals), model, optimizer, *best)
+
+    def order(self, epoch: int) -> Epoch:
+        """Return the batches of an epoch."""
+        config = self.config
+        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_user, config.min_epoch_steps)
+
+    def warmup_steps(self, order: Epoch) -> int:
+        return min(self.config.warmup_steps, len(order) * max(1, self.config.epochs // 2))
+
+    def run_epoch(self, on_step: Callable[[int, Callable[[], TrainingState]], None] | None) -> EpochResult:
+        """Take the steps that the epoch still has, and judge it.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        order, began, before = self.order(self.epoch), time.perf_counter(), float(self.totals[1])
+        waited = 0.0
+        self.model.train()
+        while self.position < len(order):
+            mark = time.perf_counter()
+            batch = order[self.position]
+            batch = batch.to(self.worker.device) if batch is not None else None
+            waited += time.perf_counter() - mark
+            self._take_step(batch, order)
+            if on_step is not None:
+                on_step(self.step, self.state)
+        loss_sum, targets = self.totals.tolist()
+        train_loss = loss_sum / targets if targets else float("nan")
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss of {self.name} is not finite in epoch {self.epoch}")
+        seconds = time.perf_counter() - began
+        speed = {
+            "samples_per_s": (targets - before) / seconds,
+            "data_wait_share": waited / seconds,
+            "epoch_seconds": seconds,
+        }
+        return self._judged({"train_loss": train_loss}, speed)
+
+    def _take_step(self, batch: Batch | None, order: Epoch) -> None:
+        # The stream of dropout: each worker's own, the same after a restart.
+        torch.manual_seed(_stream(self.config.seed, self.step, self.worker.rank))
+        self.sums.of(batch, self.config.bf16)
+        self.totals += self.sums.totals
+        nn.utils.clip_grad_norm_(self.sums.parameters, self.config.gradient_clip)
+        self.optimizer.step()
+        self.step += 1
+        warmed_up = self.step >= self.warmup_steps(order)
+        _tend_codebooks(self.model, order, self.position, self.step, warmed_up, self.config, self.worker)
+        self.position += 1
+
+    def _judged(self, metrics: dict[str, float], speed: dict[str, float]) -> EpochResult:
+        """Return the result of the epoch whose last step was taken, and go to the next one."""
+        config, epoch, model = self.config, self.epoch, self.model
+        validation = _validation_logloss(model, self.batches, self.data.split.validation, self.worker)
+        # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
+        ready = model.coded is None or bool(model.coded.quantizer.started)
+        if ready and validation < self.best_logloss - 1e-5:
+            self.best_model, self.best_logloss, self.best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
+        finished = epoch + 1 == config.epochs or (self.best_epoch >= 0 and epoch - self.best_epoch >= config.patience)
+        metrics = metrics | {"validation_logloss": validation} | speed
+        warnings: list[str] = []
+        if model.coded is not None:
+            codebook, warnings = _codebook_metrics(model, self.batches, self.data.split.validation, self.worker)
+            metrics |= codebook
+        self.totals.zero_()
+        self.epoch, self.position = epoch + 1, 0
+        return EpochResult(epoch, metrics, self.best_logloss, self.best_epoch, finished, warnings)
+
+
+def _make_repeatable(config: TrainConfig, worker: Worker) -> None:
+    """Let the same command come to the same bits: always on a CPU, on a GPU where the configuration asks for it."""
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
+    # Threads of a CPU add up the gradient of a gather in whatever order they come, unless asked not to.
+    torch.use_deterministic_algorithms(config.deterministic or worker.device == "cpu")
+    # It costs time, and nothing reads it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -322,13 +391,6 @@ def _stream(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-def _state(step: int, epoch: int, position: int, totals: Tensor, model: Ranker, optimizer: torch.optim.Optimizer, best_model: dict | None, best_logloss: float, best_epoch: int) -> TrainingState:
-    """Copy the state of a training to the CPU."""
-    return TrainingState(
-        step, epoch, position, _on_cpu(totals), _on_cpu(model.state_dict()), _on_cpu(optimizer.state_dict()), _on_cpu(best_model), best_logloss, best_epoch
-    )
-
-
 def _on_cpu(tree):
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
@@ -338,7 +400,7 @@ def _on_cpu(tree):
 
 
 @torch.no_grad()
-def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmup: int, config: TrainConfig, worker: Worker) -> None:
+def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmed_up: bool, config: TrainConfig, worker: Worker) -> None:
     """Move averages, start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
     Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
@@ -350,7 +412,7 @@ def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmu
     started = bool(quantizer.started)
     if started:
         quantizer.move_averages()
-    starting = not started and step >= warmup
+    starting = not started and warmed_up
     if not starting and not (started and step % config.revive_every_steps == 0):
         return
     seed = _stream(config.seed, step)

@@ -145,42 +145,64 @@ def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, pac
     Raises:
         TryAgainError: it cannot be had now, or this machine has no time or memory for it: that says nothing of the artifact.
     """
-    items = store.read(store.require("items", dt))
-    sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
-    evaluated = pq.read_table(run_dir / "scores.parquet", columns=["user_id", primary])
-    user_ids, first, count = np.unique(evaluated["user_id"].to_numpy(), return_index=True, return_counts=True)
-    # Spread over the users, the one with the most targets among them.
-    chosen = np.unique(np.append(np.linspace(0, len(user_ids) - 1, min(USERS_CHECKED, len(user_ids))).astype(int), count.argmax()))
-    rows = {int(user): row for row, user in enumerate(sequences.user_id)}
-    requests = [request_of(items, sequences, rows[int(user_ids[user])]) for user in chosen]
-    column = evaluated[primary].to_numpy()
-    expected = [column[first[user] : first[user] + len(request["target_item_id"])] for user, request in zip(chosen, requests, strict=True)]
+    requests, expected = _requests_to_compare(store, dt, run_dir / "scores.parquet", primary)
     scorer = load_scorer(package)
     expected.append(scorer.score_request(scorer.example_request()))
     try:
         fresh = _score_in_fresh_process(f"models:/{registry.name}/{version}", requests, registry.uri)
     except subprocess.TimeoutExpired as error:
-        raise TryAgainError(f"the artifact of version {version} did not score a few requests within {FRESH_PROCESS_SECONDS} s", "run evaluation.release.promote again on a less busy machine") from error
+        raise TryAgainError(
+            f"the artifact of version {version} did not score a few requests within {FRESH_PROCESS_SECONDS} s",
+            "run evaluation.release.promote again on a less busy machine",
+        ) from error
     except subprocess.CalledProcessError as error:
-        detail = (error.stderr.strip().splitlines() or [str(error)])[-1]
-        if error.returncode == EXIT_TRY_AGAIN:
-            try:
-                registry.package(version)
-            except ArtifactGone as gone:
-                return Decision(False, str(gone))
-        if error.returncode in (EXIT_TRY_AGAIN, -signal.SIGKILL):  # the latter is how a machine without memory ends it
-            raise TryAgainError(f"version {version} of {registry.name} could not be loaded in a fresh process: {detail}", "run evaluation.release.promote again") from error
-        return Decision(False, f"the artifact does not run in a fresh process: {detail}")
+        return _refused_by(error, registry, version)
     if not fresh["own_code"]:
         return Decision(False, "the artifact runs code from elsewhere instead of its own")
     if fresh["pickles"]:
         return Decision(False, f"the artifact holds pickles: {', '.join(fresh['pickles'])}")
-    got = [*fresh["requests"], fresh["example"]]
-    worst = max((float(np.abs(np.asarray(a) - b).max()) if len(a) == len(b) else np.inf for a, b in zip(got, expected, strict=True)), default=np.inf)
-    scores = sum(map(len, expected))
+    pairs = zip([*fresh["requests"], fresh["example"]], expected, strict=True)
+    differences = (float(np.abs(np.asarray(a) - b).max()) if len(a) == len(b) else np.inf for a, b in pairs)
+    worst, scores = max(differences, default=np.inf), sum(map(len, expected))
     if not worst <= SCORE_TOLERANCE:
-        return Decision(False, f"the artifact in a fresh process differs by {worst:.2g} from the evaluation in {scores} scores")
+        what = f"differs by {worst:.2g} from the evaluation in {scores} scores"
+        return Decision(False, f"the artifact in a fresh process {what}")
     return Decision(True, f"artifact in a fresh process gives the same {scores} scores within {worst:.1g}")
+
+
+def _requests_to_compare(store: TableStore, dt: str, scores: Path, primary: str) -> tuple[list[dict], list[np.ndarray]]:
+    """Return requests of some users of the partition, and the scores that the evaluation had for them."""
+    items = store.read(store.require("items", dt))
+    sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
+    evaluated = pq.read_table(scores, columns=["user_id", primary])
+    owner_T, column_T = evaluated["user_id"].to_numpy(), evaluated[primary].to_numpy()
+    user_ids, first, count = np.unique(owner_T, return_index=True, return_counts=True)
+    # Spread over the users, the one with the most targets among them.
+    spread = np.linspace(0, len(user_ids) - 1, min(USERS_CHECKED, len(user_ids))).astype(int)
+    chosen = np.unique(np.append(spread, count.argmax()))
+    rows = {int(user): row for row, user in enumerate(sequences.user_id)}
+    requests = [request_of(items, sequences, rows[int(user_ids[user])]) for user in chosen]
+    lengths = [len(request["target_item_id"]) for request in requests]
+    return requests, [column_T[first[user] : first[user] + length] for user, length in zip(chosen, lengths, strict=True)]
+
+
+def _refused_by(error: subprocess.CalledProcessError, registry: Registry, version: str) -> Decision:
+    """Return what a fresh process that failed says of the artifact.
+
+    Raises:
+        TryAgainError: it says nothing of it.
+    """
+    detail = (error.stderr.strip().splitlines() or [str(error)])[-1]
+    if error.returncode == EXIT_TRY_AGAIN:
+        try:
+            registry.package(version)
+        except ArtifactGone as gone:
+            return Decision(False, str(gone))
+    # A machine without memory ends it by SIGKILL.
+    if error.returncode in (EXIT_TRY_AGAIN, -signal.SIGKILL):
+        what = f"version {version} of {registry.name} could not be loaded in a fresh process: {detail}"
+        raise TryAgainError(what, "run evaluation.release.promote again") from error
+    return Decision(False, f"the artifact does not run in a fresh process: {detail}")
 
 
 def _score_in_fresh_process(model_uri: str, requests: list[dict], tracking_uri: str) -> dict:

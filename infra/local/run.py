@@ -318,10 +318,14 @@ def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
 
 
 def run_partition(children: dict[Service, int]) -> int:
+    """Run what RAW, DT, DATASET and the options choose; return 0, or 1 when the run failed.
+
+    Args:
+        children: takes every process that is started, for whoever ends them.
+    """
     began = time.monotonic()
     choice, options = choose_data(), choose_options()
-    name, raw = choice.definition.name, choice.raw
-    news = choice.own is not None and register(choice.own, raw)
+    news = choice.own is not None and register(choice.own, choice.raw)
     for warning in services.check_room():
         say(f"warning: {warning}")
     api = AirflowApi()
@@ -329,18 +333,12 @@ def run_partition(children: dict[Service, int]) -> int:
     if not shared:
         services.end_left_behind()
         services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
-    base = {} if shared else database.ensure(create=False)
-    children.update(base)
-    env = settings.environment() | {"LONGVIEW_SCHEDULE": "0"}  # of an Airflow of its own: one run, and no other by itself
-    simulator = None
-    if choice.simulate:
-        say(f"simulating raw logs under {raw} (kept when they are there already)")
-        simulator = subprocess.Popen([sys.executable, "-m", "etl.datasets.simulate", "--out", raw], env=settings.stage_environment(env), cwd=settings.ROOT, start_new_session=True)
-        children[Service("simulator", ())] = simulator.pid
-    elif "://" not in raw and not Path(raw).is_dir():
-        raise InfraError(f"no raw logs under {raw}", "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated")
+    airflow = {} if shared else database.ensure(create=False)
+    children.update(airflow)
+    # Of an Airflow of its own: one run, and no other by itself.
+    env = settings.environment() | {"LONGVIEW_SCHEDULE": "0"}
+    simulator = _start_simulator(choice, env, children)
     started = time.time()
-    airflow: dict[Service, int] = dict(base)
     if shared:
         say(f"using the Airflow of `make up` at {settings.airflow_url()}")
         started = started if news else 0.0  # what was parsed before is the DAG of the old definition
@@ -352,14 +350,8 @@ def run_partition(children: dict[Service, int]) -> int:
     if simulator is not None and simulator.wait() != 0:
         raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
     services.wait_healthy(api, airflow, "scheduler", "dag_processor", since=0.0 if shared else started)
-    api.set_pools()
-    api.wait_for_dag(settings.dag_id(name), "vql_daily_own.py" if choice.own else "vql_daily.py", started, lambda: services.check_alive(airflow))
-    if not shared:
-        end_stale_runs(api, settings.dag_id(name))
-    elif sleeping_schedule(api, choice.definition):
-        raise InfraError(f"the DAG {settings.dag_id(name)} is paused and has a schedule, which would start with this run",
-                         "un-pause it in the browser when the schedule shall start; or `make down`, and `make run` alone, which starts no schedule")
-    run = Run(api, name, choice.dt, raw, options)
+    _prepare_dag(api, choice, airflow, shared, started)
+    run = Run(api, choice.definition.name, choice.dt, choice.raw, options)
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")
@@ -372,6 +364,40 @@ def run_partition(children: dict[Service, int]) -> int:
     run.tell_success()
     print(f"\ndone in {time.monotonic() - began:.0f} s")
     return 0
+
+
+def _start_simulator(choice: Choice, env: dict[str, str], children: dict[Service, int]) -> subprocess.Popen | None:
+    """Start to write simulated logs, where the choice is for them; else look that there are logs."""
+    raw = choice.raw
+    if choice.simulate:
+        say(f"simulating raw logs under {raw} (kept when they are there already)")
+        command = [sys.executable, "-m", "etl.datasets.simulate", "--out", raw]
+        env = settings.stage_environment(env)
+        simulator = subprocess.Popen(command, env=env, cwd=settings.ROOT, start_new_session=True)
+        children[Service("simulator", ())] = simulator.pid
+        return simulator
+    if "://" not in raw and not Path(raw).is_dir():
+        remedy = "give RAW=folder, fetch them with make data, or try DATASET=kuairand_simulated"
+        raise InfraError(f"no raw logs under {raw}", remedy)
+    return None
+
+
+def _prepare_dag(
+    api: AirflowApi, choice: Choice, airflow: dict[Service, int], shared: bool, parsed_since: float
+) -> None:
+    """Wait for the DAG, and see that nothing but this run starts with it."""
+    dag_id = settings.dag_id(choice.definition.name)
+    api.set_pools()
+    file = "vql_daily_own.py" if choice.own else "vql_daily.py"
+    api.wait_for_dag(dag_id, file, parsed_since, lambda: services.check_alive(airflow))
+    if not shared:
+        end_stale_runs(api, dag_id)
+    elif sleeping_schedule(api, choice.definition):
+        raise InfraError(
+            f"the DAG {dag_id} is paused and has a schedule, which would start with this run",
+            "un-pause it in the browser when the schedule shall start; "
+            "or `make down`, and `make run` alone, which starts no schedule",
+        )
 
 
 def main() -> int:

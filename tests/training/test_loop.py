@@ -20,7 +20,7 @@ from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
 from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
-from training.loop import TrainingData, TrainingState, Worker, _stream, train_model
+from training.loop import Start, TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
@@ -171,10 +171,10 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
     resume = None
     for cut in cuts:
         with pytest.raises(Stop):
-            train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), resume)
+            train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), Start(resume))
         resume = TrainingState(**torch.load(tmp_path / "state.pt", weights_only=True))
         torch.manual_seed(cut)  # another process has generators of its own
-    last, again = train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), resume=resume)
+    last, again = train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), start=Start(resume))
     assert seen == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True))
     assert (ended.best_epoch, ended.best_logloss, ended.metrics["train_loss"]) == (again.best_epoch, again.best_logloss, losses[-1])
