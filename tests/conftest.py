@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
 
 import hypothesis
+import pytest
 
 # Before anything imports Airflow: it reads its settings at import.
 _HOME = tempfile.mkdtemp(prefix="longview-tests-")
@@ -28,6 +31,17 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS") or "same")
+
+
+@pytest.fixture(autouse=True)
+def no_page_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate in a test's own process starts none that writes its page: hundreds of them, seconds each, outlive their tests.
+
+    Tests of pages write them by `etl.quality.report.write`, or run the gate as a process of its own.
+    """
+    for name in ("etl.quality.judge.audit", "evaluation.evaluate"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "written_after", lambda *around, **more: contextlib.nullcontext())
 
 
 def pytest_sessionfinish() -> None:
