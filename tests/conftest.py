@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -25,6 +26,8 @@ os.environ.update(settings.environment())
 # Several test processes share the cores: threads that spin for each other would stop them all.
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Without a file of its main module PySpark takes such a process for its doctests, and ends it.
+    sys.modules["__main__"].__file__ = str(Path(__file__).with_name("__init__.py"))
 
 # The one profile of every property test. The same examples each time, so that a run fails by a change and never by chance; how fast a
 # machine is, or how busy, is no property of the code. HYPOTHESIS=explore draws new examples and keeps those that fail.
