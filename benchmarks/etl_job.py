@@ -1,4 +1,4 @@
-"""Runs a Spark job of etl.jobs as its command line does and tells what only the inside knows: the session's time, shuffle bytes.
+"""Runs a Spark job of etl.jobs as its command line does and prints what only the inside knows: the session's time, shuffle bytes.
 
     python -m benchmarks.etl_job FIGURES.json events|sequences <arguments of the job>
 """

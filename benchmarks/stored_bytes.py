@@ -1,6 +1,6 @@
 """Stored bytes of an impression: `sequences`, where a user's history stands once, against one row per sample.
 
-Every user has as many events as it takes for his first target to see LENGTH of them, so that each fat row repeats exactly
+Every user has as many events as it takes for their first target to see LENGTH of them, so that each fat row repeats exactly
 LENGTH. The fat rows are a sample, written with the encodings of `sequences` and with plain values, in three orders: zstd
 finds some repeats of a history where a user's rows are neighbours. The smallest file of all counts.
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 from airflow.sdk import BaseOperator, BaseSensorOperator
 
-from dags._exits import ends_as_a_stage, log_lines, told
+from dags._exits import ends_as_a_stage, explained, log_lines
 from etl.datasets.definition import definition_name
 from etl.stage.errors import StageError
 from etl.stage.identity import RUN_URL_VARIABLE
@@ -199,7 +199,7 @@ class StageOperator(BaseOperator):
         finally:
             self._end_stage()
         if code != 0:
-            self.log.error(f"{self.module} {told(code)}")
+            self.log.error(f"{self.module} {explained(code)}")
             raise SystemExit(code)
         outcome = {"dataset": definition_name(self.dataset), "dt": self._run["dt"], "attempt": self._run["attempt"]}
         for outlet in self.outlets or ():

@@ -30,7 +30,7 @@ One run builds one **partition**: a UTC day `dt`, the evaluation day. Its id or 
 `start` logs the parameters first, each with where it comes from, and names the run's *attempt*, under which every stage writes;
 audits judge what was written, and only then it is published. **Clear** the whole run, or `start`, for a new attempt; clear any later task
 with its downstream tasks to go on in the same attempt. A stage that ends with `error:` and `remedy:` in its log is not retried when
-there is something to mend or a gate said no; a server that does not answer is asked again for minutes.
+there is something to correct or a gate said no; a server that does not answer is asked again for minutes.
 
 Each later task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from airflow.sdk import RetryDecision, RetryPolicy
 
-from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
+from etl.stage.errors import EXIT_CORRECT, EXIT_GATE, EXIT_TRY_AGAIN, StageError
 from infra import settings
 
 WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)
@@ -25,8 +25,8 @@ class StageRetries(RetryPolicy):
         waits = settings.retry_waits()
         tried = len(waits) - (max_tries - try_number)  # a clear raises both numbers
         code = exception.code if isinstance(exception, SystemExit) else None
-        if code == EXIT_MEND:
-            return RetryDecision.fail("there is something to mend: see the error line of the log")
+        if code == EXIT_CORRECT:
+            return RetryDecision.fail("there is something to correct: see the error line of the log")
         if code == EXIT_GATE:
             return RetryDecision.fail("a gate said no: see the error line of the log")
         if code == EXIT_TRY_AGAIN:
@@ -36,15 +36,15 @@ class StageRetries(RetryPolicy):
         return RetryDecision.retry(WAIT_AFTER_CRASH, "it crashed: one more try")
 
 
-def told(code: int) -> str:
+def explained(code: int) -> str:
     """Return what the end of a stage means, as the end of a sentence that begins with its module."""
-    kinds = {EXIT_MEND: "found something to mend and is not tried again", EXIT_GATE: "was stopped by a gate and is not tried again",
+    kinds = {EXIT_CORRECT: "found something to correct and is not tried again", EXIT_GATE: "was stopped by a gate and is not tried again",
              EXIT_TRY_AGAIN: "cannot go on now and is tried again, for some minutes"}  # fmt: skip
     return f"{kinds.get(code, 'crashed')} (exit code {code})"
 
 
 def with_levels(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a stage, each with whether it tells an error: `error:` and the indented lines below it."""
+    """Yield the lines of a stage, each with whether it is part of an error: `error:` and the indented lines below it."""
     telling = False
     for line in lines:
         line = line.rstrip()

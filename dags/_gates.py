@@ -12,7 +12,7 @@ from typing import Any
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 
 from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments, require_done, start_ending
-from dags._exits import ends_as_a_stage, log_lines, told
+from dags._exits import ends_as_a_stage, explained, log_lines
 from dags._links import ReportLink
 from etl.stage.errors import StageError
 from infra import settings
@@ -117,7 +117,7 @@ class WarningApproval(ApprovalOperator):
         require_done(self, context, run["attempt"])
         on_warning = run["params"]["on_warning"]
         if on_warning != settings.APPROVE:
-            self.log.info("on_warning=%s: warnings are told and training goes on", on_warning)
+            self.log.info("on_warning=%s: warnings are logged and training goes on", on_warning)
             return {"attempt": run["attempt"]}
         found = self._summary(run)
         if missing := [gate for gate in GATES if gate not in found["stages"]]:
@@ -162,7 +162,7 @@ class WarningApproval(ApprovalOperator):
                               text=True, check=False)  # fmt: skip
         if done.returncode != 0:
             log_lines(self.log, done.stderr.splitlines())
-            self.log.error(f"{module} {told(done.returncode)}")
+            self.log.error(f"{module} {explained(done.returncode)}")
             raise SystemExit(done.returncode)
         return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -40,10 +40,10 @@ class ModelOperator(StageOperator):
             outcome = super().execute(context)
         finally:
             self._find_links(folder)
-        return self.told(outcome, _read(folder / "registration.json"), context)
+        return self.announced(outcome, _read(folder / "registration.json"), context)
 
-    def told(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
-        """Return what the task hands on, after it has been told where people look."""
+    def announced(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
+        """Return what the task hands on, after it has been said where people look."""
         return outcome
 
     def _find_links(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class PromoteOperator(ModelOperator):
         super().__init__(outlets=[self.alias], **kwargs)
         self.champion = champion
 
-    def told(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
+    def announced(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
         decision, reason = registration["outcome"], registration["gate"]["reason"]
         line = sentence(decision, registration["model_name"], registration["version"], reason)
         self.log.info(line)

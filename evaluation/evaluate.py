@@ -72,7 +72,7 @@ def evaluate(args: argparse.Namespace, store: TableStore, run_dir: Path, trainin
     write_json(run_dir / "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
     log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
-    # Last: what stops the registration is told with everything that explains it already logged.
+    # Last: what stops the registration is reported with everything that explains it already logged.
     with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
         [primary] = [row for row in evaluation["models"] if row["name"] == training["primary"]]
         handed = Scores(targets.label, scores[training["primary"]], primary["auc"])

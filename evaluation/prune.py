@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="folder of runs")
     parser.add_argument("--reports", default="var/reports", help="local folder of reports (default: %(default)s)")
     parser.add_argument("--attempt", help="an attempt that is at work: nothing of it is removed")
-    parser.add_argument("--dt", help="its partition, which every stage is told")
+    parser.add_argument("--dt", help="its partition, which every stage is given")
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     args: argparse.Namespace = parser.parse_args()
     definition = definition_of(args)

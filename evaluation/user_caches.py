@@ -111,7 +111,7 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
 
 
 def _at_the_end(sequences: Sequences, max_events: int | None) -> Sequences:
-    """One pseudo target a user at the end of his history, so that a batch carries the latest `max_events` of it (None: all)."""
+    """One pseudo target a user at the end of the history, so that a batch carries the latest `max_events` of it (None: all)."""
     from dataclasses import replace
 
     lengths = np.diff(sequences.history_start)

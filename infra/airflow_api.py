@@ -12,12 +12,12 @@ from typing import Any
 
 from infra import settings
 
-HEALTHY_WITHIN_SECONDS = 300  # a service that ends is told at once; one that only takes long is on a busy machine
+HEALTHY_WITHIN_SECONDS = 300  # a service that ends is reported at once; one that only takes long is on a busy machine
 ANSWER_WITHIN_SECONDS = 120
 
 
 class InfraError(Exception):
-    """Something that the user can mend; printed as `error:` and `remedy:`."""
+    """Something that the user can correct; printed as `error:` and `remedy:`."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}\n  remedy: {remedy}")
@@ -92,7 +92,7 @@ class AirflowApi:
                     raise
             broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
             if recent := [entry for entry in broken if Path(str(entry.get("filename"))).name == file and _unix(entry.get("timestamp")) >= since]:
-                raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "mend the DAG file")
+                raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "correct the DAG file")
             time.sleep(0.5)
         raise InfraError(f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",
                          f"see {settings.airflow_home() / 'logs' / 'dag-processor.out'}")

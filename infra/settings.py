@@ -148,7 +148,7 @@ def postgres_socket() -> Path:
 
 
 def postgres_address(database: str) -> str:
-    """Return the address of a database of the home's PostgreSQL. It holds no password: the socket tells the server who calls."""
+    """Return the address of a database of the home's PostgreSQL. It holds no password: the socket shows the server who calls."""
     return f"postgresql+psycopg2:///{database}?host={postgres_socket()}&port=5432&user={POSTGRES_USER}"
 
 
@@ -307,7 +307,7 @@ def environment() -> dict[str, str]:
         SPARK_LOCAL_IP=os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"),
         PYTHONPATH=os.pathsep.join([str(ROOT), *_other_python_paths()]),
         PYTHONUNBUFFERED="1",
-        SPT_NOENV="1",  # process titles leave /proc/<pid>/environ alone: it tells which service a process belongs to
+        SPT_NOENV="1",  # process titles leave /proc/<pid>/environ alone: it shows which service a process belongs to
         LONGVIEW_HOME=str(home()),
         LONGVIEW_DEFINITIONS=str(definitions()),
         LONGVIEW_WAREHOUSE=warehouse(),

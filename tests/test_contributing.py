@@ -12,7 +12,7 @@ import numpy as np
 
 from etl.datasets.definition import dataset
 from etl.quality.judge.check import main as check
-from etl.stage.errors import EXIT_MEND
+from etl.stage.errors import EXIT_CORRECT
 from infra import settings
 from tests.etl.quality.feed import Feed, one_spark_session
 from tests.training.conftest import random_partition
@@ -69,4 +69,4 @@ def test_the_twenty_rows_become_a_published_day_and_the_stage_reads_it(tmp_path:
     done = run("--most", "2")
     assert done.returncode == 0 and [line.split(": ")[1] for line in done.stdout.splitlines()] == ["2 events on 2024-03-04"] * 2, done
     wrong = run("--most", "0")
-    assert wrong.returncode == EXIT_MEND and "remedy: give 1 or more" in wrong.stderr
+    assert wrong.returncode == EXIT_CORRECT and "remedy: give 1 or more" in wrong.stderr

@@ -83,7 +83,7 @@ class TrainConfig:
     Attributes:
         models: name -> model; the first is the one that is registered.
         users_per_step: users in the batch of one step, all workers together: more workers do not change the batch.
-        targets_per_user: targets of a user drawn each time he is visited.
+        targets_per_user: targets of a user drawn each time that user is visited.
         epochs: at most so many; an epoch is a pass over the users, or several where a pass has fewer steps than
             `min_epoch_steps`: few users with many targets each are no small data set.
         patience: epochs without a better validation log loss before the early stop.

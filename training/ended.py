@@ -2,7 +2,7 @@
 
     python -m training.ended --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --status FAILED
 
-A run that has ended, or was never begun, stays as it is. An MLflow that does not answer is told, and costs nothing.
+A run that has ended, or was never begun, stays as it is. An MLflow that does not answer is logged, and costs nothing.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def log_page(definition: DatasetDefinition, dt: str, attempt: str, page: Path) -
 
 def _open_store(experiment: str) -> None:
     """Load MLflow and open its store: seconds, and nothing that waits for the gate."""
-    with contextlib.suppress(Exception):  # told when the page is logged
+    with contextlib.suppress(Exception):  # reported when the page is logged
         set_tracking()
         from mlflow import MlflowClient
 

@@ -65,10 +65,10 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
                 trainer.fit()
                 break
             except (TrainingFailedError, ray.exceptions.RayActorError) as error:
-                told = _told_of_workers(error)
-                if not isinstance(told, TryAgainError) or number == WORKER_LOSSES:
-                    raise told from error
-                log(f"warning: {told.what}; starting the workers again, from the last checkpoint")
+                cause = _cause_of(error)
+                if not isinstance(cause, TryAgainError) or number == WORKER_LOSSES:
+                    raise cause from error
+                log(f"warning: {cause.what}; starting the workers again, from the last checkpoint")
     finally:
         following.set()
         follower.join()
@@ -106,7 +106,7 @@ def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
     return " and ".join(f"{resources.get(name, 0):g} {name}" for name in of)
 
 
-def _told_of_workers(error: Exception) -> Exception:
+def _cause_of(error: Exception) -> Exception:
     """Return what a failed group of workers comes to: the first error of our own code, or TryAgainError for a lost worker."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     causes = {rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()}  # Ray's UserExceptionWithTraceback has it

@@ -49,7 +49,7 @@ class Checkpoints:
         folder: theirs alone; made when the first is written.
         identity: all that decides the weights, name -> value; a run goes on from no checkpoint that differs in any of it.
         every_steps, every_seconds: a checkpoint is due after so many steps, or so many seconds, whichever comes first.
-        say: takes what is to be told.
+        say: takes each line of progress.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str], every_steps: int, every_seconds: float, say: Callable[[str], None]) -> None:

@@ -105,7 +105,7 @@ def load_scorer(folder: str | Path) -> Scorer:
 
 
 def request_of(items: pa.Table, sequences: Sequences, user: int, max_targets: int = 20) -> dict:
-    """Return the scoring request of one user of a partition: his history and his evaluation targets."""
+    """Return the scoring request of one user of a partition: the history and the evaluation targets."""
     targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
     targets = targets[sequences.target_split[targets] == EVALUATION][:max_targets]
     first = int(sequences.target_first[targets].min()) if len(targets) else 0

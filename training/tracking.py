@@ -50,7 +50,7 @@ def set_tracking() -> str:
 
 @contextmanager
 def asking_mlflow() -> Iterator[None]:
-    """Tell a failure of MLflow as what it is.
+    """Raise a failure of MLflow as the kind that it is.
 
     Raises:
         TryAgainError: it does not answer.
@@ -61,14 +61,14 @@ def asking_mlflow() -> Iterator[None]:
     except StageError:
         raise
     except Exception as error:
-        told = failure_of(error)
-        if told is None:
+        cause = failure_of(error)
+        if cause is None:
             raise
-        raise told from error
+        raise cause from error
 
 
 def failure_of(error: Exception) -> StageError | None:
-    """Return what to tell of an error that MLflow's client raised; None for one of another origin, which is a crash."""
+    """Return the stage's error for one that MLflow's client raised; None for one of another origin, which is a crash."""
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
@@ -231,7 +231,7 @@ def _experiment(client, name: str, uri: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server keeps artifacts where it was told to; beside a bare database they get a folder, never the cwd.
+        # A server keeps artifacts where it is configured to; with a bare database they get a folder, never the cwd.
         location = None if uri.startswith("http") else (_artifact_root(uri) / name).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)

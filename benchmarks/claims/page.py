@@ -107,15 +107,15 @@ def _verdicts(r: Results) -> str:
         judge("Refining the 64 heaviest events improves plain VQL at 64 codes", f"{gain}", "holds" if gain and gain.above else "not seen: what it would recover is not lost here")
         small = r.difference("simulated", "vql_16_codes_refined_64", "vql_16_codes")
         if small:
-            judge("Refining improves VQL whose codebook is too small (16 codes)", f"{small}", "holds" if small.above else "cannot be told")
+            judge("Refining improves VQL whose codebook is too small (16 codes)", f"{small}", "holds" if small.above else "not decided")
     for other in ("recent_200", "sdim", "mean_pooling"):
         ours = r.difference("simulated", "vql", other)
         if ours:
-            judge(f"VQL beats {_name(other)}", f"{ours} (simulated)", "holds" if ours.above else "fails" if ours.below else "cannot be told")
+            judge(f"VQL beats {_name(other)}", f"{ours} (simulated)", "holds" if ours.above else "fails" if ours.below else "not decided")
     for data_set in ("kuairand", "movielens", "buildroot"):
         ours = r.difference(data_set, "vql", "mean_pooling")
         if ours:
-            judge(f"VQL beats mean pooling on {SETS[data_set]}", f"{ours}; intervals are over seeds of one small set", "holds" if ours.above else "fails" if ours.below else "cannot be told")
+            judge(f"VQL beats mean pooling on {SETS[data_set]}", f"{ours}; intervals are over seeds of one small set", "holds" if ours.above else "fails" if ours.below else "not decided")
     lengths = [by for run in r.runs("simulated", "vql") if (by := run.get("by_length"))]
     if lengths:
         first, last = (np.mean([by[i]["error"] for by in lengths]) for i in (1, -1))
@@ -123,11 +123,11 @@ def _verdicts(r: Results) -> str:
         judge("The bound of the theorem is never exceeded", f"{sum(len(by) for by in lengths)} sets of histories", "holds" if all(row["holds"] for by in lengths for row in by) else "fails")
     groups = r.difference("simulated", "vql", "vql_1_groups_64_codes")
     if groups:
-        judge("Groups of heads lower the error at the same cache size (4 groups against 1)", f"AUC {groups}", "holds" if groups.above else "fails" if groups.below else "cannot be told")
+        judge("Groups of heads lower the error at the same cache size (4 groups against 1)", f"AUC {groups}", "holds" if groups.above else "fails" if groups.below else "not decided")
     for a, b, claim in (("vql", "vql_no_kernel", "A kernel inside the softmax helps where tastes change"), ("vql", "vql_kernel_outside", "Inside the softmax is better than outside"), ("vql", "vql_1_exponential", "A mixture is better than one exponential")):  # fmt: skip
         ours = r.difference("drifting", a, b)
         if ours:
-            judge(claim, f"{ours} (tastes that change)", "holds" if ours.above else "fails" if ours.below else "cannot be told")
+            judge(claim, f"{ours} (tastes that change)", "holds" if ours.above else "fails" if ours.below else "not decided")
     worst = [(how, ours) for how in ("missing", "shuffled") for share in (25, 50, 100) if (ours := r.difference("simulated", f"vql_{how}_{share}", f"exact_{how}_{share}"))]
     if worst:
         how, ours = min(worst, key=lambda pair: pair[1].mean)
@@ -189,7 +189,7 @@ def _codebooks(r: Results) -> str:
             rows.append([_name(name), str(model.groups), str(model.codes), _shown(r.difference("simulated", name)), f"{r.mean('simulated', name, 'key_error'):.3f}",
                          f"{r.mean('simulated', name, 'attention_error'):.3f}", f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'cache_bytes') / 1024:.1f}", f"{compression:.1f}"])  # fmt: skip
     table = _table(["model", "groups", "codes", "AUC minus exact", "key error", "L1 error", "perplexity / C", "KiB a user", "compression"], rows)
-    text = ("Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of his history; here histories have about 490 events; "
+    text = ("Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of the history; here histories have about 490 events; "
             "a cache has at most one entry a code, head and component, so at 10,000 events the same cache compresses twenty times more.")  # fmt: skip
     return _section("Codebook size, groups, compression", text, _figure(draw, 3), table)
 
@@ -266,9 +266,9 @@ def _failures(r: Results) -> str:
         runs = r.runs("simulated", name)
         if runs:
             said = sorted({re.sub(r"[\d.]+", "…", warning) for run in runs for warning in run.get("warnings", [])})
-            told = sum(bool(run.get("warnings")) for run in runs)
+            warned = sum(bool(run.get("warnings")) for run in runs)
             rows.append([what, _shown(r.difference("simulated", name)), f"{r.mean('simulated', name, 'perplexity'):.2f}", f"{r.mean('simulated', name, 'dead'):.2f}", f"{r.mean('simulated', name, 'key_error'):.3f}",
-                         f"{r.mean('simulated', name, 'attention_error'):.2f} of {r.mean('simulated', name, 'bound'):.2f}", f"{told} of {len(runs)}: {'; '.join(said)}" if said else "none"])  # fmt: skip
+                         f"{r.mean('simulated', name, 'attention_error'):.2f} of {r.mean('simulated', name, 'bound'):.2f}", f"{warned} of {len(runs)}: {'; '.join(said)}" if said else "none"])  # fmt: skip
     scales = [run["by_scale"] for run in r.runs("simulated", "vql") if "by_scale" in run]
     tables = [_table(["what goes wrong", "AUC minus exact", "perplexity / C", "dead codes", "key error", "L1 error of bound", "runs warned in training"], rows)]
     if scales:
@@ -297,7 +297,7 @@ def _refined(r: Results) -> str:
         _legend(axes[1])
 
     table = _table(["events", *[f"{_name(n)}, ms" for n in names], "cache, KiB"], [[f"{row['length']:,}", *[f"{row[n]:.1f}" for n in names], f"{row['cache_bytes'] / 1024:.0f}"] for row in rows])
-    text = ("Refined codes keep the head of the attention exact. Memory: the plain cache is all that plain VQL stores of a user; refined codes also need his events by code (4 bytes each) and the items' keys. On these data, with a "
+    text = ("Refined codes keep the head of the attention exact. Memory: the plain cache is all that plain VQL stores of a user; refined codes also need the user's events by code (4 bytes each) and the items' keys. On these data, with a "
             "warm-up long enough, plain VQL loses nothing that refinement could recover, and refinement costs more than exact attention on histories below some thousand events; it pays where the codebook is too small.")  # fmt: skip
     return _section("Refined codes: accuracy, latency, memory", text, _figure(draw, 2), table)
 

@@ -160,7 +160,7 @@ class Logs(_Model):
         encoding: of csv and jsonl: any of Python's codecs in which ASCII is itself.
         columns: what the files must have; columns that are not named here are ignored.
         missing: texts that mean "no value", as an empty cell always does; in every column, of every format.
-        repeats: `drop` rows that repeat another in all these columns, or `keep` them (where time is too coarse to tell).
+        repeats: `drop` rows that repeat another in all these columns, or `keep` them (where time is too coarse to separate them).
         expected_refusals: reasons that do not count towards the share of bad rows which stops a stage.
     """
 
@@ -410,7 +410,7 @@ class Negatives(_Model):
 
 
 class Positions(_Model):
-    """Targets by their place among a user's target events, counted from the end: -1 is his last."""
+    """Targets by their place among a user's target events, counted from the end: -1 is the last."""
 
     train: tuple[Annotated[int, Setting(lt=0)], ...] = Setting(min_length=1)
     validation: tuple[Annotated[int, Setting(lt=0)], ...] = ()
@@ -456,7 +456,7 @@ class RunDefaults(_Model):
         raw: folder of the raw logs: an absolute path, or a URI that Arrow reads.
         config: training configuration, a file of training/configs without its suffix.
         workers: Ray Train workers.
-        on_warning: what a gate's warning does before training: it is told (`continue`), or waits for a person (`approve`).
+        on_warning: what a gate's warning does before training: it is logged (`continue`), or waits for a person (`approve`).
         hour: UTC hour at which the DAG's schedule builds the day that ended at midnight; without it there is no schedule.
         wait_hours: so long after that hour a scheduled run waits for the day's raw files; the next day's run is due after 24.
     """
@@ -640,7 +640,7 @@ def _load(path: Path) -> DatasetDefinition:
     try:
         definition = DatasetDefinition.model_validate(raw)
     except pydantic.ValidationError as error:
-        # A list whose values are wrong is not told to be empty as well.
+        # A list whose values are wrong is not called empty as well.
         details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
         problems = "; ".join(_problem(detail) for detail in details)
         raise StageError(f"the data set definition {path} is wrong: {problems}", "correct these fields; docs/datasets.md explains each") from None
@@ -668,7 +668,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(detail: Any) -> str:
-    # An unknown field is told with the one that it stands in.
+    # An unknown field is named with the one that it stands in.
     where = ".".join(str(part) for part in (detail["loc"][:-1] if detail["type"] == "unknown_field" else detail["loc"]) if not str(part).endswith("]"))
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]").replace("a valid array", "a list, such as [a, b]")
     given = detail.get("input")

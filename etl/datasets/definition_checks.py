@@ -82,9 +82,9 @@ def glob_problem(glob: str) -> str | None:
 
 
 def delimiter_problem(delimiter: str) -> str | None:
-    """Return why a delimiter cannot be told from the values around it."""
+    """Return why a delimiter cannot be distinguished from the values around it."""
     if set(delimiter) & set('\n\r\0"') or all(c in "-." or c.isalnum() for c in delimiter):
-        return f"delimiter {delimiter!r} cannot be told from values"
+        return f"delimiter {delimiter!r} cannot be distinguished from values"
     if not delimiter.isascii():
         return f"delimiter {delimiter!r} is no ASCII character"
     return None

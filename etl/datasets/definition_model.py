@@ -18,7 +18,7 @@ class DefinitionModel(pydantic.BaseModel):
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def _known_fields(cls, data: Any, handler: pydantic.ModelWrapValidatorHandler) -> Any:
-        """Tell unknown fields together with everything that is wrong with the known ones."""
+        """Report unknown fields together with everything that is wrong with the known ones."""
         if not isinstance(data, dict):
             return handler(data)
         allowed = cls.model_fields

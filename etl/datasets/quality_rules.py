@@ -147,7 +147,7 @@ class Quality(DefinitionModel):
 
     @property
     def digest(self) -> str:
-        """Return what tells two of these sections apart."""
+        """Return what distinguishes two of these sections."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
 """Simulated KuaiRand logs: the exact column layout, the real data's quirks, and a planted long-term interest.
 
-Every user has a lasting taste for each of the topics; whether he clicks depends on his taste for the item's topic. Tastes
-are drawn independently, so only his own past feedback on that topic reveals them, and topics recur rarely: a model that
+Every user has a lasting taste for each of the topics; whether they click depends on their taste for the item's topic. Tastes
+are drawn independently, so only their own past feedback on that topic reveals them, and topics recur rarely: a model that
 sees the recent past knows little, one that attends to all of it knows much. Because the click probability is known, so is
 the best AUC that any model can reach; it is printed and stored in SIMULATED.json beside the logs.
 """

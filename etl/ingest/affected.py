@@ -113,7 +113,7 @@ def backfill_days(stale: list[Stale], store: TableStore) -> list[list[str]]:
 
 
 def table(stale: list[Stale], store: TableStore) -> str:
-    """Return the list for people, with the backfills that mend it."""
+    """Return the list for people, with the backfills that renew it."""
     if not stale:
         return "every published partition is what its inputs say"
     lines = [f"{'table':<14}{'dt':<12}because"]

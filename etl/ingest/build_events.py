@@ -1,13 +1,10 @@
-"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there
-yet.
+"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there yet.
 
-A day is a function of the raw rows whose event time (UTC) lies in it, of nothing else: days built together, apart, in
-any order or twice have the same bytes. Every raw row read is counted as an event, a duplicate, quarantined, or outside.
+A day is a function of the raw rows whose event time (UTC) lies in it, of nothing else: days built together, apart, in any
+order or twice have the same bytes. Every raw row read is counted as an event, a duplicate, quarantined, or outside.
 
-A published day whose raw files are gone is never built again; `etl.ingest.freshness` decides. A file whose name
-promises no days is
-read once for all the days that it holds: those that nobody has asked for yet wait in the staging of the attempt AHEAD,
-    which
+A published day whose raw files are gone is never built again; `etl.ingest.freshness` decides. A file whose name promises no days is
+read once for all the days that it holds: those that nobody has asked for yet wait in the staging of the attempt AHEAD, which
 no gate publishes, until a partition needs them.
 """
 
@@ -120,7 +117,7 @@ def build_events(
 
     Args:
         raw_gate: raises when the files must not be used; asked before the files are read, when it may have no answer
-            yet, and, told to wait for one, before anything counts as staged.
+            yet, and, asked to wait for one, before anything counts as staged.
 
     Raises:
         StageError: files or columns are missing, a day cannot be built again without loss, too many rows are refused,

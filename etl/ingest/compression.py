@@ -1,4 +1,4 @@
-"""Unpacks raw files as they are read, with bounded memory: what a file is compressed with is told by its first bytes.
+"""Unpacks raw files as they are read, with bounded memory: what a file is compressed with is known by its first bytes.
 
 Its name is no proof: browsers unpack what they save, and tools leave `.zst` on a gzip file. A name that promises a compression
 which the bytes do not show is damage.

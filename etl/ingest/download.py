@@ -86,7 +86,7 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class Remote:
-    """What a server says about a file; `etag` and `last_modified` tell whether it is still the same one."""
+    """What a server says about a file; `etag` and `last_modified` show whether it is still the same one."""
 
     size: int | None = None
     etag: str | None = None
@@ -114,7 +114,7 @@ class Progress:
 
     def __init__(self, label: str, total: int | None, start: int = 0) -> None:
         self.label, self.total, self.position, self.start = label, total, start, start
-        self.began = self.told = time.monotonic()
+        self.began = self.logged_at = time.monotonic()
         # disable=None: no bar where stderr is no terminal.
         self.bar = tqdm(desc=label, total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None)
 
@@ -127,8 +127,8 @@ class Progress:
     def add(self, count: int) -> None:
         self.position += count
         self.bar.update(count)
-        if self.bar.disable and time.monotonic() - self.told >= LOG_EVERY_SECONDS:
-            self.told = time.monotonic()
+        if self.bar.disable and time.monotonic() - self.logged_at >= LOG_EVERY_SECONDS:
+            self.logged_at = time.monotonic()
             log(f"{self.label}  {self._so_far()}")
 
     def _so_far(self) -> str:
@@ -200,7 +200,7 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
 
     Args:
         to: the raw folder.
-        dry_run: tell what would be done, write nothing.
+        dry_run: say what would be done, write nothing.
         keep_archives: leave the archives in `archives/`.
 
     Raises:
@@ -289,7 +289,7 @@ def _check_folder(definition: DatasetDefinition, to: Path) -> None:
 
 
 def _as_defined(definition: DatasetDefinition, marker: dict[str, Any]) -> bool:
-    """Whether a marker tells of the archives and members that the definition names."""
+    """Whether a marker names the archives and members that the definition names."""
     wanted = definition.download.archives if definition.download else ()
     there = marker.get("archives") or []
     return len(there) == len(wanted) and all(
@@ -299,7 +299,7 @@ def _as_defined(definition: DatasetDefinition, marker: dict[str, Any]) -> bool:
 
 
 def _finished(definition: DatasetDefinition, to: Path) -> bool:
-    """Whether an earlier call left everything, and it is still there; told either way."""
+    """Whether an earlier call left everything, and it is still there; logged either way."""
     marker = _json(to / MARKER)
     if not marker:
         return False
@@ -335,23 +335,23 @@ def _locked(to: Path) -> Iterator[None]:
 
 
 def _sizes(targets: list[Target], page: str) -> dict[Target, int | None]:
-    """Return the size of each archive that must be downloaded: of the definition or as the server tells it."""
+    """Return the size of each archive that must be downloaded: of the definition or as the server says."""
     sizes: dict[Target, int | None] = {}
     for target in targets:
         if target.here():
             log(f"{target.name}: there already ({_size(target.whole.stat().st_size)})")
             continue
-        told = _ask(target, page).size
-        if told is not None and target.archive.bytes not in (None, told):
-            raise StageError(f"{target.archive.url} has {told:,} bytes, but the definition says {target.archive.bytes:,}", f"see {page}, then correct bytes (and md5) in the definition")
-        sizes[target] = size = target.archive.bytes if told is None else told
+        stated_bytes = _ask(target, page).size
+        if stated_bytes is not None and target.archive.bytes not in (None, stated_bytes):
+            raise StageError(f"{target.archive.url} has {stated_bytes:,} bytes, but the definition says {target.archive.bytes:,}", f"see {page}, then correct bytes (and md5) in the definition")
+        sizes[target] = size = target.archive.bytes if stated_bytes is None else stated_bytes
         at_hand = target.at_hand()
-        log(f"{target.name}: {'size not told' if size is None else _size(size)}" + (f", of which {_size(at_hand)} are there" if at_hand else ""))
+        log(f"{target.name}: {'size unknown' if size is None else _size(size)}" + (f", of which {_size(at_hand)} are there" if at_hand else ""))
     return sizes
 
 
 def _ask(target: Target, page: str) -> Remote:
-    """Return what the server tells about a file without sending it."""
+    """Return what the server says about a file without sending it."""
     for failures in range(1, FIRST_TRIES + 1):
         try:
             with _open(target.archive.url, "HEAD", {}) as response:
@@ -428,7 +428,7 @@ class _Transfer:
             return self._start_anew("more bytes are there than the file has")
         headers = {}
         if offset and not (earlier.etag or earlier.last_modified or target.archive.md5):
-            return self._start_anew("nothing would tell whether the file is still the same")
+            return self._start_anew("nothing would show whether the file is still the same")
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if earlier.if_range:
@@ -455,7 +455,7 @@ class _Transfer:
         position = offset
         with target.part.open("ab" if offset else "wb") as file, Progress(target.name, remote.size, offset) as progress:
             expected = remote.size if remote.size is not None else target.archive.bytes
-            # Only now, with the old bytes gone, the new notes: what is in the file is always of the version they tell.
+            # Only now, with the old bytes gone, the new notes: what is in the file is always of the version they name.
             _write_json(target.notes, {"url": target.archive.url, "size": remote.size, "etag": remote.etag, "last_modified": remote.last_modified})
             while expected is None or position < expected:
                 try:
@@ -740,7 +740,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help=f"{', '.join(built_in_names())}, or the path of a definition")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="the raw folder; made where it is missing")
-    parser.add_argument("--dry-run", action="store_true", help="ask the servers for sizes and tell what would be done; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="ask the servers for sizes and say what would be done; write nothing")
     parser.add_argument("--keep-archives", action="store_true", help=f"leave the archives in FOLDER/{ARCHIVES}")
     args = parser.parse_args(arguments)
     given = args.dataset
@@ -755,7 +755,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         download(dataset(given), to, dry_run=args.dry_run, keep_archives=args.keep_archives)
     except OSError as error:
-        raise StageError(f"{error.filename or to} cannot be written: {_reason(error)}", "mend that and repeat, what has come is kept") from None
+        raise StageError(f"{error.filename or to} cannot be written: {_reason(error)}", "correct that and repeat; what has come stays") from None
     except KeyboardInterrupt:
         log("interrupted; the same command goes on from here")
         sys.exit(130)

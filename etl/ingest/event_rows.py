@@ -68,8 +68,8 @@ def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, n
         days = np.concatenate([chunk.time_ms // MS_PER_DAY, np.array([day for day, _ in refused], dtype=np.int64)])
         yield _count_rows(days, split.file, schema)
         for what, code in CLOCK_CHANGES.items():
-            if (told := chunk.time_ms[chunk.clock == code] // MS_PER_DAY).size:
-                yield _count_rows(told, split.file, schema, what)
+            if (local_days := chunk.time_ms[chunk.clock == code] // MS_PER_DAY).size:
+                yield _count_rows(local_days, split.file, schema, what)
 
 
 def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int) -> dict:

@@ -99,7 +99,7 @@ def _check_quotes(body: bytes, delimiter: str, where: str) -> None:
         if match[1] is not None:
             line = body.count(b"\n", 0, match.start()) + 1
             raise StageError(f"{where}, line {line}: a quote opens a value and does not end it: {body[match.start() : match.start() + 40].decode('utf-8', 'replace')!r}",
-                             "mend the quote, or set quoting: false for this file in the definition, where quotes are part of the values")
+                             "correct the quote, or set quoting: false for this file in the definition, where quotes are part of the values")
 
 
 def _quotes_in_pairs(body: bytes, delimiter: str) -> bool:

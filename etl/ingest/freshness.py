@@ -36,7 +36,7 @@ class KnownFile:
 
     Attributes:
         modified_ns: time of its last change.
-        digest: `sha256:...` of its bytes; anything else tells nothing about them.
+        digest: `sha256:...` of its bytes; anything else says nothing about them.
         rows: raw rows of it that were of the day; None: not known.
     """
 

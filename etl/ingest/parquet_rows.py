@@ -2,7 +2,7 @@
 
 Writers store the same value in many physical types: ids as floats (a data frame with gaps), decimals or text, texts as bytes or
 dictionaries. What such a type holds is looked at value by value; only a type that can hold no such value at all (a list, a
-struct) is told of the file, before a row is read.
+struct) is an error of the file, before a row is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def can_be(kind: pa.DataType, wanted: str) -> bool:
 def typed_rows(batch: pa.RecordBatch, logs: Logs) -> tuple[pa.Table, dict[int, str]]:
     """Return the declared columns of a batch, typed, and row -> reason of those that are refused: a code, ": " and the detail.
 
-    Of several faults the one is told that a line of text would be refused for: bytes that are no text, else the first column's.
+    Of several faults the one is named that a line of text would be refused for: bytes that are no text, else the first column's.
     """
     read = {name: typed_values(batch.column(name), logs.columns[name], logs.missing) for name in batch.schema.names}
     reasons: dict[int, str] = {}

@@ -382,7 +382,7 @@ class RawLocation:
             for file in alike if len(alike) > 1 else []:
                 try:
                     first = seen.setdefault(self.content_digest(file), file)
-                except DamagedError:  # told with the row at which it breaks, when it is read
+                except DamagedError:  # reported with the row at which it breaks, when it is read
                     continue
                 if first is not file:
                     raise StageError(f"{first.name} and {file.name} in {self.uri} hold the same rows: each would be there twice", "remove one of them, or name only one in logs.files")
@@ -522,7 +522,7 @@ class RawLocation:
 def parse_lines(body: bytes, first_row: int, header: tuple[str, ...], logs: Logs) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
     """Split whole lines into typed rows and refused ones; blank lines are neither.
 
-    Nearly every line can be cast as it stands, and is told by one regular expression. Of the others those are read cell by cell
+    Nearly every line can be cast as it stands, and one regular expression recognises it. Of the others those are read cell by cell
     (as columns, too) that hold a word for a missing value, an integer written as a decimal, or 19 digits; for what is left the
     reason of its refusal is looked for.
 

@@ -109,11 +109,11 @@ def check_refusals(tally: Tally, definition: DatasetDefinition, where: str, max_
             raise StageError(
                 f"{refused.total():,} of {rows:,} {what} ({refused.total() / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
                 f"most often {most} ({count:,} rows)",
-                "mend the raw file and run again; where such rows are ordinary, set the bound raw.max_refused_share with a reason "
+                "correct the raw file and run again; where such rows are ordinary, set the bound raw.max_refused_share with a reason "
                 "in the section quality of the definition, or name their reason in logs.expected_refusals",
             )
     if cut := [reason for reason in tally.refused if reason.rpartition(": ")[2] in BREAKS]:
-        # One refused row stands for everything behind the break: no share of refused rows can tell how much is missing.
+        # One refused row stands for everything behind the break: no share of refused rows can show how much is missing.
         raise StageError(f"an archive in {where} is damaged: {', '.join(sorted(cut))}", "deliver the file again")
 
 

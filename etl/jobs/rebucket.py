@@ -134,7 +134,7 @@ def rebucket(store: TableStore, definition: DatasetDefinition, days: list[str], 
 
 
 def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinition, schema: pa.Schema) -> Conform:
-    """Return how the rows of a day become rows of a definition; tell which signals are lost and which are new.
+    """Return how the rows of a day become rows of a definition; say which signals are lost and which are new.
 
     Raises:
         StageError: the manifest does not say which signals its bits are, or a field has another type now.

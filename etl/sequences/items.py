@@ -98,7 +98,7 @@ def feature_ids(values: pa.ChunkedArray, column: str, kind: str, source: str) ->
     text = values.combine_chunks()
     missing = pc.sum(pc.equal(text, "")).as_py() or 0
     if missing:
-        raise StageError(f"the column {column} of {source} has {missing:,} row(s) without a value", "mend them, or deliver the file again")
+        raise StageError(f"the column {column} of {source} has {missing:,} row(s) without a value", "correct them, or deliver the file again")
     return hashed_ids(text if kind == "text" else whole_numbers(text, column, source))
 
 
@@ -110,7 +110,7 @@ def whole_numbers(values: pa.Array, column: str, source: str) -> pa.Array:
     """
     wrong = values.filter(pc.invert(pc.match_substring_regex(values, r"\A-?[0-9]{1,18}(\.0*)?\z")))
     if len(wrong):
-        raise StageError(f"the column {column} of {source} holds {wrong[0].as_py()[:40]!r}, which is no whole number", "mend that value, or deliver the file again")
+        raise StageError(f"the column {column} of {source} holds {wrong[0].as_py()[:40]!r}, which is no whole number", "correct that value, or deliver the file again")
     return pc.replace_substring_regex(values, r"\.0*\z", "").cast(pa.int64())
 
 
@@ -135,7 +135,7 @@ def _field(values: pa.Array | pa.ChunkedArray, rule: FieldRule, source: str) -> 
     try:
         return values.cast(pa.float64())
     except pa.ArrowInvalid as error:
-        raise StageError(f"the column {rule.column} of {source} holds what is no number: {error}", "mend that value, or make the field a category") from None
+        raise StageError(f"the column {rule.column} of {source} holds what is no number: {error}", "correct that value, or make the field a category") from None
 
 
 def _lists(values: pa.Array, rule: FieldRule) -> pa.Array:

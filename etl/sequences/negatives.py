@@ -33,7 +33,7 @@ def sample_negatives(
     """Draw negatives for every positive.
 
     A drawn item is never one that the user met (any event of the window) at or before the target's time, nor the target
-    itself. Items of `own_history` are of his past by their nature: for them only the target itself is excluded.
+    itself. Items of `own_history` are of the user's past by their nature: for them only the target itself is excluded.
 
     Args:
         day: day number of the partition.
@@ -49,7 +49,7 @@ def sample_negatives(
     drawn = np.full((positives, rule.per_positive), -1, dtype=np.int32)
     if not positives or not items:
         return drawn
-    # (user, item) -> when he first met it.
+    # (user, item) -> when the user first met it.
     key = event_owner.astype(np.int64) * items + event_item
     order = np.lexsort((event_time_ms, key))
     met_key, first = np.unique(key[order], return_index=True)

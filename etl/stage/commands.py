@@ -20,11 +20,11 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        told = error if isinstance(error, StageError) else _no_answer(error)
-        if told is None or os.environ.get("LONGVIEW_TRACE") == "1":
+        cause = error if isinstance(error, StageError) else _no_answer(error)
+        if cause is None or os.environ.get("LONGVIEW_TRACE") == "1":
             raise
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        sys.exit(told.exit_code)
+        print(f"error: {cause}", file=sys.stderr, flush=True)
+        sys.exit(cause.exit_code)
 
 
 def _no_answer(error: Exception) -> StageError | None:

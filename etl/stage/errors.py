@@ -1,23 +1,23 @@
-"""The failures that a stage tells its user about, and the exit code of each kind; imports next to nothing, so that a DAG file may."""
+"""The failures that a stage reports to its user, and the exit code of each kind; imports next to nothing, so that a DAG file may."""
 
 from __future__ import annotations
 
 import re
 
-EXIT_MEND = 2  # something for a person to mend; argparse's code, too
+EXIT_CORRECT = 2  # something for a person to correct; argparse's code, too
 EXIT_GATE = 3  # a gate said no
-EXIT_TRY_AGAIN = 75  # nothing to mend here: the same command line may succeed a minute later (EX_TEMPFAIL of sysexits.h)
+EXIT_TRY_AGAIN = 75  # nothing to correct here: the same command line may succeed a minute later (EX_TEMPFAIL of sysexits.h)
 
 
 class StageError(Exception):
-    """A stage cannot go on, for a reason that its user can mend.
+    """A stage cannot go on, for a reason that its user can correct.
 
     Args:
         what: what is wrong, naming the file, column, value or partition.
         remedy: what the user should do about it.
     """
 
-    exit_code = EXIT_MEND
+    exit_code = EXIT_CORRECT
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}\n  remedy: {remedy}")

@@ -21,19 +21,19 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 def spark_session(app_name: str) -> SparkSession:
     """Return the session of a stage.
 
-    Under spark-submit, all that it was told (options, --conf, spark-defaults.conf) stays as it is; only what it leaves open
+    Under spark-submit, all that it was given (options, --conf, spark-defaults.conf) stays as it is; only what it leaves open
     is set here. Elsewhere the environment decides: SPARK_MASTER (default local[*]) and LONGVIEW_SPARK_MEMORY (driver, and
     executors on a cluster; default 2g). On a cluster the executors get this process's copy of `etl/` with the job.
     """
     from pyspark import SparkConf, SparkContext
     from pyspark.sql import SparkSession
 
-    # spark-submit starts the JVM first, then this process: what it was told is there before any of ours.
+    # spark-submit starts the JVM first, then this process: what it was given is there before any of ours.
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if submitted:
         SparkContext._ensure_initialized()
-    told = SparkConf(loadDefaults=submitted)
-    master = told.get("spark.master", None) or os.environ.get("SPARK_MASTER", "local[*]")
+    given_conf = SparkConf(loadDefaults=submitted)
+    master = given_conf.get("spark.master", None) or os.environ.get("SPARK_MASTER", "local[*]")
     local = master.startswith("local")
     settings = {
         "spark.master": master,
@@ -63,10 +63,10 @@ def spark_session(app_name: str) -> SparkSession:
             settings["spark.executor.memory"] = memory
     builder = SparkSession.builder
     for name, value in settings.items():
-        if not told.contains(name):
+        if not given_conf.contains(name):
             builder = builder.config(name, value)
     session = builder.getOrCreate()
-    session.sparkContext.setLogLevel(told.get("spark.log.level", None) or settings["spark.log.level"])
+    session.sparkContext.setLogLevel(given_conf.get("spark.log.level", None) or settings["spark.log.level"])
     if not local:
         _ship_code(session)
     logging.getLogger("py4j").setLevel(logging.ERROR)  # it logs every closed connection, also at interpreter exit

@@ -62,7 +62,7 @@ class Layout:
         return (HASHES[self.hash](user_id) % np.uint64(self.buckets)).astype(np.int32)
 
     def nested_in(self, other: Layout) -> int:
-        """Return the number m with: a user in bucket a here and b there has a = b modulo m; 1 tells nothing."""
+        """Return the number m with: a user in bucket a here and b there has a = b modulo m; 1 says nothing."""
         return math.gcd(self.buckets, other.buckets) if self.hash == other.hash else 1
 
 

@@ -66,7 +66,7 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the manifest with its checksum: the data digest tells of the files alone, not of counts, inputs and settings."""
+        """Return the manifest with its checksum: the data digest covers the files alone, not of counts, inputs and settings."""
         content = {**asdict(self), "format_version": FORMAT_VERSION, "rows": self.rows, "data_digest": self.data_digest}
         return json.dumps({**content, CHECKSUM: checksum(content)}, indent=1, sort_keys=True)
 

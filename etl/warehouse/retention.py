@@ -65,7 +65,7 @@ class Cutoffs:
 
 
 def prune_partitions(
-    store: TableStore, cutoffs: Cutoffs, lineage: Lineage, dry_run: bool, tell: Callable[[str], None]
+    store: TableStore, cutoffs: Cutoffs, lineage: Lineage, dry_run: bool, warn: Callable[[str], None]
 ) -> list[Removed]:
     """Remove superseded files and manifests of the history, partition by partition.
 
@@ -74,7 +74,7 @@ def prune_partitions(
     is published, was made from.
 
     Args:
-        tell: is told why a partition is left as it is although it is old enough.
+        warn: called with the reason why a partition is left as it is although it is old enough.
     """
     superseded, histories, published_ms = _listed(store)
     oldest = max((ms for ms in (cutoffs.superseded_ms, cutoffs.history_ms) if ms is not None), default=0)
@@ -90,7 +90,7 @@ def prune_partitions(
         except TryAgainError:
             raise
         except StageError as error:
-            tell(f"warning: {table}/dt={dt} is left as it is: {error.what}")
+            warn(f"warning: {table}/dt={dt} is left as it is: {error.what}")
     return removed
 
 

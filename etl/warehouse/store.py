@@ -254,11 +254,11 @@ class TableStore:
         [published] = self.publish_all([staged])
         return published
 
-    def publish_all(self, staged: Sequence[Staged], tell: Callable[[Manifest], None] = lambda manifest: None) -> list[Manifest]:
+    def publish_all(self, staged: Sequence[Staged], announce: Callable[[Manifest], None] = lambda manifest: None) -> list[Manifest]:
         """Make staged partitions the current ones, in this order, after the bytes of all of them were found to be those of their manifests.
 
         Args:
-            tell: is told of each as soon as it is published.
+            announce: called with each as soon as it is published.
 
         Raises:
             StageError: a file is missing or has other bytes than its manifest says, or somebody published other data since the
@@ -272,7 +272,7 @@ class TableStore:
         published = []
         for one in staged:
             published.append(self._publish_verified(one))
-            tell(published[-1])
+            announce(published[-1])
         return published
 
     def _verify(self, manifest: Manifest, file: DataFile) -> None:

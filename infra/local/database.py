@@ -1,6 +1,6 @@
 """The home's own PostgreSQL: made and started where it is wanted, backed up, restored. Its binaries come with a Python package.
 
-Only its Unix socket answers, in a folder of mode 700, to the user who made it: the kernel tells the server who calls (`peer`),
+Only its Unix socket answers, in a folder of mode 700, to the user who made it: the kernel shows the server who calls (`peer`),
 so that no password exists. PostgreSQL refuses to run as root; for root it runs as `nobody`, who can only enter the home by a
 capability that the server alone is given.
 """
@@ -39,7 +39,7 @@ READY_SECONDS = 120
 # 8 processes of Airflow and MLflow with pools of 15, twice where they have an asynchronous engine, and the stages.
 SERVER_SETTINGS = {"listen_addresses": "", "unix_socket_permissions": "0700", "shared_buffers": "64MB", "max_connections": "200", "logging_collector": "off"}
 ROWS_AT_ONCE = 5_000
-SQLITE_REMEDY = f"mend what it says, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}"
+SQLITE_REMEDY = f"correct what it says, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}"
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def ensure(create: bool) -> dict[Service, int]:
 
 
 def server_pid(data: Path) -> int | None:
-    """Return the process of the server over a folder: the one that its pid file names, if that is told to serve the folder."""
+    """Return the process of the server over a folder: the one that its pid file names, if that serves the folder."""
     import psutil
 
     with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
@@ -217,7 +217,7 @@ def _sql(*statements: str) -> None:
             for statement in statements:
                 cursor.execute(statement)
     except psycopg2.Error as error:
-        raise InfraError(f"PostgreSQL refused: {error}", "mend what it says") from None
+        raise InfraError(f"PostgreSQL refused: {error}", "correct what it says") from None
 
 
 def _lock() -> Path:
@@ -473,7 +473,7 @@ def _client(name: str, *arguments: str) -> None:
     done = subprocess.run([program(name), f"--host={settings.postgres_socket()}", "--port=5432", f"--username={settings.POSTGRES_USER}", "--no-password", *arguments],
                           env=_environment(), capture_output=True, text=True)
     if done.returncode != 0:
-        raise InfraError(f"{name} failed:\n{done.stderr[-2000:]}", "mend what it says; nothing was replaced")
+        raise InfraError(f"{name} failed:\n{done.stderr[-2000:]}", "correct what it says; nothing was replaced")
 
 
 def main() -> int:

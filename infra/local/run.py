@@ -1,4 +1,4 @@
-"""`make run`: one partition through Airflow's real scheduler, told live, with a table at the end.
+"""`make run`: one partition through Airflow's real scheduler, shown live, with a table at the end.
 
 RAW=folder DT=YYYY-MM-DD DATASET=kuairand choose the data; without RAW the simulator writes a small data set first.
 """
@@ -167,7 +167,7 @@ class TaskLog:
 
 
 class Run:
-    """One DAG run: triggered, followed to its end, and told."""
+    """One DAG run: triggered, followed to its end, and shown."""
 
     def __init__(self, api: AirflowApi, dataset: str, dt: str, raw: str, options: dict[str, str | int]) -> None:
         self.api, self.dataset, self.dt, self.raw, self.options = api, dataset, dt, raw, options
@@ -244,7 +244,7 @@ class Run:
             print(f"\nFAILED  {task['task_id']}  (try {task['try_number']}); the end of {log.path}:\n")
             print("\n".join(f"    {line}" for line in log.lines()[-LOG_LINES:]))
         print(f"\nreport of the partition: {self._report()}")
-        print(f"error: the run {self.run_id} failed\n  remedy: mend what the log says, then repeat `make run`; published tables are kept")
+        print(f"error: the run {self.run_id} failed\n  remedy: correct what the log says, then repeat `make run`; published tables stay")
 
     def tell_success(self) -> None:
         if skipped := [task["task_id"] for task in self.tasks if task["state"] == "skipped"]:

@@ -36,7 +36,7 @@ DISK_NEEDED_GB = 3
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Do the work of a command line; return 0, or 1 with what the user can mend printed."""
+    """Do the work of a command line; return 0, or 1 with what the user can correct printed."""
     try:
         work()
     except (InfraError, StageError) as error:
@@ -254,12 +254,12 @@ def migrate(env: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], env=env, cwd=settings.ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise InfraError("airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
-                         f"mend what it says; or delete {settings.airflow_home()} (run history only) and try again")
+                         f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again")
     stamp.write_text(wanted)
 
 
 def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str, since: float) -> None:
-    """Wait until the components are healthy; a component that ends is told at once, with the end of its log.
+    """Wait until the components are healthy; a component that ends is reported at once, with the end of its log.
 
     Args:
         since: when they were started (Unix seconds): the last heartbeat of those before them stays fresh for a while.

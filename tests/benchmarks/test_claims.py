@@ -1,4 +1,4 @@
-"""The claims page says what the figures say, and a claim that the figures refute is told as refuted."""
+"""The claims page says what the figures say, and a claim that the figures refute is called refuted."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_noise_is_told_as_noise(tmp_path):
             run["auc"] = 0.783 + 0.05 * (-1) ** run["number"]
         return run
 
-    assert verdict(changed(tmp_path, noisy), "VQL beats SDIM") == "cannot be told"
+    assert verdict(changed(tmp_path, noisy), "VQL beats SDIM") == "not decided"
 
 
 def test_an_interval_is_students():

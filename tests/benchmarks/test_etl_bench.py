@@ -1,4 +1,4 @@
-"""`make bench-etl`: its logs are what it says, it tells different results apart, and the quick run ends in one JSON line.
+"""`make bench-etl`: its logs are what it says, it separates different results, and the quick run ends in one JSON line.
 
 python -m pytest tests/benchmarks/test_etl_bench.py -m "not slow"    # seconds; the quick run takes minutes
 """

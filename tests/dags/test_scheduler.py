@@ -212,7 +212,7 @@ class Project:
         return self.api.call("GET", f"{run}/taskInstances/{task}")["try_number"]
 
     def question(self, run: str) -> dict:
-        """Return what a run that waits for a person shows him."""
+        """Return what a run that waits for a person shows them."""
         wait_for(f"question of {run}", lambda: self.states(run).get(APPROVAL) in ("awaiting_input", "success", "failed", "upstream_failed"), every=1)
         assert self.states(run)[APPROVAL] == "awaiting_input"
         # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one, and
@@ -273,7 +273,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert up.returncode == 0, up.stdout + up.stderr
     assert (project.root / "var" / "postgres" / "data" / "PG_VERSION").exists()
 
-    # A stage error fails at once and is told; it reuses the running stack.
+    # A stage error fails at once and is reported; it reuses the running stack.
     project.fault("training.train", 2, once=False)
     failed = project.python("-m", "infra.local.run")
     assert failed.returncode == 1
@@ -332,7 +332,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
 
     assert known_runs() != at_backup
 
-    # A backfill cannot be told to build one day over and over, and nonsense is refused before it runs.
+    # A backfill cannot be made to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):
         project.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}})
 
@@ -549,7 +549,7 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
         assert reason in project.error(run, "start")
     assert project.calls() == []
 
-    # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter is told.
+    # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter is named.
     project.backfill("2022-05-08", "2022-05-09", reprocess_behavior="completed")
     assert [of(call, "--dt") for call in project.calls()] == ["2022-05-08"]
     [run] = project.runs_of_backfill("2022-05-09")

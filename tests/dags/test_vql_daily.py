@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import ParamValidationError
 from structlog.testing import capture_logs
 
 from etl.datasets.definition import SHORTEST_RETENTION_DAYS, built_in_names, dataset
-from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN, StageError
+from etl.stage.errors import EXIT_CORRECT, EXIT_GATE, EXIT_TRY_AGAIN, StageError
 from infra import settings
 from tests.waiting import wait_for
 
@@ -283,9 +283,9 @@ def test_a_wrong_own_definition_is_an_import_error_of_its_file_only(own, file, w
     assert says in error
     assert set(bag.dags) == {f"vql_daily_{name}" for name in built_in_names()}
     (own.parent / f"{file}.yaml").unlink()
-    mended = DagBag(dag_folder=str(settings.ROOT / "dags"))
-    assert mended.import_errors == {}
-    assert set(mended.dags) == {f"vql_daily_{name}" for name in (*built_in_names(), "shop")}
+    corrected = DagBag(dag_folder=str(settings.ROOT / "dags"))
+    assert corrected.import_errors == {}
+    assert set(corrected.dags) == {f"vql_daily_{name}" for name in (*built_in_names(), "shop")}
 
 
 # ---- which day -------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_a_run_without_one_clear_day_fails(context, message):
 
 
 @contextlib.contextmanager
-def ended_as_a_stage(says: str, code: int = EXIT_MEND):
+def ended_as_a_stage(says: str, code: int = EXIT_CORRECT):
     """The body is a task that ends with an exit code, after an `error:` and its remedy at error level; yields all lines of its log."""
     lines: list[str] = []
     with capture_logs() as records, pytest.raises(SystemExit) as ended:
@@ -710,10 +710,10 @@ def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path,
     _, execute = run_code(tmp_path, monkeypatch, code)
     with capture_logs() as records, pytest.raises(SystemExit) as ended:
         execute()
-    assert ended.value.code == EXIT_MEND
+    assert ended.value.code == EXIT_CORRECT
     said = {record["event"]: record["log_level"] for record in records}
     assert {"noise": "info", "error: no raw rows": "error", "  remedy: give RAW": "error", "late": "info"}.items() <= said.items()
-    assert said["stage found something to mend and is not tried again (exit code 2)"] == "error"
+    assert said["stage found something to correct and is not tried again (exit code 2)"] == "error"
 
 
 def test_what_may_pass_by_itself_is_retried_for_ten_minutes_a_crash_once_and_the_rest_never():
@@ -731,14 +731,14 @@ def test_what_may_pass_by_itself_is_retried_for_ten_minutes_a_crash_once_and_the
 
     for cleared_after in (0, 3):  # clearing a task begins the count anew
         assert [after(EXIT_TRY_AGAIN, tried, cleared_after) for tried in range(1, retries + 1)] == [(RetryAction.RETRY, wait) for wait in waits]
-        for code in (EXIT_MEND, EXIT_GATE):
+        for code in (EXIT_CORRECT, EXIT_GATE):
             assert after(code, 1, cleared_after)[0] is RetryAction.FAIL
         for code in (1, -9, None):
             assert after(code, 1, cleared_after) == (RetryAction.RETRY, 20)
             assert after(code, 2, cleared_after)[0] is RetryAction.FAIL
 
 
-@pytest.mark.parametrize("code", [0, EXIT_MEND, EXIT_GATE, EXIT_TRY_AGAIN, 1])
+@pytest.mark.parametrize("code", [0, EXIT_CORRECT, EXIT_GATE, EXIT_TRY_AGAIN, 1])
 def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(tmp_path, monkeypatch, code):
     from dags._common import StageOperator
     from dags._gates import GateOperator, ReportLink

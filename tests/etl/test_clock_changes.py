@@ -1,4 +1,4 @@
-"""Local times on the days on which clocks change: read by a stated rule, counted and told."""
+"""Local times on the days on which clocks change: read by a stated rule, counted and reported."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def test_they_are_counted_and_told(tmp_path, monkeypatch, capsys):
         summary = job.build_events(store, definition, RawLocation(str(tmp_path / "raw")), job.Build(dt, dt, 1, 1, 0.0))
         counts = store.staged_manifest(dt, "events", dt).counts
         assert (counts["repeated_times"], counts["missing_times"]) == counted
-        assert summary["rows_read"] == summary["events"] == counts["rows_read"]  # told beside the rows, not among them
+        assert summary["rows_read"] == summary["events"] == counts["rows_read"]  # reported next to the rows, not among them
         assert f"clock changes: {counted[0]} event(s)" in capsys.readouterr().out

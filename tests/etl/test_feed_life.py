@@ -213,12 +213,12 @@ def test_sixty_days_of_a_feed(tmp_path):
             life.definition = shop(f"Title {number}", life.bound())
         if rng.random() < 0.05:
             life.definition = shop(life.definition.title, 5 - life.bound())
-        # What is stale is told, and nothing else.
+        # What is stale is named, and nothing else.
         if life.built:
-            told = {s.dt: s.whole for s in affected(life.store, life.definition, RawLocation(str(life.raw))) if s.table == "events"}
-            assert told == life.stale(), number
-            seen["stale"] += len(told)
-            seen["lost"] += sum(not whole for whole in told.values())
+            said = {s.dt: s.whole for s in affected(life.store, life.definition, RawLocation(str(life.raw))) if s.table == "events"}
+            assert said == life.stale(), number
+            seen["stale"] += len(said)
+            seen["lost"] += sum(not whole for whole in said.values())
         killed = rng.choice([None, None, None, "before", "between"])
         seen["killed"] += killed is not None
         days = [today] if rng.random() < 0.7 else rng.sample(days_between(max(FIRST, add_days(today, -8)), today), min(3, number + 1))

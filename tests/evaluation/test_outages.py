@@ -1,4 +1,4 @@
-"""An MLflow that is away costs waiting, and what is wrong in it is told as what it is."""
+"""An MLflow that is away costs waiting, and what is wrong in it is reported as what it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from etl.stage.commands import run_stage
-from etl.stage.errors import EXIT_MEND, EXIT_TRY_AGAIN
+from etl.stage.errors import EXIT_CORRECT, EXIT_TRY_AGAIN
 from evaluation.gate import Decision
 from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT
@@ -64,8 +64,8 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
         capsys.readouterr()
         assert call(module) == code
         assert server.killed_at, f"{module} never asked for {request}: {capsys.readouterr()}"
-        told = capsys.readouterr().err
-        assert ("does not answer" in told) == (code == EXIT_TRY_AGAIN), told
+        said = capsys.readouterr().err
+        assert ("does not answer" in said) == (code == EXIT_TRY_AGAIN), said
         is_last = number + 1 == len(OUTAGES) or OUTAGES[number + 1][0] != module
         if is_last and code:
             assert call(module) == EXIT_TRY_AGAIN  # it is still away
@@ -134,7 +134,7 @@ def test_a_user_whom_mlflow_refuses_is_told_at_once_what_to_set(gatekeeper, stag
         with pytest.raises(SystemExit) as end:
             run_stage(importlib.import_module(module).main)
         said = capsys.readouterr().err
-        assert (end.value.code, len(asked)) == (EXIT_MEND, 1), (module, said, asked)
+        assert (end.value.code, len(asked)) == (EXIT_CORRECT, 1), (module, said, asked)
         assert said.startswith(f"error: MLflow at {address} refuses this user: ")
         assert "remedy: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN" in said
         assert "Traceback" not in said

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from etl.datasets.definition import dataset
-from etl.stage.errors import EXIT_MEND, GateError, StageError, TryAgainError
+from etl.stage.errors import EXIT_CORRECT, GateError, StageError, TryAgainError
 from infra import settings
 from training.tracking import MetricsBuffer, attempt_run, end_run
 
@@ -43,7 +43,7 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
     assert runs()[0].info.status == "FINISHED"
 
 
-@pytest.mark.parametrize(("error", "status"), [(StageError("odd", "mend it"), "FAILED"), (GateError("no", "mend it"), "FAILED"), (RuntimeError("odd"), "FAILED"),
+@pytest.mark.parametrize(("error", "status"), [(StageError("odd", "correct it"), "FAILED"), (GateError("no", "correct it"), "FAILED"), (RuntimeError("odd"), "FAILED"),
                                                (TryAgainError("odd", "wait"), "RUNNING")])  # fmt: skip
 def test_a_run_ends_with_its_stage_unless_the_same_line_may_succeed_later(mlflow_store, error, status):
     with pytest.raises(type(error)), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
@@ -89,7 +89,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(mlflow_
     for required in (True, False):
         with pytest.raises(StageError, match="was deleted") as caught, attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=required):
             pass
-        assert caught.value.exit_code == EXIT_MEND
+        assert caught.value.exit_code == EXIT_CORRECT
     subprocess.run(caught.value.remedy.removeprefix("restore it: "), shell=True, check=True, capture_output=True)
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as again:
         assert again.info.experiment_id == run.info.experiment_id

@@ -143,7 +143,7 @@ def test_a_package_bounds_what_its_model_is_scored_on(partition, loaded, make_mo
     assert scored.history_length.max() == 6
     assert np.abs(scored.score - by_hand.score).max() <= 1e-5
     for user in np.unique(scored.user_id):
-        request = request_of(items, everything, int(user), max_targets=100)  # the caller sends all that he has
+        request = request_of(items, everything, int(user), max_targets=100)  # the caller sends all there is
         bounded = request_of(items, Sequences.from_arrow(rows, 6), int(user), max_targets=100)
         assert len(bounded["history_item_id"]) < len(request["history_item_id"]) or len(request["history_item_id"]) <= 6
         for sent in (request, bounded):

@@ -134,7 +134,7 @@ def test_a_request_with_raw_ids_scores_as_the_partition_does(cutoff, partition, 
         mine = scored.user_id == user
         request = request_of(items, sequences, int(user), max_targets=100)
         assert np.abs(scorer.score_request(request) - scored.score[mine]).max() <= 1e-5
-        # The caller sends everything he has; the package knows what a target may see.
+        # The caller sends everything there is; the package knows what a target may see.
         whole = slice(*sequences.history_start[[user, user + 1]])
         everything = dataclasses.replace(sequences, target_end=np.full_like(sequences.target_end, whole.stop - whole.start))
         request = request_of(items, everything, int(user), max_targets=100)

@@ -27,7 +27,7 @@ from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for
 from training.loop import WorkerLostError
 from training.package import Cutoff
-from training.ray_workers import _told_of_workers
+from training.ray_workers import _cause_of
 from training.scoring import load_scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,18 +164,18 @@ def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_tr
     from ray.train import WorkerGroupError
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-    def told(**failures: Exception) -> Exception:
-        return _told_of_workers(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
+    def cause(**failures: Exception) -> Exception:
+        return _cause_of(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
 
     of_code = {name: UserExceptionWithTraceback(error, f"trace of {name}") for name, error in
-               (("mend", StageError("no such column", "name another")), ("bug", ValueError("shape")), ("waits", WorkerLostError("in vain")))}  # fmt: skip
+               (("stage", StageError("no such column", "name another")), ("bug", ValueError("shape")), ("waits", WorkerLostError("in vain")))}  # fmt: skip
     died = WorkerHealthCheckFailedError("worker 1 died", RuntimeError("SIGKILL"))
-    first = told(r0=of_code["waits"], r1=of_code["mend"])
+    first = cause(r0=of_code["waits"], r1=of_code["stage"])
     assert isinstance(first, StageError) and (first.what, first.remedy, first.exit_code) == ("no such column", "name another", 2)
-    assert type(told(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(told(r1=of_code["bug"]))
-    for lost in (told(r0=of_code["waits"], r1=died), told(r0=of_code["waits"])):
+    assert type(cause(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(cause(r1=of_code["bug"]))
+    for lost in (cause(r0=of_code["waits"], r1=died), cause(r0=of_code["waits"])):
         assert isinstance(lost, TryAgainError)
-    assert "lost worker 1: worker 1 died" in told(r0=of_code["waits"], r1=died).what
+    assert "lost worker 1: worker 1 died" in cause(r0=of_code["waits"], r1=died).what
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 On a GPU a loop over users is bound by its launches, whatever the histories' lengths (benchmarks/LOG.md); here the number of
 operations does not depend on the number of users. Every (block, tile) pair of one user is a row of batched products; the
 softmax of a target is joined over the blocks of its user by sums, with one maximum for all of them: the very softmax over
-his events. Time and memory grow with the events of the batch, not with users x the longest history.
+the user's events. Time and memory grow with the events of the batch, not with users x the longest history.
 
 Legend: E events (flat), T targets (flat), N (block, tile) pairs, B events of a block, P targets of a tile, X tiles, H heads,
 d head width, K refined events.

@@ -264,7 +264,7 @@ class EventsDay:
 
     @property
     def repeated_day_share(self) -> float:
-        # Times of whole days tell nothing apart.
+        # Times of whole days separate nothing.
         if self._known is None or not self.enough(len(np.unique(self.time_ms))):
             return NAN
         return float(_places(self._known.last_day_keys, row_keys(self.table))[1].mean())

@@ -30,7 +30,7 @@ PARQUET_MAGIC = b"PAR1"
 
 @dataclass
 class FileFacts:
-    """What one log file of the day looks like; what so few lines cannot tell is not a number.
+    """What one log file of the day looks like; what so few lines cannot show is not a number.
 
     Attributes:
         refused_because: why its header cannot be read as the definition says; '' where it can.

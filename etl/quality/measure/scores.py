@@ -34,7 +34,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoresFacts:
-    """A model's scores; what so few targets cannot tell is not a number.
+    """A model's scores; what so few targets cannot show is not a number.
 
     Attributes:
         trailing: statistics of earlier days' models.

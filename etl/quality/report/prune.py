@@ -84,7 +84,7 @@ def _unlink_reports(reports: Path, attempt: str) -> None:
 
 
 def _rewrite(path: Path, change: Callable[[str], str]) -> None:
-    """Change a file; its age stays that of what it tells."""
+    """Change a file; its age stays that of what it holds."""
     times = path.stat()
     replace_text(path, change(path.read_text(encoding="utf-8")))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

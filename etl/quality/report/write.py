@@ -179,7 +179,7 @@ def _draw_early(store: TableStore, dt: str, attempt: str) -> None:
     import etl.quality.report.pages  # noqa: F401
     from etl.quality.report.plots import draw
 
-    with contextlib.suppress(OSError):  # told when the page is written
+    with contextlib.suppress(OSError):  # notes when the page is written
         draw(_stats(store, dt, attempt)[0], dt)
 
 

@@ -114,7 +114,7 @@ def test_any_field_of_a_wrong_type_or_name_is_told_by_its_name(tmp_path, sample)
         field = ".".join(str(part) for part in path)
         wrong = [{"nonsense": 1}, [["nonsense"]], True][turn % (2 if isinstance(_at(typed, path), bool) else 3)]
         said = refusal(tmp_path, json.dumps(changed(typed, path, lambda inner, name, wrong=wrong: inner.__setitem__(name, wrong)), default=str), sample.stem)
-        # A value of a list of values, such as `equals`, is told by the field that it stands in.
+        # A value of a list of values, such as `equals`, is named by the field that it stands in.
         assert field in said or (isinstance(path[-1], int) and field.rpartition(".")[0] in said), (field, said)
         definitions += 1
         own = path[:-1] in OWN_NAMES or path[-2:-1] == ("fields",)
@@ -230,12 +230,12 @@ def test_several_mistakes_are_told_together(tmp_path):
     ("files: items.csv", "files: clicks.csv", ["items.0.files", "logs.files"]),
     ("files: users.csv", "files: a/../../users.csv", ["users.0.files", "leaves"]),
     ("quoting: false", "quoting: no", ["logs.quoting", "true or false"]),
-    ("quoting: false", "delimiter: '5'", ["logs.delimiter", "cannot be told"]),
-    ("quoting: false", "delimiter: e", ["logs.delimiter", "cannot be told"]),
+    ("quoting: false", "delimiter: '5'", ["logs.delimiter", "not decided"]),
+    ("quoting: false", "delimiter: e", ["logs.delimiter", "not decided"]),
     ("quoting: false", "delimiter: §", ["logs.delimiter", "ASCII"]),
     ("quoting: false", "delimiter: 1", ["logs.delimiter", "quotes"]),
-    ("key: id, columns", "delimiter: '\"', key: id, columns", ["items.0.delimiter", "cannot be told"]),
-    ("key: id, columns", 'delimiter: "\\n", key: id, columns', ["items.0.delimiter", "cannot be told"]),
+    ("key: id, columns", "delimiter: '\"', key: id, columns", ["items.0.delimiter", "not decided"]),
+    ("key: id, columns", 'delimiter: "\\n", key: id, columns', ["items.0.delimiter", "not decided"]),
     ("key: id, columns", "missing: [-1, null], key: id, columns", ["items.0.missing.0", "items.0.missing.1", "quotes"]),
     ("key: id, columns", "key: sku, columns", ["items.0.key", "'sku' is not among items.0.columns"]),
     ("[id, title, tags]", "[id, title, title, tags]", ["items.0.columns", "'title' is named twice"]),

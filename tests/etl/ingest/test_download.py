@@ -47,7 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.etag: str | None = '"one"'
         self.cuts: list[int] = []  # bytes after which the next connections are dropped
-        self.ranges, self.head, self.told = True, True, True
+        self.ranges, self.head, self.sized = True, True, True
         self.status: list[int] = []  # of the next answers
         self.pause = 0.0
         self.moved = False  # `files` have gone to another address, to which the old one leads
@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         if server.etag:
             self.send_header("ETag", server.etag)
-        if server.told:
+        if server.sized:
             self.send_header("Content-Length", str(total - start))
         self.end_headers()
         if not send:
@@ -434,13 +434,13 @@ def test_sizes_that_differ_from_the_definition_stop_it_at_once(server, tmp_path)
     server.files["X.tar.gz"] = TAR
     path = definition(tmp_path, {"url": server.url("X.tar.gz"), "bytes": 5, "members": MEMBERS})
     assert "but the definition says 5" in fails(path, tmp_path / "raw")
-    server.told = False
+    server.sized = False
     assert "but the definition says 5" in fails(path, tmp_path / "raw")
 
 
 def test_a_server_without_head_sizes_and_etags_will_do(server, one):
     path, raw = one
-    server.head, server.told, server.etag = False, False, None
+    server.head, server.sized, server.etag = False, False, None
     call(path, raw)
     assert files(raw) == CONTENTS
 

@@ -20,7 +20,7 @@ from etl.datasets.definition import dataset
 from etl.quality.judge import audit
 from etl.quality.judge.outcomes import StageOutcome, read_outcomes
 from etl.quality.measure.statistics import read_stats
-from etl.stage.errors import EXIT_MEND, StageError
+from etl.stage.errors import EXIT_CORRECT, StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import (
     EVALUATION,
@@ -85,7 +85,7 @@ def test_a_gate_judges_no_day_that_its_attempt_does_not_build(store: TableStore)
     assert audit_of(DT, "a").attempt == "a"
     with pytest.raises(StageError, match=rf"attempt a builds dt={DT} .*, not dt={add_days(DT, -1)}") as caught:
         audit_of(add_days(DT, -1), "a")
-    assert caught.value.exit_code == EXIT_MEND
+    assert caught.value.exit_code == EXIT_CORRECT
 
 
 # ---- events ------------------------------------------------------------------------------------------------------

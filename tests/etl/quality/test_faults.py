@@ -251,9 +251,9 @@ def require_found(feed: Feed, fault: Fault, error: StageError | None) -> None:
     assert {stage: outcome.max_severity for stage, outcome in outcomes.items() if outcome.max_severity not in (None, "info")} == {fault.gate: fault.severity}
     failed = {outcome.column: outcome for outcome in outcomes[fault.gate].failed(fault.severity)}
     assert fault.metric in failed, sorted(failed)
-    told = f"{failed[fault.metric].message} {failed[fault.metric].remedy}"
+    notes = f"{failed[fault.metric].message} {failed[fault.metric].remedy}"
     for part in (fault.metric, *fault.names):
-        assert part in told
+        assert part in notes
     assert failed[fault.metric].remedy
     if fault.severity == "critical":
         assert fault.metric in str(error)

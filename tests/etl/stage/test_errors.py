@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from etl.stage.errors import EXIT_GATE, EXIT_MEND, EXIT_TRY_AGAIN
+from etl.stage.errors import EXIT_CORRECT, EXIT_GATE, EXIT_TRY_AGAIN
 from etl.warehouse.pointers import opened
 from etl.warehouse.store import TableStore
 from tests.processes import free_port
@@ -21,7 +21,7 @@ def ends(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("raised", "code"), [
-    ("StageError('odd', 'mend it')", EXIT_MEND), ("GateError('odd', 'mend it')", EXIT_GATE), ("TryAgainError('odd', 'mend it')", EXIT_TRY_AGAIN),
+    ("StageError('odd', 'correct it')", EXIT_CORRECT), ("GateError('odd', 'correct it')", EXIT_GATE), ("TryAgainError('odd', 'correct it')", EXIT_TRY_AGAIN),
     (f"OSError({ARROW!r})", EXIT_TRY_AGAIN), (f"RuntimeError('Py4JJavaError: trace\\n  at java\\n{ARROW}\\n at java')", EXIT_TRY_AGAIN),
     ("OSError('odd')", 1), ("OSError('AWS Error ACCESS_DENIED during GetObject')", 1), ("ConnectionRefusedError(111)", 1),
 ])  # fmt: skip

@@ -250,7 +250,7 @@ def test_a_damaged_pointer_names_its_path_and_the_history_that_mends_it(tmp_path
     path = damaged(store, change)
     with pytest.raises(StageError, match=rf"{path} {says}[\s\S]*remedy: copy the newest good manifest of .*/history over it"):
         store.require("quarantine", DT)
-    [kept] = (path.parent / "history").iterdir()  # and that mends it
+    [kept] = (path.parent / "history").iterdir()  # and that repairs it
     path.write_text(kept.read_text())
     assert texts(store, store.require("quarantine", DT)) == {"one"}
 

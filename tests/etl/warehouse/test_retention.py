@@ -189,7 +189,7 @@ def test_who_publishes_between_the_look_and_the_removal_waits_or_loses_nothing(s
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 waits.append(lock)
         elif "_superseded" in infos[0].path:
-            time.sleep(1.1)  # S3 tells times in seconds
+            time.sleep(1.1)  # S3 gives times in seconds
             for name, text in (("again", "a"), ("newest", "c")):
                 stage(store, name, text)
                 again.append(store.publish(name, "quarantine", DT))
