@@ -54,8 +54,8 @@ prune: setup ## remove what is no longer current and as old as the definition sa
 	@$(PY) -m evaluation.prune --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--runs "$${LONGVIEW_RUNS:-$${LONGVIEW_HOME:-var}/runs}" --reports "$${LONGVIEW_REPORTS:-$${LONGVIEW_HOME:-var}/reports}" $(ARGS)
 
-lint: setup ## ruff and mypy
-	@$(PY) -m ruff check . && $(PY) -m mypy
+lint: setup ## ruff (rules and format) and mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 up: setup ## start Airflow and MLflow in the background and say where they are
 	@$(PY) -m infra.local.stack up

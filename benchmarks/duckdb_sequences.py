@@ -38,10 +38,20 @@ def sequences_sql(events: str, items: str, users: str, definition: DatasetDefini
 
     A target sees as many events as its user has strictly earlier ones: its rank by time, less one.
     """
-    if definition.history.of or definition.targets.of or definition.targets.positions or definition.history.cutoff != "event" or definition.label_bit is None:
+    if (
+        definition.history.of
+        or definition.targets.of
+        or definition.targets.positions
+        or definition.history.cutoff != "event"
+        or definition.label_bit is None
+    ):
         raise ValueError(f"the query does not stand for the definition of {definition.name}")
-    first_target_ms, first_evaluation_ms = (day_number(day) * MS_PER_DAY for day in (window.first_target_dt, window.first_evaluation_dt))
-    passed = " + ".join(f"(watch_time_ms::DOUBLE / duration_ms >= {edge}::DOUBLE)::TINYINT" for edge in WATCH_RATIO_EDGES)
+    first_target_ms, first_evaluation_ms = (
+        day_number(day) * MS_PER_DAY for day in (window.first_target_dt, window.first_evaluation_dt)
+    )
+    passed = " + ".join(
+        f"(watch_time_ms::DOUBLE / duration_ms >= {edge}::DOUBLE)::TINYINT" for edge in WATCH_RATIO_EDGES
+    )
     watch = f"(CASE WHEN duration_ms <= 0 THEN 0 WHEN watch_time_ms <= 0 THEN 1 ELSE 2 + {passed} END)::TINYINT"
     event = f"{{i: item_index, t: event_time_ms, f: feedback, w: {watch}, c: context, e: earlier}}"
     apart = ", ".join(f"list_transform(events, lambda x: x.{name}) AS {name}" for name in "itfwce")
@@ -74,9 +84,15 @@ def build(store: TableStore, definition: DatasetDefinition, raw: Path, window: W
         connection.execute(f"CREATE TEMP TABLE items AS {items_sql(events, window)}")
         counted = time.perf_counter()
         # Users have long lists: row groups of 2,048 of them are what DuckDB writes in parallel.
-        connection.execute(f"COPY ({sequences_sql(events, 'items', users, definition, window)}) TO '{out}'"
-                           " (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 3, ROW_GROUP_SIZE 2048, PARQUET_VERSION v2)")
-        return {"items_s": counted - began, "work_s": time.perf_counter() - began, "work_cpu_s": time.process_time() - before}
+        connection.execute(
+            f"COPY ({sequences_sql(events, 'items', users, definition, window)}) TO '{out}'"
+            " (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 3, ROW_GROUP_SIZE 2048, PARQUET_VERSION v2)"
+        )
+        return {
+            "items_s": counted - began,
+            "work_s": time.perf_counter() - began,
+            "work_cpu_s": time.process_time() - before,
+        }
 
 
 def main() -> None:
@@ -89,7 +105,13 @@ def main() -> None:
     parser.add_argument("--dt", required=True)
     args = parser.parse_args()
     definition = dataset(args.dataset)
-    figures = build(TableStore(args.warehouse, definition.name), definition, Path(args.raw), Window(args.dt, **definition.window.model_dump()), Path(args.out))
+    figures = build(
+        TableStore(args.warehouse, definition.name),
+        definition,
+        Path(args.raw),
+        Window(args.dt, **definition.window.model_dump()),
+        Path(args.out),
+    )
     Path(args.figures).write_text(json.dumps(figures))
     log(f"DuckDB: {figures['work_s']:.1f} s, {figures['items_s']:.1f} s of it the item index")
 

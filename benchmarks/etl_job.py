@@ -1,6 +1,7 @@
-"""Runs a Spark job of etl.jobs as its command line does and prints what only the inside knows: the session's time, shuffle bytes.
+"""Runs a Spark job of etl.jobs as its command line does and prints what only the inside knows: the session's time,
+shuffle bytes.
 
-    python -m benchmarks.etl_job FIGURES.json events|sequences <arguments of the job>
+python -m benchmarks.etl_job FIGURES.json events|sequences <arguments of the job>
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def stages(spark) -> dict[str, int]:
 def main() -> None:
     figures_path, job, *arguments = sys.argv[1:]
     command: Any = importlib.import_module(f"etl.jobs.{job}")
-    module: Any = importlib.import_module({"events": "etl.ingest.build_events", "sequences": "etl.sequences.build_sequences"}[job])
+    module: Any = importlib.import_module(
+        {"events": "etl.ingest.build_events", "sequences": "etl.sequences.build_sequences"}[job]
+    )
     start_session, figures = module.spark_session, {"session_s": 0.0, "stop_s": 0.0, "work_cpu_s": 0.0}
 
     def timed_session(name: str):

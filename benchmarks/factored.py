@@ -1,9 +1,10 @@
-"""Time of one user's training pass: exact attention, item-level straight-through, factored; forward and backward on the CPU.
+"""Time of one user's training pass: exact attention, item-level straight-through, factored; forward and backward on the
+CPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.factored     # two minutes; prints a table, then one JSON line
 
-Every figure is the median of runs that take turns, so that other work on the machine meets all passes alike. More threads than
-idle cores make every figure a lottery: torch's threads wait for each other.
+Every figure is the median of runs that take turns, so that other work on the machine meets all passes alike. More
+threads than idle cores make every figure a lottery: torch's threads wait for each other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Writes large simulated KuaiRand logs fast: the published columns and quirks, nothing to learn. `etl.datasets.simulate` is for that.
+"""Writes large simulated KuaiRand logs fast: the published columns and quirks, nothing to learn.
+`etl.datasets.simulate` is for that.
 
 One file a local day, as its name says. A UTC day lies in two of them, so the logs go on to the end of the local day in
 which the last UTC day ends: every daily run then opens two whole files.
@@ -35,11 +36,15 @@ DATASET = "kuairand_simulated"
 MEAN_HISTORY = float(np.exp(LN_MEAN_HISTORY + LN_SD_HISTORY**2 / 2))  # rows of a user in a month
 MEAN_PAGE = 4.55
 USER_VALUES = {
-    "user_active_degree": ("full_active", "high_active", "middle_active", "UNKNOWN"), "is_video_author": ("0", "1"),
-    "follow_user_num_range": ("0", "(0,10]", "(10,50]", "500+"), "fans_user_num_range": ("0", "[1,10)", "[10,100)", ""),
-    "friend_user_num_range": ("0", "[1,5)", "[5,30)"), "register_days_range": ("8-14", "15-30", "31-60", "730+"),
-    "onehot_feat0": ("0", "1"), "onehot_feat1": tuple("0123456"),
-}  # fmt: skip
+    "user_active_degree": ("full_active", "high_active", "middle_active", "UNKNOWN"),
+    "is_video_author": ("0", "1"),
+    "follow_user_num_range": ("0", "(0,10]", "(10,50]", "500+"),
+    "fans_user_num_range": ("0", "[1,10)", "[10,100)", ""),
+    "friend_user_num_range": ("0", "[1,5)", "[5,30)"),
+    "register_days_range": ("8-14", "15-30", "31-60", "730+"),
+    "onehot_feat0": ("0", "1"),
+    "onehot_feat1": tuple("0123456"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pages:
-    """Exposures shown together: one user, one time. `user`, `time_ms`, `size`: int64 [P], by local day, user and time."""
+    """Exposures shown together.
+
+    One user, one time. `user`, `time_ms`, `size`: int64 [P], by local day, user and time.
+    """
 
     user: np.ndarray
     time_ms: np.ndarray
@@ -103,7 +111,9 @@ def write_logs(plan: Plan, folder: Path, log: Callable[[str], None]) -> dict[str
     rng = np.random.default_rng((plan.seed, 1_000))
     _write_csv(_item_rows(plan, rng), folder / "video_features_basic_bench.csv")
     _write_csv(_user_rows(plan, rng), folder / "user_features_bench.csv")
-    (folder / SIMULATED_MARKER).write_text(json.dumps({"simulated": True, "parameters": asdict(plan), "rows": sum(written.values())}))
+    (folder / SIMULATED_MARKER).write_text(
+        json.dumps({"simulated": True, "parameters": asdict(plan), "rows": sum(written.values())})
+    )
     return written
 
 
@@ -140,7 +150,9 @@ def log_rows(plan: Plan, pages: Pages, rng: np.random.Generator, duplicates: flo
     item = rank * 7_919 % plan.items  # popular items are anywhere among the ids
     click = rng.random(n) < 0.37
     duration = _durations(item)
-    play = (rng.gamma(np.where(click, 4.0, 1.2), np.where(click, 0.3, 0.12)) * np.where(duration > 0, duration, 5_000)).astype(np.int64)
+    play = (
+        rng.gamma(np.where(click, 4.0, 1.2), np.where(click, 0.3, 0.12)) * np.where(duration > 0, duration, 5_000)
+    ).astype(np.int64)
     # The server logs late: for 18 % of the rows one hour after the event.
     logged_ms = time_ms + SHANGHAI_OFFSET_MS + np.where(rng.random(n) < 0.18, 3_600_000, 0)
     days, inverse = np.unique(logged_ms // MS_PER_DAY, return_inverse=True)
@@ -150,13 +162,26 @@ def log_rows(plan: Plan, pages: Pages, rng: np.random.Generator, duplicates: flo
 
     profile = rare(0.02)
     columns = {
-        "user_id": user, "video_id": item, "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
-        "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100, "time_ms": time_ms, "is_click": click.astype(np.int8), "is_like": rare(0.05),
-        "is_follow": rare(0.004), "is_comment": rare(0.01), "is_forward": rare(0.004), "is_hate": (~click & (rng.random(n) < 0.002)).astype(np.int8),
-        "long_view": (click & (play >= np.minimum(18_000, np.where(duration > 0, duration, 18_000)))).astype(np.int8), "play_time_ms": play,
-        "duration_ms": duration, "profile_stay_time": profile * rng.integers(500, 20_000, n), "comment_stay_time": rare(0.03) * rng.integers(500, 30_000, n),
-        "is_profile_enter": profile, "is_rand": np.zeros(n, np.int8), "tab": rng.choice(np.array([1, 0, 4, 2, 6]), n, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
-    }  # fmt: skip
+        "user_id": user,
+        "video_id": item,
+        "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
+        "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100,
+        "time_ms": time_ms,
+        "is_click": click.astype(np.int8),
+        "is_like": rare(0.05),
+        "is_follow": rare(0.004),
+        "is_comment": rare(0.01),
+        "is_forward": rare(0.004),
+        "is_hate": (~click & (rng.random(n) < 0.002)).astype(np.int8),
+        "long_view": (click & (play >= np.minimum(18_000, np.where(duration > 0, duration, 18_000)))).astype(np.int8),
+        "play_time_ms": play,
+        "duration_ms": duration,
+        "profile_stay_time": profile * rng.integers(500, 20_000, n),
+        "comment_stay_time": rare(0.03) * rng.integers(500, 30_000, n),
+        "is_profile_enter": profile,
+        "is_rand": np.zeros(n, np.int8),
+        "tab": rng.choice(np.array([1, 0, 4, 2, 6]), n, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
+    }
     table = pa.table({name: columns[name] for name in dataset(DATASET).logs.columns})
     if not duplicates:
         return table
@@ -182,16 +207,29 @@ def _item_rows(plan: Plan, rng: np.random.Generator) -> pa.Table:
     def one_of(*values: str) -> pa.Array:
         return pa.array(values).take(pa.array(rng.integers(0, len(values), n)))
 
-    return pa.table({
-        "video_id": item, "author_id": rng.integers(0, max(2, n // 5), n), "video_type": one_of(*["NORMAL"] * 49, "AD"), "upload_dt": one_of(plan.first_dt),
-        "upload_type": one_of("LongImport", "ShortImport", "Kmovie", "Web"), "visible_status": one_of("0.0"),
-        "video_duration": pa.array(duration.astype(float), mask=duration == 0), "server_width": one_of("720.0"), "server_height": one_of("1280.0"),
-        "music_id": rng.integers(0, 9_500_000_000, n), "music_type": one_of("9.0"), "tag": tags,
-    })  # fmt: skip
+    return pa.table(
+        {
+            "video_id": item,
+            "author_id": rng.integers(0, max(2, n // 5), n),
+            "video_type": one_of(*["NORMAL"] * 49, "AD"),
+            "upload_dt": one_of(plan.first_dt),
+            "upload_type": one_of("LongImport", "ShortImport", "Kmovie", "Web"),
+            "visible_status": one_of("0.0"),
+            "video_duration": pa.array(duration.astype(float), mask=duration == 0),
+            "server_width": one_of("720.0"),
+            "server_height": one_of("1280.0"),
+            "music_id": rng.integers(0, 9_500_000_000, n),
+            "music_type": one_of("9.0"),
+            "tag": tags,
+        }
+    )
 
 
 def _user_rows(plan: Plan, rng: np.random.Generator) -> pa.Table:
-    values = {name: pa.array(some).take(pa.array(rng.integers(0, len(some), plan.users))) for name, some in USER_VALUES.items()}
+    values = {
+        name: pa.array(some).take(pa.array(rng.integers(0, len(some), plan.users)))
+        for name, some in USER_VALUES.items()
+    }
     return pa.table({"user_id": np.arange(plan.users), **values})
 
 

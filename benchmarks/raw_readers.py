@@ -1,11 +1,11 @@
 """The raw reader against DuckDB's CSV reader: what each makes of broken rows, and rows a second.
 
-DuckDB reads the files in two ways. `typed`: its own casts and `store_rejects`, the bounds of the definition in SQL. `text`:
-every cell as text, and every rule of the definition as a regular expression or a cast in SQL. The rows are those of the
-mutation test, and what is right is what that test's slow reader of one line says. One thread each.
+DuckDB reads the files in two ways. `typed`: its own casts and `store_rejects`, the bounds of the definition in SQL.
+`text`: every cell as text, and every rule of the definition as a regular expression or a cast in SQL. The rows are
+those of the mutation test, and what is right is what that test's slow reader of one line says. One thread each.
 
-`strict_mode` ends the whole read at the first CRLF among lines that end in LF, so all rows are read without it; the `tame`
-ones, without a CR and without a quote more or less, are read with it.
+`strict_mode` ends the whole read at the first CRLF among lines that end in LF, so all rows are read without it; the
+`tame` ones, without a CR and without a quote more or less, are read with it.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def duck_query(path: str, definition: DatasetDefinition, as_text: bool, strict: 
     types = {name: "VARCHAR" if as_text else TYPES[column.type] for name, column in logs.columns.items()}
     mark = "'\"'" if logs.quoting else "''"
     scan = (
-        f"read_csv({_text(path)}, auto_detect = false, header = {str(logs.header).lower()}, delim = ',', quote = {mark}, "
-        f"escape = {mark}, columns = {json.dumps(types).replace(chr(34), chr(39))}, strict_mode = {str(strict).lower()}, store_rejects = true, "
-        f"rejects_table = '{REJECTS}', rejects_scan = '{REJECTS}_scan', rejects_limit = 0, "
-        f"nullstr = [{', '.join(map(_text, ('', *logs.missing)))}])"
+        f"read_csv({_text(path)}, auto_detect = false, header = {str(logs.header).lower()}, delim = ',', quote ="
+        f" {mark}, escape = {mark}, columns = {json.dumps(types).replace(chr(34), chr(39))}, strict_mode ="
+        f" {str(strict).lower()}, store_rejects = true, rejects_table = '{REJECTS}', rejects_scan = '{REJECTS}_scan',"
+        f" rejects_limit = 0, nullstr = [{', '.join(map(_text, ('', *logs.missing)))}])"
     )
     wrong = [rule for name, column in logs.columns.items() for rule in _rules(name, column, as_text)]
     cast = {name: _cast(name, column) if as_text else f'"{name}"' for name, column in logs.columns.items()}
-    moment = cast[clock.column]
+    moment = cast[str(clock.column)]
     if clock.unit is not None:
         time_ms = f"TRY({moment} * {1000 if clock.unit == 'seconds' else 1})"
     else:
@@ -155,8 +155,8 @@ def _text(value: object) -> str:
 def readers(strict: bool) -> dict[str, Callable]:
     return {
         "ours": ours,
-        "typed": lambda *given: duck(*given, as_text=False, strict=strict),
-        "text": lambda *given: duck(*given, as_text=True, strict=strict),
+        "typed": lambda folder, definition, each: duck(folder, definition, each, False, strict),
+        "text": lambda folder, definition, each: duck(folder, definition, each, True, strict),
     }
 
 
@@ -221,7 +221,8 @@ def _judged(one: Outcome, good: Counter, wrong: set[int], reasons: dict[int | No
 
 
 def speed(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Return rows a second of wall and of processor time of each reader, alternated, on a plain file and a packed one."""
+    """Return rows a second of wall and of processor time of each reader, alternated, on a plain file and a
+    packed one."""
     marker = write_simulation(Simulation(users=USERS, length_scale=LENGTH_SCALE), folder / "sim")
     definition = dataset("kuairand_simulated")
     parts = sorted((folder / "sim").glob("log_*.csv"))
@@ -273,8 +274,8 @@ def main() -> None:
                 wall, cpu = measured[reader], measured[f"{reader} cpu"]
                 ratios = [ours / other for ours, other in zip(measured["ours cpu"], cpu, strict=True)]
                 print(
-                    f"{kind:6} {reader:6} {statistics.median(wall):12,.0f} rows/s  {statistics.median(cpu):12,.0f} rows a second of processor time"
-                    f"  ours / this {statistics.median(ratios):.2f}",
+                    f"{kind:6} {reader:6} {statistics.median(wall):12,.0f} rows/s  {statistics.median(cpu):12,.0f} rows"
+                    f" a second of processor time  ours / this {statistics.median(ratios):.2f}",
                     flush=True,
                 )
 

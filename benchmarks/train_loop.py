@@ -1,9 +1,11 @@
-"""Speed of the whole training loop (loader, step, exchange between workers) on CPU workers, one thread each: samples a second, and a
+"""Speed of the whole training loop (loader, step, exchange between workers) on CPU workers, one thread each: samples a
+second, and a
 second of processor time of the first worker, which other programs disturb less.
 
     python -m benchmarks.train_loop --workers 1,2 --models vql,softmax_attention
 
-Random users whose labels follow a taste; the configuration `default`. Compare figures of one quiet machine only. A table, and one JSON line last.
+Random users whose labels follow a taste; the configuration `default`. Compare figures of one quiet machine only. A
+table, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -45,12 +47,28 @@ def main() -> None:
         for workers in map(int, args.workers.split(",")):
             figures = measured(name, workers, args)
             found.append({"model": name, "workers": workers, **figures})
-            print(f"{name:<20}{workers:>8}{figures['samples_per_s']:>12,.0f}{figures['samples_per_cpu_s']:>15,.0f}{figures['train_loss']:>12.4f}", flush=True)
-    print(json.dumps({"benchmark": "train_loop", "torch": torch.__version__, "users": args.users, "length": args.length, "runs": found}))
+            print(
+                f"{name:<20}{workers:>8}{figures['samples_per_s']:>12,.0f}{figures['samples_per_cpu_s']:>15,.0f}"
+                f"{figures['train_loss']:>12.4f}",
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {
+                "benchmark": "train_loop",
+                "torch": torch.__version__,
+                "users": args.users,
+                "length": args.length,
+                "runs": found,
+            }
+        )
+    )
 
 
 def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, float]:
-    """Return the best figures of the epochs after the first (validation is in their processor time), and the last training loss."""
+    """Return the best figures of the epochs after the first (validation is in their processor time), and the last
+    training loss.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,7 +77,9 @@ def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, flo
         epochs = json.loads((Path(folder) / "epochs.json").read_text())
     return {
         "samples_per_s": max(epoch["samples_per_s"] for epoch in epochs[1:]),
-        "samples_per_cpu_s": max(epoch["samples_per_s"] * epoch["epoch_seconds"] / epoch["cpu_seconds"] for epoch in epochs[1:]),
+        "samples_per_cpu_s": max(
+            epoch["samples_per_s"] * epoch["epoch_seconds"] / epoch["cpu_seconds"] for epoch in epochs[1:]
+        ),
         "train_loss": epochs[-1]["train_loss"],
     }
 
@@ -94,15 +114,34 @@ def make_data(users: int, length: int, items: int, config: TrainConfig) -> Train
     times = np.sort(days * MS_PER_DAY + rng.integers(0, MS_PER_DAY, (users, length)), 1)
     taste = rng.normal(0, 2, (users, 16))
     label = rng.random((users, length)) < 1 / (1 + np.exp(-np.take_along_axis(taste, item % 16, 1)))
-    rows = [{
-        "user_id": user, "user_fields": ["a"],
-        "history_item_index": item[user], "history_time_ms": times[user], "history_feedback": label[user].astype(int), "history_watch_bucket": item[user] % WATCH_BUCKETS,
-        "target_item_index": item[user], "target_time_ms": times[user], "target_label": label[user].astype(int), "target_context": np.ones(length, int),
-        "target_split": np.full(length, TRAIN), "target_history_end": np.searchsorted(times[user], times[user] // MS_PER_DAY * MS_PER_DAY),
-    } for user in range(users)]  # fmt: skip
+    rows = [
+        {
+            "user_id": user,
+            "user_fields": ["a"],
+            "history_item_index": item[user],
+            "history_time_ms": times[user],
+            "history_feedback": label[user].astype(int),
+            "history_watch_bucket": item[user] % WATCH_BUCKETS,
+            "target_item_index": item[user],
+            "target_time_ms": times[user],
+            "target_label": label[user].astype(int),
+            "target_context": np.ones(length, int),
+            "target_split": np.full(length, TRAIN),
+            "target_history_end": np.searchsorted(times[user], times[user] // MS_PER_DAY * MS_PER_DAY),
+        }
+        for user in range(users)
+    ]
     index = np.arange(items)
-    table = pa.table({"item_index": index.astype(np.int32), "item_id": index, "train_occurrences": np.full(items, 9), "author_id": index // 3,
-                      "categories": [[str(i % 16)] for i in index], "duration_ms": rng.random(items)})  # fmt: skip
+    table = pa.table(
+        {
+            "item_index": index.astype(np.int32),
+            "item_id": index,
+            "train_occurrences": np.full(items, 9),
+            "author_id": index // 3,
+            "categories": [[str(i % 16)] for i in index],
+            "duration_ms": rng.random(items),
+        }
+    )
     return TrainingData.of(Sequences.from_arrow(pa.Table.from_pylist(rows, schema=SEQUENCES)), table, config)
 
 

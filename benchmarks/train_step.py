@@ -1,4 +1,5 @@
-"""Time of one training step (forward, backward, clipping, optimizer) of the ranker by kind of interest, targets and length of history.
+"""Time of one training step (forward, backward, clipping, optimizer) of the ranker by kind of interest, targets and
+length of history.
 
     make bench-train ARGS=--plain
     python -m benchmarks.train_step --targets 64 --lengths 1024,4096,16384
@@ -52,26 +53,55 @@ def main() -> None:
     precisions = args.precisions.split(",") if on_gpu else ["fp32"]
     passes = ["fused", "plain"] if on_gpu and args.plain else ["fused" if on_gpu else "plain"]
     found: list[dict] = []
-    print(f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>7}{'step ms':>9}{'waited':>8}{'GPU ms':>8}{'samples/s':>12}{'peak MB':>9}")
-    cases = itertools.product(args.lengths.split(","), args.targets.split(","), args.models.split(","), precisions, passes)
+    print(
+        f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>7}{'step ms':>9}{'waited':>8}{'GPU ms':>8}"
+        f"{'samples/s':>12}{'peak MB':>9}"
+    )
+    cases = itertools.product(
+        args.lengths.split(","), args.targets.split(","), args.models.split(","), precisions, passes
+    )
     for length, targets, name, precision, how in cases:
         batch = make_batch(args.users, int(length), int(targets), args.cut_offs).to(args.device)
         plainly = patch.object(fused, "available", lambda like: False) if how == "plain" else contextlib.nullcontext()
         with plainly:
             figures = measure(MODELS[name], batch, args.runs, args.device, precision)
         rate = args.users * int(targets) / figures["step_ms"] * 1_000
-        found.append({"model": name, "length": int(length), "targets": int(targets), "precision": precision, "pass": how, "samples_per_s": rate} | figures)
+        found.append(
+            {
+                "model": name,
+                "length": int(length),
+                "targets": int(targets),
+                "precision": precision,
+                "pass": how,
+                "samples_per_s": rate,
+            }
+            | figures
+        )
         print(
-            f"{name:<22}{length:>8}{targets:>8}{precision:>6}{how:>7}{figures['step_ms']:>9.2f}{figures['waited_ms']:>8.2f}{figures['gpu_ms']:>8.2f}"
+            f"{name:<22}{length:>8}{targets:>8}{precision:>6}{how:>7}{figures['step_ms']:>9.2f}"
+            f"{figures['waited_ms']:>8.2f}{figures['gpu_ms']:>8.2f}"
             f"{rate:>12,.0f}{figures['peak_mb']:>9.0f}",
             flush=True,
         )
     device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU thread(s)"
-    print(json.dumps({"benchmark": "train_step", "device": device, "users": args.users, "cut_offs": args.cut_offs, **best_steps(found), "runs": found}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "train_step",
+                "device": device,
+                "users": args.users,
+                "cut_offs": args.cut_offs,
+                **best_steps(found),
+                "runs": found,
+            }
+        )
+    )
 
 
 def best_steps(found: list[dict]) -> dict[str, float]:
-    """Return step_ms_KIND_TARGETS, the fastest precision of the longest histories, without the plain pass where there is a fused one."""
+    """Return step_ms_KIND_TARGETS, the fastest precision of the longest histories, without the plain pass where there
+    is a fused one.
+    """
     longest = max(run["length"] for run in found)
     best: dict[str, float] = {}
     for run in found:
@@ -90,26 +120,37 @@ def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int 
     target_time = np.take_along_axis(times, ends - 1, 1) + 1
     return Batch(
         items=ItemFeatures({"item_id": np.arange(items), "category": rng.integers(0, 50, items)}),
-        event_item=rng.integers(0, items, users * length), event_interaction=rng.integers(0, INTERACTIONS, users * length) // WATCH_BUCKETS,
-        event_time_ms=times.ravel(), event_start=[u * length for u in range(users + 1)],
-        target_item=rng.integers(0, items, users * targets), target_time_ms=target_time.ravel(), target_context=np.zeros(users * targets, np.int64),
-        target_first=np.zeros(users * targets, np.int64), target_end=ends.ravel(), target_label=rng.integers(0, 2, users * targets).astype(np.float32),
-        user_rows=np.zeros((users * targets, 0), np.int64), target_start=[u * targets for u in range(users + 1)],
-        cut_offs=[len(np.unique(e)) for e in ends], shared_from=[0] * users)  # fmt: skip
+        event_item=rng.integers(0, items, users * length),
+        event_interaction=rng.integers(0, INTERACTIONS, users * length) // WATCH_BUCKETS,
+        event_time_ms=times.ravel(),
+        event_start=[u * length for u in range(users + 1)],
+        target_item=rng.integers(0, items, users * targets),
+        target_time_ms=target_time.ravel(),
+        target_context=np.zeros(users * targets, np.int64),
+        target_first=np.zeros(users * targets, np.int64),
+        target_end=ends.ravel(),
+        target_label=rng.integers(0, 2, users * targets).astype(np.float32),
+        user_rows=np.zeros((users * targets, 0), np.int64),
+        target_start=[u * targets for u in range(users + 1)],
+        cut_offs=[len(np.unique(e)) for e in ends],
+        shared_from=[0] * users,
+    )
 
 
 def measure(config: ModelConfig, batch: Batch, runs: int, device: str, precision: str) -> dict[str, float]:
     """Return the medians of a step in ms after three to warm up, and the peak of GPU memory in MB (0 on a CPU).
 
-    A step is forward pass, backward pass, clipping and optimizer. `step_ms`: one step after another, as training goes; `waited_ms`: each
-    waited for before the next begins; `gpu_ms`: the time of its kernels.
+    A step is forward pass, backward pass, clipping and optimizer. `step_ms`: one step after another, as training goes;
+    `waited_ms`: each waited for before the next begins; `gpu_ms`: the time of its kernels.
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     model = Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config).to(device).train()
     if model.coded is not None:
         with torch.no_grad():
-            model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+            model.coded.quantizer.start_from_keys(
+                model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0)
+            )
     on_gpu = device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu)
     wait = torch.cuda.synchronize if on_gpu else lambda: None

@@ -27,7 +27,8 @@ ENDED_WITHIN_SECONDS = 60
 
 
 def partition_of(context: Mapping[str, Any]) -> str:
-    """Return the partition day of a run: the parameter `dt`, else its data interval's first day. The first task asks, and no other.
+    """Return the partition day of a run: the parameter `dt`, else its data interval's first day. The first task asks,
+    and no other.
 
     Raises:
         StageError: the run names no day, or two different ones.
@@ -60,7 +61,8 @@ def handed_on(context: Mapping[str, Any]) -> dict[str, Any]:
     found = context["ti"].xcom_pull(task_ids=settings.START)
     if not found:
         raise StageError(
-            f"the task `{settings.START}` of this run has named no attempt", "clear the whole run, which begins a new one"
+            f"the task `{settings.START}` of this run has named no attempt",
+            "clear the whole run, which begins a new one",
         )
     return found
 
@@ -125,7 +127,8 @@ def ending(partition: Sequence[str], status: str) -> list[str]:
 
 
 def end_failed_run(context: Mapping[str, Any], dataset: str) -> None:
-    """End the MLflow run of a DAG run that has failed. A task that was marked as failed before it worked has no process that could.
+    """End the MLflow run of a DAG run that has failed. A task that was marked as failed before it worked has no process
+    that could.
 
     Airflow asks for it some time after the failure: a run that was cleared meanwhile goes on.
 
@@ -144,23 +147,29 @@ def run_path(run: Any) -> str:
     return f"/api/v2/dags/{run.dag_id}/dagRuns/{urllib.parse.quote(run.run_id)}"
 
 
+def _end_mlflow_run(context: Any) -> None:
+    context["task"].end_mlflow_run()
+
+
 class StageOperator(BaseOperator):
     """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
 
-    Its exit code decides whether it is tried again (`dags._exits`); what it says of an error stands at that level in the log,
-    without a trace of Airflow's behind it. The process and all its children end with the task: when it is killed, times out, or dies.
+    Its exit code decides whether it is tried again (`dags._exits`); what it says of an error stands at that level in
+    the log, without a trace of Airflow's behind it. The process and all its children end with the task: when it is
+    killed, times out, or dies.
 
     Args:
         module: module of the stage, for example `etl.jobs.events`.
         dataset: name of a built-in data set, or the path of a definition.
-        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell sees them.
+        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell
+            sees them.
     """
 
     template_fields: Sequence[str] = ("arguments",)
     ui_color = "#e8f0fe"
 
     def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(on_failure_callback=lambda context: context["task"].end_mlflow_run(), **kwargs)
+        super().__init__(on_failure_callback=_end_mlflow_run, **kwargs)
         self.module = module
         self.arguments = list(arguments)
         self.dataset = dataset
@@ -171,7 +180,8 @@ class StageOperator(BaseOperator):
     @ends_as_a_stage
     def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
         self._run = handed_on(context)  # Airflow renders before all else, so this is asked for once
-        super().render_template_fields({**context, "given": self._run["params"]}, jinja_env)
+        given: Any = {**context, "given": self._run["params"]}
+        super().render_template_fields(given, jinja_env)
 
     def partition(self) -> list[str]:
         """Return the arguments that every stage takes, of the run whose templates were rendered."""
@@ -189,9 +199,17 @@ class StageOperator(BaseOperator):
         run = context["dag_run"]
         env = settings.stage_environment() | {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
         self._process = subprocess.Popen(
-            command, cwd=settings.ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=end_with_parent,
-        )  # fmt: skip
+            command,
+            cwd=settings.ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
         try:
             assert self._process.stdout is not None
             log_lines(self.log, self._process.stdout)
@@ -214,12 +232,23 @@ class StageOperator(BaseOperator):
             start_ending(self.partition(), "KILLED")
 
     def end_mlflow_run(self) -> None:
-        """End the attempt's run in MLflow as FAILED, when the task has failed for good; what its stage has ended stays so."""
+        """End the attempt's run in MLflow as FAILED, when the task has failed for good.
+
+        What its stage has ended stays so.
+        """
         if not self._run or self._killed:
             return
         try:
-            done = subprocess.run(ending(self.partition(), "FAILED"), cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
-                                  text=True, timeout=ENDED_WITHIN_SECONDS, check=False)  # fmt: skip
+            done = subprocess.run(
+                ending(self.partition(), "FAILED"),
+                cwd=settings.ROOT,
+                env=settings.stage_environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=ENDED_WITHIN_SECONDS,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             self.log.warning("MLflow may still show the run as RUNNING")
         else:
@@ -258,6 +287,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """Linux ends the stage when the task's process is killed, so that a retry never meets the stage that it replaces."""
+    """Linux ends the stage when the task's process is killed, so that a retry never meets the stage that it
+    replaces."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGTERM)

@@ -1,4 +1,7 @@
-"""The daily chain of one data set: raw logs of one day -> audited tables -> trained, judged, promoted model -> user caches."""
+"""The daily chain of one data set.
+
+Raw logs of one day -> audited tables -> trained, judged, promoted model -> user caches.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,18 @@ from infra.options import OPTIONS, Option, arguments
 DOC = """
 One run builds one **partition**: a UTC day `dt`, the evaluation day. Its id or its note names the day.
 
-* **Trigger**: fill in `dt`. Without it the run takes the day of its logical date, which the form fills with now. A day outside
-  the data set fails in the first task, `start`, with the reason.
-* **Backfill** from A to B: every day of A to B, both included. Leave `dt` empty. The parameters shown in its dialog reach the runs only with
-  *Override parameters on existing runs* ticked; otherwise every run takes the defaults of the data set's definition.
+* **Trigger**: fill in `dt`. Without it the run takes the day of its logical date, which the form fills with now. A
+  day outside the data set fails in the first task, `start`, with the reason.
+* **Backfill** from A to B: every day of A to B, both included. Leave `dt` empty. The parameters shown in its dialog
+  reach the runs only with *Override parameters on existing runs* ticked; otherwise every run takes the defaults of
+  the data set's definition.
 * **Schedule**: %s.
 
-`start` logs the parameters first, each with where it comes from, and names the run's *attempt*, under which every stage writes;
-audits judge what was written, and only then it is published. **Clear** the whole run, or `start`, for a new attempt; clear any later task
-with its downstream tasks to go on in the same attempt. A stage that ends with `error:` and `remedy:` in its log is not retried when
-there is something to correct or a gate said no; a server that does not answer is asked again for minutes.
+`start` logs the parameters first, each with where it comes from, and names the run's *attempt*, under which every
+stage writes; audits judge what was written, and only then it is published. **Clear** the whole run, or `start`, for
+a new attempt; clear any later task with its downstream tasks to go on in the same attempt. A stage that ends with
+`error:` and `remedy:` in its log is not retried when there is something to correct or a gate said no; a server that
+does not answer is asked again for minutes.
 
 Each later task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """
@@ -55,7 +60,8 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         dag_id=settings.dag_id(name),
         dag_display_name=f"VQL daily: {definition.title}",
         description=f"One day of {definition.title}: events, sequences, training, evaluation, registry, user caches",
-        doc_md=DOC % (NO_SCHEDULE if run.hour is None else f"{timetable.summary}, each time the day that ended at midnight"),
+        doc_md=DOC
+        % (NO_SCHEDULE if run.hour is None else f"{timetable.summary}, each time the day that ended at midnight"),
         schedule=timetable,  # knows the days of the data set: tasks would inherit a start_date or end_date
         catchup=False,
         on_failure_callback=functools.partial(end_failed_run, dataset=argument),
@@ -85,35 +91,73 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
             wait_for_files = WaitForFiles(task_id="wait_for_files", dataset=argument)
             # Judges the raw files first: a day that they stop has its report here.
-            build_events = GateOperator(task_id="build_events", module="etl.jobs.events", dataset=argument, reports=reports, only_stopped=True,
-                                        arguments=arguments("raw", "lookback_days"), pool="spark", execution_timeout=hours_6)
+            build_events = GateOperator(
+                task_id="build_events",
+                module="etl.jobs.events",
+                dataset=argument,
+                reports=reports,
+                only_stopped=True,
+                arguments=arguments("raw", "lookback_days"),
+                pool="spark",
+                execution_timeout=hours_6,
+            )
             audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
             wait_for_files >> build_events >> audit_events
 
         with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
-            build_sequences = stage(task_id="build_sequences", module="etl.jobs.sequences", arguments=[*arguments("raw", "target_days", "lookback_days", "evaluation_days", "max_history"), "--reports", reports],
-                                            pool="spark", execution_timeout=hours_6)
-            audit_sequences = gate(task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[sequences_asset])
+            build_sequences = stage(
+                task_id="build_sequences",
+                module="etl.jobs.sequences",
+                arguments=[
+                    *arguments("raw", "target_days", "lookback_days", "evaluation_days", "max_history"),
+                    "--reports",
+                    reports,
+                ],
+                pool="spark",
+                execution_timeout=hours_6,
+            )
+            audit_sequences = gate(
+                task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[sequences_asset]
+            )
             build_sequences >> audit_sequences
 
-        with TaskGroup("train", tooltip="Gate on the training input, a question when a gate warned, then Ray Train") as train:
+        with TaskGroup(
+            "train", tooltip="Gate on the training input, a question when a gate warned, then Ray Train"
+        ) as train:
             audit_input = gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
-            approve_warnings = WarningApproval(task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id)
+            approve_warnings = WarningApproval(
+                task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id
+            )
             train_models = of_model(
-                task_id="train_models", module="training.train", pool="training", execution_timeout=hours_6,
+                task_id="train_models",
+                module="training.train",
+                pool="training",
+                execution_timeout=hours_6,
                 arguments=arguments("workers", "config", "warm_start"),
             )
             audit_input >> approve_warnings >> train_models
 
         with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            GateOperator(task_id="evaluate_models", module="evaluation.evaluate", dataset=argument, reports=reports, arguments=[*runs, *arguments("raw")],
-                         pool="training")
+            GateOperator(
+                task_id="evaluate_models",
+                module="evaluation.evaluate",
+                dataset=argument,
+                reports=reports,
+                arguments=[*runs, *arguments("raw")],
+                pool="training",
+            )
 
         with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
             register_model = of_model(task_id="register_model", module="evaluation.release.register")
             # Backfills do not count against the DAG's max_active_runs; this counts every run that there is.
-            promote_model = PromoteOperator(task_id="promote_model", module="evaluation.release.promote", dataset=argument, runs=settings.runs(),
-                                            champion=champion_asset, max_active_tis_per_dag=1)
+            promote_model = PromoteOperator(
+                task_id="promote_model",
+                module="evaluation.release.promote",
+                dataset=argument,
+                runs=settings.runs(),
+                champion=champion_asset,
+                max_active_tis_per_dag=1,
+            )
             register_model >> promote_model
 
         with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as caches:
@@ -129,6 +173,4 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
 def _param(option: Option, definition: DatasetDefinition) -> Param:
     # A backfill gives every run the day of its own.
     note = " Leave it empty in a backfill: every run has its own day." if option.name == "dt" else SENT
-    return Param(
-        option.default(definition), title=option.title, description=option.description + note, **option.schema
-    )
+    return Param(option.default(definition), title=option.title, description=option.description + note, **option.schema)

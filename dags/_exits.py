@@ -16,9 +16,11 @@ WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)
 
 
 class StageRetries(RetryPolicy):
-    """Retry what may pass by itself for minutes, a crash once, and what a person or a gate has to say nothing of, never.
+    """Retry what may pass by itself for minutes, a crash once, and what a person or a gate has to say nothing of,
+    never.
 
-    Airflow asks it in the task's own process. A task needs `retries=len(settings.retry_waits())`; clearing it begins anew.
+    Airflow asks it in the task's own process. A task needs `retries=len(settings.retry_waits())`; clearing it begins
+    anew.
     """
 
     def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
@@ -30,7 +32,9 @@ class StageRetries(RetryPolicy):
         if code == EXIT_GATE:
             return RetryDecision.fail("a gate said no: see the error line of the log")
         if code == EXIT_TRY_AGAIN:
-            return RetryDecision.retry(dtm.timedelta(seconds=waits[min(tried, len(waits)) - 1]), "try again: see the error line of the log")
+            return RetryDecision.retry(
+                dtm.timedelta(seconds=waits[min(tried, len(waits)) - 1]), "try again: see the error line of the log"
+            )
         if tried > 1:
             return RetryDecision.fail("it crashed again")
         return RetryDecision.retry(WAIT_AFTER_CRASH, "it crashed: one more try")
@@ -38,13 +42,19 @@ class StageRetries(RetryPolicy):
 
 def explained(code: int) -> str:
     """Return what the end of a stage means, as the end of a sentence that begins with its module."""
-    kinds = {EXIT_CORRECT: "found something to correct and is not tried again", EXIT_GATE: "was stopped by a gate and is not tried again",
-             EXIT_TRY_AGAIN: "cannot go on now and is tried again, for some minutes"}  # fmt: skip
+    kinds = {
+        EXIT_CORRECT: "found something to correct and is not tried again",
+        EXIT_GATE: "was stopped by a gate and is not tried again",
+        EXIT_TRY_AGAIN: "cannot go on now and is tried again, for some minutes",
+    }
     return f"{kinds.get(code, 'crashed')} (exit code {code})"
 
 
 def with_levels(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a stage, each with whether it is part of an error: `error:` and the indented lines below it."""
+    """Yield the lines of a stage, each with whether it is part of an error.
+
+    `error:` and the indented lines below it.
+    """
     telling = False
     for line in lines:
         line = line.rstrip()
@@ -59,7 +69,8 @@ def log_lines(log: Any, lines: Iterable[str]) -> None:
 
 
 def ends_as_a_stage(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a StageError that a method of a task raises end the task as it ends a stage: `error:` and `remedy:` in its log, and its exit code.
+    """Let a StageError that a method of a task raises end the task as it ends a stage: `error:` and `remedy:` in its
+    log, and its exit code.
 
     Of all ways to fail, SystemExit is the one that Airflow puts no trace behind.
     """

@@ -64,11 +64,26 @@ class GateOperator(StageOperator):
             self._logger.kill()
 
     def _start_logger(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "training.log_report", *self.partition(), "--reports", self.reports, "--when-input-ends"]
+        command = [
+            sys.executable,
+            "-m",
+            "training.log_report",
+            *self.partition(),
+            "--reports",
+            self.reports,
+            "--when-input-ends",
+        ]
         self._logger = subprocess.Popen(
-            command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=end_with_parent,
-        )  # fmt: skip
+            command,
+            cwd=settings.ROOT,
+            env=settings.stage_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=end_with_parent,
+        )
         return self._logger
 
     def _log_report(self) -> None:
@@ -91,8 +106,8 @@ class GateOperator(StageOperator):
 class WarningApproval(ApprovalOperator):
     """Ask a person before training when a gate of the run warned and the run's parameter `on_warning` is `approve`.
 
-    Otherwise the task ends at once, and what follows runs. A rejected run skips everything that follows. Without the outcomes of
-    all gates of its attempt it fails: what was not judged is not free of warnings.
+    Otherwise the task ends at once, and what follows runs. A rejected run skips everything that follows. Without the
+    outcomes of all gates of its attempt it fails: what was not judged is not free of warnings.
 
     Args:
         dataset: name of a built-in data set, or the path of a definition.
@@ -104,7 +119,12 @@ class WarningApproval(ApprovalOperator):
     template_fields: Sequence[str] = ()
 
     def __init__(self, *, dataset: str, reports: str, gate: str, **kwargs: Any) -> None:
-        super().__init__(subject="Train in spite of warnings?", response_timeout=ANSWERED_WITHIN, ignore_downstream_trigger_rules=True, **kwargs)
+        super().__init__(
+            subject="Train in spite of warnings?",
+            response_timeout=ANSWERED_WITHIN,
+            ignore_downstream_trigger_rules=True,
+            **kwargs,
+        )
         self.dataset = dataset
         self.reports = reports
         self.gate = gate
@@ -157,9 +177,24 @@ class WarningApproval(ApprovalOperator):
 
     def _summary(self, run: Mapping[str, Any]) -> dict[str, Any]:
         module = "etl.quality.report.write"
-        command = [sys.executable, "-m", module, *partition_arguments(run, self.dataset), "--reports", self.reports, "--json"]
-        done = subprocess.run(command, cwd=settings.ROOT, env=settings.stage_environment(), stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            *partition_arguments(run, self.dataset),
+            "--reports",
+            self.reports,
+            "--json",
+        ]
+        done = subprocess.run(
+            command,
+            cwd=settings.ROOT,
+            env=settings.stage_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode != 0:
             log_lines(self.log, done.stderr.splitlines())
             self.log.error(f"{module} {explained(done.returncode)}")
@@ -170,10 +205,20 @@ class WarningApproval(ApprovalOperator):
 def _body(found: Mapping[str, Any], warnings: Sequence[str], report_url: str) -> str:
     """Return the question's text in Markdown; what the gates say stands in code marks, as data may be quoted in it."""
     lines = [f"The gates of attempt `{found['attempt']}` warn of:", ""]
-    lines += [f"* `{warning.replace('`', ' ')}`" for warning in (" ".join(warning.split()) for warning in warnings[:WARNINGS_SHOWN])]
+    lines += [
+        f"* `{warning.replace('`', ' ')}`"
+        for warning in (" ".join(warning.split()) for warning in warnings[:WARNINGS_SHOWN])
+    ]
     if len(warnings) > WARNINGS_SHOWN:
         lines.append(f"* and {len(warnings) - WARNINGS_SHOWN} more")
-    lines += ["", f"[Partition report]({report_url})" if report_url else "The report is among the pages of `make up`.", "",
-              "**Approve** trains on this partition. **Reject** ends the run before training: nothing is trained or registered; what was "
-              f"published stays. Without an answer within {ANSWERED_WITHIN.days} days the run fails."]  # fmt: skip
+    lines += [
+        "",
+        f"[Partition report]({report_url})" if report_url else "The report is among the pages of `make up`.",
+        "",
+        (
+            "**Approve** trains on this partition. **Reject** ends the run before training: nothing is trained or"
+            f" registered; what was published stays. Without an answer within {ANSWERED_WITHIN.days} days the run"
+            " fails."
+        ),
+    ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Buttons of tasks that lead into MLflow.
 
-Airflow asks for each address when the task ends, well or not, keeps it as an XCom and knows the button from the DAG itself: no
-plugin has to be installed.
+Airflow asks for each address when the task ends, well or not, keeps it as an XCom and knows the button from the DAG
+itself: no plugin has to be installed.
 """
 
 from __future__ import annotations

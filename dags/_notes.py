@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def append_note(context: Mapping[str, Any], line: str) -> None:
     """Add a line to the note of the task's run; of a note that gets too long the oldest lines go.
 
-    A task has no way to the note but the REST API, with the login of `make up`. Where it does not answer, or refuses, the line is
-    in the task's log only; it costs the task nothing.
+    A task has no way to the note but the REST API, with the login of `make up`. Where it does not answer, or refuses,
+    the line is in the task's log only; it costs the task nothing.
     """
     from infra.airflow_api import AirflowApi, InfraError  # loads more than a DAG file needs
 
@@ -28,7 +28,9 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
         api = AirflowApi()
         lines = (api.call("GET", path, timeout=ANSWER_WITHIN_SECONDS)["note"] or "").splitlines()
         if line not in lines:
-            api.call("PATCH", f"{path}?update_mask=note", {"note": with_line(lines, line)}, timeout=ANSWER_WITHIN_SECONDS)
+            api.call(
+                "PATCH", f"{path}?update_mask=note", {"note": with_line(lines, line)}, timeout=ANSWER_WITHIN_SECONDS
+            )
     except (OSError, ValueError, KeyError, InfraError) as error:
         log.warning("the note stands in this log only: %s", error)
 

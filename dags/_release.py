@@ -1,4 +1,7 @@
-"""The tasks from training to promotion: each leads to its run and version in MLflow, and the last says what became of them."""
+"""The tasks from training to promotion.
+
+Each leads to its run and version in MLflow, and the last says what became of them.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,8 @@ class ModelOperator(StageOperator):
 class PromoteOperator(ModelOperator):
     """Promote or refuse; the outcome and its reason stand in the run's note, in the task's XCom and in its log.
 
-    A promotion alone is an event of the asset `champion`, through its alias. A try that repeats a promotion after its task died, or a
-    clear of this task, gives the event again as long as the version is the champion.
+    A promotion alone is an event of the asset `champion`, through its alias. A try that repeats a promotion after its
+    task died, or a clear of this task, gives the event again as long as the version is the champion.
 
     Args:
         champion: the asset; `outlets` is its alias.
@@ -78,9 +81,16 @@ class PromoteOperator(ModelOperator):
         line = sentence(decision, registration["model_name"], registration["version"], reason)
         self.log.info(line)
         append_note(context, line[:REASON_LENGTH])
-        details = {"outcome": decision, "reason": reason, "model": registration["model_name"], "version": registration["version"]}
+        details = {
+            "outcome": decision,
+            "reason": reason,
+            "model": registration["model_name"],
+            "version": registration["version"],
+        }
         if decision == PROMOTED and "champion" in registration["aliases"]:
-            context["outlet_events"][self.alias].add(self.champion, extra={**outcome, **details, **registration["digests"]})
+            context["outlet_events"][self.alias].add(
+                self.champion, extra={**outcome, **details, **registration["digests"]}
+            )
         return {**outcome, **details}
 
 

@@ -23,9 +23,10 @@ from infra import settings
 class StartOperator(BaseOperator):
     """Name the partition and the attempt, check every parameter of the run, log them, and hand all of it on.
 
-    The attempt is named by the id of this task's instance: no other row has it, also not one that was made anew under the same
-    run id, and a clear of this task gives it another. So a clear of the run, or of this task, begins a new attempt; a clear of a later
-    task leaves this one's result, and goes on in the attempt. A retry of this task names it anew before anybody has used the name.
+    The attempt is named by the id of this task's instance: no other row has it, also not one that was made anew under
+    the same run id, and a clear of this task gives it another. So a clear of the run, or of this task, begins a new
+    attempt; a clear of a later task leaves this one's result, and goes on in the attempt. A retry of this task names it
+    anew before anybody has used the name.
 
     Args:
         dataset: name of a built-in data set, or the path of a definition.
@@ -44,10 +45,15 @@ class StartOperator(BaseOperator):
         own = self.dag.params
         defaults = own.dump()
         for name, value in params.items():
-            shown = "(not shown)" if name == "raw" and isinstance(value, str) and folder_problem(value) else value  # it may hold a key
+            shown = (
+                "(not shown)" if name == "raw" and isinstance(value, str) and folder_problem(value) else value
+            )  # it may hold a key
             self.log.info("%s = %s   (%s)", name, shown, source(name, value, conf, defaults, definition))
         dt = partition_of(context)
-        wrong = [*_schema_problems(own, params), *problems(params, definition, dt, list(own), settings.training_configs(), _today())]
+        wrong = [
+            *_schema_problems(own, params),
+            *problems(params, definition, dt, list(own), settings.training_configs(), _today()),
+        ]
         if wrong:
             raise StageError("this run cannot be done: " + "; ".join(wrong), "trigger it again, with these corrected")
         attempt = attempt_name(definition.name, dt, str(context["ti"].id))
@@ -56,8 +62,13 @@ class StartOperator(BaseOperator):
         return {"dt": dt, "attempt": attempt, "params": {name: params[name] for name in own}}
 
 
-def source(name: str, value: Any, conf: Mapping[str, Any], defaults: Mapping[str, Any], definition: DatasetDefinition) -> str:
-    """Return where a parameter's value comes from. The form sends every field, so one that is as it was prefilled is no choice of the run."""
+def source(
+    name: str, value: Any, conf: Mapping[str, Any], defaults: Mapping[str, Any], definition: DatasetDefinition
+) -> str:
+    """Return where a parameter's value comes from.
+
+    The form sends every field, so one that is as it was prefilled is no choice of the run.
+    """
     if name in conf and value != defaults.get(name):
         return "this run"
     if name == "raw" and definition.run.raw is None:
@@ -67,7 +78,14 @@ def source(name: str, value: Any, conf: Mapping[str, Any], defaults: Mapping[str
     return "definition of the data set"
 
 
-def problems(params: Mapping[str, Any], definition: DatasetDefinition, dt: str, known: Sequence[str], configs: Sequence[str], today: str) -> list[str]:
+def problems(
+    params: Mapping[str, Any],
+    definition: DatasetDefinition,
+    dt: str,
+    known: Sequence[str],
+    configs: Sequence[str],
+    today: str,
+) -> list[str]:
     """Return what is wrong with a run's parameters beyond the schema of each, each problem with the name of its field.
 
     Args:
@@ -79,13 +97,23 @@ def problems(params: Mapping[str, Any], definition: DatasetDefinition, dt: str, 
     for name in params:
         if name not in known and not name.startswith("airflow/"):
             near = difflib.get_close_matches(name, known, 1)
-            found.append(f"{name}: no parameter of this DAG; there are {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+            found.append(
+                f"{name}: no parameter of this DAG; there are {', '.join(known)}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
     if outside := definition.outside(dt, today):
         found.append(f"dt: {dt} {outside}")
     elif dt == today and not params.get("dt"):
         found.append(f"dt: {dt}, the day of the logical date, has not ended; give dt")
     if isinstance(raw := params.get("raw"), str) and (problem := folder_problem(raw)):
-        found.append(f"raw: {problem}" + (f"; in the folder of this installation it would be {settings.ROOT / raw}" if "relative" in problem else ""))
+        found.append(
+            f"raw: {problem}"
+            + (
+                f"; in the folder of this installation it would be {settings.ROOT / raw}"
+                if "relative" in problem
+                else ""
+            )
+        )
     if (config := params.get("config")) not in configs:
         found.append(f"config: {config!r} is no training configuration; there are {', '.join(configs)}")
     target, lookback, evaluation = (params.get(f"{name}_days") for name in ("target", "lookback", "evaluation"))
@@ -102,7 +130,9 @@ def _schema_problems(own: Any, params: Mapping[str, Any]) -> list[str]:
         try:
             own.get_param(name).resolve(params.get(name))
         except ParamValidationError as error:
-            if name != "raw" or not isinstance(params.get(name), str):  # of an address `problems` says more, without what it may hide
+            if name != "raw" or not isinstance(
+                params.get(name), str
+            ):  # of an address `problems` says more, without what it may hide
                 found.append(f"{name}: {str(error).splitlines()[0]}")
     return found
 

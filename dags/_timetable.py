@@ -1,7 +1,7 @@
 """When the DAG of a data set runs by itself, and which day a run stands for.
 
-The bounds of the data set are here and not in the DAG's `start_date` and `end_date`: tasks inherit those, and Airflow ends a run
-whose logical date lies outside them as a success without a task.
+The bounds of the data set are here and not in the DAG's `start_date` and `end_date`: tasks inherit those, and Airflow
+ends a run whose logical date lies outside them as a success without a task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class PartitionDays(Timetable):
 
     Args:
         first_day, last_day: of the schedule, YYYY-MM-DD; without a last day it goes on.
-        hour: UTC hour at which a day that has ended is built; None: no run starts by itself, backfills and manual runs do as ever.
+        hour: UTC hour at which a day that has ended is built; None: no run starts by itself, backfills and manual runs
+            do as ever.
     """
 
     def __init__(self, first_day: str, last_day: str | None, hour: int | None) -> None:
@@ -48,11 +49,14 @@ class PartitionDays(Timetable):
         day = _midnight(run_after)
         return DataInterval(day, day + DAY)
 
-    def next_dagrun_info(self, *, last_automated_data_interval: DataInterval | None, restriction: TimeRestriction) -> DagRunInfo | None:
+    def next_dagrun_info(
+        self, *, last_automated_data_interval: DataInterval | None, restriction: TimeRestriction
+    ) -> DagRunInfo | None:
         """Return the next run.
 
-        With `catchup` a backfill asks: every day of its range, also one outside the data set, whose run then says so. Such a run is due
-        from its day's beginning on, as the day is over anyway: Airflow makes its id of that moment, and so the id names the day.
+        With `catchup` a backfill asks: every day of its range, also one outside the data set, whose run then says so.
+        Such a run is due from its day's beginning on, as the day is over anyway: Airflow makes its id of that moment,
+        and so the id names the day.
         """
         last = last_automated_data_interval
         if restriction.catchup:
@@ -75,8 +79,13 @@ class PartitionDays(Timetable):
             return None
         return DagRunInfo(run_after=day + due_after, data_interval=DataInterval(day, day + DAY))
 
-    def generate_run_id(self, *, run_type: Any, run_after: pendulum.DateTime, data_interval: DataInterval | None, **extra: Any) -> str:
-        """Return the id of a scheduled run by its day; of a manual run, of which there may be several a day, by its moment."""
+    def generate_run_id(
+        self, *, run_type: Any, run_after: pendulum.DateTime, data_interval: DataInterval | None, **extra: Any
+    ) -> str:
+        """Return the id of a scheduled run by its day.
+
+        Of a manual run, of which there may be several a day, by its moment.
+        """
         if str(getattr(run_type, "value", run_type)) == "scheduled" and data_interval is not None:
             return run_type.generate_run_id(suffix=data_interval.start.date().isoformat())
         return super().generate_run_id(run_type=run_type, run_after=run_after, data_interval=data_interval, **extra)

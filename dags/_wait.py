@@ -21,10 +21,11 @@ LOOK_EVERY_SECONDS = 300
 
 
 class WaitForFiles(BaseSensorOperator):
-    """Look for the day's raw files from time to time, without a slot in between, until they are there or the deadline is over.
+    """Look for the day's raw files from time to time, without a slot in between, until they are there or the deadline
+    is over.
 
-    Only a scheduled run waits, so long after its hour as the definition says (`run.wait_hours`). A person who triggers a run or a
-    backfill knows what is there; the events job says what is missing.
+    Only a scheduled run waits, so long after its hour as the definition says (`run.wait_hours`). A person who triggers
+    a run or a backfill knows what is there; the events job says what is missing.
 
     Args:
         dataset: name of a built-in data set, or the path of a definition.
@@ -61,7 +62,8 @@ class WaitForFiles(BaseSensorOperator):
 def what_is_missing(definition: DatasetDefinition, raw: str, dt: str) -> str:
     """Return why the raw files of a UTC day are not there yet; '' when they are.
 
-    Files whose names promise days: each local day that the UTC day touches has one. Others: one has changed since the day began.
+    Files whose names promise days: each local day that the UTC day touches has one. Others: one has changed since the
+    day began.
 
     Args:
         raw: folder of the raw logs.
@@ -80,15 +82,30 @@ def missing_days(files: Sequence[RawFile], definition: DatasetDefinition, dt: st
     assert definition.logs.days_in_name is not None
     zone = zoneinfo.ZoneInfo(definition.logs.days_in_name.zone or definition.events.time.zone)
     begin = _begin(dt)
-    wanted = dict.fromkeys(moment.astimezone(zone).date().isoformat() for moment in (begin, begin + dtm.timedelta(days=1, microseconds=-1)))
-    lacking = [day for day in wanted if not any(file.first_dt and file.last_dt and file.first_dt <= day <= file.last_dt for file in files)]
-    return f"no file that matches {', '.join(definition.logs.files)} has {' or '.join(lacking)} in its name (days of {zone.key}); the last is {files[-1].name}" if lacking else ""
+    wanted = dict.fromkeys(
+        moment.astimezone(zone).date().isoformat() for moment in (begin, begin + dtm.timedelta(days=1, microseconds=-1))
+    )
+    lacking = [
+        day
+        for day in wanted
+        if not any(file.first_dt and file.last_dt and file.first_dt <= day <= file.last_dt for file in files)
+    ]
+    return (
+        f"no file that matches {', '.join(definition.logs.files)} has {' or '.join(lacking)} in its name (days of"
+        f" {zone.key}); the last is {files[-1].name}"
+        if lacking
+        else ""
+    )
 
 
 def _unchanged(files: Sequence[RawFile], dt: str) -> str:
     newest = max(files, key=lambda file: file.modified_ns)
     changed = dtm.datetime.fromtimestamp(newest.modified_ns / 1e9, dtm.UTC)
-    return "" if changed >= _begin(dt) else f"no file has changed since that day began; the newest, {newest.name}, is of {changed:%Y-%m-%d %H:%M} UTC"
+    return (
+        ""
+        if changed >= _begin(dt)
+        else f"no file has changed since that day began; the newest, {newest.name}, is of {changed:%Y-%m-%d %H:%M} UTC"
+    )
 
 
 def _begin(dt: str) -> dtm.datetime:

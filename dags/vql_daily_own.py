@@ -1,4 +1,5 @@
-"""One Airflow DAG for each data set of your own: `make run DATASET=name.yaml` puts its definition into the folder read here.
+"""One Airflow DAG for each data set of your own: `make run DATASET=name.yaml` puts its definition into the folder read
+here.
 
 A file of its own, so that a wrong definition shows as an import error and takes no other DAG with it.
 """
@@ -10,6 +11,9 @@ from infra import settings
 
 for path in sorted(settings.definitions().glob("*.yaml")):
     if path.stem in built_in_names():
-        raise StageError(f"{path} has the name of a data set that comes with the project", "give it another name (name: and file name)")
+        raise StageError(
+            f"{path} has the name of a data set that comes with the project",
+            "give it another name (name: and file name)",
+        )
     dag = daily_dag(dataset(str(path)), str(path))
     globals()[dag.dag_id] = dag

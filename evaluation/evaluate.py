@@ -1,4 +1,7 @@
-"""Score the partition's own day with every trained model and with the champion in service; write one table with intervals."""
+"""Score the partition's own day with every trained model and with the champion in service.
+
+Write one table with intervals.
+"""
 
 from __future__ import annotations
 
@@ -37,19 +40,31 @@ ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 def main() -> None:
     parser = partition_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
-    parser.add_argument("--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC")
+    parser.add_argument(
+        "--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC"
+    )
     parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs (default: %(default)s)")
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training = read_training(run_dir)
     sequences = store.require("sequences", args.dt)
-    tags = {"data.snapshot_digest": sequences.data_digest, "config_digest": training["config_digest"]}  # MLflow may have been away when training began
+    tags = {
+        "data.snapshot_digest": sequences.data_digest,
+        "config_digest": training["config_digest"],
+    }  # MLflow may have been away when training began
     with attempt_run(args.definition, args.dt, args.attempt, tags) as run:
         evaluate(args, store, run_dir, training, sequences, run.info.run_id)
 
 
-def evaluate(args: argparse.Namespace, store: TableStore, run_dir: Path, training: dict, sequences_manifest: Manifest, run_id: str) -> None:
+def evaluate(
+    args: argparse.Namespace,
+    store: TableStore,
+    run_dir: Path,
+    training: dict,
+    sequences_manifest: Manifest,
+    run_id: str,
+) -> None:
     """Score, compare, log and judge; `evaluation.json` and `scores.parquet` are written."""
     simulated = args.definition.simulated
     items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
@@ -60,15 +75,24 @@ def evaluate(args: argparse.Namespace, store: TableStore, run_dir: Path, trainin
         log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
     targets = scored[training["primary"]]
     if not len(targets.score):
-        raise StageError(f"no evaluation target in sequences of dt={args.dt}", "check the raw logs of that day, or choose another --dt")
+        raise StageError(
+            f"no evaluation target in sequences of dt={args.dt}",
+            "check the raw logs of that day, or choose another --dt",
+        )
     scores = {name: result.score for name, result in scored.items()}
     champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences)
     if champion_scores is not None:
         scores[CHAMPION] = champion_scores
     write_scores(run_dir, targets, scores)
-    evaluation = {"dt": args.dt, "dataset": args.dataset, "attempt": args.attempt, "simulated": simulated,
-                  "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
-                  **compare(targets, scores, training["primary"], champion), "rows": _ingested(store, sequences_manifest)}
+    evaluation = {
+        "dt": args.dt,
+        "dataset": args.dataset,
+        "attempt": args.attempt,
+        "simulated": simulated,
+        "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
+        **compare(targets, scores, training["primary"], champion),
+        "rows": _ingested(store, sequences_manifest),
+    }
     write_json(run_dir / "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
     log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
@@ -92,8 +116,13 @@ def read_training(run_dir: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def judge_again(registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Path, training: dict, run_id: str) -> dict:
-    """Compare the attempt with the champion of now, which is not the one that its evaluation met; return the new evaluation, written and logged."""
+def judge_again(
+    registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Path, training: dict, run_id: str
+) -> dict:
+    """Compare the attempt with the champion of now, which is not the one that its evaluation met.
+
+    Return the new evaluation, written and logged.
+    """
     kept, names = pq.read_table(run_dir / "scores.parquet"), list(training["models"])
     columns = {name: kept[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
@@ -102,7 +131,9 @@ def judge_again(registry: Registry, store: TableStore, dt: str, attempt: str, ru
     champion, champion_scores = score_champion(registry, dt, attempt, items, sequences)
     if champion_scores is not None:
         scores[CHAMPION] = champion_scores
-    evaluation = json.loads((run_dir / "evaluation.json").read_text()) | compare(targets, scores, training["primary"], champion)
+    evaluation = json.loads((run_dir / "evaluation.json").read_text()) | compare(
+        targets, scores, training["primary"], champion
+    )
     write_scores(run_dir, targets, scores)
     write_json(run_dir / "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
@@ -112,10 +143,14 @@ def judge_again(registry: Registry, store: TableStore, dt: str, attempt: str, ru
 
 def write_scores(run_dir: Path, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
     """Write `scores.parquet`: one row a target, one column a model."""
-    pq.write_table(pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), run_dir / "scores.parquet")
+    pq.write_table(
+        pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), run_dir / "scores.parquet"
+    )
 
 
-def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table) -> tuple[dict | None, np.ndarray | None]:
+def score_champion(
+    registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table
+) -> tuple[dict | None, np.ndarray | None]:
     """Score the day with the champion in service.
 
     On a retry after this attempt's own promotion, the champion meant is the one before it.
@@ -130,7 +165,12 @@ def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, s
     if version is None:
         return None, None
     tags = registry.version(version).tags
-    champion = {"version": version, "partition": tags.get("pipeline.partition"), "attempt": tags.get(ATTEMPT_TAG), "warning": None}
+    champion = {
+        "version": version,
+        "partition": tags.get("pipeline.partition"),
+        "attempt": tags.get(ATTEMPT_TAG),
+        "warning": None,
+    }
     if (champion["partition"] or "") > dt:
         return champion | {"warning": f"it is of partition {champion['partition']}, so it was trained on {dt}"}, None
     try:
@@ -138,8 +178,15 @@ def score_champion(registry: Registry, dt: str, attempt: str, items: pa.Table, s
     except TryAgainError:
         raise  # says nothing of the champion
     except Exception as error:
-        reason = str(error) if isinstance(error, ArtifactGone) else f"it cannot be loaded or scored: {type(error).__name__}: {error}"
-        log(f"warning: champion version {version}: {reason}. remedy: restore it, or point the alias {CHAMPION} at another version; until then nothing is promoted")
+        reason = (
+            str(error)
+            if isinstance(error, ArtifactGone)
+            else f"it cannot be loaded or scored: {type(error).__name__}: {error}"
+        )
+        log(
+            f"warning: champion version {version}: {reason}. remedy: restore it, or point the alias {CHAMPION} at"
+            " another version; until then nothing is promoted"
+        )
         return champion | {"warning": reason[:500]}, None
 
 
@@ -153,26 +200,47 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
         for metric in Bootstrap.METRICS:
             interval = bootstrap.interval(name, metric)
             row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        row |= {"targets": len(label), "users": len(np.unique(user)), "users_with_both_classes": gauc(user, label, score)[1],
-                "calibration": calibration(label, score)}
+        row |= {
+            "targets": len(label),
+            "users": len(np.unique(user)),
+            "users_with_both_classes": gauc(user, label, score)[1],
+            "calibration": calibration(label, score),
+        }
         rows.append(row)
-    paired = {f"{primary}_minus_{name}": {metric: asdict(bootstrap.difference(primary, name, metric)) for metric in Bootstrap.METRICS}
-              for name in scores if name != primary}
+    paired = {
+        f"{primary}_minus_{name}": {
+            metric: asdict(bootstrap.difference(primary, name, metric)) for metric in Bootstrap.METRICS
+        }
+        for name in scores
+        if name != primary
+    }
     if champion is not None:
         champion = champion | next((row for row in rows if row["name"] == CHAMPION), {"name": CHAMPION})
-    return {"models": [row for row in rows if row["name"] != CHAMPION], "champion": champion, "paired": paired,
-            "slices": _length_slices(targets, scores)}
+    return {
+        "models": [row for row in rows if row["name"] != CHAMPION],
+        "champion": champion,
+        "paired": paired,
+        "slices": _length_slices(targets, scores),
+    }
 
 
 def table(evaluation: dict) -> str:
     """Return the plain text table of an evaluation."""
     title = f"{evaluation['dataset']} dt={evaluation['dt']}" + ("  (SIMULATED data)" if evaluation["simulated"] else "")
-    lines = [title, f"{'model':<18}{'AUC':>8}{'95 % interval':>18}{'GAUC':>8}{'log loss':>10}{'pred/obs':>10}{'targets':>10}{'users':>8}"]
+    lines = [
+        title,
+        (
+            f"{'model':<18}{'AUC':>8}{'95 % interval':>18}{'GAUC':>8}{'log loss':>10}{'pred/obs':>10}{'targets':>10}"
+            f"{'users':>8}"
+        ),
+    ]
     champion = evaluation["champion"]
     for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]:
         interval = f"{_cell(row['auc_low'])}..{_cell(row['auc_high'])}"
-        lines.append(f"{row['name']:<18}{_cell(row['auc']):>8}{interval:>18}{_cell(row['gauc']):>8}{_cell(row['logloss']):>10}"
-                     f"{_cell(row['calibration']['expected_ratio'], 3):>10}{row['targets']:>10,}{row['users']:>8,}")
+        lines.append(
+            f"{row['name']:<18}{_cell(row['auc']):>8}{interval:>18}{_cell(row['gauc']):>8}{_cell(row['logloss']):>10}"
+            f"{_cell(row['calibration']['expected_ratio'], 3):>10}{row['targets']:>10,}{row['users']:>8,}"
+        )
     if evaluation["best_auc"] is not None:
         lines.append(f"{'best possible':<18}{_cell(evaluation['best_auc']):>8}  (the simulator's own probabilities)")
     for name, metrics in evaluation["paired"].items():
@@ -197,10 +265,23 @@ def _length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> lis
     for number in np.unique(part):
         rows = part == number
         label, user = targets.label[rows], targets.user_id[rows]
-        slices.append({"slice": "history_length", "low": int(length[rows].min()), "high": int(length[rows].max()), "targets": int(rows.sum()),
-                       "users": len(np.unique(user)),
-                       "models": {name: {"auc": auc(label, score[rows]), "gauc": gauc(user, label, score[rows])[0], "logloss": logloss(label, score[rows])}
-                                  for name, score in scores.items()}})
+        slices.append(
+            {
+                "slice": "history_length",
+                "low": int(length[rows].min()),
+                "high": int(length[rows].max()),
+                "targets": int(rows.sum()),
+                "users": len(np.unique(user)),
+                "models": {
+                    name: {
+                        "auc": auc(label, score[rows]),
+                        "gauc": gauc(user, label, score[rows])[0],
+                        "logloss": logloss(label, score[rows]),
+                    }
+                    for name, score in scores.items()
+                },
+            }
+        )
     return slices
 
 
@@ -221,7 +302,9 @@ def _best_auc(raw: Path, dt: str) -> float | None:
     return json.loads(marker.read_text()).get("best_auc_by_dt", {}).get(dt) if marker.exists() else None
 
 
-def log_to_mlflow(run_id: str, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+def log_to_mlflow(
+    run_id: str, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]
+) -> None:
     """Log an evaluation to its run, and what training could not send.
 
     Raises:
@@ -230,8 +313,11 @@ def log_to_mlflow(run_id: str, run_dir: Path, evaluation: dict, targets: ScoredT
     plot = run_dir / "evaluation.png"
     _plot(evaluation, targets, scores, plot)
     champion = evaluation["champion"]
-    metrics = {f"{row['name']}/{metric}": row[metric] for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
-               for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")}
+    metrics = {
+        f"{row['name']}/{metric}": row[metric]
+        for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
+        for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")
+    }
     metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
     metrics |= {"best_auc": evaluation["best_auc"]}
     now = int(time.time() * 1000)
@@ -241,7 +327,14 @@ def log_to_mlflow(run_id: str, run_dir: Path, evaluation: dict, targets: ScoredT
 
         client = MlflowClient()
         MetricsBuffer(run_id, run_dir / "metrics.jsonl").send()
-        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if value is not None and math.isfinite(value)])
+        client.log_batch(
+            run_id,
+            metrics=[
+                Metric(key, value, now, 0)
+                for key, value in metrics.items()
+                if value is not None and math.isfinite(value)
+            ],
+        )
         for path in (run_dir / "evaluation.json", plot):
             client.log_artifact(run_id, str(path), "evaluation")
         client.log_text(run_id, table(evaluation), "evaluation/table.txt")
@@ -271,7 +364,9 @@ def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray
     curve.set_xlabel("predicted probability")
     curve.set_ylabel("observed share of positives")
     curve.legend()
-    figure.suptitle(f"{evaluation['dataset']} dt={evaluation['dt']}" + (" (SIMULATED data)" if evaluation["simulated"] else ""))
+    figure.suptitle(
+        f"{evaluation['dataset']} dt={evaluation['dt']}" + (" (SIMULATED data)" if evaluation["simulated"] else "")
+    )
     figure.savefig(path, dpi=110)
 
 

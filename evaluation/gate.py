@@ -43,17 +43,30 @@ def quality_gate(evaluation: Mapping, primary: str, thresholds: Thresholds = Thr
     if champion is None:
         passed = _number(challenger["auc_low"]) > thresholds.first_auc_low
         relation = "is above" if passed else "is not above"
-        return Decision(passed, f"no champion; lower bound of AUC {_show(challenger['auc_low'])} {relation} {thresholds.first_auc_low}")
+        return Decision(
+            passed,
+            f"no champion; lower bound of AUC {_show(challenger['auc_low'])} {relation} {thresholds.first_auc_low}",
+        )
     if champion.get("warning"):
         return Decision(False, f"not comparable with champion version {champion['version']}: {champion['warning']}")
     difference = evaluation["paired"][f"{primary}_minus_champion"]["auc"]
     if not _number(difference["low"]) > -thresholds.auc_margin:
-        return Decision(False, f"AUC minus champion's {_show(difference['value'])} has lower bound {_show(difference['low'])}, "
-                               f"which is not above -{thresholds.auc_margin}")
+        return Decision(
+            False,
+            f"AUC minus champion's {_show(difference['value'])} has lower bound {_show(difference['low'])}, "
+            f"which is not above -{thresholds.auc_margin}",
+        )
     if not _number(challenger["logloss"]) <= thresholds.logloss_ratio * _number(champion["logloss"]):
-        return Decision(False, f"log loss {_show(challenger['logloss'])} is more than {thresholds.logloss_ratio} x the champion's {_show(champion['logloss'])}")
-    return Decision(True, f"AUC minus champion's {_show(difference['value'])}, lower bound {_show(difference['low'])} > -{thresholds.auc_margin}; "
-                          f"log loss {_show(challenger['logloss'])} against {_show(champion['logloss'])}")
+        return Decision(
+            False,
+            f"log loss {_show(challenger['logloss'])} is more than {thresholds.logloss_ratio} x the champion's"
+            f" {_show(champion['logloss'])}",
+        )
+    return Decision(
+        True,
+        f"AUC minus champion's {_show(difference['value'])}, lower bound {_show(difference['low'])} >"
+        f" -{thresholds.auc_margin}; log loss {_show(challenger['logloss'])} against {_show(champion['logloss'])}",
+    )
 
 
 def _number(value: float | None) -> float:

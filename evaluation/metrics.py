@@ -76,8 +76,15 @@ def calibration(label: np.ndarray, score: np.ndarray) -> dict:
     if not len(label):
         return {"ece": float("nan"), "expected_ratio": float("nan"), "bins": []}
     order = np.argsort(score, kind="stable")
-    bins = [{"predicted": float(score[part].mean(dtype=np.float64)), "observed": float(label[part].mean()), "targets": len(part)}
-            for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
+    bins = [
+        {
+            "predicted": float(score[part].mean(dtype=np.float64)),
+            "observed": float(label[part].mean()),
+            "targets": len(part),
+        }
+        for part in np.array_split(order, CALIBRATION_BINS)
+        if len(part)
+    ]
     positives = float(label.sum())
     return {
         "ece": sum(abs(b["predicted"] - b["observed"]) * b["targets"] for b in bins) / len(label),
@@ -100,8 +107,15 @@ class Bootstrap:
 
     METRICS = ("auc", "gauc", "logloss")
 
-    def __init__(self, user: np.ndarray, label: np.ndarray, scores: Mapping[str, np.ndarray],
-                 resamples: int = 200, seed: int = 0, level: float = 0.95) -> None:
+    def __init__(
+        self,
+        user: np.ndarray,
+        label: np.ndarray,
+        scores: Mapping[str, np.ndarray],
+        resamples: int = 200,
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> None:
         ids, owner = np.unique(user, return_inverse=True)
         users = len(ids)
         rng = np.random.default_rng(seed)
@@ -118,7 +132,8 @@ class Bootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             return {
                 "auc": _RankedTargets(label, score, owner).auc(self.multiplicity),
-                "gauc": (self.multiplicity[:, both] @ (per_user * count)[both]) / (self.multiplicity[:, both] @ count[both]),
+                "gauc": (self.multiplicity[:, both] @ (per_user * count)[both])
+                / (self.multiplicity[:, both] @ count[both]),
                 "logloss": (self.multiplicity @ losses) / (self.multiplicity @ count),
             }
 
@@ -155,4 +170,8 @@ class _RankedTargets:
         weight_below = np.concatenate([[0.0], np.cumsum(weights[self.negative_owner])])
         positive = weights[self.positive_owner]
         pairs = positive.sum() * weight_below[-1]
-        return 0.5 * float(positive @ (weight_below[self.below] + weight_below[self.not_above])) / pairs if pairs > 0 else float("nan")
+        return (
+            0.5 * float(positive @ (weight_below[self.below] + weight_below[self.not_above])) / pairs
+            if pairs > 0
+            else float("nan")
+        )

@@ -1,9 +1,11 @@
-"""Remove what is no longer current once it is as old as `retention` in the definition says; the last task of the daily chain.
+"""Remove what is no longer current once it is as old as `retention` in the definition says; the last task of the daily
+chain.
 
     python -m evaluation.prune --dataset D --warehouse W --runs RUNS [--reports DIR] [--dry-run]
 
-What is published stays as it is, and so does what a registered model version was trained on, and the user caches and the
-folders of runs of versions that an alias points at. Where MLflow does not answer, nothing that a model may need is removed.
+What is published stays as it is, and so does what a registered model version was trained on, and the user caches and
+the folders of runs of versions that an alias points at. Where MLflow does not answer, nothing that a model may need is
+removed.
 """
 
 from __future__ import annotations
@@ -114,7 +116,9 @@ def lineage_of(store: TableStore) -> Lineage | None:
 
 
 def prune_runs(runs: Path, dataset: str, before_ms: int, needed: Collection[str], dry_run: bool) -> list[Removed]:
-    """Remove the folders of a data set's attempts in which nothing has changed since `before_ms`, but for `needed` ones."""
+    """Remove the folders of a data set's attempts in which nothing has changed since `before_ms`, but for `needed`
+    ones.
+    """
     removed = []
     for owner in sorted(runs.glob(f"[!.]*/{OWNER_FILE}")):
         folder = owner.parent

@@ -1,4 +1,6 @@
-"""Build the promoted model's cache of every user of a partition and publish them as `user_caches`, stamped with its version."""
+"""Build the promoted model's cache of every user of a partition and publish them as `user_caches`, stamped with its
+version.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def main() -> None:
     registration_file = run_dir / "registration.json"
     if not registration_file.exists():
         raise StageError(
-            f"{registration_file} is missing", "run evaluation.release.register and evaluation.release.promote for this attempt first"
+            f"{registration_file} is missing",
+            "run evaluation.release.register and evaluation.release.promote for this attempt first",
         )
     with attempt_run(args.definition, args.dt, args.attempt, {}, last=True):
         _publish_caches(args, store, run_dir, json.loads(registration_file.read_text()))
@@ -43,7 +46,8 @@ def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, 
     """Build and publish the caches of what this attempt has promoted; nothing where it did not."""
     if "champion" not in registration["aliases"]:
         log(
-            f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches stay as they are"
+            f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches"
+            " stay as they are"
         )
         return
     training = json.loads((run_dir / "training.json").read_text())
@@ -55,13 +59,16 @@ def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, 
         f"{registration['model_name']}/{registration['version']}",
     )
     log(
-        f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version {registration['version']}"
+        f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version"
+        f" {registration['version']}"
     )
 
 
 @torch.no_grad()
 def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, model_version: str) -> Manifest:
-    """Build caches over what a target at the end of each stored history sees, with the end of the day as reference time; publish them."""
+    """Build caches over what a target at the end of each stored history sees, with the end of the day as reference
+    time; publish them.
+    """
     sequences_manifest, items_manifest = store.require("sequences", dt), store.require("items", dt)
     model, vocabulary, cutoff = load_package(package)
     if model.coded is None:
@@ -111,7 +118,10 @@ def build_user_caches(store: TableStore, dt: str, attempt: str, package: Path, m
 
 
 def _at_the_end(sequences: Sequences, max_events: int | None) -> Sequences:
-    """One pseudo target a user at the end of the history, so that a batch carries the latest `max_events` of it (None: all)."""
+    """One pseudo target a user at the end of the history, so that a batch carries the latest `max_events` of it (None.
+
+    All).
+    """
     from dataclasses import replace
 
     lengths = np.diff(sequences.history_start)

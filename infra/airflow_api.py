@@ -40,7 +40,9 @@ class AirflowApi:
         """
         if not self._token and path != "/auth/token" and not path.startswith("/api/v2/monitor"):
             # Where no login is asked for, any will do.
-            self._token = self.call("POST", "/auth/token", {"username": settings.AIRFLOW_USER, "password": settings.password()})["access_token"]
+            self._token = self.call(
+                "POST", "/auth/token", {"username": settings.AIRFLOW_USER, "password": settings.password()}
+            )["access_token"]
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -53,19 +55,25 @@ class AirflowApi:
             text = error.read().decode(errors="replace")
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 text = str(json.loads(text)["detail"])
-            refusal = InfraError(f"Airflow answered {error.code} to {method} {path}: {text[:1500]}",
-                                 f"see {settings.airflow_home() / 'logs' / 'api-server.out'}")
+            refusal = InfraError(
+                f"Airflow answered {error.code} to {method} {path}: {text[:1500]}",
+                f"see {settings.airflow_home() / 'logs' / 'api-server.out'}",
+            )
             refusal.status = error.code  # type: ignore[attr-defined]
             raise refusal from None
 
     def healthy(self, *components: str, since: float = 0.0) -> bool:
-        """True when the server answers and every component has a fresh heartbeat, none older than `since` (Unix seconds)."""
+        """True when the server answers and every component has a fresh heartbeat, none older than `since` (Unix
+        seconds).
+        """
         try:
             health = self.call("GET", "/api/v2/monitor/health", timeout=5)
         except (OSError, ValueError, InfraError):
             return False
         beats = [_unix((health.get(name) or {}).get(f"latest_{name}_heartbeat")) for name in components]
-        return all((health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components)) and all(beat >= since for beat in beats)
+        return all(
+            (health.get(name) or {}).get("status") == "healthy" for name in ("metadatabase", *components)
+        ) and all(beat >= since for beat in beats)
 
     def set_pools(self) -> None:
         """Create the pools that the tasks name, or set them to their sizes."""
@@ -78,7 +86,10 @@ class AirflowApi:
                     raise
 
     def wait_for_dag(self, dag_id: str, file: str, since: float, alive_check: Any = None) -> dict[str, Any]:
-        """Return the DAG of `file` once it was parsed after `since` (Unix seconds), or say why it was not; other files may be broken."""
+        """Return the DAG of `file` once it was parsed after `since` (Unix seconds), or say why it was not.
+
+        Other files may be broken.
+        """
         deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
         while time.monotonic() < deadline:
             if alive_check:
@@ -91,11 +102,20 @@ class AirflowApi:
                 if getattr(error, "status", 0) != 404:
                     raise
             broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
-            if recent := [entry for entry in broken if Path(str(entry.get("filename"))).name == file and _unix(entry.get("timestamp")) >= since]:
-                raise InfraError(f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}", "correct the DAG file")
+            if recent := [
+                entry
+                for entry in broken
+                if Path(str(entry.get("filename"))).name == file and _unix(entry.get("timestamp")) >= since
+            ]:
+                raise InfraError(
+                    f"{recent[0].get('filename')} does not import:\n{recent[0].get('stack_trace')}",
+                    "correct the DAG file",
+                )
             time.sleep(0.5)
-        raise InfraError(f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",
-                         f"see {settings.airflow_home() / 'logs' / 'dag-processor.out'}")
+        raise InfraError(
+            f"Airflow did not parse the DAG {dag_id} within {HEALTHY_WITHIN_SECONDS} s",
+            f"see {settings.airflow_home() / 'logs' / 'dag-processor.out'}",
+        )
 
 
 def _unix(text: str | None) -> float:

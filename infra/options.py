@@ -1,4 +1,7 @@
-"""The options of a run, each once: the DAG's form, its command lines and the variables of `make run` are made from this table."""
+"""The options of a run, each once.
+
+The DAG's form, its command lines and the variables of `make run` are made from this table.
+"""
 
 from __future__ import annotations
 

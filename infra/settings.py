@@ -1,4 +1,5 @@
-"""The one place of paths, ports, defaults, secrets and the environment of every process; imports nothing that takes time.
+"""The one place of paths, ports, defaults, secrets and the environment of every process; imports nothing that takes
+time.
 
 Every value has a `LONGVIEW_*` variable, so that another topology changes the environment and not the code.
 """
@@ -31,13 +32,46 @@ DATABASE = "LONGVIEW_AIRFLOW_DB"  # may hold a password: Airflow's alone
 EMBEDDED = "LONGVIEW_DB"  # which database a home has of its own: SQLite, POSTGRESQL
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
 SOCKET_PATH_BYTES = 103  # of a Unix socket on every system (Linux 107), its end not counted
-STAGE_NAMES = frozenset("""
-    PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP PWD HOSTNAME TERM VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH
-    JAVA_HOME JAVA_TOOL_OPTIONS JDK_JAVA_OPTIONS http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
-    SPT_NOENV SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE KUBECONFIG DO_NOT_TRACK SCARF_ANALYTICS PGPASSFILE PGSSLMODE PGSSLROOTCERT
-""".split())
-STAGE_PREFIXES = ("LONGVIEW_", "LC_", "XDG_", "PYTHON", "SPARK_", "PYSPARK_", "HADOOP_", "YARN_", "MLFLOW_", "GX_", "RAY_", "AWS_", "GOOGLE_", "AZURE_", "ARROW_",
-                  "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_")
+STAGE_NAMES = frozenset(
+    """
+    PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP PWD HOSTNAME TERM VIRTUAL_ENV LD_LIBRARY_PATH
+    LD_PRELOAD
+    DYLD_LIBRARY_PATH
+    JAVA_HOME JAVA_TOOL_OPTIONS JDK_JAVA_OPTIONS http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY
+    NO_PROXY ALL_PROXY
+    SPT_NOENV SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE KUBECONFIG DO_NOT_TRACK SCARF_ANALYTICS
+    PGPASSFILE
+    PGSSLMODE PGSSLROOTCERT
+""".split()
+)
+STAGE_PREFIXES = (
+    "LONGVIEW_",
+    "LC_",
+    "XDG_",
+    "PYTHON",
+    "SPARK_",
+    "PYSPARK_",
+    "HADOOP_",
+    "YARN_",
+    "MLFLOW_",
+    "GX_",
+    "RAY_",
+    "AWS_",
+    "GOOGLE_",
+    "AZURE_",
+    "ARROW_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH",
+    "PYTORCH_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "KMP_",
+)
 RETRY_WAITS = "30 60 120 240 300"  # seconds before each retry of what may pass by itself: 12.5 minutes in all
 START = "start"  # the first task of every run, which names its attempt
 CONTINUE, APPROVE = "continue", "approve"  # what a run does before training when a gate warned
@@ -79,7 +113,10 @@ def training_configs() -> list[str]:
 
 
 def schedules() -> bool:
-    """Whether DAGs run by themselves: LONGVIEW_SCHEDULE=0, which `make run` sets for the Airflow that it starts, turns that off."""
+    """Whether DAGs run by themselves.
+
+    LONGVIEW_SCHEDULE=0, which `make run` sets for the Airflow that it starts, turns that off.
+    """
     return os.environ.get("LONGVIEW_SCHEDULE") != "0"
 
 
@@ -101,12 +138,16 @@ def airflow_home() -> Path:
 
 
 def tracking_uri() -> str:
-    return _address("MLFLOW_TRACKING_URI") or (postgres_address("mlflow") if has_postgres() else f"sqlite:///{mlflow_sqlite()}")
+    return _address("MLFLOW_TRACKING_URI") or (
+        postgres_address("mlflow") if has_postgres() else f"sqlite:///{mlflow_sqlite()}"
+    )
 
 
 def airflow_database() -> str:
     """Address of Airflow's database; one that was given may hold a password."""
-    return os.environ.get(DATABASE) or (postgres_address("airflow") if has_postgres() else f"sqlite:///{airflow_home() / 'airflow.db'}")
+    return os.environ.get(DATABASE) or (
+        postgres_address("airflow") if has_postgres() else f"sqlite:///{airflow_home() / 'airflow.db'}"
+    )
 
 
 def mlflow_sqlite() -> Path:
@@ -117,7 +158,10 @@ def embedded() -> str:
     """Return what LONGVIEW_DB asks for: SQLITE, POSTGRESQL, or "" for what the home has."""
     text = os.environ.get(EMBEDDED) or ""
     if text not in ("", SQLITE, POSTGRESQL):
-        raise SystemExit(f"error: {EMBEDDED}={text!r} is unknown\n  remedy: give {SQLITE} or {POSTGRESQL}, or nothing: `make up` takes {POSTGRESQL}")
+        raise SystemExit(
+            f"error: {EMBEDDED}={text!r} is unknown\n  remedy: give {SQLITE} or {POSTGRESQL}, or nothing: `make up`"
+            f" takes {POSTGRESQL}"
+        )
     return text
 
 
@@ -129,8 +173,10 @@ def has_postgres() -> bool:
     """
     found = (postgres_data() / "PG_VERSION").exists()
     if embedded() == SQLITE and found:
-        raise SystemExit(f"error: {EMBEDDED}={SQLITE}, but the runs and models of {home()} are in its PostgreSQL ({postgres_data()})\n"
-                         f"  remedy: leave {EMBEDDED} out, or give a home of its own: LONGVIEW_HOME=folder")
+        raise SystemExit(
+            f"error: {EMBEDDED}={SQLITE}, but the runs and models of {home()} are in its PostgreSQL"
+            f" ({postgres_data()})\n  remedy: leave {EMBEDDED} out, or give a home of its own: LONGVIEW_HOME=folder"
+        )
     return found
 
 
@@ -139,16 +185,23 @@ def postgres_data() -> Path:
 
 
 def postgres_socket() -> Path:
-    """Folder of PostgreSQL's Unix socket: beside its data, or below /tmp where the home's path is too long or has characters
-    that mean something in an address (a space, a comma, a percent sign). Its owner alone may enter it."""
+    """Folder of PostgreSQL's Unix socket: beside its data, or below /tmp where the home's path is too long or has
+    characters
+    that mean something in an address (a space, a comma, a percent sign). Its owner alone may enter it.
+    """
     folder = home() / "postgres"
-    if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES and re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
+    if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES and re.fullmatch(
+        r"[\w./-]+", str(folder), re.ASCII
+    ):
         return folder
     return Path("/tmp") / f"longview-{os.getuid()}-{hashlib.sha256(os.fsencode(home())).hexdigest()[:12]}"
 
 
 def postgres_address(database: str) -> str:
-    """Return the address of a database of the home's PostgreSQL. It holds no password: the socket shows the server who calls."""
+    """Return the address of a database of the home's PostgreSQL.
+
+    It holds no password: the socket shows the server who calls.
+    """
     return f"postgresql+psycopg2:///{database}?host={postgres_socket()}&port=5432&user={POSTGRES_USER}"
 
 
@@ -162,7 +215,10 @@ def retry_waits() -> list[float]:
     try:
         return [float(word) for word in text.split()]
     except ValueError:
-        raise SystemExit(f"error: LONGVIEW_RETRY_WAITS={text!r} is no list of seconds\n  remedy: give numbers with spaces between, such as {RETRY_WAITS!r}") from None
+        raise SystemExit(
+            f"error: LONGVIEW_RETRY_WAITS={text!r} is no list of seconds\n  remedy: give numbers with spaces between,"
+            f" such as {RETRY_WAITS!r}"
+        ) from None
 
 
 def airflow_port() -> int:
@@ -230,7 +286,10 @@ def password() -> str:
 
 def _made_once(name: str, text: str) -> Path:
     path = private(home() / "secrets") / name
-    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
         file.write(text)
     return path
 
@@ -244,18 +303,29 @@ def private(folder: Path) -> Path:
 
 
 def login() -> bool:
-    """Whether Airflow asks for the password: LONGVIEW_LOGIN=1 or 0; else when other people can log in on this machine."""
+    """Whether Airflow asks for the password.
+
+    LONGVIEW_LOGIN=1 or 0; else when other people can log in on this machine.
+    """
     text = os.environ.get("LONGVIEW_LOGIN") or str(int(bool(other_logins())))
     if text not in ("0", "1"):
-        raise SystemExit(f"error: LONGVIEW_LOGIN={text!r} is neither 0 nor 1\n  remedy: give 1 for a password, 0 for none")
+        raise SystemExit(
+            f"error: LONGVIEW_LOGIN={text!r} is neither 0 nor 1\n  remedy: give 1 for a password, 0 for none"
+        )
     return text == "1"
 
 
 def other_logins() -> list[str]:
     """Return the people, beside this process's user, who have a login shell here."""
     first = 501 if sys.platform == "darwin" else 1_000  # lower ids are the system's
-    return [user.pw_name for user in pwd.getpwall()
-            if first <= user.pw_uid < 60_000 and user.pw_uid != os.getuid() and user.pw_shell and not user.pw_shell.endswith(("/nologin", "/false"))]
+    return [
+        user.pw_name
+        for user in pwd.getpwall()
+        if first <= user.pw_uid < 60_000
+        and user.pw_uid != os.getuid()
+        and user.pw_shell
+        and not user.pw_shell.endswith(("/nologin", "/false"))
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -271,7 +341,9 @@ def environment() -> dict[str, str]:
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__PARALLELISM": "4",
         "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",
-        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(not login()),  # else no login page; the server listens on the loopback only
+        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(
+            not login()
+        ),  # else no login page; the server listens on the loopback only
         "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{AIRFLOW_USER}:admin",
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file()),
         "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
@@ -319,9 +391,16 @@ def environment() -> dict[str, str]:
 
 
 def stage_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return what of an environment (default: this process's) a stage needs: of Airflow, and of all that is not named here, nothing."""
+    """Return what of an environment (default.
+
+    This process's) a stage needs: of Airflow, and of all that is not named here, nothing.
+    """
     given = os.environ if env is None else env
-    return {name: value for name, value in given.items() if name != DATABASE and (name in STAGE_NAMES or name.startswith(STAGE_PREFIXES))}
+    return {
+        name: value
+        for name, value in given.items()
+        if name != DATABASE and (name in STAGE_NAMES or name.startswith(STAGE_PREFIXES))
+    }
 
 
 def _other_python_paths() -> list[str]:

@@ -29,16 +29,20 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     # Without a file of its main module PySpark takes such a process for its doctests, and ends it.
     sys.modules["__main__"].__file__ = str(Path(__file__).with_name("__init__.py"))
 
-# The one profile of every property test. The same examples each time, so that a run fails by a change and never by chance; how fast a
-# machine is, or how busy, is no property of the code. HYPOTHESIS=explore draws new examples and keeps those that fail.
-hypothesis.settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The one profile of every property test. The same examples each time, so that a run fails by a change and never by
+# chance; how fast a machine is, or how busy, is no property of the code. HYPOTHESIS=explore draws new examples and
+# keeps those that fail.
+hypothesis.settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS") or "same")
 
 
 @pytest.fixture(autouse=True)
 def no_page_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate in a test's own process starts none that writes its page: hundreds of them, seconds each, outlive their tests.
+    """A gate in a test's own process starts none that writes its page: hundreds of them, seconds each, outlive their
+    tests.
 
     Tests of pages write them by `etl.quality.report.write`, or run the gate as a process of its own.
     """

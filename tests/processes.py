@@ -1,4 +1,7 @@
-"""Real processes of tests: each leads a session of its own, so that all that it started is found, whatever group it is in."""
+"""Real processes of tests.
+
+Each leads a session of its own, so that all that it started is found, whatever group it is in.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ class Started:
     log: Path
 
     def family(self) -> list[psutil.Process]:
-        """Return every living process of its session: Python workers of Spark leave the process group, not the session."""
+        """Return every living process of its session.
+
+        Python workers of Spark leave the process group, not the session.
+        """
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -48,7 +54,15 @@ class Started:
 
 def start(words: list[str], log: Path, cwd: Path, env: dict[str, str] | None = None) -> Started:
     with log.open("w") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
     return Started(process, log)
 
 

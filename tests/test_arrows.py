@@ -1,4 +1,5 @@
-"""The arrows between the rooms of the code run one way: each room imports what stands below it, and nothing else of ours.
+"""The arrows between the rooms of the code run one way: each room imports what stands below it, and nothing else of
+ours.
 
 A room is a folder; this is the one place that says which rooms it may import. Imports inside functions count, too.
 """
@@ -33,13 +34,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": (*SHARED, SETTINGS),
     "evaluation": (*SHARED, QUALITY, "training"),  # it hands the scores in and asks for the judgement
     # A DAG builds command lines and sees which files came. tests/dags asks what is loaded when its file is read.
-    "dags": (STAGE, DATASETS, SETTINGS, "infra.options", "infra.airflow_api", "etl.ingest.raw", "evaluation.release.outcomes"),
+    "dags": (
+        STAGE,
+        DATASETS,
+        SETTINGS,
+        "infra.options",
+        "infra.airflow_api",
+        "etl.ingest.raw",
+        "evaluation.release.outcomes",
+    ),
     "benchmarks": (*SHARED, INGEST, SEQUENCES, QUALITY, JOBS, "training", "evaluation"),
 }
 
 
 def imports_of(source: str) -> set[str]:
-    """Return the modules that a source imports anywhere in it: `from a import b` counts as a.b, which may be a name of a."""
+    """Return the modules that a source imports anywhere in it.
+
+    `from a import b` counts as a.b, which may be a name of a.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -50,7 +50,16 @@ def test_the_twenty_rows_become_a_published_day_and_the_stage_reads_it(tmp_path:
     (tmp_path / "raw" / "log.csv").write_text(block("Add a data set", "csv"))
     (tmp_path / "reading.yaml").write_text(block("Add a data set", "yaml"))
     feed = Feed(tmp_path, dataset(str(tmp_path / "reading.yaml")), tmp_path / "reports")
-    partition = ["--dataset", str(tmp_path / "reading.yaml"), "--warehouse", feed.store.warehouse, "--dt", DT, "--attempt", "by-hand"]
+    partition = [
+        "--dataset",
+        str(tmp_path / "reading.yaml"),
+        "--warehouse",
+        feed.store.warehouse,
+        "--dt",
+        DT,
+        "--attempt",
+        "by-hand",
+    ]
     with one_spark_session():
         feed.build_events("by-hand", DT)
     monkeypatch.setattr(sys, "argv", ["check", *partition, "--stage", "events"])
@@ -64,9 +73,18 @@ def test_the_twenty_rows_become_a_published_day_and_the_stage_reads_it(tmp_path:
     stage.write_text(block("Add a stage", "python"))
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(stage), *partition, *more], cwd=tmp_path, env=settings.environment() | {"PYTHONPATH": str(settings.ROOT)}, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, str(stage), *partition, *more],
+            cwd=tmp_path,
+            env=settings.environment() | {"PYTHONPATH": str(settings.ROOT)},
+            capture_output=True,
+            text=True,
+        )
 
     done = run("--most", "2")
-    assert done.returncode == 0 and [line.split(": ")[1] for line in done.stdout.splitlines()] == ["2 events on 2024-03-04"] * 2, done
+    assert (
+        done.returncode == 0
+        and [line.split(": ")[1] for line in done.stdout.splitlines()] == ["2 events on 2024-03-04"] * 2
+    ), done
     wrong = run("--most", "0")
     assert wrong.returncode == EXIT_CORRECT and "remedy: give 1 or more" in wrong.stderr

@@ -1,7 +1,9 @@
-"""Every command that README.md and docs/datasets.md show, as it stands there, in one new home: it ends as the page says.
+"""Every command that README.md and docs/datasets.md show, as it stands there, in one new home: it ends as the page
+says.
 
-They run in the pages' order, each in what those before it left. `RULES` says of each what it needs and what has to come of it; a
-command without a rule fails. The figures do not matter here, so the tiny configuration trains. `make readme` runs them.
+They run in the pages' order, each in what those before it left. `RULES` says of each what it needs and what has to come
+of it; a command without a rule fails. The figures do not matter here, so the tiny configuration trains. `make readme`
+runs them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ ROWS = re.compile(r"raw rows ([\d,]+) = ([\d,]+) events \+ ([\d,]+) duplicates \
 
 
 def commands_of(page: str, inline: bool) -> list[str]:
-    """Return the commands of a page in its order: lines of its bash blocks without their remarks, and `make ...` in its text."""
+    """Return the commands of a page in its order.
+
+    Lines of its bash blocks without their remarks, and `make ...` in its text.
+    """
     found = []
     for block, word in re.findall(r"^```bash\n(.*?)^```|`(make [^`]+)`", (ROOT / page).read_text(), re.M | re.S):
         found += [line.split(" #")[0].strip() for line in block.splitlines()] + [" ".join(word.split())] * inline
@@ -51,16 +56,33 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW", "MAKE"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW", "MAKE"))
+        }
         self.env = inherited | {
-            "PYTHONPATH": "", "LONGVIEW_HOME": str(folder / "home"), "LONGVIEW_AIRFLOW_PORT": str(free_port()), "LONGVIEW_MLFLOW_PORT": str(free_port()),
-            "VENV": sys.prefix, "CONFIG": "tiny", "no_proxy": "127.0.0.1",
-        }  # fmt: skip
+            "PYTHONPATH": "",
+            "LONGVIEW_HOME": str(folder / "home"),
+            "LONGVIEW_AIRFLOW_PORT": str(free_port()),
+            "LONGVIEW_MLFLOW_PORT": str(free_port()),
+            "VENV": sys.prefix,
+            "CONFIG": "tiny",
+            "no_proxy": "127.0.0.1",
+        }
 
     def run(self, command: str, **env: str) -> str:
         """Run a command in the repository; return what it said. Its exit code is 0."""
-        process = subprocess.Popen(shlex.split(command), cwd=ROOT, env=self.env | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            shlex.split(command),
+            cwd=ROOT,
+            env=self.env | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
             out, error = process.communicate(timeout=3 * PATIENCE_S)
         except BaseException:
@@ -87,7 +109,8 @@ def home(tmp_path_factory) -> Iterator[Home]:
     made.run("make down")
 
 
-# ---- what commands need ------------------------------------------------------------------------------------------------
+# ---- what commands need
+# ------------------------------------------------------------------------------------------------
 
 
 def absent(folder: str) -> None:
@@ -102,7 +125,10 @@ def small_logs(folder: Path) -> Path:
 
 
 def published(home: Home) -> str:
-    """Serve an archive of KuaiRand-1K's layout on the loopback; return a definition of that name whose archive it is."""
+    """Serve an archive of KuaiRand-1K's layout on the loopback.
+
+    Return a definition of that name whose archive it is.
+    """
     site = home.folder / "site"
     site.mkdir()
     with tarfile.open(site / "KuaiRand-1K.tar.gz", "w:gz") as archive:
@@ -128,21 +154,47 @@ download:
 
 
 def user_behaviour(folder: Path, logs: Path) -> None:
-    """Write UserBehavior.csv: each click of the simulated logs is a view, some views a purchase, a cart or a favourite as well."""
+    """Write UserBehavior.csv.
+
+    Each click of the simulated logs is a view, some views a purchase, a cart or a favourite as well.
+    """
     log = pa.concat_tables(pacsv.read_csv(path) for path in logs.glob("log_*.csv"))
     later_ms = (day_number("2017-12-03") - day_number(SMALL.first_dt) - SMALL.days + 1) * MS_PER_DAY
-    log = log.filter(pc.and_(pc.equal(log["is_click"], 1), pc.greater_equal(pc.add(log["time_ms"], later_ms), day_number("2017-11-24") * MS_PER_DAY)))
+    log = log.filter(
+        pc.and_(
+            pc.equal(log["is_click"], 1),
+            pc.greater_equal(pc.add(log["time_ms"], later_ms), day_number("2017-11-24") * MS_PER_DAY),
+        )
+    )
     seconds = pc.divide(pc.add(log["time_ms"], later_ms), 1000)
     category = pc.add(pc.bit_wise_and(log["video_id"], 31), 1)
     rows = pa.concat_tables(
-        pa.table({"user": log["user_id"], "item": log["video_id"], "category": category, "action": pa.array([action] * log.num_rows), "seconds": seconds}).filter(chosen)
-        for action, chosen in (("pv", pc.is_valid(seconds)), ("buy", pc.equal(log["is_like"], 1)), ("cart", pc.equal(log["is_comment"], 1)), ("fav", pc.equal(log["is_forward"], 1)))
+        pa.table(
+            {
+                "user": log["user_id"],
+                "item": log["video_id"],
+                "category": category,
+                "action": pa.array([action] * log.num_rows),
+                "seconds": seconds,
+            }
+        ).filter(chosen)
+        for action, chosen in (
+            ("pv", pc.is_valid(seconds)),
+            ("buy", pc.equal(log["is_like"], 1)),
+            ("cart", pc.equal(log["is_comment"], 1)),
+            ("fav", pc.equal(log["is_forward"], 1)),
+        )
     )
     folder.mkdir()
-    pacsv.write_csv(rows.sort_by([("user", "ascending"), ("seconds", "ascending")]), folder / "UserBehavior.csv", pacsv.WriteOptions(include_header=False, quoting_style="none"))
+    pacsv.write_csv(
+        rows.sort_by([("user", "ascending"), ("seconds", "ascending")]),
+        folder / "UserBehavior.csv",
+        pacsv.WriteOptions(include_header=False, quoting_style="none"),
+    )
 
 
-# ---- what comes of them ------------------------------------------------------------------------------------------------
+# ---- what comes of them
+# ------------------------------------------------------------------------------------------------
 
 
 def simulated(home: Home, command: str) -> None:

@@ -11,7 +11,18 @@ import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
-CLOCKS = {"monotonic", "perf_counter", "process_time", "thread_time", "time", "monotonic_ns", "perf_counter_ns", "process_time_ns", "thread_time_ns", "time_ns"}
+CLOCKS = {
+    "monotonic",
+    "perf_counter",
+    "process_time",
+    "thread_time",
+    "time",
+    "monotonic_ns",
+    "perf_counter_ns",
+    "process_time_ns",
+    "thread_time_ns",
+    "time_ns",
+}
 SLOW_PROPERTY = """
 import time
 from hypothesis import given, settings, strategies as st
@@ -38,8 +49,24 @@ def test_property_tests_draw_the_same_examples_without_a_deadline() -> None:
 def test_a_property_that_is_slow_passes(tmp_path: Path) -> None:
     path = tmp_path / "test_slow_property.py"
     path.write_text(SLOW_PROPERTY)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml"), "-p", "tests.conftest", str(path)],
-                          cwd=TESTS.parent, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--rootdir",
+            str(TESTS.parent),
+            "-c",
+            str(TESTS.parent / "pyproject.toml"),
+            "-p",
+            "tests.conftest",
+            str(path),
+        ],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -49,7 +76,16 @@ def test_no_test_has_limits_of_its_own_or_reads_a_clock(path: Path) -> None:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
-            found += [f"line {node.lineno}: {word.arg}=" for word in node.keywords if word.arg in ("deadline", "suppress_health_check")]
-            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id == "time" and node.func.attr in CLOCKS:
+            found += [
+                f"line {node.lineno}: {word.arg}="
+                for word in node.keywords
+                if word.arg in ("deadline", "suppress_health_check")
+            ]
+            if (
+                isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "time"
+                and node.func.attr in CLOCKS
+            ):
                 found.append(f"line {node.lineno}: time.{node.func.attr}()")
     assert found == []

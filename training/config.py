@@ -56,7 +56,10 @@ class ModelConfig:
         if self.heads % self.groups:
             raise StageError(f"{self.groups} groups do not divide {self.heads} heads", "choose groups that do")
         if isinstance(self.codes, tuple) and len(self.codes) != self.groups:
-            raise StageError(f"{len(self.codes)} codebook sizes for {self.groups} groups", "give one number for all groups or one for each")
+            raise StageError(
+                f"{len(self.codes)} codebook sizes for {self.groups} groups",
+                "give one number for all groups or one for each",
+            )
 
     @property
     def width(self) -> int:
@@ -88,14 +91,16 @@ class TrainConfig:
             `min_epoch_steps`: few users with many targets each are no small data set.
         patience: epochs without a better validation log loss before the early stop.
         validation_share: share of training targets held out for the early stop.
-        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most half of the epochs.
+        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most half of the
+            epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         seed: of weights, order and draws.
         bf16: matrix products in bfloat16 (autocast); loss, softmax, code search and codebooks stay in fp32.
         compiled: torch.compile the attention over all users and the head.
         deterministic: only algorithms that give the same bits every time, on a GPU too (a CPU always has them); slower.
-        checkpoint_every_steps, checkpoint_every_seconds: a checkpoint is written after so many steps or seconds, whichever comes first.
+        checkpoint_every_steps, checkpoint_every_seconds: a checkpoint is written after so many steps or seconds,
+            whichever comes first.
     """
 
     models: dict[str, ModelConfig] = field(default_factory=dict)

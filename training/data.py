@@ -52,7 +52,8 @@ class Sequences:
         """Read a table with the SEQUENCES schema without copying a list per user.
 
         Args:
-            max_events: of the events before its cut-off a target sees so many at most, the latest; None: all that are stored.
+            max_events: of the events before its cut-off a target sees so many at most, the latest; None: all that are
+                stored.
         """
 
         def flat(name: str) -> np.ndarray:
@@ -98,9 +99,10 @@ class Batch:
         event_item: int64 [E] and target_item: int64 [T], positions among the N distinct items.
         event_interaction: int64 [E]; event_time_ms: int64 [E].
         event_start, target_start: python lists [U + 1]; cut_offs: python list [U], distinct target_end of each user.
-        target_time_ms, target_context, target_first, target_end: int64 [T]; target_label: float32 [T]; the context as its row.
-            A target sees the events [first, end) of its user's part.
-        shared_from: python list [U], the largest target_first of each user; 0: all of them see the user's part from its beginning.
+        target_time_ms, target_context, target_first, target_end: int64 [T]; target_label: float32 [T]; the context as
+            its row. A target sees the events [first, end) of its user's part.
+        shared_from: python list [U], the largest target_first of each user; 0: all of them see the user's part from its
+            beginning.
         user_rows: int64 [T, F].
     """
 
@@ -191,7 +193,9 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
         user_rows=np.repeat(joined.user_rows[users], counts, axis=0),
         target_start=[0, *np.cumsum(counts).tolist()],
         cut_offs=[len(np.unique(sequences.target_end[c])) for c in targets],
-        shared_from=[int(sequences.target_first[c].max(initial=0)) - first for c, first in zip(targets, firsts, strict=True)],
+        shared_from=[
+            int(sequences.target_first[c].max(initial=0)) - first for c, first in zip(targets, firsts, strict=True)
+        ],
     )
 
 
@@ -205,7 +209,10 @@ class Split:
 
 
 def split_targets(sequences: Sequences, validation_share: float, seed: int) -> Split:
-    """Split as the partition says; where it has no validation targets, a random share of the training ones is held out."""
+    """Split as the partition says.
+
+    Where it has no validation targets, a random share of the training ones is held out.
+    """
     split = sequences.target_split
     train, validation = np.flatnonzero(split == TRAIN), np.flatnonzero(split == VALIDATION)
     if not len(validation):
@@ -215,12 +222,17 @@ def split_targets(sequences: Sequences, validation_share: float, seed: int) -> S
 
 
 def trained_rows(joined: Joined, targets: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray], np.ndarray]:
-    """Return the embedding rows that some of these targets read: of each item field, of each user field, and of contexts."""
+    """Return the embedding rows that some of these targets read.
+
+    Of each item field, of each user field, and of contexts.
+    """
     sequences = joined.sequences
     owner = np.searchsorted(sequences.target_start, targets, side="right") - 1
     seen_U = np.zeros(sequences.users, np.int64)
     np.maximum.at(seen_U, owner, sequences.target_end[targets].astype(np.int64))
-    place_E = np.arange(len(sequences.history_item)) - np.repeat(sequences.history_start[:-1], np.diff(sequences.history_start))
+    place_E = np.arange(len(sequences.history_item)) - np.repeat(
+        sequences.history_start[:-1], np.diff(sequences.history_start)
+    )
     events = sequences.history_item[place_E < np.repeat(seen_U, np.diff(sequences.history_start))]
     items = np.union1d(events, sequences.target_item[targets])
     users = joined.user_rows[np.unique(owner)]
@@ -267,7 +279,15 @@ class Epoch:
     training that goes on in the middle of an epoch sees those that it had not seen.
     """
 
-    def __init__(self, batches: UserBatches, users: np.ndarray, positions: list[np.ndarray], number: int, targets_per_user: int, min_steps: int) -> None:
+    def __init__(
+        self,
+        batches: UserBatches,
+        users: np.ndarray,
+        positions: list[np.ndarray],
+        number: int,
+        targets_per_user: int,
+        min_steps: int,
+    ) -> None:
         self.batches, self.users, self.positions, self.targets_per_user = batches, users, positions, targets_per_user
         self.steps_per_pass = -(-len(users) // batches.users_per_step)
         self.passes = max(1, -(-min_steps // max(1, self.steps_per_pass)))
@@ -303,5 +323,9 @@ class Epoch:
         positions = self.positions[index]
         if len(positions) <= self.targets_per_user:
             return positions
-        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64  # an id may be negative, a key may not
-        return np.sort(np.random.default_rng([*self.key, turn, user]).choice(positions, self.targets_per_user, replace=False))
+        user = (
+            int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
+        )  # an id may be negative, a key may not
+        return np.sort(
+            np.random.default_rng([*self.key, turn, user]).choice(positions, self.targets_per_user, replace=False)
+        )

@@ -1,4 +1,5 @@
-"""Ends the MLflow run of an attempt that no stage will end any more: its stage was killed, or failed for good outside of MLflow.
+"""Ends the MLflow run of an attempt that no stage will end any more: its stage was killed, or failed for good outside
+of MLflow.
 
     python -m training.ended --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --status FAILED
 

@@ -1,6 +1,8 @@
-"""One training of every model of a configuration on one published partition, in any number of workers, restarts and processes.
+"""One training of every model of a configuration on one published partition, in any number of workers, restarts and
+processes.
 
-A worker that calls `train_all` again goes on from the last checkpoint, when that is of the same training: `identity_of` says which.
+A worker that calls `train_all` again goes on from the last checkpoint, when that is of the same training: `identity_of`
+says which.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Job:
 
 
 def train_all(job: Job, worker: Worker) -> dict[str, dict]:
-    """Train every model of the job on this worker, from where its run stands; rank 0 writes checkpoints, packages and metrics.
+    """Train every model of the job on this worker, from where its run stands; rank 0 writes checkpoints, packages and
+    metrics.
 
     Returns:
         name -> {"package", "epochs", "best_epoch", "train_seconds", "validation_logloss"}.
@@ -75,7 +78,9 @@ class _Trainings:
         self.run_dir = Path(job.run_dir)
         self.older = load_package(Path(job.warm_start))[:2] if job.warm_start else None
         known = self.older[1] if self.older else None
-        self.data, self.items, self.cutoff, digests = load_training_data(job.warehouse, job.dataset, job.dt, job.config, known)
+        self.data, self.items, self.cutoff, digests = load_training_data(
+            job.warehouse, job.dataset, job.dt, job.config, known
+        )
         self.say = _progress(job) if worker.rank == 0 else lambda line: None
         self.metrics = MetricsBuffer(job.mlflow_run_id, self.run_dir / "metrics.jsonl") if worker.rank == 0 else None
         self.checkpoints = Checkpoints(
@@ -91,7 +96,10 @@ class _Trainings:
         reached = from_first(self.checkpoints.newest() if self.worker.rank == 0 else None, self.worker)
         summaries = dict(reached.done)
         if (state := reached.state) is not None:
-            self.say(f"going on with {reached.name} after step {state.step}, batch {state.position} of epoch {state.epoch + 1}")
+            self.say(
+                f"going on with {reached.name} after step {state.step}, batch {state.position} of epoch"
+                f" {state.epoch + 1}"
+            )
         for name in self.config.models:
             if name in summaries:
                 continue
@@ -165,8 +173,15 @@ def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) ->
     Args:
         digests: of the tables that were read.
     """
-    warm_start = sha256_of(pafs.LocalFileSystem(), f"{job.warm_start}/model.safetensors")[:16] if job.warm_start else "none"
-    return {**flat(job.config.deciding, "configuration"), **digests, "vocabulary": vocabulary.digest, "weights of the warm start": warm_start}
+    warm_start = (
+        sha256_of(pafs.LocalFileSystem(), f"{job.warm_start}/model.safetensors")[:16] if job.warm_start else "none"
+    )
+    return {
+        **flat(job.config.deciding, "configuration"),
+        **digests,
+        "vocabulary": vocabulary.digest,
+        "weights of the warm start": warm_start,
+    }
 
 
 def _progress(job: Job) -> Callable[[str], None]:
@@ -185,7 +200,8 @@ def _progress(job: Job) -> Callable[[str], None]:
 def load_training_data(
     warehouse: str, dataset: str, dt: str, config: TrainConfig, known: Vocabulary | None = None
 ) -> tuple[TrainingData, pa.Table, Cutoff, dict[str, str]]:
-    """Read a published partition; return the data, its items table, the cut-off rule of its histories, and the digests of what was read.
+    """Read a published partition; return the data, its items table, the cut-off rule of its histories, and the digests
+    of what was read.
 
     Args:
         known: the vocabulary of a warm start, which this partition appends to.
@@ -200,7 +216,10 @@ def load_training_data(
 
 
 def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
-    """Return the folder of the package to begin with; a champion of this day or later would know what is to be predicted."""
+    """Return the folder of the package to begin with.
+
+    A champion of this day or later would know what is to be predicted.
+    """
     if wanted == "none":
         return None
     if wanted != "champion":
@@ -217,6 +236,8 @@ def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
     try:
         package = registry.package(version)
     except ArtifactGone as error:
-        raise StageError(f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version") from error
+        raise StageError(
+            f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version"
+        ) from error
     log(f"starting from champion version {version} of partition {partition}")
     return str(package)

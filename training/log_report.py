@@ -1,9 +1,11 @@
-"""Logs the report of a partition (`etl.quality.report.write`) to the MLflow run of its attempt, whether its gate held or not.
+"""Logs the report of a partition (`etl.quality.report.write`) to the MLflow run of its attempt, whether its gate held
+or not.
 
-    python -m training.log_report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--when-input-ends]
+    python -m training.log_report --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR]
+    [--when-input-ends]
 
-Prints one line of JSON: `experiment_id`, `run_id` and `artifact`, each null when there was no page or MLflow did not answer.
-A stopped partition ends its run as FAILED: no training will.
+Prints one line of JSON: `experiment_id`, `run_id` and `artifact`, each null when there was no page or MLflow did not
+answer. A stopped partition ends its run as FAILED: no training will.
 """
 
 from __future__ import annotations
@@ -45,7 +47,11 @@ def log_page(definition: DatasetDefinition, dt: str, attempt: str, page: Path) -
     except Exception as error:
         log(f"warning: MLflow did not take the report {page}: {error}")
         return nowhere
-    return {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id, "artifact": f"{ARTIFACT_FOLDER}/{page.name}"}
+    return {
+        "experiment_id": run.info.experiment_id,
+        "run_id": run.info.run_id,
+        "artifact": f"{ARTIFACT_FOLDER}/{page.name}",
+    }
 
 
 def _open_store(experiment: str) -> None:
@@ -61,7 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     """Log the page of one attempt at one partition."""
     parser: argparse.ArgumentParser = partition_parser(__doc__)
     parser.add_argument("--reports", default="var/reports", help="local folder of the pages (default: %(default)s)")
-    parser.add_argument("--when-input-ends", action="store_true", help="load MLflow, then wait for standard input to end: a gate is at work beside it")
+    parser.add_argument(
+        "--when-input-ends",
+        action="store_true",
+        help="load MLflow, then wait for standard input to end: a gate is at work beside it",
+    )
     args = parser.parse_args(argv)
     page = report_page(Path(args.reports).resolve(), store_of(args).dataset, args.dt, args.attempt)
     if args.when_input_ends:

@@ -38,7 +38,8 @@ class TrainingData:
 
     @staticmethod
     def of(sequences: Sequences, items: pa.Table, config: TrainConfig, known: Vocabulary | None = None) -> TrainingData:
-        """Return the data of a partition with its vocabulary, or with a warm start's, which the partition appends to."""
+        """Return the data of a partition with its vocabulary, or with a warm start's, which the partition
+        appends to."""
         train = np.flatnonzero(sequences.target_split == TRAIN)
         trained = np.unique(np.searchsorted(sequences.target_start, train, side="right") - 1)
         fields = [np.array(values, dtype=object)[trained] for values in zip(*sequences.user_fields, strict=True)]
@@ -91,7 +92,8 @@ class EpochResult:
 class TrainingState:
     """Where a training stands between two steps: with it, it goes on to the bits that it would have come to.
 
-    No generator belongs to it: order and draws are functions of seed, epoch and user, every other stream of seed, step and rank.
+    No generator belongs to it: order and draws are functions of seed, epoch and user, every other stream of seed, step
+    and rank.
 
     Attributes:
         step: steps of all epochs; epoch, position: the next batch.
@@ -117,7 +119,8 @@ class Start:
 
     Attributes:
         resume: a state of this very training; the number of workers may be another.
-        warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no warm-up.
+        warm_start: an older model and its vocabulary: this one begins with its weights, and its codebooks need no
+            warm-up.
     """
 
     resume: TrainingState | None = None
@@ -288,7 +291,10 @@ def _make_repeatable(config: TrainConfig, worker: Worker) -> None:
 
 @torch.no_grad()
 def _fill_unseen_rows(model: Ranker, data: TrainingData) -> None:
-    """Give every embedding row that no training target read the mean of those that some did: what an unseen value means."""
+    """Give every embedding row that no training target read the mean of those that some did.
+
+    What an unseen value means.
+    """
     items, users, contexts = trained_rows(data.joined, data.split.train)
     tables = [*model.items.tables, *model.user_fields, model.context]
     for table, rows in zip(tables, [*items.values(), *users, contexts], strict=True):
@@ -315,8 +321,9 @@ def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
 class _StepSums:
     """What a step sums over the workers, in one flat array: gradients, the loss, and what the codebooks count.
 
-    A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a worker
-    without a part takes part. There is one exchange of two counts before the backward pass and one of the array after it.
+    A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a
+    worker without a part takes part. There is one exchange of two counts before the backward pass and one of the array
+    after it.
 
     Attributes:
         parameters: those that are trained; their gradients are set by `of`.
@@ -400,7 +407,9 @@ def _on_cpu(tree):
 
 
 @torch.no_grad()
-def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warmed_up: bool, config: TrainConfig, worker: Worker) -> None:
+def _tend_codebooks(
+    model: Ranker, order: Epoch, position: int, step: int, warmed_up: bool, config: TrainConfig, worker: Worker
+) -> None:
     """Move averages, start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
     Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
@@ -423,13 +432,20 @@ def _tend_codebooks(model: Ranker, order: Epoch, position: int, step: int, warme
     if worker.world == 1:
         return
     with _answered(worker):  # sums of a GPU differ in their last bits
-        for tensor in [quantizer.codebook_GCw.data, quantizer.usage_GC, *([quantizer.average_GCk] if quantizer.ema_decay is not None else [])]:
+        for tensor in [
+            quantizer.codebook_GCw.data,
+            quantizer.usage_GC,
+            *([quantizer.average_GCk] if quantizer.ema_decay is not None else []),
+        ]:
             dist.broadcast(tensor, src=0)
 
 
 @torch.no_grad()
-def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> tuple[dict[str, float], list[str]]:
-    """Return how the codebook is used and, on a few users, how far attention over it is from exact attention; and warnings.
+def _codebook_metrics(
+    model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker
+) -> tuple[dict[str, float], list[str]]:
+    """Return how the codebook is used and, on a few users, how far attention over it is from exact attention; and
+    warnings.
 
     Of this worker's users: figures to look at, which nothing is decided by.
     """
@@ -444,10 +460,16 @@ def _codebook_metrics(model: Ranker, batches: UserBatches, targets: np.ndarray, 
     probes = probe_by_length(model.eval().probe(batch))
     if quantizer.groups > 1 and len(batch.event_item):
         codes_NG = quantizer.search(model.coded.keys(model.items(batch.items)))
-        metrics["groups_shared_information"] = shared_information(codes_NG, torch.bincount(batch.event_item, minlength=len(codes_NG)))
+        metrics["groups_shared_information"] = shared_information(
+            codes_NG, torch.bincount(batch.event_item, minlength=len(codes_NG))
+        )
     for probe in probes:
         span = f"probe_{probe.shortest}_to_{probe.longest - 1}_events"
-        metrics |= {f"{span}/attention_error": probe.error, f"{span}/bound": probe.bound, f"{span}/key_error": probe.key_error}
+        metrics |= {
+            f"{span}/attention_error": probe.error,
+            f"{span}/bound": probe.bound,
+            f"{span}/key_error": probe.key_error,
+        }
     warnings = probe_warnings(probes, shares_G.cpu())
     return metrics | {"probe_warnings": float(len(warnings))}, warnings
 

@@ -67,14 +67,20 @@ def inherit(model: Ranker, vocabulary: Vocabulary, older: Ranker, known: Vocabul
         before_ = old.get(name)
         if before_ is not None and before_.shape == weight.shape and name not in rows_of:
             weight.copy_(before_)
-        elif before_ is not None and weight.dim() == 2 and before_.shape[1:] == weight.shape[1:] and len(before_) <= len(weight):
+        elif (
+            before_ is not None
+            and weight.dim() == 2
+            and before_.shape[1:] == weight.shape[1:]
+            and len(before_) <= len(weight)
+        ):
             origin = rows_of.get(name)
             if origin is None:  # user fields and contexts: what is new was row 0
                 origin = np.where(np.arange(len(weight)) < len(before_), np.arange(len(weight)), 0)
             weight.copy_(before_[torch.from_numpy(origin)])
         else:
             raise StageError(
-                f"a warm start does not fit: {name} is {tuple(weight.shape)}, in the older model {tuple(before_.shape) if before_ is not None else 'missing'}",
+                f"a warm start does not fit: {name} is {tuple(weight.shape)}, in the older model"
+                f" {tuple(before_.shape) if before_ is not None else 'missing'}",
                 "train with the configuration of that model, or start cold",
             )
 
@@ -112,6 +118,11 @@ def load_package(folder: Path) -> tuple[Ranker, Vocabulary, Cutoff]:
 
 
 def _named_as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name the weights as today: in older packages those of the interest have no prefix, and hashing is a part of its own."""
+    """Name the weights as today.
+
+    In older packages those of the interest have no prefix, and hashing is a part of its own.
+    """
     before = re.compile(r"(?:hashed\.)?((?:to_key|to_query|log_scale_H|kernel|quantizer|planes_DXB|powers_B)\b)")
-    return {before.sub(r"interest.\1", name) if before.match(name) else name: weight for name, weight in weights.items()}
+    return {
+        before.sub(r"interest.\1", name) if before.match(name) else name: weight for name, weight in weights.items()
+    }

@@ -58,7 +58,10 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
                 # Ray's own retries would repeat errors of ours, too.
                 run_config=RunConfig(
-                    name=job.attempt, storage_path=str(run_dir / "ray"), failure_config=FailureConfig(max_failures=0), checkpoint_config=CheckpointConfig(num_to_keep=2)
+                    name=job.attempt,
+                    storage_path=str(run_dir / "ray"),
+                    failure_config=FailureConfig(max_failures=0),
+                    checkpoint_config=CheckpointConfig(num_to_keep=2),
                 ),
             )
             try:
@@ -96,10 +99,17 @@ def _wait_for_workers(workers: int, gpus: bool) -> None:
         remove_placement_group(room)
     has, free = ray.cluster_resources(), ray.available_resources()
     missing = next((name for name in reversed(one) if has.get(name, 0) < workers), None)
-    what = f"no room for {workers} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has {_counted(has, one)}, free {_counted(free, one)}"
+    what = (
+        f"no room for {workers} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has"
+        f" {_counted(has, one)}, free {_counted(free, one)}"
+    )
     if missing:
-        raise StageError(what, f"train with --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes")
-    raise TryAgainError(what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)")
+        raise StageError(
+            what, f"train with --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes"
+        )
+    raise TryAgainError(
+        what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)"
+    )
 
 
 def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
@@ -107,9 +117,14 @@ def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
 
 
 def _cause_of(error: Exception) -> Exception:
-    """Return what a failed group of workers comes to: the first error of our own code, or TryAgainError for a lost worker."""
+    """Return what a failed group of workers comes to.
+
+    The first error of our own code, or TryAgainError for a lost worker.
+    """
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    causes = {rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()}  # Ray's UserExceptionWithTraceback has it
+    causes = {
+        rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()
+    }  # Ray's UserExceptionWithTraceback has it
     for rank, cause in sorted(causes.items()):
         if isinstance(cause, StageError):
             return cause
@@ -117,7 +132,10 @@ def _cause_of(error: Exception) -> Exception:
             return RuntimeError(f"worker {rank} failed:\n{failures[rank]}")
     lost = [rank for rank, cause in causes.items() if cause is None]
     reason = (str(failures[lost[0]] if lost else error).splitlines() or [type(error).__name__])[0][:300]
-    return TryAgainError(f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}", "run the same command again: it goes on from the last checkpoint")
+    return TryAgainError(
+        f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}",
+        "run the same command again: it goes on from the last checkpoint",
+    )
 
 
 def _follow(path: Path, finished: threading.Event) -> None:

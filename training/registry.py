@@ -25,7 +25,10 @@ def model_name(dataset: str) -> str:
 
 
 def model_digest(package: Path) -> str:
-    """Return the digest of what a model is: its weights, vocabulary and settings; two models of one digest give the same scores."""
+    """Return the digest of what a model is.
+
+    Its weights, vocabulary and settings; two models of one digest give the same scores.
+    """
     digest, local = hashlib.sha256(), pafs.LocalFileSystem()
     for path in sorted(path for path in package.iterdir() if path.name != EXAMPLE):
         digest.update(f"{path.name}:{sha256_of(local, str(path))}\n".encode())
@@ -57,7 +60,10 @@ class Registry:
 
         with asking_mlflow():
             try:
-                return {alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
+                return {
+                    alias: str(version)
+                    for alias, version in self.client.get_registered_model(self.name).aliases.items()
+                }
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return {}
@@ -78,25 +84,42 @@ class Registry:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 aliases = [alias for alias, owner in self.aliases().items() if owner == version]
-                what = f"version {version} of {self.name} is gone" + (f", yet the alias {' and '.join(aliases)} points at it" if aliases else "")
+                what = f"version {version} of {self.name} is gone" + (
+                    f", yet the alias {' and '.join(aliases)} points at it" if aliases else ""
+                )
                 client = f"mlflow.MlflowClient({self.uri!r})"
-                remedy = " and ".join(f"{client}.delete_registered_model_alias({self.name!r}, {alias!r})" for alias in aliases)
-                raise StageError(what, f"point the alias at a version that exists, or take it away: {remedy}" if aliases
-                                 else "run the partition again, as a new attempt") from error  # fmt: skip
+                remedy = " and ".join(
+                    f"{client}.delete_registered_model_alias({self.name!r}, {alias!r})" for alias in aliases
+                )
+                raise StageError(
+                    what,
+                    (
+                        f"point the alias at a version that exists, or take it away: {remedy}"
+                        if aliases
+                        else "run the partition again, as a new attempt"
+                    ),
+                ) from error
 
     def version_of_attempt(self, attempt: str, dt: str) -> str | None:
-        """Return the version that this attempt registered, if it did. Of doubles, which a lost answer leaves, the first stays.
+        """Return the version that this attempt registered, if it did. Of doubles, which a lost answer leaves, the first
+        stays.
 
         Raises:
             StageError: it was registered for another day.
         """
         with asking_mlflow():
-            found = sorted(self.client.search_model_versions(f"name = '{self.name}' AND tags.`{ATTEMPT_TAG}` = '{attempt}'"), key=lambda one: int(one.version))
+            found = sorted(
+                self.client.search_model_versions(f"name = '{self.name}' AND tags.`{ATTEMPT_TAG}` = '{attempt}'"),
+                key=lambda one: int(one.version),
+            )
             if not found:
                 return None
             if (other := found[0].tags.get(PARTITION_TAG)) != dt:
-                raise StageError(f"attempt {attempt} has registered version {found[0].version} of {self.name} for dt={other}, not for dt={dt}",
-                                 "give every day an --attempt of its own")
+                raise StageError(
+                    f"attempt {attempt} has registered version {found[0].version} of {self.name} for dt={other}, not"
+                    f" for dt={dt}",
+                    "give every day an --attempt of its own",
+                )
             for double in found[1:]:
                 self.client.delete_model_version(self.name, double.version)
             return str(found[0].version)
@@ -108,7 +131,9 @@ class Registry:
             found = self.client.search_model_versions(f"name = '{self.name}'", max_results=PAGE)
             versions = list(found)
             while found.token:
-                found = self.client.search_model_versions(f"name = '{self.name}'", max_results=PAGE, page_token=found.token)
+                found = self.client.search_model_versions(
+                    f"name = '{self.name}'", max_results=PAGE, page_token=found.token
+                )
                 versions += found
         served = [version for version in versions if str(version.version) in aliases]
         return Lineage(
@@ -132,7 +157,9 @@ class Registry:
                 folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}"))
             except (MlflowException, OSError) as error:
                 if _is_gone(error):
-                    raise ArtifactGone(f"the files of version {version} of {self.name} are gone: {type(error).__name__}: {error}"[:500]) from error
+                    raise ArtifactGone(
+                        f"the files of version {version} of {self.name} are gone: {type(error).__name__}: {error}"[:500]
+                    ) from error
                 raise
         weights = next(folder.glob("artifacts/*/model.safetensors"), None)
         if weights is None:
@@ -149,4 +176,7 @@ def _is_gone(error: Exception) -> bool:
 
     if isinstance(error, requests.HTTPError):
         return error.response is not None and error.response.status_code == 404
-    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in (
+        "RESOURCE_DOES_NOT_EXIST",
+        "NOT_FOUND",
+    )

@@ -2,7 +2,8 @@
 
     <run>/checkpoints/NNNNNNNN-<first half of the sha256 of its bytes>.pt
 
-A file appears whole, under its digest; two are kept, so that a newest one that was damaged later costs some steps and not the run.
+A file appears whole, under its digest; two are kept, so that a newest one that was damaged later costs some steps and
+not the run.
 """
 
 from __future__ import annotations
@@ -47,12 +48,20 @@ class Checkpoints:
 
     Args:
         folder: theirs alone; made when the first is written.
-        identity: all that decides the weights, name -> value; a run goes on from no checkpoint that differs in any of it.
+        identity: all that decides the weights, name -> value; a run goes on from no checkpoint that differs in any of
+            it.
         every_steps, every_seconds: a checkpoint is due after so many steps, or so many seconds, whichever comes first.
         say: takes each line of progress.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, str], every_steps: int, every_seconds: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, str],
+        every_steps: int,
+        every_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
         self.folder, self.identity, self.say = folder, {"format of checkpoints": FORMAT, **identity}, say
         self.every_steps, self.every_seconds = every_steps, every_seconds
         self._last_step, self._last_time = 0, time.monotonic()
@@ -71,7 +80,9 @@ class Checkpoints:
                 raw = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.say(f"warning: checkpoint {path} is damaged, going on from the one before it, if there is one: {reason}")
+                self.say(
+                    f"warning: checkpoint {path} is damaged, going on from the one before it, if there is one: {reason}"
+                )
                 continue
             self._refuse_another(raw["identity"])
             state = TrainingState(**raw["state"]) if raw["state"] is not None else None
@@ -98,7 +109,9 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{os.getpid()}.tmp"
-            torch.save({"identity": self.identity, "done": checkpoint.done, "name": checkpoint.name, "state": state}, temporary)
+            torch.save(
+                {"identity": self.identity, "done": checkpoint.done, "name": checkpoint.name, "state": state}, temporary
+            )
             sync(temporary)
             files = self._files()
             number = 1 + (int(files[0].stem.partition("-")[0]) if files else 0)
@@ -115,7 +128,9 @@ class Checkpoints:
     def _refuse_another(self, theirs: Mapping[str, str]) -> None:
         differing = sorted(name for name in {*theirs, *self.identity} if theirs.get(name) != self.identity.get(name))
         if differing:
-            lines = [f"{name}: {_shown(theirs.get(name))} there, {_shown(self.identity.get(name))} now" for name in differing]
+            lines = [
+                f"{name}: {_shown(theirs.get(name))} there, {_shown(self.identity.get(name))} now" for name in differing
+            ]
             raise StageError(
                 f"{self.folder} holds checkpoints of another training:\n    " + "\n    ".join(lines),
                 "run it as it was, or train under another --attempt",
@@ -136,4 +151,8 @@ def flat(tree: Any, name: str = "") -> dict[str, str]:
     """Return the leaves of nested dicts by their dotted names."""
     if not isinstance(tree, dict):
         return {name: repr(tree)}
-    return {key: value for part, branch in tree.items() for key, value in flat(branch, f"{name}.{part}" if name else str(part)).items()}
+    return {
+        key: value
+        for part, branch in tree.items()
+        for key, value in flat(branch, f"{name}.{part}" if name else str(part)).items()
+    }

@@ -1,4 +1,7 @@
-"""The folder of an attempt below the folder of runs: it belongs to one partition, one definition and one training configuration."""
+"""The folder of an attempt below the folder of runs.
+
+It belongs to one partition, one definition and one training configuration.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from etl.stage.local_files import replace_text
 OWNER_FILE = "attempt.json"
 
 
-def run_folder(runs: str, definition: DatasetDefinition, dt: str, attempt: str, config_digest: str | None = None) -> Path:
+def run_folder(
+    runs: str, definition: DatasetDefinition, dt: str, attempt: str, config_digest: str | None = None
+) -> Path:
     """Return `<runs>/<attempt>`; the first stage to come makes it and writes down whose it is.
 
     Args:
@@ -27,13 +32,18 @@ def run_folder(runs: str, definition: DatasetDefinition, dt: str, attempt: str, 
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.exists():
         return folder
-    mine = {"dataset": definition.name, "dt": dt, "definition": rows_digest(definition)} | ({"config": config_digest} if config_digest else {})
+    mine = {"dataset": definition.name, "dt": dt, "definition": rows_digest(definition)} | (
+        {"config": config_digest} if config_digest else {}
+    )
     path = folder / OWNER_FILE
     owner = json.loads(path.read_text()) if path.exists() else {}
     wrong = [f"{key} {owner[key]}, not {value}" for key, value in mine.items() if owner.get(key, value) != value]
     if wrong:
-        raise StageError(f"attempt {attempt} belongs to {' and '.join(wrong)} (by {path})",
-                         "give every day, definition and configuration an --attempt of its own; in Airflow, clear the whole run for a new one")
+        raise StageError(
+            f"attempt {attempt} belongs to {' and '.join(wrong)} (by {path})",
+            "give every day, definition and configuration an --attempt of its own; in Airflow, clear the whole run for"
+            " a new one",
+        )
     if owner != owner | mine:
         replace_text(path, json.dumps(owner | mine, indent=1))
     return folder

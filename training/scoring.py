@@ -79,16 +79,22 @@ class Scorer:
         target_times = np.asarray(request["target_time_ms"], dtype=np.int64)
         ends = np.searchsorted(times, self.cutoff.of(target_times), side="left")
         one = lambda name, kind: pa.array([list(request[name])], pa.list_(kind))  # noqa: E731
-        row = pa.table({
-            "user_id": pa.array([0], pa.int64()), "user_fields": pa.array([list(request["user_fields"])], pa.list_(pa.string())),
-            "history_item_index": pa.array([index[: len(history_ids)].tolist()], pa.list_(pa.int32())),
-            "history_time_ms": one("history_time_ms", pa.int64()), "history_feedback": one("history_feedback", pa.int16()),
-            "history_watch_bucket": one("history_watch_bucket", pa.int8()),
-            "target_item_index": pa.array([index[len(history_ids) :].tolist()], pa.list_(pa.int32())),
-            "target_time_ms": one("target_time_ms", pa.int64()), "target_label": pa.array([[0] * len(target_ids)], pa.list_(pa.int8())),
-            "target_context": one("target_context", pa.int16()),
-            "target_split": pa.array([[EVALUATION] * len(target_ids)], pa.list_(pa.int8())), "target_history_end": pa.array([ends.tolist()], pa.list_(pa.int32())),
-        })  # fmt: skip
+        row = pa.table(
+            {
+                "user_id": pa.array([0], pa.int64()),
+                "user_fields": pa.array([list(request["user_fields"])], pa.list_(pa.string())),
+                "history_item_index": pa.array([index[: len(history_ids)].tolist()], pa.list_(pa.int32())),
+                "history_time_ms": one("history_time_ms", pa.int64()),
+                "history_feedback": one("history_feedback", pa.int16()),
+                "history_watch_bucket": one("history_watch_bucket", pa.int8()),
+                "target_item_index": pa.array([index[len(history_ids) :].tolist()], pa.list_(pa.int32())),
+                "target_time_ms": one("target_time_ms", pa.int64()),
+                "target_label": pa.array([[0] * len(target_ids)], pa.list_(pa.int8())),
+                "target_context": one("target_context", pa.int16()),
+                "target_split": pa.array([[EVALUATION] * len(target_ids)], pa.list_(pa.int8())),
+                "target_history_end": pa.array([ends.tolist()], pa.list_(pa.int32())),
+            }
+        )
         flat = Sequences.from_arrow(row, self.cutoff.max_events)
         joined = Joined.of(flat, self.vocabulary.item_table_of(ids), self.vocabulary)
         batch = make_batch(joined, np.array([0]), [np.arange(len(target_ids))])
@@ -109,7 +115,12 @@ def request_of(items: pa.Table, sequences: Sequences, user: int, max_targets: in
     targets = np.arange(*sequences.targets_of(user).indices(len(sequences.target_item)))
     targets = targets[sequences.target_split[targets] == EVALUATION][:max_targets]
     first = int(sequences.target_first[targets].min()) if len(targets) else 0
-    events = slice(*(int(sequences.history_start[user]) + place for place in (first, int(sequences.target_end[targets].max(initial=0)))))
+    events = slice(
+        *(
+            int(sequences.history_start[user]) + place
+            for place in (first, int(sequences.target_end[targets].max(initial=0)))
+        )
+    )
     ids = items["item_id"].to_numpy()
     return {
         "history_item_id": ids[sequences.history_item[events]].tolist(),

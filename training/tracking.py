@@ -1,4 +1,7 @@
-"""One attempt has one MLflow run, found again by its tag; a tracking server that is away costs waiting, never a training."""
+"""One attempt has one MLflow run, found again by its tag.
+
+A tracking server that is away costs waiting, never a training.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,17 @@ ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"
 LEAVE_WITHIN_SECONDS = 12  # the task that waits for the stage kills it after 15
 # MLflow's names of HTTP's 401 and 403, and of requests that no repetition makes good.
 UNAUTHORIZED = frozenset(("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"))
-REFUSED = frozenset(("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND", "INVALID_STATE", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"))
+REFUSED = frozenset(
+    (
+        "RESOURCE_DOES_NOT_EXIST",
+        "NOT_FOUND",
+        "ENDPOINT_NOT_FOUND",
+        "INVALID_STATE",
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "RESOURCE_ALREADY_EXISTS",
+    )
+)
 METRICS_PER_REQUEST = 500
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +81,10 @@ def asking_mlflow() -> Iterator[None]:
 
 
 def failure_of(error: Exception) -> StageError | None:
-    """Return the stage's error for one that MLflow's client raised; None for one of another origin, which is a crash."""
+    """Return the stage's error for one that MLflow's client raised.
+
+    None for one of another origin, which is a crash.
+    """
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
@@ -84,24 +100,46 @@ def failure_of(error: Exception) -> StageError | None:
     elif isinstance(error, sqlalchemy.exc.DBAPIError):
         unauthorized = refused = False
     elif kind_of(error) is TryAgainError:  # a store of artifacts
-        return TryAgainError(f"the artifacts of MLflow at {uri} cannot be reached: {first}", "run the same command again once they can")
+        return TryAgainError(
+            f"the artifacts of MLflow at {uri} cannot be reached: {first}", "run the same command again once they can"
+        )
     elif isinstance(error, OSError):
-        return StageError(f"the artifacts of MLflow at {uri} cannot be read or written: {first}", "look at its rights and its free space, then run the same command again")
+        return StageError(
+            f"the artifacts of MLflow at {uri} cannot be read or written: {first}",
+            "look at its rights and its free space, then run the same command again",
+        )
     else:
         return None
     if unauthorized:
-        return StageError(f"MLflow at {uri} refuses this user: {first}", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of one who may write")
+        return StageError(
+            f"MLflow at {uri} refuses this user: {first}",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of one who may write",
+        )
     if refused:
-        return StageError(f"MLflow at {uri} cannot do that: {first}", "look for what it names: somebody may have deleted it; is the address that of an MLflow server?")
-    return TryAgainError(f"MLflow at {uri} does not answer: {first}", "start it, or correct MLFLOW_TRACKING_URI, and run the same command again")
+        return StageError(
+            f"MLflow at {uri} cannot do that: {first}",
+            "look for what it names: somebody may have deleted it; is the address that of an MLflow server?",
+        )
+    return TryAgainError(
+        f"MLflow at {uri} does not answer: {first}",
+        "start it, or correct MLFLOW_TRACKING_URI, and run the same command again",
+    )
 
 
 @contextmanager
-def attempt_run(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str], required: bool = True, last: bool = False) -> Iterator:
-    """Find or create the attempt's run (experiment = data set) and yield it; it is RUNNING until the last stage of the chain has ended.
+def attempt_run(
+    definition: DatasetDefinition,
+    dt: str,
+    attempt: str,
+    tags: Mapping[str, str],
+    required: bool = True,
+    last: bool = False,
+) -> Iterator:
+    """Find or create the attempt's run (experiment = data set) and yield it; it is RUNNING until the last stage of the
+    chain has ended.
 
-    A retry continues the run and reopens one that has ended. The run ends FAILED when the body raises, unless the same command
-    line may succeed a minute later; KILLED when this process gets SIGTERM, which ends it with code 143.
+    A retry continues the run and reopens one that has ended. The run ends FAILED when the body raises, unless the same
+    command line may succeed a minute later; KILLED when this process gets SIGTERM, which ends it with code 143.
 
     Args:
         tags: added to the standard ones (partition, data set, git, Airflow ids); the same key wins over those.
@@ -197,7 +235,9 @@ class MetricsBuffer:
         client = MlflowClient()
         while self._pending:
             part = self._pending[:METRICS_PER_REQUEST]
-            client.log_batch(self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part])
+            client.log_batch(
+                self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part]
+            )
             self._pending = self._pending[len(part) :]
         self.path.unlink(missing_ok=True)
 
@@ -214,7 +254,11 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
     run, *extra = _runs(client, experiment_id, attempt)
     other = run.data.tags.get(PARTITION_TAG)
     if other != dt:
-        raise StageError(f"attempt {attempt} belongs to dt={other} of {definition.name} (MLflow run {run.info.run_id}), not to dt={dt}", "give every day an --attempt of its own")
+        raise StageError(
+            f"attempt {attempt} belongs to dt={other} of {definition.name} (MLflow run {run.info.run_id}), not to"
+            f" dt={dt}",
+            "give every day an --attempt of its own",
+        )
     for double in extra:
         client.delete_run(double.info.run_id)
     for key, value in wanted.items():
@@ -240,13 +284,20 @@ def _experiment(client, name: str, uri: str) -> str:
                 raise
             experiment = client.get_experiment_by_name(name)  # another process was faster
     if experiment.lifecycle_stage != "active":
-        raise StageError(f"the experiment {name} of MLflow at {uri} was deleted",
-                         f"restore it: MLFLOW_TRACKING_URI={uri} {sys.executable} -m mlflow experiments restore --experiment-id {experiment.experiment_id}")
+        raise StageError(
+            f"the experiment {name} of MLflow at {uri} was deleted",
+            f"restore it: MLFLOW_TRACKING_URI={uri} {sys.executable} -m mlflow experiments restore --experiment-id"
+            f" {experiment.experiment_id}",
+        )
     return experiment.experiment_id
 
 
 def _runs(client, experiment_id: str, attempt: str) -> list:
-    return list(client.search_runs([experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'", order_by=["attributes.start_time ASC"]))
+    return list(
+        client.search_runs(
+            [experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'", order_by=["attributes.start_time ASC"]
+        )
+    )
 
 
 def _client():
@@ -282,7 +333,10 @@ def _heard_sigterm() -> Iterator[threading.Event]:
 
 @contextmanager
 def _ending(status: str) -> Iterator[None]:
-    """Let the body end a run without waiting for a server that does not answer, which costs a line: the process is about to end."""
+    """Let the body end a run without waiting for a server that does not answer, which costs a line.
+
+    The process is about to end.
+    """
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
         yield
@@ -306,7 +360,10 @@ def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict
         "git.dirty": str(bool(dirty.stdout.strip())).lower() if dirty.returncode == 0 else "unknown",
     }
     if url := os.environ.get(RUN_URL_VARIABLE):
-        tags |= {"airflow.run_url": url, "mlflow.note.content": f"[Run in Airflow]({url})"}  # the note is shown as Markdown
+        tags |= {
+            "airflow.run_url": url,
+            "mlflow.note.content": f"[Run in Airflow]({url})",
+        }  # the note is shown as Markdown
     return tags
 
 

@@ -1,7 +1,7 @@
 """Train VQL and its baselines on one partition.
 
-With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are any);
---workers 0 trains in this very process, for a debugger, from the same modules.
+With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are
+any); --workers 0 trains in this very process, for a debugger, from the same modules.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def main() -> None:
     parser.add_argument(
         "--warm-start",
         default="none",
-        help="none; champion: begin with the weights of the model in service when it is of an earlier partition; or the "
-        "folder of a model package. New items get rows of their own behind the known ones",
+        help=(
+            "none; champion: begin with the weights of the model in service when it is of an earlier partition; or the "
+            "folder of a model package. New items get rows of their own behind the known ones"
+        ),
     )
     parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
     args = parser.parse_args()
@@ -46,7 +48,17 @@ def main() -> None:
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
         warm_start = warm_start_package(args.warm_start, args.dataset, args.dt)
-        job = Job(args.warehouse, args.dataset, args.dt, args.attempt, str(run_dir), config, run.info.run_id, warm_start, prints=args.workers == 0)
+        job = Job(
+            args.warehouse,
+            args.dataset,
+            args.dt,
+            args.attempt,
+            str(run_dir),
+            config,
+            run.info.run_id,
+            warm_start,
+            prints=args.workers == 0,
+        )
         if args.workers == 0:
             summaries = train_all(job, Worker())
         else:

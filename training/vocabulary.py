@@ -1,9 +1,9 @@
 """The model's own ids: which embedding row an item, an author, a category or a field value has.
 
 A partition's `item_index` is the data's business; the vocabulary travels with the checkpoint. It is joined to a
-partition once per item (a few small integer arrays), never once per event. Row 0 of every field is "missing or unseen"; a value
-that training days do not show is unseen.
-A field's kind is its Arrow type in `items`: int64 an id, string a category, list<string> categories, float64 a number.
+partition once per item (a few small integer arrays), never once per event. Row 0 of every field is "missing or unseen";
+a value that training days do not show is unseen. A field's kind is its Arrow type in `items`: int64 an id, string a
+category, list<string> categories, float64 a number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class ItemFeatures:
         """Return the same rows as tensors on `device`."""
         import torch
 
-        return ItemFeatures({name: torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True) for name, rows in self.rows.items()})
+        return ItemFeatures(
+            {
+                name: torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True)
+                for name, rows in self.rows.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,9 @@ class Vocabulary:
     known_items: pa.Table
 
     @staticmethod
-    def build(items: pa.Table, user_fields: list[np.ndarray], contexts: np.ndarray, config: VocabularyConfig) -> Vocabulary:
+    def build(
+        items: pa.Table, user_fields: list[np.ndarray], contexts: np.ndarray, config: VocabularyConfig
+    ) -> Vocabulary:
         """Build from the partition's items, the users' field values (one object array a field) and the contexts."""
         fields: dict[str, Field] = {}
         for name in items.column_names:
@@ -171,7 +178,9 @@ class Vocabulary:
             known_items=items.select(list(fields)),
         )
 
-    def appended(self, items: pa.Table, user_fields: list[np.ndarray], contexts: np.ndarray, config: VocabularyConfig) -> Vocabulary:
+    def appended(
+        self, items: pa.Table, user_fields: list[np.ndarray], contexts: np.ndarray, config: VocabularyConfig
+    ) -> Vocabulary:
         """Return the vocabulary with what a later partition brings; every row keeps its meaning (a warm start).
 
         Fields that the model does not know are left out; numbers keep their buckets.
@@ -186,9 +195,13 @@ class Vocabulary:
                 fields[name] = field.appended(list(other.values))
             else:
                 fields[name] = field
-        users = tuple(field.appended(list(other.values)) for field, other in zip(self.user_fields, later.user_fields, strict=True))
+        users = tuple(
+            field.appended(list(other.values)) for field, other in zip(self.user_fields, later.user_fields, strict=True)
+        )
         contexts_now = (*self.contexts, *[c for c in later.contexts if c not in self.contexts])
-        old = self.known_items.filter(pc.invert(pc.is_in(self.known_items["item_id"], value_set=items["item_id"].combine_chunks())))
+        old = self.known_items.filter(
+            pc.invert(pc.is_in(self.known_items["item_id"], value_set=items["item_id"].combine_chunks()))
+        )
         known = pa.concat_tables([old, items.select(old.column_names)]).sort_by("item_id")
         return Vocabulary(fields, users, contexts_now, known)
 
@@ -254,7 +267,9 @@ class Vocabulary:
 
     def _text(self) -> str:
         fields = {name: _to_json(field) for name, field in self.items.items()}
-        return json.dumps({"items": fields, "user_fields": [field.values for field in self.user_fields], "contexts": self.contexts})
+        return json.dumps(
+            {"items": fields, "user_fields": [field.values for field in self.user_fields], "contexts": self.contexts}
+        )
 
     @staticmethod
     def load(folder: Path) -> Vocabulary:
@@ -270,7 +285,10 @@ class Vocabulary:
 
 
 def _new_field(column: pa.ChunkedArray, train_occurrences: np.ndarray, config: VocabularyConfig) -> Field:
-    """Return a field of what training days show: what the evaluation day alone has is as unseen as it will be in service."""
+    """Return a field of what training days show.
+
+    What the evaluation day alone has is as unseen as it will be in service.
+    """
     trained = column.filter(pa.array(train_occurrences > 0))
     if pa.types.is_integer(column.type):
         known = ~column.is_null().to_numpy()

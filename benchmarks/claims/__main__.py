@@ -1,12 +1,13 @@
 """The claims report: every claim of the method, measured on the data at hand, on one page.
 
-    python -m benchmarks.claims                       # all steps; hours on two CPU cores, some twelve minutes on one GPU
+    python -m benchmarks.claims    # all steps; hours on two CPU cores, some twelve minutes on one GPU
     python -m benchmarks.claims --steps page          # the page again, from results that are there
     python -m benchmarks.claims --seeds 1 --variants exact,vql --sets simulated --steps prepare,train,page
 
-Steps: `prepare` makes the partitions (needs Spark for real rows), `train` trains every model several times (needs torch alone,
-so it also runs where there is a GPU and nothing else), `measure` takes latency and memory, `page` writes OUT/index.html.
-Whatever a results file already holds is not done again.
+Steps: `prepare` makes the partitions (needs Spark for real rows), `train` trains every model several times (needs torch
+    alone,
+so it also runs where there is a GPU and nothing else), `measure` takes latency and memory, `page` writes
+OUT/index.html. Whatever a results file already holds is not done again.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ SETS = ("simulated", "drifting", "kuairand", "movielens", "buildroot")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("var/claims"), help="folder of partitions and of the page")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/claims"), help="folder of what was measured")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results/claims"), help="folder of what was measured"
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of real rows")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--sets", default=",".join(SETS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,8 @@ class _SharedQuantizer(GroupedQuantizer):
     def start_from_keys(self, keys_NHd: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
         pooled = GroupedQuantizer(1, self.codes, self.group_width).to(keys_NHd.device)
         pooled.start_from_keys(keys_NHd.flatten(0, 1)[:, None], generator, iterations)
-        self.parametrizations.codebook_GCw.original.copy_(pooled.codebook_GCw)
+        parametrizations: Any = self.parametrizations
+        parametrizations.codebook_GCw.original.copy_(pooled.codebook_GCw)
         self.started.fill_(1)
 
     @torch.no_grad()

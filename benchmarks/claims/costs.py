@@ -31,12 +31,17 @@ USERS, TARGETS = 64, 64
 
 
 def measure(results: Path, device: str) -> None:
-    """Write latency.json (one CPU thread) and memory.json, unless they are there; a GPU's allocator is asked, else autograd."""
+    """Write latency.json (one CPU thread) and memory.json, unless they are there.
+
+    A GPU's allocator is asked, else autograd.
+    """
     results.mkdir(parents=True, exist_ok=True)
     on = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     for name, where, take in (("memory", on, lambda: memory(device)), ("latency", "one CPU thread", latency)):
         if not (results / f"{name}.json").exists():
-            (results / f"{name}.json").write_text(json.dumps({"torch": torch.__version__, "device": where, "rows": take()}, indent=1))
+            (results / f"{name}.json").write_text(
+                json.dumps({"torch": torch.__version__, "device": where, "rows": take()}, indent=1)
+            )
 
 
 @torch.no_grad()
@@ -54,7 +59,13 @@ def latency() -> list[dict]:
                 run()
                 if turn:  # the first is warm-up
                     taken[name].append((time.perf_counter() - began) * 1e3)
-        rows.append({"length": length, "cache_bytes": cache_bytes, **{name: statistics.median(ms) for name, ms in taken.items()}})
+        rows.append(
+            {
+                "length": length,
+                "cache_bytes": cache_bytes,
+                **{name: statistics.median(ms) for name, ms in taken.items()},
+            }
+        )
         print(f"latency, L = {length:,}: " + ", ".join(f"{name} {rows[-1][name]:.1f} ms" for name in runs), flush=True)
     torch.set_num_threads(threads)
     return rows
@@ -68,11 +79,16 @@ def _scorers(length: int) -> tuple[dict[str, Callable[[], object]], int]:
     times = torch.sort(NOW_MS - (torch.rand(length) * 400 * MS_PER_DAY).long()).values
     at, ends = torch.full((CANDIDATES,), NOW_MS), torch.full((CANDIDATES,), length)
     one, two = MixtureKernel(HEADS, (2.0,)), MixtureKernel(HEADS, (2.0, 180.0))
-    caches = {1: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, one), 2: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, two)}
+    caches = {
+        1: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, one),
+        2: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, two),
+    }
     index = index_events(codes_LG, CODES)
 
     def refined(count: int) -> Callable[[], object]:
-        return lambda: refined_cache_part(query_THd, codebook_HCd, caches[2], index, key_LHd, value_LHd, times, at, two, count)
+        return lambda: refined_cache_part(
+            query_THd, codebook_HCd, caches[2], index, key_LHd, value_LHd, times, at, two, count
+        )
 
     runs: dict[str, Callable[[], object]] = {
         "exact": lambda: event_attention(query_THd, key_LHd, *one_user(value_LHd, times, at, ends), two),
@@ -87,7 +103,9 @@ def _scorers(length: int) -> tuple[dict[str, Callable[[], object]], int]:
 
 
 def memory(device: str) -> list[dict]:
-    """Bytes that one forward and backward pass holds at most, for users of one length and for one long user among short ones."""
+    """Bytes that one forward and backward pass holds at most, for users of one length and for one long user among short
+    ones.
+    """
     rows = []
     for mean in (512, 1_024, 2_048, 4_096):
         total = mean * USERS
@@ -95,15 +113,23 @@ def memory(device: str) -> list[dict]:
         for shape, lengths in (("equal", [mean] * USERS), ("one long", skewed)):
             held = _peak(lengths, device)
             rows.append({"shape": shape, "events": sum(lengths), "longest": max(lengths), "bytes": held})
-            print(f"memory, {shape}: {sum(lengths):,} events, longest {max(lengths):,}: {held / 2**20:,.0f} MiB", flush=True)
+            print(
+                f"memory, {shape}: {sum(lengths):,} events, longest {max(lengths):,}: {held / 2**20:,.0f} MiB",
+                flush=True,
+            )
     return rows
 
 
 def _peak(lengths: list[int], device: str) -> int:
     torch.manual_seed(0)
     starts = [0, *accumulate(lengths)]
-    leaves = [torch.randn(n, HEADS, WIDTH, device=device, requires_grad=True) for n in (USERS * TARGETS, starts[-1], starts[-1])]
-    times = torch.cat([torch.sort(NOW_MS - (torch.rand(n) * 400 * MS_PER_DAY).long()).values for n in lengths]).to(device)
+    query_THd, key_EHd, value_EHd = (
+        torch.randn(n, HEADS, WIDTH, device=device, requires_grad=True)
+        for n in (USERS * TARGETS, starts[-1], starts[-1])
+    )
+    times = torch.cat([torch.sort(NOW_MS - (torch.rand(n) * 400 * MS_PER_DAY).long()).values for n in lengths]).to(
+        device
+    )
     ends = torch.tensor(lengths).repeat_interleave(TARGETS).to(device)
     at = torch.full((USERS * TARGETS,), NOW_MS, device=device)
     kernel = MixtureKernel(HEADS, (2.0, 180.0)).to(device)
@@ -118,6 +144,7 @@ def _peak(lengths: list[int], device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = torch.cat([block_attention(layout, *leaves, times, at, ends, kernel) for layout in layouts])
+        parts = [block_attention(layout, query_THd, key_EHd, value_EHd, times, at, ends, kernel) for layout in layouts]
+        out = torch.cat(parts)
     F.mse_loss(out, torch.zeros_like(out)).backward()
     return torch.cuda.max_memory_allocated() if device == "cuda" else sum(saved.values())

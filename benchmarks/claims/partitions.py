@@ -1,4 +1,7 @@
-"""Partitions that the claims are measured on: simulated ones, and the real rows at hand through the ETL's own stages."""
+"""Partitions that the claims are measured on.
+
+Simulated ones, and the real rows at hand through the ETL's own stages.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ REAL = {
 
 
 def prepare(out: Path, data: Path, sets: Sequence[str], seeds: int) -> None:
-    """Make the folders (items.parquet, sequences.parquet) that are not there yet: a simulated set has one a seed, a real set one."""
+    """Make the folders (items.parquet, sequences.parquet) that are not there yet.
+
+    A simulated set has one a seed, a real set one.
+    """
     for name in sets:
         if name in SIMULATED:
             for seed in range(seeds):
@@ -57,13 +63,21 @@ def _built(folder: Path, real: RealSet, raw: Path) -> Path:
         for stage, more in (
             ("etl.jobs.events", lookback),
             ("etl.quality.judge.audit", ["--stage", "events", *reports]),
-            ("etl.jobs.sequences", [*lookback, "--target-days", str(window.target_days), "--evaluation-days", str(window.evaluation_days)]),
+            (
+                "etl.jobs.sequences",
+                [*lookback, "--target-days", str(window.target_days), "--evaluation-days", str(window.evaluation_days)],
+            ),
             ("etl.quality.judge.audit", ["--stage", "sequences", *reports]),
         ):
             print(f"{folder.name}: {stage}", flush=True)
             subprocess.run([sys.executable, "-m", stage, *common, *more], check=True)
         store = TableStore(warehouse, dataset(real.definition).name)
-        tables = {name: store.read_files(sorted(store.require(name, real.dt).files, key=lambda file: (file.bucket, file.path))) for name in ("items", "sequences")}
+        tables = {
+            name: store.read_files(
+                sorted(store.require(name, real.dt).files, key=lambda file: (file.bucket, file.path))
+            )
+            for name in ("items", "sequences")
+        }
         max_events = int(store.require("sequences", real.dt).settings["max_events"])
     return written(folder, tables["items"], tables["sequences"], max_events)
 
@@ -88,19 +102,35 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
         write_simulation(Simulation(seed=seed, taste_days=taste_days), Path(work) / "raw")
         place, store = RawLocation(f"{work}/raw"), TableStore(f"{work}/w", definition.name)
         days = frozenset(day_number(day) for day in days_between("2022-04-08", dt))
-        splits = place.splits(place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
-        rows = pa.concat_tables([t for split in splits for t in parse_split(place, split, definition, days, dt, Layout(1))])
+        splits = place.splits(
+            place.logs(definition), definition.logs, lambda ranges: [place.count_newlines(*r) for r in ranges]
+        )
+        rows = pa.concat_tables(
+            [t for split in splits for t in parse_split(place, split, definition, days, dt, Layout(1))]
+        )
         rows = rows.filter(pa.array(rows["kind"].to_numpy() == EVENT))
         staging = store.begin_try("a", ["events"], days_between("2022-04-08", dt))
-        results = [write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, staging, day, 0) for day in sorted(days)]
-        events = store.read_files([DataFile(**r["events_file"]) for r in results]).select(events_schema(definition).names)
-        counts = merged([counted(events, day_number(window.first_evaluation_dt) * MS_PER_DAY, definition.events.item_fields)])
+        results = [
+            write_day_bucket(rows.filter(pa.array(rows["day"].to_numpy() == day)), store, definition, staging, day, 0)
+            for day in sorted(days)
+        ]
+        events = store.read_files([DataFile(**r["events_file"]) for r in results]).select(
+            events_schema(definition).names
+        )
+        counts = merged(
+            [counted(events, day_number(window.first_evaluation_dt) * MS_PER_DAY, definition.events.item_fields)]
+        )
         items = item_rows(counts, [read_features(place, rule) for rule in definition.items], definition)
         users = read_features(place, definition.users[0])
         assert users is not None
         columns = [users[rule.column].to_pylist() for rule in definition.users[0].fields.values()]
-        fields = {int(user): list(values) for user, values in zip(users["user_id"].to_pylist(), zip(*columns, strict=True), strict=True)}
-        sequences, _ = sequence_rows(events, items["item_id"].to_numpy(), counts[""]["occurrences"].to_numpy(), fields, window, definition)
+        fields = {
+            int(user): list(values)
+            for user, values in zip(users["user_id"].to_pylist(), zip(*columns, strict=True), strict=True)
+        }
+        sequences, _ = sequence_rows(
+            events, items["item_id"].to_numpy(), counts[""]["occurrences"].to_numpy(), fields, window, definition
+        )
     return written(folder, items, sequences, definition.history.max_events)
 
 

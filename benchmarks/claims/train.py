@@ -1,4 +1,7 @@
-"""Train the grid of (data set, variant, seed) in parallel processes; one line of JSON a run, and what is there is not done again."""
+"""Train the grid of (data set, variant, seed) in parallel processes.
+
+One line of JSON a run, and what is there is not done again.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,18 @@ class Run:
 
 
 def grid(sets: Sequence[str], out: Path, seeds: int, variants: Sequence[str]) -> list[Run]:
-    """Return every run, those of a partition together: its data is read once a process. A simulated set has a partition a seed."""
+    """Return every run, those of a partition together.
+
+    Its data is read once a process. A simulated set has a partition a seed.
+    """
     folder = lambda name, number: out / (f"{name}_{number}" if name in SIMULATED else name)  # noqa: E731
-    return [Run(s, folder(s, number), name, number) for s in sets for number in range(seeds) for name in variants if VARIANTS[name].runs_on(s)]
+    return [
+        Run(s, folder(s, number), name, number)
+        for s in sets
+        for number in range(seeds)
+        for name in variants
+        if VARIANTS[name].runs_on(s)
+    ]
 
 
 def missing(runs: list[Run], results: Path) -> list[Run]:
@@ -67,7 +79,9 @@ def train(runs: list[Run], results: Path, jobs: int, device: str) -> None:
             spent = time.perf_counter() - began
             name = f"{figures['data_set']} {figures['number']} {figures['variant']}"
             said = f"AUC {figures['auc']:.4f}" if "auc" in figures else figures["failed"]
-            print(f"[{count}/{len(runs)}, {spent / count * (len(runs) - count):.0f} s to go] {name}: {said}", flush=True)
+            print(
+                f"[{count}/{len(runs)}, {spent / count * (len(runs) - count):.0f} s to go] {name}: {said}", flush=True
+            )
 
 
 def read(results: Path) -> list[dict]:
@@ -85,11 +99,14 @@ def _each(runs: list[Run], jobs: int, device: str) -> Iterator[dict]:
 
 @functools.lru_cache(maxsize=2)
 def _data(folder: Path, seed: int) -> TrainingData:
-    return TrainingData.of(bounded_sequences(folder / "sequences.parquet"), pq.read_table(folder / "items.parquet"), TrainConfig(seed=seed))
+    return TrainingData.of(
+        bounded_sequences(folder / "sequences.parquet"), pq.read_table(folder / "items.parquet"), TrainConfig(seed=seed)
+    )
 
 
 def bounded_sequences(path: Path) -> Sequences:
-    """Read sequences as the training of the pipeline does: a row stores more than `max_events`, of which a target sees the latest.
+    """Read sequences as the training of the pipeline does: a row stores more than `max_events`, of which a target sees
+    the latest.
 
     Raises:
         ValueError: the file does not say how many.
@@ -97,7 +114,10 @@ def bounded_sequences(path: Path) -> Sequences:
     rows = pq.read_table(path)
     bound = (rows.schema.metadata or {}).get(MAX_EVENTS)
     if bound is None:
-        raise ValueError(f"{path} does not say how many events a target sees at most: remove its folder and run the step prepare again")
+        raise ValueError(
+            f"{path} does not say how many events a target sees at most: remove its folder and run the step prepare"
+            " again"
+        )
     return Sequences.from_arrow(rows, int(bound))
 
 
@@ -106,14 +126,23 @@ def measured(run: Run, device: str) -> dict:
     variant = VARIANTS[run.variant]
     data = _data(run.folder, run.number)
     data = data if variant.alter is None else variant.alter(data)
-    config = TrainConfig(models={run.variant: variant.model}, epochs=EPOCHS[run.data_set], seed=run.number, warmup_steps=variant.warmup_steps)
+    config = TrainConfig(
+        models={run.variant: variant.model},
+        epochs=EPOCHS[run.data_set],
+        seed=run.number,
+        warmup_steps=variant.warmup_steps,
+    )
     about = {"data_set": run.data_set, "variant": run.variant, "number": run.number, "torch": torch.__version__}
     began = time.perf_counter()
     try:
         model, result = train_model(run.variant, data, config, Worker(device=device), lambda _: None)
     except FloatingPointError as error:
         return about | {"failed": str(error)}
-    figures = about | {"seconds": time.perf_counter() - began, "best_epoch": result.best_epoch + 1, "epochs": result.epoch + 1}
+    figures = about | {
+        "seconds": time.perf_counter() - began,
+        "best_epoch": result.best_epoch + 1,
+        "epochs": result.epoch + 1,
+    }
     figures |= _quality(model, data, device)
     if model.coded is not None:
         figures |= _codebook(model, data, device)
@@ -128,11 +157,18 @@ def measured(run: Run, device: str) -> dict:
 @torch.no_grad()
 def _quality(model: Ranker, data: TrainingData, device: str) -> dict:
     batches = UserBatches(data.joined, 0, 1, users_per_step=32, seed=0)
-    logit = torch.cat([model(batch.to(device))[0].float().cpu() for batch in batches.all_of(data.split.evaluation)]).numpy()
+    logit = torch.cat(
+        [model(batch.to(device))[0].float().cpu() for batch in batches.all_of(data.split.evaluation)]
+    ).numpy()
     sequences = data.joined.sequences
     label = sequences.target_label[data.split.evaluation]
     user = np.searchsorted(sequences.target_start, data.split.evaluation, side="right") - 1
-    return {"auc": auc(label, logit), "gauc": gauc(user, label, logit)[0], "logloss": logloss(label, 1 / (1 + np.exp(-logit.astype(np.float64)))), "targets": len(label)}
+    return {
+        "auc": auc(label, logit),
+        "gauc": gauc(user, label, logit)[0],
+        "logloss": logloss(label, 1 / (1 + np.exp(-logit.astype(np.float64)))),
+        "targets": len(label),
+    }
 
 
 @torch.no_grad()
@@ -155,19 +191,29 @@ def _codebook(model: Ranker, data: TrainingData, device: str) -> dict:
     users = sum(p.users for p in probes)
     mean = lambda name: sum(getattr(p, name) * p.users for p in probes) / users  # noqa: E731
     return {
-        "key_error": float(error / variance), "perplexity": float(shares_G.mean()), "dead": float(model.coded.quantizer.dead_share().mean()),
-        "cache_bytes": cache_bytes / len(caches), "key_value_bytes": len(batch.event_item) / len(caches) * 2 * model.config.width * 2,
-        "attention_error": mean("error"), "bound": mean("bound"), "warnings": probe_warnings(probes, shares_G.cpu()),
-    }  # fmt: skip
+        "key_error": float(error / variance),
+        "perplexity": float(shares_G.mean()),
+        "dead": float(model.coded.quantizer.dead_share().mean()),
+        "cache_bytes": cache_bytes / len(caches),
+        "key_value_bytes": len(batch.event_item) / len(caches) * 2 * model.config.width * 2,
+        "attention_error": mean("error"),
+        "bound": mean("bound"),
+        "warnings": probe_warnings(probes, shares_G.cpu()),
+    }
 
 
 @torch.no_grad()
-def _popular_keys(model: Ranker, data: TrainingData, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return exact keys, quantized keys and queries [N, H, d] of the partition's items, and how often each occurs [N]."""
+def _popular_keys(
+    model: Ranker, data: TrainingData, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return exact keys, quantized keys and queries [N, H, d] of the partition's items, and how often each
+    occurs [N]."""
     assert model.coded is not None
     sequences = data.joined.sequences
     items = data.joined.items.take(np.arange(len(data.joined.items.rows["item_id"])))
-    tensors = type(items)({name: torch.from_numpy(np.ascontiguousarray(rows)).to(device) for name, rows in items.rows.items()})
+    tensors = type(items)(
+        {name: torch.from_numpy(np.ascontiguousarray(rows)).to(device) for name, rows in items.rows.items()}
+    )
     static_NS = model.items(tensors)
     key_NHd = model.coded.keys(static_NS)
     hard_NHd = model.coded.quantizer.quantized(model.coded.quantizer.search(key_NHd), key_NHd)

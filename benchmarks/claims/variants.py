@@ -44,7 +44,8 @@ class Variant:
 
 
 def without_context(share: float, how: str) -> Callable[[TrainingData], TrainingData]:
-    """Return what makes the static fields of a share of the items `missing`, or gives them those of other items (`shuffled`).
+    """Return what makes the static fields of a share of the items `missing`, or gives them those of other items
+    (`shuffled`).
 
     Only the item's own id stays as it is. The same items in training and in scoring.
     """
@@ -74,8 +75,15 @@ VARIANTS: dict[str, Variant] = {
     "sdim": Variant(ModelConfig(interest="sdim"), everywhere=True, drifting=True),
     "mean_pooling": Variant(ModelConfig(interest="mean_pooling"), everywhere=True, drifting=True),
     # codebook size, groups, refinement, recent window
-    **{f"vql_{c}_codes": Variant(ModelConfig(codes=c), everywhere=c in (16, 256), drifting=c == 256) for c in (4, 8, 16, 32, 128, 256, 512)},
-    **{f"vql_{g}_groups_{c}_codes": Variant(ModelConfig(groups=g, codes=c), everywhere=(g, c) == (1, 64)) for g in (1, 2) for c in (64, 256)},
+    **{
+        f"vql_{c}_codes": Variant(ModelConfig(codes=c), everywhere=c in (16, 256), drifting=c == 256)
+        for c in (4, 8, 16, 32, 128, 256, 512)
+    },
+    **{
+        f"vql_{g}_groups_{c}_codes": Variant(ModelConfig(groups=g, codes=c), everywhere=(g, c) == (1, 64))
+        for g in (1, 2)
+        for c in (64, 256)
+    },
     "vql_uneven_codes": Variant(ModelConfig(codes=(16, 32, 80, 128))),
     **{f"vql_refined_{k}": Variant(ModelConfig(refine_k=k), everywhere=k == 64, drifting=k == 64) for k in (4, 16, 64)},
     "vql_16_codes_refined_64": Variant(ModelConfig(codes=16, refine_k=64)),

@@ -1,7 +1,8 @@
 """How a data set is described: one YAML file says what its raw files look like and which rows are history and targets.
 
-The files of `etl/datasets/definitions/` come with the project; anyone's own logs become a data set by a file of the same kind,
-given by its path. `docs/datasets.md` explains every field; the models below are what a file is checked against.
+The files of `etl/datasets/definitions/` come with the project; anyone's own logs become a data set by a file of the
+same kind, given by its path. `docs/datasets.md` explains every field; the models below are what a file is checked
+against.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def _day(given: Any) -> Any:
 def _value(given: Any) -> Any:
     """Return what a raw column may hold; what it must be is decided by the column's type."""
     if isinstance(given, bool) or given is None:
-        raise ValueError(f"a number or a text is wanted, not {'null' if given is None else str(given).lower()}; write a text in quotes, as it stands in the files")
+        raise ValueError(
+            f"a number or a text is wanted, not {'null' if given is None else str(given).lower()}; write a text in"
+            " quotes, as it stands in the files"
+        )
     if isinstance(given, float) and not math.isfinite(given):
         raise ValueError("a number is wanted that is finite")
     if not isinstance(given, int | float | str):
@@ -90,7 +94,10 @@ Delimiter = Annotated[str, Setting(min_length=1, max_length=1), _checked(delimit
 LogDelimiter = Annotated[str, Setting(min_length=1, max_length=8), _checked(delimiter_problem)]
 Signals = Annotated[tuple[Name, ...], Setting(min_length=1)]
 Year = Annotated[int, Setting(ge=1_900, le=2_199)]
-Bound = Annotated[int | float, pydantic.BeforeValidator(lambda given: _value(given) if not isinstance(given, str) else _not_a_number())]
+Bound = Annotated[
+    int | float,
+    pydantic.BeforeValidator(lambda given: _value(given) if not isinstance(given, str) else _not_a_number()),
+]
 
 
 def _not_a_number() -> Any:
@@ -101,7 +108,8 @@ class Column(_Model):
     """One raw column. A value that is not of its type, not within its bounds or missing refuses the row.
 
     Attributes:
-        type: integer (int64), decimal (float64), text (UTF-8), or timestamp (a native one of Parquet, of any unit and zone).
+        type: integer (int64), decimal (float64), text (UTF-8), or timestamp (a native one of Parquet, of any unit and
+            zone).
         min, max: bounds, both included.
         one_of: the values that are allowed.
         optional: an empty value is allowed.
@@ -123,8 +131,8 @@ class NamedDays(_Model):
     """The days that a file's name promises, so that a daily run opens only the files that may hold its days.
 
     Attributes:
-        pattern: regular expression, searched for in the name with its folders, such as `dt=2024-03-01/part-0.csv`, with the groups `month` and `day`, and where the names have them `year`, `last_year`,
-            `last_month`, `last_day`.
+        pattern: regular expression, searched for in the name with its folders, such as `dt=2024-03-01/part-0.csv`, with
+            the groups `month` and `day`, and where the names have them `year`, `last_year`, `last_month`, `last_day`.
         year: for names without a year; names whose last day is before the first end in the next year.
         zone: time zone of these days; the one of `events.time` where nothing is said.
         late_minutes: a row may stand in a file so long after its time.
@@ -143,7 +151,10 @@ class NamedDays(_Model):
             raise ValueError(f"pattern is not a regular expression: {error}") from None
         allowed = {"year", "month", "day", "last_year", "last_month", "last_day"}
         if not {"month", "day"} <= groups or not groups <= allowed or ("year" not in groups and self.year is None):
-            raise ValueError(f"pattern must have the groups month and day, may have {', '.join(sorted(allowed))}, and needs the group year or the field year")
+            raise ValueError(
+                f"pattern must have the groups month and day, may have {', '.join(sorted(allowed))}, and needs the"
+                " group year or the field year"
+            )
         _zone(self.zone or "UTC")
         return self
 
@@ -152,15 +163,17 @@ class Logs(_Model):
     """The raw files with one row an event.
 
     Attributes:
-        files: globs within the raw folder, with folders where they have a `/` (`dt=*/part-*.csv`; `**` stands for any number of
-            folders); text files may be packed as gzip, zstd, bz2, xz, lz4, or zip archives of one file.
+        files: globs within the raw folder, with folders where they have a `/` (`dt=*/part-*.csv`; `**` stands for any
+            number of folders); text files may be packed as gzip, zstd, bz2, xz, lz4, or zip archives of one file.
         format: csv, jsonl (one object a line, its keys are the columns) or parquet.
         header: of csv, the first line names the columns; without it `columns` are in the files' order.
-        delimiter, quoting: of csv; the delimiter may have several characters, quoted values may hold it, not a line break.
+        delimiter, quoting: of csv; the delimiter may have several characters, quoted values may hold it, not a line
+            break.
         encoding: of csv and jsonl: any of Python's codecs in which ASCII is itself.
         columns: what the files must have; columns that are not named here are ignored.
         missing: texts that mean "no value", as an empty cell always does; in every column, of every format.
-        repeats: `drop` rows that repeat another in all these columns, or `keep` them (where time is too coarse to separate them).
+        repeats: `drop` rows that repeat another in all these columns, or `keep` them (where time is too coarse to
+            separate them).
         expected_refusals: reasons that do not count towards the share of bad rows which stops a stage.
     """
 
@@ -174,7 +187,9 @@ class Logs(_Model):
     missing: tuple[str, ...] = MISSING_WORDS
     days_in_name: NamedDays | None = None
     repeats: Literal["drop", "keep"] = "drop"
-    expected_refusals: tuple[Literal["missing_value", "time_out_of_range", "not_a_time", "out_of_range", "not_allowed"], ...] = ()
+    expected_refusals: tuple[
+        Literal["missing_value", "time_out_of_range", "not_a_time", "out_of_range", "not_allowed"], ...
+    ] = ()
 
     @property
     def names_columns(self) -> bool:
@@ -185,7 +200,9 @@ class Logs(_Model):
     @classmethod
     def _words(cls, words: Any) -> Any:
         if isinstance(words, (list, tuple)) and (wrong := [word for word in words if not isinstance(word, str)]):
-            raise ValueError(f"YAML reads a word as {wrong[0]!r}: write the words in quotes, such as ['NULL', 'NaN', '-1']")
+            raise ValueError(
+                f"YAML reads a word as {wrong[0]!r}: write the words in quotes, such as ['NULL', 'NaN', '-1']"
+            )
         return words
 
     @pydantic.field_validator("encoding")
@@ -194,20 +211,33 @@ class Logs(_Model):
         try:
             codec = codecs.lookup(name)
             plain = bytes(range(1, 128))
-            # A line end, a quote and a delimiter are looked for as bytes, so each must be itself, whatever stands before it.
+            # A line end, a quote and a delimiter are looked for as bytes, so each must be itself, whatever stands
+            # before it.
             if plain.decode(codec.name) != plain.decode("ascii") or codec.name.startswith(("iso2022", "hz", "utf-7")):
-                raise ValueError(f"encoding {name!r} is not read: convert the files, such as with iconv -f {name} -t UTF-8")
+                raise ValueError(
+                    f"encoding {name!r} is not read: convert the files, such as with iconv -f {name} -t UTF-8"
+                )
         except (LookupError, UnicodeDecodeError):
-            raise ValueError(f"encoding {name!r} is not known, or not one in which ASCII is itself; give for example gbk, big5, latin-1 or cp1252") from None
+            raise ValueError(
+                f"encoding {name!r} is not known, or not one in which ASCII is itself; give for example gbk, big5,"
+                " latin-1 or cp1252"
+            ) from None
         return "utf-8" if codec.name == "utf-8-sig" else codec.name
 
     @pydantic.model_validator(mode="after")
     def _of_its_format(self) -> Logs:
         for name, column in self.columns.items():
             if column.type == "timestamp" and self.format != "parquet":
-                raise ValueError(f"columns.{name}: timestamp is a type of Parquet; of {self.format} give text with events.time.format, or integer with events.time.unit")
-            if column.type == "timestamp" and (column.min is not None or column.max is not None or column.one_of is not None):
-                raise ValueError(f"columns.{name}: a timestamp has no min, max or one_of; events.time has earliest and latest")
+                raise ValueError(
+                    f"columns.{name}: timestamp is a type of Parquet; of {self.format} give text with"
+                    " events.time.format, or integer with events.time.unit"
+                )
+            if column.type == "timestamp" and (
+                column.min is not None or column.max is not None or column.one_of is not None
+            ):
+                raise ValueError(
+                    f"columns.{name}: a timestamp has no min, max or one_of; events.time has earliest and latest"
+                )
         return self
 
 
@@ -237,7 +267,10 @@ class Time(_Model):
     @pydantic.model_validator(mode="after")
     def _one_way(self) -> Time:
         if self.unit is not None and self.format is not None:
-            raise ValueError("give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for example %Y-%m-%d %H:%M:%S)")
+            raise ValueError(
+                "give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for example %Y-%m-%d"
+                " %H:%M:%S)"
+            )
         if self.format is not None and "%" not in self.format:
             raise ValueError(f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S")
         if self.unit is not None and (self.year is not None or self.digits is not None):
@@ -247,7 +280,9 @@ class Time(_Model):
         if self.unit is None and self.origin != dtm.date(1970, 1, 1):
             raise ValueError("origin belongs to unit: it is the day at which the number is 0")
         if len(self.columns) == 0 or (len(self.columns) > 1 and (self.format is None or self.digits is not None)):
-            raise ValueError("several columns need format, which reads their texts joined by blanks, and take no digits")
+            raise ValueError(
+                "several columns need format, which reads their texts joined by blanks, and take no digits"
+            )
         if len(self.columns) > 1 and len(re.findall(r"\s", str(self.format))) < len(self.columns) - 1:
             raise ValueError(f"format {self.format!r} has no blank between the texts of {' and '.join(self.columns)}")
         if self.format is not None and "%z" in self.format and self.zone != "UTC":
@@ -282,7 +317,9 @@ class Condition(_Model):
     """What a raw column must hold; an empty value never does."""
 
     column: str
-    equals: Annotated[int | float | str | tuple[int | float | str, ...] | None, pydantic.BeforeValidator(_values)] = None
+    equals: Annotated[int | float | str | tuple[int | float | str, ...] | None, pydantic.BeforeValidator(_values)] = (
+        None
+    )
     above: Bound | None = None
     at_least: Bound | None = None
     below: Bound | None = None
@@ -319,10 +356,12 @@ class FeatureFile(_Model):
     """A file with one row an item or a user; of an id that stands in several rows the first one counts.
 
     Attributes:
-        files: glob within the raw folder; where it matches nothing the fields are empty. Text files may be packed as logs are.
+        files: glob within the raw folder; where it matches nothing the fields are empty. Text files may be packed as
+            logs are.
         format: csv or parquet; files whose names end in .parquet are Parquet whatever it says.
         key: column of the id.
-        delimiter, quoting: of csv; quoted values may hold the delimiter and line breaks. Without quoting a quote is part of a value.
+        delimiter, quoting: of csv; quoted values may hold the delimiter and line breaks. Without quoting a quote is
+            part of a value.
         missing: values that mean "not known", as an empty one, a null and NaN always do.
     """
 
@@ -340,7 +379,8 @@ class ItemFile(FeatureFile):
     """A file with one row an item.
 
     Attributes:
-        optional: the feed may come without it. Else the gate of sequences stops a partition of which no item is described.
+        optional: the feed may come without it. Else the gate of sequences stops a partition of which no item is
+            described.
     """
 
     optional: bool = False
@@ -382,8 +422,8 @@ class History(_Model):
 
     Attributes:
         of: signals, at least one of which an event must have; none named: every event.
-        cutoff: `event`: everything strictly earlier than the target; `day_start`: strictly earlier than its UTC day, as a
-            system sees it whose caches are refreshed once a day.
+        cutoff: `event`: everything strictly earlier than the target; `day_start`: strictly earlier than its UTC day, as
+            a system sees it whose caches are refreshed once a day.
         availability_lag_ms: an event is known only so long after its time.
         max_events: at most so many of the latest that a target may see.
     """
@@ -399,13 +439,15 @@ class Negatives(_Model):
 
     Attributes:
         per_positive: how many.
-        draw: weights of the ways to draw one: `popularity` (as often as it occurs in the window), `uniform` (any item of
-            the window), `own_history` (an item of the user's own past, other than the target).
+        draw: weights of the ways to draw one: `popularity` (as often as it occurs in the window), `uniform` (any item
+            of the window), `own_history` (an item of the user's own past, other than the target).
         seed: with the partition and the user it decides every draw.
     """
 
     per_positive: int = Setting(ge=1, le=100)
-    draw: dict[Literal["popularity", "uniform", "own_history"], Annotated[float, Setting(gt=0)]] = Setting(default={"popularity": 1.0}, min_length=1)
+    draw: dict[Literal["popularity", "uniform", "own_history"], Annotated[float, Setting(gt=0)]] = Setting(
+        default={"popularity": 1.0}, min_length=1
+    )
     seed: int = Setting(default=7, ge=0, le=2**63 - 1)
 
 
@@ -437,7 +479,9 @@ class Targets(_Model):
     @pydantic.model_validator(mode="after")
     def _label_or_negatives(self) -> Targets:
         if (self.label is None) == (self.negatives is None):
-            raise ValueError("give either label (a signal) or negatives (logged targets are positives, sampled items negatives)")
+            raise ValueError(
+                "give either label (a signal) or negatives (logged targets are positives, sampled items negatives)"
+            )
         return self
 
 
@@ -450,15 +494,19 @@ class WindowDefaults(_Model):
 
 
 class RunDefaults(_Model):
-    """What a run of the data set's DAG takes where its form, or `make run`, says nothing else; nothing of it shapes a row.
+    """What a run of the data set's DAG takes where its form, or `make run`, says nothing else; nothing of it shapes a
+    row.
 
     Attributes:
         raw: folder of the raw logs: an absolute path, or a URI that Arrow reads.
         config: training configuration, a file of training/configs without its suffix.
         workers: Ray Train workers.
-        on_warning: what a gate's warning does before training: it is logged (`continue`), or waits for a person (`approve`).
-        hour: UTC hour at which the DAG's schedule builds the day that ended at midnight; without it there is no schedule.
-        wait_hours: so long after that hour a scheduled run waits for the day's raw files; the next day's run is due after 24.
+        on_warning: what a gate's warning does before training: it is logged (`continue`), or waits for a person
+            (`approve`).
+        hour: UTC hour at which the DAG's schedule builds the day that ended at midnight; without it there is no
+            schedule.
+        wait_hours: so long after that hour a scheduled run waits for the day's raw files; the next day's run is due
+            after 24.
     """
 
     raw: Folder | None = None
@@ -556,15 +604,31 @@ class DatasetDefinition(_Model):
         columns, time = self.logs.columns, self.events.time
         native = [name for name in time.columns if name in columns and columns[name].type == "timestamp"]
         if time.unit is None and time.format is None and not native:
-            raise ValueError("events.time: give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for example %Y-%m-%d %H:%M:%S); "
-                             "only a column of type timestamp needs neither")
+            raise ValueError(
+                "events.time: give either unit (seconds, milliseconds, microseconds, nanoseconds) or format (for"
+                " example %Y-%m-%d %H:%M:%S); only a column of type timestamp needs neither"
+            )
         if native and (time.unit is not None or time.format is not None):
-            raise ValueError(f"events.time: {native[0]!r} is of type timestamp, which says its unit itself: leave out unit and format")
-        for where, column, values in [*((f"logs.columns.{name}.one_of", name, column.one_of or ()) for name, column in columns.items()),
-                                      *((f"events.signals.{name}.equals", c.column, c.equals if isinstance(c.equals, tuple) else (c.equals,))
-                                        for name, c in self.events.signals.items())]:
-            if column in columns and columns[column].type == "text" and (words := [value for value in values if value in self.logs.missing and value != ""]):
-                raise ValueError(f"{where}: {words[0]!r} is among logs.missing, so it is no value: give logs.missing without it, such as ['']")
+            raise ValueError(
+                f"events.time: {native[0]!r} is of type timestamp, which says its unit itself: leave out unit and"
+                " format"
+            )
+        for where, column, values in [
+            *((f"logs.columns.{name}.one_of", name, column.one_of or ()) for name, column in columns.items()),
+            *(
+                (f"events.signals.{name}.equals", c.column, c.equals if isinstance(c.equals, tuple) else (c.equals,))
+                for name, c in self.events.signals.items()
+            ),
+        ]:
+            if (
+                column in columns
+                and columns[column].type == "text"
+                and (words := [value for value in values if value in self.logs.missing and value != ""])
+            ):
+                raise ValueError(
+                    f"{where}: {words[0]!r} is among logs.missing, so it is no value: give logs.missing without it,"
+                    " such as ['']"
+                )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -627,7 +691,10 @@ def dataset(name_or_path: str) -> DatasetDefinition:
     if _is_path(name_or_path):
         return _load(Path(name_or_path).expanduser())
     if name_or_path not in built_in_names():
-        raise StageError(f"unknown data set {name_or_path!r}", f"use one of: {', '.join(built_in_names())}, or give the path of a definition (name.yaml)")
+        raise StageError(
+            f"unknown data set {name_or_path!r}",
+            f"use one of: {', '.join(built_in_names())}, or give the path of a definition (name.yaml)",
+        )
     return _load(BUILT_IN / f"{name_or_path}.yaml")
 
 
@@ -643,40 +710,70 @@ def _load(path: Path) -> DatasetDefinition:
         # A list whose values are wrong is not called empty as well.
         details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
         problems = "; ".join(_problem(detail) for detail in details)
-        raise StageError(f"the data set definition {path} is wrong: {problems}", "correct these fields; docs/datasets.md explains each") from None
+        raise StageError(
+            f"the data set definition {path} is wrong: {problems}",
+            "correct these fields; docs/datasets.md explains each",
+        ) from None
     if definition.name != path.stem:
-        raise StageError(f"the data set definition {path} has the name {definition.name!r}", f"rename the file to {definition.name}.yaml, or set name: {path.stem}")
+        raise StageError(
+            f"the data set definition {path} has the name {definition.name!r}",
+            f"rename the file to {definition.name}.yaml, or set name: {path.stem}",
+        )
     return definition
 
 
 def _merged(path: Path) -> dict[str, Any]:
-    """Return the file's content, on top of the definition that it `extends` (mappings are merged, all else is replaced)."""
+    """Return the file's content, on top of the definition that it `extends` (mappings are merged, all else is
+    replaced).
+    """
     raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if base not in built_in_names() or base == path.stem:
-        raise StageError(f"the data set definition {path} extends {base!r}, which does not exist", f"use one of: {', '.join(n for n in built_in_names() if n != path.stem)}")
+        raise StageError(
+            f"the data set definition {path} extends {base!r}, which does not exist",
+            f"use one of: {', '.join(n for n in built_in_names() if n != path.stem)}",
+        )
     return _overlay(_merged(BUILT_IN / f"{base}.yaml"), raw)
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
-        merged[name] = _overlay(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value
+        merged[name] = (
+            _overlay(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value
+        )
     return merged
 
 
 def _problem(detail: Any) -> str:
     # An unknown field is named with the one that it stands in.
-    where = ".".join(str(part) for part in (detail["loc"][:-1] if detail["type"] == "unknown_field" else detail["loc"]) if not str(part).endswith("]"))
-    message = " ".join(detail["msg"].split()).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]").replace("a valid array", "a list, such as [a, b]")
+    where = ".".join(
+        str(part)
+        for part in (detail["loc"][:-1] if detail["type"] == "unknown_field" else detail["loc"])
+        if not str(part).endswith("]")
+    )
+    message = (
+        " ".join(detail["msg"].split())
+        .removeprefix("Value error, ")
+        .replace("a valid tuple", "a list, such as [a, b]")
+        .replace("a valid array", "a list, such as [a, b]")
+    )
     given = detail.get("input")
     if "valid string" in message and isinstance(given, int | float | None):
         message += "; write it in quotes"
     if "valid boolean" in message:
         message += ": true or false"
-    shown = " (given: null)" if given is None else f" (given: {given!r})" if isinstance(given, str | int | float) and detail["type"] not in ("unknown_field", "not_shown") else ""
+    shown = (
+        " (given: null)"
+        if given is None
+        else (
+            f" (given: {given!r})"
+            if isinstance(given, str | int | float) and detail["type"] not in ("unknown_field", "not_shown")
+            else ""
+        )
+    )
     return (f"{where}: " if where else "") + message + shown
 
 

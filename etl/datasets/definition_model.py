@@ -1,4 +1,7 @@
-"""What every part of a data set's definition is: a strict, frozen model that refuses a field it does not know, by name."""
+"""What every part of a data set's definition is.
+
+A strict, frozen model that refuses a field it does not know, by name.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,23 @@ class DefinitionModel(pydantic.BaseModel):
         if not isinstance(data, dict):
             return handler(data)
         allowed = cls.model_fields
-        unknown = [_unknown_field(str(name), list(allowed), value) for name, value in data.items() if name not in allowed]
-        known = {name: tuple(value) if isinstance(value, list) and _holds_tuple(allowed[name].annotation) else value for name, value in data.items() if name in allowed}
+        unknown = [
+            _unknown_field(str(name), list(allowed), value) for name, value in data.items() if name not in allowed
+        ]
+        known = {
+            name: tuple(value) if isinstance(value, list) and _holds_tuple(allowed[name].annotation) else value
+            for name, value in data.items()
+            if name in allowed
+        }
         if not unknown:
             return handler(known)
         try:
             handler(known)
         except pydantic.ValidationError as error:
-            unknown += [InitErrorDetails(type=_custom(detail["type"], detail["msg"]), loc=detail["loc"], input=detail["input"]) for detail in error.errors()]
+            unknown += [
+                InitErrorDetails(type=_custom(detail["type"], detail["msg"]), loc=detail["loc"], input=detail["input"])
+                for detail in error.errors()
+            ]
         raise pydantic.ValidationError.from_exception_data(cls.__name__, unknown)
 
 

@@ -1,8 +1,8 @@
 """Reads the YAML of a definition so that no value is another than the one that stands there.
 
-YAML 1.1 turns `yes` into true, `01` and `0x1F` into 1 and 31, `12:30` into 750 and a key that stands twice into its last
-value. Here plain values are read as by YAML 1.2: `true`, `false`, `null`, `~` and plain decimal numbers are what they say,
-every other one is the text that stands there. Keys are always text.
+YAML 1.1 turns `yes` into true, `01` and `0x1F` into 1 and 31, `12:30` into 750 and a key that stands twice into its
+last value. Here plain values are read as by YAML 1.2: `true`, `false`, `null`, `~` and plain decimal numbers are what
+they say, every other one is the text that stands there. Keys are always text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ _PLAIN_VALUES = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("tag:yaml.org,2002:int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
-    ("tag:yaml.org,2002:float", r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 )
 
 
@@ -51,18 +55,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StageError(f"the data set definition {path} cannot be read: {reason}", "give the path of an existing YAML file, in UTF-8") from None
+        raise StageError(
+            f"the data set definition {path} cannot be read: {reason}",
+            "give the path of an existing YAML file, in UTF-8",
+        ) from None
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise StageError(f"the data set definition {path} is not a mapping of fields", f"begin with: name: {path.stem}")
+            raise StageError(
+                f"the data set definition {path} is not a mapping of fields", f"begin with: name: {path.stem}"
+            )
         if problems := list(_key_problems(node, "", frozenset())):
-            raise StageError(f"the data set definition {path} is wrong: {'; '.join(problems)}", "correct these fields; docs/datasets.md explains each")
+            raise StageError(
+                f"the data set definition {path} is wrong: {'; '.join(problems)}",
+                "correct these fields; docs/datasets.md explains each",
+            )
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise StageError(f"the data set definition {path} is not YAML: {' '.join(str(error).split())}", "correct the place that is named") from None
+        raise StageError(
+            f"the data set definition {path} is not YAML: {' '.join(str(error).split())}",
+            "correct the place that is named",
+        ) from None
     except RecursionError:
         raise StageError(f"the data set definition {path} is not YAML: it is nested too deeply", "correct it") from None
     finally:
@@ -71,7 +86,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def with_raw(text: str, raw: str) -> str:
-    """Return the text of a right definition that names no folder of raw logs, with `run.raw`; all else stays as it stands."""
+    """Return the text of a right definition that names no folder of raw logs, with `run.raw`.
+
+    All else stays as it stands.
+    """
     node = _Loader(text).get_single_node()
     given = f"raw: {json.dumps(raw, ensure_ascii=False)}"
     run = next((value for key, value in node.value if key.value == "run"), None)

@@ -1,4 +1,6 @@
-"""Checks a definition's own conditions and expectations against the columns of the tables, as far as no data are needed."""
+"""Checks a definition's own conditions and expectations against the columns of the tables, as far as no data are
+needed.
+"""
 
 from __future__ import annotations
 
@@ -45,19 +47,32 @@ def check_columns(definition: DatasetDefinition) -> None:
             if argument.startswith("column") and argument not in ("column_index",):
                 for name in value if isinstance(value, list) else [value]:
                     if isinstance(name, str) and name not in names:
-                        raise ValueError(f"quality.expectations.{index} ({own.name}): arguments.{argument}: {own.table} has no column {name!r}; it has {', '.join(names)}")
+                        raise ValueError(
+                            f"quality.expectations.{index} ({own.name}): arguments.{argument}: {own.table} has no"
+                            f" column {name!r}; it has {', '.join(names)}"
+                        )
 
 
 def frame_columns(schema: pa.Schema) -> list[str]:
     """Return the columns of a table as expectations see it."""
-    return [f"{field.name}_length" if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.name for field in schema]
+    return [
+        f"{field.name}_length" if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.name
+        for field in schema
+    ]
 
 
 def isolated_database() -> duckdb.DuckDBPyConnection:
     """Return a connection that reads the tables it is given and nothing else, in at most MEMORY."""
     import duckdb
 
-    return duckdb.connect(config={"enable_external_access": "false", "memory_limit": MEMORY, "python_enable_replacements": "false", "threads": "2"})
+    return duckdb.connect(
+        config={
+            "enable_external_access": "false",
+            "memory_limit": MEMORY,
+            "python_enable_replacements": "false",
+            "threads": "2",
+        }
+    )
 
 
 def _check_sql(connection: duckdb.DuckDBPyConnection, condition: Condition, schema: pa.Schema | None) -> None:
@@ -66,10 +81,14 @@ def _check_sql(connection: duckdb.DuckDBPyConnection, condition: Condition, sche
     if schema is None:
         return  # the metrics of a gate are known when it has measured
     connection.register("t", schema.empty_table())
-    [(kind,)] = connection.execute(f"SELECT DISTINCT column_type FROM (DESCRIBE SELECT (\n{condition.sql}\n) AS ok FROM t)").fetchall()
+    [(kind,)] = connection.execute(
+        f"SELECT DISTINCT column_type FROM (DESCRIBE SELECT (\n{condition.sql}\n) AS ok FROM t)"
+    ).fetchall()
     if kind != "BOOLEAN":
         raise ValueError(f"must be true or false, and is of type {kind}")
-    connection.execute(f"SELECT 1 FROM t WHERE (\n{condition.sql}\n)")  # a condition on one row: no aggregates, no windows
+    connection.execute(
+        f"SELECT 1 FROM t WHERE (\n{condition.sql}\n)"
+    )  # a condition on one row: no aggregates, no windows
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""The section `quality` of a definition: bounds that differ for this data set, each with its reason, and expectations of its own.
+"""The section `quality` of a definition: bounds that differ for this data set, each with its reason, and expectations
+of its own.
 
-The models are what a file is checked against; `etl.quality.measure.own_rules` runs what stands in them. Nothing heavy is imported here: DAG
-files read definitions.
+The models are what a file is checked against; `etl.quality.measure.own_rules` runs what stands in them. Nothing heavy
+is imported here: DAG files read definitions.
 """
 
 from __future__ import annotations
@@ -22,13 +23,31 @@ from etl.metrics.thresholds import SECTIONS, Thresholds, Value
 
 TABLES_BY_GATE = {"events": ("events",), "sequences": ("items", "sequences")}
 STATISTICS = "statistics."  # statistics.<stage>: the metrics of a gate, one row a day
-GATE_OF_STATISTICS = {"raw": "raw", "events": "events", "items": "sequences", "sequences": "sequences", "training_input": "training_input", "model_output": "model_output"}
-Table = Literal["events", "items", "sequences", "statistics.raw", "statistics.events", "statistics.items", "statistics.sequences",
-                "statistics.training_input", "statistics.model_output"]  # fmt: skip
+GATE_OF_STATISTICS = {
+    "raw": "raw",
+    "events": "events",
+    "items": "sequences",
+    "sequences": "sequences",
+    "training_input": "training_input",
+    "model_output": "model_output",
+}
+Table = Literal[
+    "events",
+    "items",
+    "sequences",
+    "statistics.raw",
+    "statistics.events",
+    "statistics.items",
+    "statistics.sequences",
+    "statistics.training_input",
+    "statistics.model_output",
+]
 Severity = Literal["info", "warning", "critical"]
 NAME = "^[a-z][a-z0-9_]{0,59}$"
 
-MOST_TIMES_THE_DEFAULT = 100  # a number of rows or users that it takes to judge: far beyond it nothing would ever be judged
+MOST_TIMES_THE_DEFAULT = (
+    100  # a number of rows or users that it takes to judge: far beyond it nothing would ever be judged
+)
 MOST_TRAILING_DAYS = 60
 HIGHEST_PSI = 5.0  # a critical bound on a PSI: beyond it nothing that a day can do reaches it
 
@@ -68,7 +87,11 @@ class _Own(DefinitionModel):
     table: Table
     severity: Severity = "warning"
     reason: str = Setting(min_length=1, max_length=500, pattern=r"\S")
-    remedy: str = Setting(default="look at the rows of the day; then have them delivered again, or change this expectation", min_length=1, max_length=500)
+    remedy: str = Setting(
+        default="look at the rows of the day; then have them delivered again, or change this expectation",
+        min_length=1,
+        max_length=500,
+    )
 
     @property
     def gate(self) -> str:
@@ -108,7 +131,10 @@ class Expectation(_Own):
         if name not in known:
             raise ValueError(f"Great Expectations has no {name}; it has, for example, {', '.join(_like(name, known))}")
         if name.startswith("ExpectTableRowCount"):
-            raise ValueError("large tables are judged by a sample of their rows: expect their number of column `rows` of table statistics.events instead")
+            raise ValueError(
+                "large tables are judged by a sample of their rows: expect their number of column `rows` of table"
+                " statistics.events instead"
+            )
         return name
 
     @pydantic.field_validator("arguments")
@@ -116,7 +142,9 @@ class Expectation(_Own):
     def _not_ours(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in ("severity", "notes", "meta", "description", "id", "batch_id"):
             if name in arguments:
-                raise ValueError(f"{name!r} is no argument here; severity, reason and remedy are fields of the expectation")
+                raise ValueError(
+                    f"{name!r} is no argument here; severity, reason and remedy are fields of the expectation"
+                )
         return arguments
 
 
@@ -187,7 +215,10 @@ def thresholds_with(bounds: dict[str, Bound]) -> Thresholds:
     drift = thresholds.drift
     for name in ("min_trailing_days", "min_steady_days", "memory_days"):
         if getattr(drift, name) > drift.trailing_days:
-            raise ValueError(f"bounds.drift.{name} is {getattr(drift, name)}, more than drift.trailing_days ({drift.trailing_days}): nothing would be compared")
+            raise ValueError(
+                f"bounds.drift.{name} is {getattr(drift, name)}, more than drift.trailing_days ({drift.trailing_days}):"
+                " nothing would be compared"
+            )
     return thresholds
 
 
@@ -222,33 +253,56 @@ def _checked(where: str, name: str, value: Any, default: Value) -> Any:
             raise ValueError(f"bounds.{where}: give two numbers, [lowest, highest], as in {list(default)}")
         low, high = (float(number) for number in value)
         if not 0 < low < 1 < high:
-            raise ValueError(f"bounds.{where}: {[low, high]} must be of a number between 0 and 1 and one above 1: nothing could break it otherwise")
+            raise ValueError(
+                f"bounds.{where}: {[low, high]} must be of a number between 0 and 1 and one above 1: nothing could"
+                " break it otherwise"
+            )
         return low, high
     if isinstance(value, tuple):
         raise ValueError(f"bounds.{where}: give one number, as in {default}")
     if isinstance(default, int):
         if value != int(value):
             raise ValueError(f"bounds.{where}: {value} must be a whole number, as in {default}")
-        most = MOST_TRAILING_DAYS if name.endswith("_days") else 24 if name == "min_hours_covered" else default * MOST_TIMES_THE_DEFAULT
+        most = (
+            MOST_TRAILING_DAYS
+            if name.endswith("_days")
+            else 24
+            if name == "min_hours_covered"
+            else default * MOST_TIMES_THE_DEFAULT
+        )
         least = 1 if name.endswith("_days") or name == "sample_bytes" else 0
         if not least <= value <= most:
-            raise ValueError(f"bounds.{where}: {value} must be between {least} and {most}: beyond it nothing would be judged")
+            raise ValueError(
+                f"bounds.{where}: {value} must be between {least} and {most}: beyond it nothing would be judged"
+            )
         return int(value)
     value = float(value)
     stopping = registry.critical_bounds()
     critical = where in stopping or where == "raw.max_refused_share"  # beyond that the events job stops
     lowest = stopping.get(where, False)
     if value < 0 or (lowest and value == 0):
-        raise ValueError(f"bounds.{where}: {value:g} must be {'above 0: nothing is below it' if lowest else 'at least 0'}")
+        raise ValueError(
+            f"bounds.{where}: {value:g} must be {'above 0: nothing is below it' if lowest else 'at least 0'}"
+        )
     if _is_fraction(name) and (value > 1 or (critical and value == 1)):
-        raise ValueError(f"bounds.{where}: {value:g} must be {'below' if critical else 'at most'} 1: " + ("a critical bound that nothing breaks would switch the gate off" if critical else "it is a share"))
+        raise ValueError(
+            f"bounds.{where}: {value:g} must be {'below' if critical else 'at most'} 1: "
+            + ("a critical bound that nothing breaks would switch the gate off" if critical else "it is a share")
+        )
     if critical and "psi" in name and value > HIGHEST_PSI:
-        raise ValueError(f"bounds.{where}: {value:g} must be at most {HIGHEST_PSI:g}: a critical bound that nothing breaks would switch the gate off")
+        raise ValueError(
+            f"bounds.{where}: {value:g} must be at most {HIGHEST_PSI:g}: a critical bound that nothing breaks would"
+            " switch the gate off"
+        )
     return value
 
 
 def _is_fraction(name: str) -> bool:
-    return any(part in name for part in ("share", "rise", "drop", "label_rate")) or name in ("min_score_sd", "max_ece", "min_shift_gain")
+    return any(part in name for part in ("share", "rise", "drop", "label_rate")) or name in (
+        "min_score_sd",
+        "max_ece",
+        "min_shift_gain",
+    )
 
 
 def _stated(value: Any, reason: str) -> Any:

@@ -14,10 +14,12 @@ DIGEST_KIND = "rows1:"  # of `rows_digest`; digests of another kind cannot be co
 def rows_digest(definition: DatasetDefinition) -> str:
     """Return the digest of what shapes the rows of `events`, whatever the order in which it is written down.
 
-    A key that says what is said without it is no part of it, so that a new key of a later version makes no day stale. Which
-    files match, and which days their names promise, is judged by the files themselves.
+    A key that says what is said without it is no part of it, so that a new key of a later version makes no day stale.
+    Which files match, and which days their names promise, is judged by the files themselves.
     """
-    logs = definition.logs.model_dump(mode="json", exclude_defaults=True, exclude={"files", "days_in_name", "expected_refusals"})
+    logs = definition.logs.model_dump(
+        mode="json", exclude_defaults=True, exclude={"files", "days_in_name", "expected_refusals"}
+    )
     events = definition.events.model_dump(mode="json", exclude_defaults=True)
     for column in logs["columns"].values():
         if "one_of" in column:
@@ -30,7 +32,9 @@ def rows_digest(definition: DatasetDefinition) -> str:
         if isinstance(condition.get("equals"), list):
             condition["equals"] = _as_set(condition["equals"])
     events["signals"] = list(events["signals"].items())  # bit i of `feedback` is the i-th
-    events["item_fields"] = [(name, rule.column, str(event_field_type(rule.kind))) for name, rule in definition.events.item_fields.items()]
+    events["item_fields"] = [
+        (name, rule.column, str(event_field_type(rule.kind))) for name, rule in definition.events.item_fields.items()
+    ]
     return DIGEST_KIND + hashlib.sha256(json.dumps([logs, events], sort_keys=True).encode()).hexdigest()[:16]
 
 

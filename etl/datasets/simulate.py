@@ -1,9 +1,9 @@
 """Simulated KuaiRand logs: the exact column layout, the real data's quirks, and a planted long-term interest.
 
-Every user has a lasting taste for each of the topics; whether they click depends on their taste for the item's topic. Tastes
-are drawn independently, so only their own past feedback on that topic reveals them, and topics recur rarely: a model that
-sees the recent past knows little, one that attends to all of it knows much. Because the click probability is known, so is
-the best AUC that any model can reach; it is printed and stored in SIMULATED.json beside the logs.
+Every user has a lasting taste for each of the topics; whether they click depends on their taste for the item's topic.
+Tastes are drawn independently, so only their own past feedback on that topic reveals them, and topics recur rarely: a
+model that sees the recent past knows little, one that attends to all of it knows much. Because the click probability is
+known, so is the best AUC that any model can reach; it is printed and stored in SIMULATED.json beside the logs.
 """
 
 from __future__ import annotations
@@ -62,16 +62,31 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=defaults.users)
     parser.add_argument("--first-dt", default=defaults.first_dt, help="first UTC day")
     parser.add_argument("--days", type=int, default=defaults.days, help="UTC days")
-    parser.add_argument("--length-scale", type=float, default=defaults.length_scale, help="factor on the real history lengths")
+    parser.add_argument(
+        "--length-scale", type=float, default=defaults.length_scale, help="factor on the real history lengths"
+    )
     parser.add_argument("--items", type=int, default=defaults.items)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args()
-    simulation = Simulation(users=args.users, first_dt=parse_dt(args.first_dt), days=args.days, length_scale=args.length_scale, items=args.items, seed=args.seed)
+    simulation = Simulation(
+        users=args.users,
+        first_dt=parse_dt(args.first_dt),
+        days=args.days,
+        length_scale=args.length_scale,
+        items=args.items,
+        seed=args.seed,
+    )
     if min(simulation.users, simulation.days, simulation.items) < 1 or simulation.length_scale <= 0:
         raise StageError("users, days, items and length scale must be positive", "give larger numbers")
     marker = write_simulation(simulation, Path(args.out))
-    log(f"SIMULATED KuaiRand logs in {args.out}: {marker['rows']:,} rows, {simulation.users:,} users, seed {simulation.seed}")
-    log("best reachable AUC (the score is the true probability): " + "  ".join(f"{dt} {auc:.4f}" for dt, auc in marker["best_auc_by_dt"].items()))
+    log(
+        f"SIMULATED KuaiRand logs in {args.out}: {marker['rows']:,} rows, {simulation.users:,} users, seed"
+        f" {simulation.seed}"
+    )
+    log(
+        "best reachable AUC (the score is the true probability): "
+        + "  ".join(f"{dt} {auc:.4f}" for dt, auc in marker["best_auc_by_dt"].items())
+    )
 
 
 def write_simulation(simulation: Simulation, out: Path) -> dict:
@@ -84,15 +99,20 @@ def write_simulation(simulation: Simulation, out: Path) -> dict:
     year = _definition().first_day.year
     # The file names carry no year; the last UTC day ends in the next local one.
     if {dt_of_day_number(n)[:4] for n in (first, first + simulation.days)} != {str(year)}:
-        raise StageError(f"{simulation.days} day(s) from {simulation.first_dt} leave the year {year}, which the file names stand for",
-                         f"choose --first-dt and --days within {year}")
+        raise StageError(
+            f"{simulation.days} day(s) from {simulation.first_dt} leave the year {year}, which the file names"
+            " stand for",
+            f"choose --first-dt and --days within {year}",
+        )
     marker_file = out / SIMULATED_MARKER
     if marker_file.exists():
         marker = json.loads(marker_file.read_text())
         if marker["parameters"] == asdict(simulation):
             return marker
     elif out.exists() and any(out.iterdir()):
-        raise StageError(f"{out} is not empty and holds no simulation", "choose another --out: real logs are never overwritten")
+        raise StageError(
+            f"{out} is not empty and holds no simulation", "choose another --out: real logs are never overwritten"
+        )
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -131,8 +151,15 @@ def _write_all(simulation: Simulation, folder: Path) -> dict:
             _write_csv(table.filter(pa.array(chosen)), folder / name)
     _write_items(items, simulation, folder, rng)
     _write_users(simulation, folder, rng)
-    return {"simulated": True, "parameters": asdict(simulation), "rows": table.num_rows, "duplicates": int(duplicated.sum()),
-            "click_rate": float(log_columns["is_click"].mean()), "best_auc_by_dt": best_auc, "best_gauc_by_dt": best_gauc}
+    return {
+        "simulated": True,
+        "parameters": asdict(simulation),
+        "rows": table.num_rows,
+        "duplicates": int(duplicated.sum()),
+        "click_rate": float(log_columns["is_click"].mean()),
+        "best_auc_by_dt": best_auc,
+        "best_gauc_by_dt": best_gauc,
+    }
 
 
 def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -142,12 +169,16 @@ def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.nda
         "popularity": popularity / popularity.sum(),
         "topic": rng.permutation(np.resize(np.arange(simulation.topics), n)),
         "quality": rng.normal(0, 0.3, n),
-        "duration_ms": np.where(rng.random(n) < SHARE_NO_DURATION, 0, np.exp(rng.normal(9.8, 0.9, n)).astype(np.int64).clip(1_000, 600_000)),
+        "duration_ms": np.where(
+            rng.random(n) < SHARE_NO_DURATION, 0, np.exp(rng.normal(9.8, 0.9, n)).astype(np.int64).clip(1_000, 600_000)
+        ),
         "author_id": rng.integers(0, max(2, n // 5), n),
     }
 
 
-def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _log(
+    simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     wished = np.exp(rng.normal(LN_MEAN_HISTORY, LN_SD_HISTORY, simulation.users)) * simulation.length_scale
     lengths = wished.astype(np.int64).clip(5)
     total = int(lengths.sum())
@@ -157,13 +188,25 @@ def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Ge
     page_end = np.cumsum(page_size)
     page = np.searchsorted(page_end, np.arange(total), side="right")
     first_of_user = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    page = page - page[first_of_user].repeat(lengths) + np.repeat(np.cumsum(np.concatenate([[0], (page[first_of_user + lengths - 1] - page[first_of_user] + 1)[:-1]])), lengths)
+    page = (
+        page
+        - page[first_of_user].repeat(lengths)
+        + np.repeat(
+            np.cumsum(np.concatenate([[0], (page[first_of_user + lengths - 1] - page[first_of_user] + 1)[:-1]])),
+            lengths,
+        )
+    )
     pages = int(page.max()) + 1
     page_user = np.zeros(pages, np.int64)
     page_user[page] = user
     first_ms = day_number(simulation.first_dt) * MS_PER_DAY
     hour = rng.choice(24, pages, p=_hour_profile())
-    page_time = first_ms + rng.integers(0, simulation.days, pages) * MS_PER_DAY + hour * 3_600_000 + rng.integers(0, 3_600_000, pages)
+    page_time = (
+        first_ms
+        + rng.integers(0, simulation.days, pages) * MS_PER_DAY
+        + hour * 3_600_000
+        + rng.integers(0, 3_600_000, pages)
+    )
     page_time = page_time[np.lexsort((page_time, page_user))]
     time_ms = page_time[page]
     item = rng.choice(simulation.items, total, p=items["popularity"])
@@ -171,7 +214,11 @@ def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Ge
     repeats = repeats[(repeats > 0) & (user[repeats] == user[repeats - 1])]
     item[repeats] = item[repeats - 1]
     taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
-    logit = -0.6 + _taste_then(taste, user, items["topic"][item], (time_ms - first_ms) // MS_PER_DAY, simulation, rng) + items["quality"][item]
+    logit = (
+        -0.6
+        + _taste_then(taste, user, items["topic"][item], (time_ms - first_ms) // MS_PER_DAY, simulation, rng)
+        + items["quality"][item]
+    )
     probability = 1 / (1 + np.exp(-logit))
     click = rng.random(total) < probability
     duration = items["duration_ms"][item]
@@ -186,19 +233,37 @@ def _log(simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Ge
     logged_day = logged_ms // MS_PER_DAY
     days, inverse = np.unique(logged_day, return_inverse=True)
     columns = {
-        "user_id": user, "video_id": item, "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
-        "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100, "time_ms": time_ms,
-        "is_click": click.astype(np.int64), "is_like": rare(0.05).astype(np.int64), "is_follow": rare(0.004).astype(np.int64),
-        "is_comment": rare(0.01).astype(np.int64), "is_forward": rare(0.004).astype(np.int64),
-        "is_hate": (~click & (rng.random(total) < 0.002)).astype(np.int64), "long_view": long_view.astype(np.int64),
-        "play_time_ms": play, "duration_ms": duration, "profile_stay_time": np.where(profile, rng.integers(500, 20_000, total), 0),
-        "comment_stay_time": np.where(rare(0.03), rng.integers(500, 30_000, total), 0), "is_profile_enter": profile.astype(np.int64),
-        "is_rand": np.zeros(total, np.int64), "tab": rng.choice([1, 0, 4, 2, 6], total, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
-    }  # fmt: skip
+        "user_id": user,
+        "video_id": item,
+        "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
+        "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100,
+        "time_ms": time_ms,
+        "is_click": click.astype(np.int64),
+        "is_like": rare(0.05).astype(np.int64),
+        "is_follow": rare(0.004).astype(np.int64),
+        "is_comment": rare(0.01).astype(np.int64),
+        "is_forward": rare(0.004).astype(np.int64),
+        "is_hate": (~click & (rng.random(total) < 0.002)).astype(np.int64),
+        "long_view": long_view.astype(np.int64),
+        "play_time_ms": play,
+        "duration_ms": duration,
+        "profile_stay_time": np.where(profile, rng.integers(500, 20_000, total), 0),
+        "comment_stay_time": np.where(rare(0.03), rng.integers(500, 30_000, total), 0),
+        "is_profile_enter": profile.astype(np.int64),
+        "is_rand": np.zeros(total, np.int64),
+        "tab": rng.choice([1, 0, 4, 2, 6], total, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
+    }
     return columns, probability
 
 
-def _taste_then(taste: np.ndarray, user: np.ndarray, topic: np.ndarray, day: np.ndarray, simulation: Simulation, rng: np.random.Generator) -> np.ndarray:
+def _taste_then(
+    taste: np.ndarray,
+    user: np.ndarray,
+    topic: np.ndarray,
+    day: np.ndarray,
+    simulation: Simulation,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """Return each event's taste on its day."""
     if not simulation.taste_days:
         return taste[user, topic]
@@ -214,7 +279,9 @@ def _hour_profile() -> np.ndarray:
     return shape / shape.sum()
 
 
-def _best_by_day(time_ms: np.ndarray, user: np.ndarray, click: np.ndarray, probability: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+def _best_by_day(
+    time_ms: np.ndarray, user: np.ndarray, click: np.ndarray, probability: np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
     best_auc, best_gauc = {}, {}
     day = time_ms // MS_PER_DAY
     for number in np.unique(day):
@@ -223,7 +290,9 @@ def _best_by_day(time_ms: np.ndarray, user: np.ndarray, click: np.ndarray, proba
         best_auc[dt] = round(_auc(click[of_day], probability[of_day]), 5)
         owner, labels, scores = user[of_day], click[of_day], probability[of_day]
         cuts = np.flatnonzero(np.diff(owner)) + 1
-        parts = [(y, s) for y, s in zip(np.split(labels, cuts), np.split(scores, cuts), strict=True) if 0 < y.sum() < len(y)]
+        parts = [
+            (y, s) for y, s in zip(np.split(labels, cuts), np.split(scores, cuts), strict=True) if 0 < y.sum() < len(y)
+        ]
         weight = sum(len(y) for y, _ in parts)
         best_gauc[dt] = round(sum(len(y) * _auc(y, s) for y, s in parts) / weight, 5) if weight else float("nan")
     return best_auc, best_gauc
@@ -236,23 +305,36 @@ def _auc(label: np.ndarray, score: np.ndarray) -> float:
         return float("nan")
     rank = np.empty(len(score))
     rank[np.argsort(score, kind="stable")] = np.arange(1, len(score) + 1)
-    return float((rank[label.astype(bool)].sum() - positives * (positives + 1) / 2) / (positives * (len(label) - positives)))
+    return float(
+        (rank[label.astype(bool)].sum() - positives * (positives + 1) / 2) / (positives * (len(label) - positives))
+    )
 
 
 def _write_items(items: dict[str, np.ndarray], simulation: Simulation, folder: Path, rng: np.random.Generator) -> None:
     n = simulation.items
     second = rng.integers(0, simulation.topics, n)
-    tags = np.char.add(items["topic"].astype(str), np.where(rng.random(n) < 0.15, np.char.add(",", second.astype(str)), ""))
+    tags = np.char.add(
+        items["topic"].astype(str), np.where(rng.random(n) < 0.15, np.char.add(",", second.astype(str)), "")
+    )
     # Unlike a taste, a tag can be missing in the item file, as in the published one.
     known = rng.random(n) >= 0.005
     no_null = lambda values, share: pa.array(values.astype(float), mask=rng.random(n) < share)  # noqa: E731
-    table = pa.table({
-        "video_id": np.arange(n), "author_id": items["author_id"], "video_type": np.where(rng.random(n) < 0.98, "NORMAL", "AD"),
-        "upload_dt": np.full(n, simulation.first_dt), "upload_type": rng.choice(["LongImport", "ShortImport", "Kmovie", "Web"], n),
-        "visible_status": no_null(np.zeros(n), 0.01), "video_duration": pa.array(items["duration_ms"].astype(float), mask=items["duration_ms"] == 0),
-        "server_width": no_null(np.full(n, 720), 0.01), "server_height": no_null(np.full(n, 1280), 0.01), "music_id": rng.integers(0, 9_500_000_000, n),
-        "music_type": no_null(np.full(n, 9), 0.05), "tag": pa.array(tags.astype(object), pa.string(), mask=~known),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "video_id": np.arange(n),
+            "author_id": items["author_id"],
+            "video_type": np.where(rng.random(n) < 0.98, "NORMAL", "AD"),
+            "upload_dt": np.full(n, simulation.first_dt),
+            "upload_type": rng.choice(["LongImport", "ShortImport", "Kmovie", "Web"], n),
+            "visible_status": no_null(np.zeros(n), 0.01),
+            "video_duration": pa.array(items["duration_ms"].astype(float), mask=items["duration_ms"] == 0),
+            "server_width": no_null(np.full(n, 720), 0.01),
+            "server_height": no_null(np.full(n, 1280), 0.01),
+            "music_id": rng.integers(0, 9_500_000_000, n),
+            "music_type": no_null(np.full(n, 9), 0.05),
+            "tag": pa.array(tags.astype(object), pa.string(), mask=~known),
+        }
+    )
     _write_csv(table, folder / "video_features_basic_sim.csv")
 
 
@@ -261,17 +343,26 @@ def _write_users(simulation: Simulation, folder: Path, rng: np.random.Generator)
     ranges = np.array(["0", "(0,10]", "(10,50]", "(50,100]", "(100,150]", "(150,250]", "(250,500]", "500+"])
     onehot_sizes = (2, 7, 50, 1471, 15, 34, 3, 118, 454, 7, 5, 5, 2, 2, 2, 2, 2, 2)
     columns: dict[str, object] = {
-        "user_id": np.arange(n), "user_active_degree": rng.choice(["full_active", "high_active", "middle_active", "UNKNOWN"], n, p=(0.7, 0.2, 0.08, 0.02)),
-        "is_lowactive_period": np.zeros(n, np.int64), "is_live_streamer": rng.choice([1, -124], n, p=(0.23, 0.77)), "is_video_author": rng.integers(0, 2, n),
-    }  # fmt: skip
+        "user_id": np.arange(n),
+        "user_active_degree": rng.choice(
+            ["full_active", "high_active", "middle_active", "UNKNOWN"], n, p=(0.7, 0.2, 0.08, 0.02)
+        ),
+        "is_lowactive_period": np.zeros(n, np.int64),
+        "is_live_streamer": rng.choice([1, -124], n, p=(0.23, 0.77)),
+        "is_video_author": rng.integers(0, 2, n),
+    }
     for name in ("follow_user_num", "fans_user_num", "friend_user_num"):
         columns[name] = rng.integers(0, 900, n)
         columns[f"{name}_range"] = rng.choice(ranges, n)
     columns["register_days"] = rng.integers(8, 2_000, n)
-    columns["register_days_range"] = rng.choice(["8-14", "15-30", "31-60", "61-90", "91-180", "181-365", "366-730", "730+"], n)
+    columns["register_days_range"] = rng.choice(
+        ["8-14", "15-30", "31-60", "61-90", "91-180", "181-365", "366-730", "730+"], n
+    )
     for index, size in enumerate(onehot_sizes):
         values = rng.integers(0, size, n)
-        columns[f"onehot_feat{index}"] = pa.array(values.astype(float), mask=rng.random(n) < 0.03) if index in (4, *range(12, 18)) else values
+        columns[f"onehot_feat{index}"] = (
+            pa.array(values.astype(float), mask=rng.random(n) < 0.03) if index in (4, *range(12, 18)) else values
+        )
     _write_csv(pa.table(columns), folder / "user_features_sim.csv")
 
 

@@ -1,10 +1,10 @@
 """List the partitions that are no longer what their inputs say: build these again (a backfill with reprocessing).
 
 A day of `events` is stale when raw files that may hold it were added or delivered again since it was built, or when the
-definition's keys that shape rows changed (only looked at with --raw). Where raw files that it was built from are gone, it
-cannot be built again whole: it is listed, and left out of the backfill, until they are back. A partition of a later table is
-stale when an input that its manifest names is no longer the published one, or is to be built again itself. Nothing is
-changed. Exit code 0: all is fresh; 1: something is stale.
+definition's keys that shape rows changed (only looked at with --raw). Where raw files that it was built from are gone,
+it cannot be built again whole: it is listed, and left out of the backfill, until they are back. A partition of a later
+table is stale when an input that its manifest names is no longer the published one, or is to be built again itself.
+Nothing is changed. Exit code 0: all is fresh; 1: something is stale.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def main() -> None:
     store = TableStore(args.warehouse, definition.name)
     stale = affected(store, definition, RawLocation(args.raw) if args.raw else None)
     if args.json:
-        print(json.dumps({"dataset": definition.name, "stale": [asdict(s) for s in stale], "backfill": backfill_days(stale, store)}))
+        print(
+            json.dumps(
+                {
+                    "dataset": definition.name,
+                    "stale": [asdict(s) for s in stale],
+                    "backfill": backfill_days(stale, store),
+                }
+            )
+        )
     else:
         print(table(stale, store))
     sys.exit(1 if stale else 0)
@@ -68,12 +76,23 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
     no_run: set[str] = set()
     events = {dt: manifest for dt in store.days("events") if (manifest := store.manifest("events", dt)) is not None}
     if not events:
-        raise StageError(f"no day of {store.dataset} is published under {store.warehouse}", "correct --warehouse or --dataset, or run the stages first")
+        raise StageError(
+            f"no day of {store.dataset} is published under {store.warehouse}",
+            "correct --warehouse or --dataset, or run the stages first",
+        )
     if raw is not None:
         judge = Judge(definition, raw, raw.logs(definition))
         verdicts = [judge(dt, manifest) for dt, manifest in events.items()]
-        no_run = {dt for dt, m in events.items() if judge(dt, m, wanted=True).action is not Action.BUILD or not any(f.may_hold(dt) for f in judge.files)}
-        found = [Stale("events", v.dt, (v.reason,), v.action is Action.BUILD) for v in verdicts if v.action is not Action.FRESH]
+        no_run = {
+            dt
+            for dt, m in events.items()
+            if judge(dt, m, wanted=True).action is not Action.BUILD or not any(f.may_hold(dt) for f in judge.files)
+        }
+        found = [
+            Stale("events", v.dt, (v.reason,), v.action is Action.BUILD)
+            for v in verdicts
+            if v.action is not Action.FRESH
+        ]
     digests = {f"events/dt={dt}": same_rows(manifest) for dt, manifest in events.items()}
     old = {f"events/dt={stale.dt}" for stale in found if stale.whole}
     for name in TABLES:
@@ -83,8 +102,11 @@ def affected(store: TableStore, definition: DatasetDefinition, raw: RawLocation 
                 continue
             key = store.input_name(manifest)
             digests[key] = {manifest.data_digest}
-            because = [f"{i} is stale" if i in old else f"{i} was built again" for i, digest in sorted(manifest.inputs.items())
-                       if i in old or digest not in digests.get(i, {digest})]
+            because = [
+                f"{i} is stale" if i in old else f"{i} was built again"
+                for i, digest in sorted(manifest.inputs.items())
+                if i in old or digest not in digests.get(i, {digest})
+            ]
             if because:
                 old.add(key)
                 found.append(Stale(name, dt, tuple(because)))
@@ -123,13 +145,25 @@ def table(stale: list[Stale], store: TableStore) -> str:
     if lost := [s.dt for s in stale if not s.whole]:
         lines.append(f"\ncannot be built again whole until their raw files are back: {', '.join(lost)}")
     if fixed := sorted({s.dt for s in stale if s.whole and not s.runs and s.table != "events"}):
-        lines.append(f"\nno run can build these again, since raw files of the day itself are not there: {', '.join(fixed)}")
+        lines.append(
+            f"\nno run can build these again, since raw files of the day itself are not there: {', '.join(fixed)}"
+        )
     ranges = backfill_days(stale, store)
     if not ranges:
         return "\n".join(lines)
-    lines.append(f"\nbuild again, oldest first: {', '.join(first if first == last else f'{first} .. {last}' for first, last in ranges)}")
-    lines.append("in the Airflow UI of `make up`: backfill with reprocessing; by hand: the stages of docs/stages.md with a new --attempt; or")
-    lines += [f"  airflow backfill create --dag-id vql_daily_{store.dataset} --from-date {first} --to-date {last} --reprocess-behavior completed" for first, last in ranges]
+    lines.append(
+        "\nbuild again, oldest first:"
+        f" {', '.join(first if first == last else f'{first} .. {last}' for first, last in ranges)}"
+    )
+    lines.append(
+        "in the Airflow UI of `make up`: backfill with reprocessing; by hand: the stages of docs/stages.md with a new"
+        " --attempt; or"
+    )
+    lines += [
+        f"  airflow backfill create --dag-id vql_daily_{store.dataset} --from-date {first} --to-date {last}"
+        " --reprocess-behavior completed"
+        for first, last in ranges
+    ]
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
-"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there yet.
+"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there
+yet.
 
-A day is a function of the raw rows whose event time (UTC) lies in it, of nothing else: days built together, apart, in any
-order or twice have the same bytes. Every raw row read is counted as an event, a duplicate, quarantined, or outside.
+A day is a function of the raw rows whose event time (UTC) lies in it, of nothing else: days built together, apart, in
+any order or twice have the same bytes. Every raw row read is counted as an event, a duplicate, quarantined, or outside.
 
-A published day whose raw files are gone is never built again; `etl.ingest.freshness` decides. A file whose name promises no days is
-read once for all the days that it holds: those that nobody has asked for yet wait in the staging of the attempt AHEAD, which
-no gate publishes, until a partition needs them.
+A published day whose raw files are gone is never built again; `etl.ingest.freshness` decides. A file whose name
+promises no days is read once for all the days that it holds: those that nobody has asked for yet wait in the staging of
+the attempt AHEAD, which no gate publishes, until a partition needs them.
 """
 
 from __future__ import annotations
@@ -212,15 +213,22 @@ def _tell(verdicts: list[Verdict], raw: RawLocation) -> None:
             log(f"warning: dt={verdict.dt}: {verdict.reason}; it stays as it is published")
     if archived := [v for v in verdicts if v.action is Action.FRESH and v.reason != "unchanged"]:
         log(
-            f"{len(archived)} published day(s) {archived[0].dt} .. {archived[-1].dt} stay as they are: {archived[0].reason}"
+            f"{len(archived)} published day(s) {archived[0].dt} .. {archived[-1].dt} stay as they are:"
+            f" {archived[0].reason}"
         )
     if stopped := [v for v in verdicts if v.action is Action.STOP]:
         days = "".join(f"\n  dt={v.dt}: {v.reason}" for v in stopped)
-        adopt = ("or keep the published rows of days whose definition changed: python -m etl.jobs.rebucket --adopt-definition (docs/operations.md); "
-                 if any("definition" in v.reason for v in stopped) else "")  # fmt: skip
+        adopt = (
+            "or keep the published rows of days whose definition changed: python -m etl.jobs.rebucket"
+            " --adopt-definition (docs/operations.md); "
+            if any("definition" in v.reason for v in stopped)
+            else ""
+        )
         raise StageError(
-            f"{len(stopped)} published day(s) would have to be built again, but from less than they were built from:{days}",
-            f"bring the files back to {raw.uri}; {adopt}or build them from what is left, which loses rows: --accept-loss DAY",
+            f"{len(stopped)} published day(s) would have to be built again, but from less than they were built"
+            f" from:{days}",
+            f"bring the files back to {raw.uri}; {adopt}or build them from what is left, which loses rows:"
+            " --accept-loss DAY",
         )
 
 
@@ -233,11 +241,13 @@ def _tell_losses(verdicts: Sequence[Verdict], by_day: Mapping[str, list[dict]], 
     for dt in (v.dt for v in verdicts if v.action is Action.KEEP):
         if rows := sum(stat.get("counted", 0) for stat in by_day.get(dt, [])):
             log(
-                f"warning: dt={dt}: {rows:,} raw rows of it were read and are not published anew: the day can no longer be rebuilt whole"
+                f"warning: dt={dt}: {rows:,} raw rows of it were read and are not published anew: the day can no longer"
+                " be rebuilt whole"
             )
     for dt, before in accepted.items():
         log(
-            f"warning: dt={dt}: {before:,} published events become {sum(stat.get('events', 0) for stat in by_day.get(dt, [])):,}: the loss was accepted"
+            f"warning: dt={dt}: {before:,} published events become"
+            f" {sum(stat.get('events', 0) for stat in by_day.get(dt, [])):,}: the loss was accepted"
         )
 
 
@@ -250,7 +260,8 @@ def _require_files(definition: DatasetDefinition, raw: RawLocation, files: list[
     undated = [file.name for file in files if file.first_utc_dt is None]
     if definition.logs.days_in_name and undated:
         log(
-            f"note: logs.days_in_name finds no days in {len(undated)} name(s), such as {undated[0]}: they are opened for every day"
+            f"note: logs.days_in_name finds no days in {len(undated)} name(s), such as {undated[0]}: they are opened"
+            " for every day"
         )
     if not any(file.may_hold(dt) for file in files):
         raise StageError(
@@ -509,8 +520,8 @@ def _buckets(
     if wanted < GROWTH * current:
         return current
     log(
-        f"note: published days have {current} bucket(s), a lookback of the size of its largest day asks for {wanted}: new days get {wanted}; "
-        "python -m etl.jobs.rebucket gives them to the others"
+        f"note: published days have {current} bucket(s), a lookback of the size of its largest day asks for {wanted}:"
+        f" new days get {wanted}; python -m etl.jobs.rebucket gives them to the others"
     )
     return wanted
 

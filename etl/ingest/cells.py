@@ -28,7 +28,9 @@ class NotARowError(Exception):
     """A line is no row; the text is the reason: a code, a colon, and the detail."""
 
 
-def typed_cells(texts: pa.ChunkedArray | pa.Array, column: Column, missing: tuple[str, ...]) -> tuple[pa.ChunkedArray | pa.Array, np.ndarray]:
+def typed_cells(
+    texts: pa.ChunkedArray | pa.Array, column: Column, missing: tuple[str, ...]
+) -> tuple[pa.ChunkedArray | pa.Array, np.ndarray]:
     """Return typed values (null where they are missing or wrong), and bool [rows]: which are right."""
     gone = is_missing(texts, missing)
     if column.type == "text":
@@ -37,9 +39,14 @@ def typed_cells(texts: pa.ChunkedArray | pa.Array, column: Column, missing: tupl
     elif column.type == "integer":
         digits = pc.replace_substring_regex(texts, r"\.0*$", "")
         digits = pc.replace_substring_regex(digits, r"^(-?)0+([0-9])", r"\1\2")
-        right = pc.and_(pc.match_substring_regex(texts, f"^(?:{_INTEGER})$"), pc.less_equal(pc.utf8_length(digits), _MAX_DIGITS))
+        right = pc.and_(
+            pc.match_substring_regex(texts, f"^(?:{_INTEGER})$"), pc.less_equal(pc.utf8_length(digits), _MAX_DIGITS)
+        )
         numbers = pc.if_else(right, digits, "0").cast(pa.decimal128(_MAX_DIGITS, 0))
-        fits = pc.and_(pc.greater_equal(numbers, pa.scalar(INT64_MIN).cast(numbers.type)), pc.less_equal(numbers, pa.scalar(INT64_MAX).cast(numbers.type)))
+        fits = pc.and_(
+            pc.greater_equal(numbers, pa.scalar(INT64_MIN).cast(numbers.type)),
+            pc.less_equal(numbers, pa.scalar(INT64_MAX).cast(numbers.type)),
+        )
         right = pc.and_(right, fits)
         values = pc.if_else(right, numbers, pa.scalar(0).cast(numbers.type)).cast(pa.int64())
     else:
@@ -59,7 +66,11 @@ def is_missing(texts: pa.ChunkedArray | pa.Array, missing: tuple[str, ...]) -> p
 def missing_numbers(column: Column, missing: tuple[str, ...]) -> pa.Array | None:
     """Return the words for "no value" that are numbers of the column's type, such as -1; None when there are none."""
     pattern = {"integer": r"-?[0-9]{1,18}", "decimal": _DECIMAL}.get(column.type)
-    words = [float(word) if column.type == "decimal" else int(word) for word in missing if pattern and re.fullmatch(pattern, word)]
+    words = [
+        float(word) if column.type == "decimal" else int(word)
+        for word in missing
+        if pattern and re.fullmatch(pattern, word)
+    ]
     return pa.array(words, ARROW_TYPES[column.type]) if words else None
 
 
@@ -96,7 +107,8 @@ def split_line(text: str, logs: Logs) -> list[str]:
 
 
 MARKS = [chr(code) for code in (0x1F, 0x1E, 0x1D, 0x1C, *range(1, 9), *range(14, 28))]
-"""Characters that stand for a delimiter of several bytes while lines are parsed: the first one that does not occur in them."""
+"""Characters that stand for a delimiter of several bytes while lines are parsed: the first one that does not
+occur in them."""
 
 
 def _quoted_cells(text: str, delimiter: str) -> list[str]:
@@ -124,19 +136,33 @@ _JSON_OTHER = rf"{_JSON_TEXT}|{_JSON_DECIMAL}|true|false|null"  # of a key that 
 
 
 def plain_object_pattern(line: bytes, logs: Logs) -> str | None:
-    """Return the regular expression (RE2) of lines with the keys of this one, in its order, of which a JSON reader makes what `_json_cells` would.
+    """Return the regular expression (RE2) of lines with the keys of this one, in its order, of which a JSON reader
+    makes what `_json_cells` would.
 
-    None: there is none, since the line is no object, lacks a declared key that is needed, or because of what the definition says.
+    None: there is none, since the line is no object, lacks a declared key that is needed, or because of what the
+        definition says.
     """
     try:
         keys = json.loads(line, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
     except (ValueError, RecursionError):
         return None
-    known = [key for key in keys if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_. -]+", key)] if isinstance(keys, list) and line.lstrip().startswith(b"{") else []
-    if not known or len(known) < len(keys) or len(set(keys)) < len(keys) or any(name not in keys and not column.optional for name, column in logs.columns.items()):
+    known = (
+        [key for key in keys if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_. -]+", key)]
+        if isinstance(keys, list) and line.lstrip().startswith(b"{")
+        else []
+    )
+    if (
+        not known
+        or len(known) < len(keys)
+        or len(set(keys)) < len(keys)
+        or any(name not in keys and not column.optional for name, column in logs.columns.items())
+    ):
         return None
     # A word for "no value" is a text: of a decimal it would be compared as it is written.
-    if any(column.type == "decimal" and missing_numbers(column, logs.missing) is not None for column in logs.columns.values()):
+    if any(
+        column.type == "decimal" and missing_numbers(column, logs.missing) is not None
+        for column in logs.columns.values()
+    ):
         return None
 
     def value(key: str) -> str:
@@ -156,7 +182,10 @@ def _json_cell(name: str, value: Any, column: Column) -> str:
     if isinstance(value, bool):
         return str(value).lower() if column.type == "text" else str(int(value))
     if isinstance(value, (list, dict)):
-        raise NotARowError(f"list_in_a_cell: {name}={json.dumps(value)[:60]}: a row is one event, so write one line for each of its values")
+        raise NotARowError(
+            f"list_in_a_cell: {name}={json.dumps(value)[:60]}: a row is one event, so write one line for each of its"
+            " values"
+        )
     return repr(value)
 
 

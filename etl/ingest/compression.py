@@ -1,7 +1,7 @@
 """Unpacks raw files as they are read, with bounded memory: what a file is compressed with is known by its first bytes.
 
-Its name is no proof: browsers unpack what they save, and tools leave `.zst` on a gzip file. A name that promises a compression
-which the bytes do not show is damage.
+Its name is no proof: browsers unpack what they save, and tools leave `.zst` on a gzip file. A name that promises a
+compression which the bytes do not show is damage.
 """
 
 from __future__ import annotations
@@ -18,9 +18,24 @@ BLOCK_BYTES = 4 << 20  # of text that is handed on at once, at least
 PIECE_BYTES = 4 << 10  # what one call unpacks is lost when it fails, so little must hang on one call
 HEAD_BYTES = 512
 
-_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "zip": b"PK\x03\x04", "lz4": b"\x04\x22\x4d\x18"}
+_MAGIC = {
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "xz": b"\xfd7zXZ\x00",
+    "zip": b"PK\x03\x04",
+    "lz4": b"\x04\x22\x4d\x18",
+}
 _BZ2_BLOCKS = (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90")  # a block, or the end of an empty stream
-_SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".lz4": "lz4"}
+_SUFFIXES = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".zip": "zip",
+    ".lz4": "lz4",
+}
 _FOREIGN = (
     (b"PAR1", "a Parquet file", "set logs.format: parquet"),
     (b"\xff\xfe", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
@@ -31,7 +46,7 @@ _FOREIGN = (
     (b"Obj\x01", "an Avro file", "write it as Parquet or CSV"),
     (b"SQLite format 3\x00", "a SQLite database", "write its table as Parquet or CSV"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel file", "save it as CSV"),
-)  # fmt: skip
+)
 
 BREAKS = frozenset(f"{how}_{kind}" for how in ("truncated", "broken") for kind in (*_MAGIC, "bz2"))
 """Codes of the refused row that stands for everything behind the place where an archive breaks."""
@@ -67,7 +82,10 @@ def compression_of(head: bytes) -> str | None:
 
 
 def foreign_kind(head: bytes) -> tuple[str, str] | None:
-    """Return what a file is when it is no text at all, and the way out; None for text. `head`: its first bytes, unpacked."""
+    """Return what a file is when it is no text at all, and the way out.
+
+    None for text. `head`: its first bytes, unpacked.
+    """
     if head[257:262] == b"ustar":
         return "a tar archive of files", "unpack it into the raw folder"
     return next(((kind, remedy) for magic, kind, remedy in _FOREIGN if head.startswith(magic)), None)
@@ -146,11 +164,19 @@ def _zip(file: pa.NativeFile, kind: str) -> Iterator[bytes]:
         members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
         if len(members) != 1:
             names = ", ".join(m.filename for m in members[:3])
-            raise zipfile.BadZipFile(f"the archive holds {len(members)} files ({names}): only archives of one file are read; unpack it")
+            raise zipfile.BadZipFile(
+                f"the archive holds {len(members)} files ({names}): only archives of one file are read; unpack it"
+            )
         with archive.open(members[0]) as stream:
             while piece := stream.read(PIECE_BYTES):
                 yield piece
 
 
 _PIECES: dict[str, Callable[[pa.NativeFile, str], Iterator[bytes]]] = {
-    "gzip": _gzip, "xz": _xz, "zip": _zip, "zstd": _arrow, "bz2": _arrow, "lz4": _arrow}  # fmt: skip
+    "gzip": _gzip,
+    "xz": _xz,
+    "zip": _zip,
+    "zstd": _arrow,
+    "bz2": _arrow,
+    "lz4": _arrow,
+}

@@ -1,8 +1,9 @@
 """`make data`: brings the published files of a data set into its raw folder.
 
 Archives come into `archives/` below that folder, a `.part` file until they are whole and checked, with what the server
-said about them in a `.json` beside; so a later call goes on where an earlier one was cut off. Their members are unpacked
-there too, and renamed into the raw folder only when every archive has been read to its end. `DOWNLOADED.json` is written
+said about them in a `.json` beside; so a later call goes on where an earlier one was cut off. Their members are
+unpacked there too, and renamed into the raw folder only when every archive has been read to its end. `DOWNLOADED.json`
+is written
 last: where it stands and its files are as it says, there is nothing to do. `docs/downloads.md` has more.
 """
 
@@ -35,7 +36,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tqdm import tqdm
 
@@ -56,7 +57,9 @@ MARKER = "DOWNLOADED.json"
 ARCHIVES = "archives"  # below the raw folder, where no glob of raw files looks
 WORK = ".unpacked"  # below ARCHIVES; no archive has a name with a dot before it
 CHUNK = 1 << 20
-UNPACKED_PER_BYTE = 3  # a guess before an archive is there; the members that are used: KuaiRand-1K 1.1, -27K 2.6, -Pure 4
+UNPACKED_PER_BYTE = (
+    3  # a guess before an archive is there; the members that are used: KuaiRand-1K 1.1, -27K 2.6, -Pure 4
+)
 TIMEOUT_SECONDS = 60
 FIRST_TRIES, TRIES = 3, 6  # to reach the server at all; in a row without a new byte
 BACKOFF_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 300.0
@@ -65,7 +68,15 @@ LOG_EVERY_SECONDS = 5.0
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # worth another try
 HEAD_NOT_SERVED = (400, 403, 405, 501)
 TARS, ZIPS, UNKNOWN_KINDS = (".tar.gz", ".tgz", ".tar"), (".zip",), (".7z", ".rar", ".bz2", ".xz", ".zst")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 class _Lost(Exception):
@@ -136,7 +147,10 @@ class Progress:
         if not self.total:
             return f"{_size(self.position)}, {_size(rate)}/s"
         left = (self.total - self.position) / max(rate, 1.0)
-        return f"{100 * self.position // self.total:3d} %  {_size(self.position)} of {_size(self.total)}, {_size(rate)}/s, about {_duration(left)} left"
+        return (
+            f"{100 * self.position // self.total:3d} %  {_size(self.position)} of {_size(self.total)}, {_size(rate)}/s,"
+            f" about {_duration(left)} left"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,13 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
         StageError: it cannot be had, is damaged, is not what the definition says, or the disk has no room for it.
     """
     source = definition.download
-    print(definition.title, *([f"  licence  {source.licence}", f"  page     {source.page}"] if source else []), f"  folder   {to}", sep="\n", flush=True)
+    print(
+        definition.title,
+        *([f"  licence  {source.licence}", f"  page     {source.page}"] if source else []),
+        f"  folder   {to}",
+        sep="\n",
+        flush=True,
+    )
     if source is None or not source.archives:
         if there := _logs_in(to, definition):
             return log(f"nothing to do: {', '.join(there)} {'is' if len(there) == 1 else 'are'} there")
@@ -219,7 +239,10 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
     if dry_run:
         _check_all_room(targets, _sizes(targets, source.page), to)
         for target in targets:
-            log(f"would {'unpack' if target.packed else 'take'} the files that match {', '.join(target.archive.members)}")
+            log(
+                f"would {'unpack' if target.packed else 'take'} the files that match"
+                f" {', '.join(target.archive.members)}"
+            )
         log("dry run: nothing was written")
         return
     (to / ARCHIVES).mkdir(parents=True, exist_ok=True)
@@ -237,8 +260,16 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
                 md5 = _fetch(target, source.page)
                 files = _unpack(target, work, set(staged))
                 staged |= files
-                found.append({"url": target.archive.url, "bytes": target.whole.stat().st_size, "md5": md5, "last_modified": target.earlier().last_modified,
-                              "members": list(target.archive.members), "files": {name: path.stat().st_size for name, path in files.items()}})
+                found.append(
+                    {
+                        "url": target.archive.url,
+                        "bytes": target.whole.stat().st_size,
+                        "md5": md5,
+                        "last_modified": target.earlier().last_modified,
+                        "members": list(target.archive.members),
+                        "files": {name: path.stat().st_size for name, path in files.items()},
+                    }
+                )
             _publish(definition, source, to, staged, found)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -248,16 +279,34 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
 
 def _by_hand(definition: DatasetDefinition, to: Path) -> StageError:
     """Return the error for a data set that no program may fetch."""
-    files = f"put the files that match {', '.join(definition.logs.files)} (and {', '.join(dict.fromkeys(f.files for f in (*definition.items, *definition.users)))}) into {to}"
+    files = (
+        f"put the files that match {', '.join(definition.logs.files)} (and"
+        f" {', '.join(dict.fromkeys(f.files for f in (*definition.items, *definition.users)))}) into {to}"
+    )
     if definition.simulated:
-        return StageError(f"{definition.name} is simulated: there is nothing to download", f"write it: python -m etl.datasets.simulate --out {to}")
+        return StageError(
+            f"{definition.name} is simulated: there is nothing to download",
+            f"write it: python -m etl.datasets.simulate --out {to}",
+        )
     if definition.download is not None:
-        return StageError(f"{definition.name} cannot be downloaded by a program ({definition.download.licence})", f"fetch it from {definition.download.page} and {files}")
-    family = {name: source for name in built_in_names() if name.startswith(f"{definition.name}_") and (source := dataset(name).download)}
+        return StageError(
+            f"{definition.name} cannot be downloaded by a program ({definition.download.licence})",
+            f"fetch it from {definition.download.page} and {files}",
+        )
+    family = {
+        name: source
+        for name in built_in_names()
+        if name.startswith(f"{definition.name}_") and (source := dataset(name).download)
+    }
     if family:
         pages = ", ".join(sorted({source.page for source in family.values()}))
-        return StageError(f"{definition.name} is a family of data sets", f"download one of {', '.join(family)} (their page: {pages}), or {files}")
-    return StageError(f"the definition of {definition.name} does not say where to download it", f"add download to it, or {files}")
+        return StageError(
+            f"{definition.name} is a family of data sets",
+            f"download one of {', '.join(family)} (their page: {pages}), or {files}",
+        )
+    return StageError(
+        f"the definition of {definition.name} does not say where to download it", f"add download to it, or {files}"
+    )
 
 
 def _logs_in(to: Path, definition: DatasetDefinition) -> list[str]:
@@ -269,13 +318,26 @@ def _targets(definition: DatasetDefinition, source: Download, to: Path) -> list[
     targets = [Target(archive, to / ARCHIVES) for archive in source.archives]
     for target in targets:
         url = target.archive.url
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not re.fullmatch(r"[^/\\\x00]+", target.name) or target.name.startswith("."):
-            raise StageError(f"the download of {definition.name} has the url {url!r}, which names no file", "give http(s)://host/path/name of a file")
+        if (
+            urllib.parse.urlsplit(url).scheme not in ("http", "https")
+            or not re.fullmatch(r"[^/\\\x00]+", target.name)
+            or target.name.startswith(".")
+        ):
+            raise StageError(
+                f"the download of {definition.name} has the url {url!r}, which names no file",
+                "give http(s)://host/path/name of a file",
+            )
         if target.name.endswith(UNKNOWN_KINDS):
-            raise StageError(f"{target.name} is of a kind that is not unpacked here", f"use one of {', '.join((*TARS, *ZIPS))}, or a plain file")
+            raise StageError(
+                f"{target.name} is of a kind that is not unpacked here",
+                f"use one of {', '.join((*TARS, *ZIPS))}, or a plain file",
+            )
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
-        raise StageError(f"two archives of {definition.name} have one file name: {', '.join(names)}", "give archives of different names")
+        raise StageError(
+            f"two archives of {definition.name} have one file name: {', '.join(names)}",
+            "give archives of different names",
+        )
     return targets
 
 
@@ -285,7 +347,10 @@ def _check_folder(definition: DatasetDefinition, to: Path) -> None:
         raise StageError(f"{to} holds simulated logs ({SIMULATED_MARKER})", "give another folder with --to")
     marker = _json(to / MARKER)
     if marker and marker.get("dataset") != definition.name and not _as_defined(definition, marker):
-        raise StageError(f"{to} holds the data set {marker.get('dataset')} ({MARKER})", "give another folder with --to: two data sets in one would mix")
+        raise StageError(
+            f"{to} holds the data set {marker.get('dataset')} ({MARKER})",
+            "give another folder with --to: two data sets in one would mix",
+        )
 
 
 def _as_defined(definition: DatasetDefinition, marker: dict[str, Any]) -> bool:
@@ -293,7 +358,9 @@ def _as_defined(definition: DatasetDefinition, marker: dict[str, Any]) -> bool:
     wanted = definition.download.archives if definition.download else ()
     there = marker.get("archives") or []
     return len(there) == len(wanted) and all(
-        old.get("url") == new.url and new.md5 in (None, old.get("md5")) and tuple(old.get("members") or ()) == new.members
+        old.get("url") == new.url
+        and new.md5 in (None, old.get("md5"))
+        and tuple(old.get("members") or ()) == new.members
         for old, new in zip(there, wanted, strict=True)
     )
 
@@ -343,10 +410,16 @@ def _sizes(targets: list[Target], page: str) -> dict[Target, int | None]:
             continue
         stated_bytes = _ask(target, page).size
         if stated_bytes is not None and target.archive.bytes not in (None, stated_bytes):
-            raise StageError(f"{target.archive.url} has {stated_bytes:,} bytes, but the definition says {target.archive.bytes:,}", f"see {page}, then correct bytes (and md5) in the definition")
+            raise StageError(
+                f"{target.archive.url} has {stated_bytes:,} bytes, but the definition says {target.archive.bytes:,}",
+                f"see {page}, then correct bytes (and md5) in the definition",
+            )
         sizes[target] = size = target.archive.bytes if stated_bytes is None else stated_bytes
         at_hand = target.at_hand()
-        log(f"{target.name}: {'size unknown' if size is None else _size(size)}" + (f", of which {_size(at_hand)} are there" if at_hand else ""))
+        log(
+            f"{target.name}: {'size unknown' if size is None else _size(size)}"
+            + (f", of which {_size(at_hand)} are there" if at_hand else "")
+        )
     return sizes
 
 
@@ -378,7 +451,10 @@ def _check_room(folder: Path, needed: int, what: str) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise StageError(f"the disk of {folder} has {free:,} bytes free, but {needed:,} are needed ({what})", "free some, or give a folder on another disk with --to")
+        raise StageError(
+            f"the disk of {folder} has {free:,} bytes free, but {needed:,} are needed ({what})",
+            "free some, or give a folder on another disk with --to",
+        )
 
 
 # Download
@@ -446,7 +522,11 @@ class _Transfer:
                     return self._start_anew("the file has changed on the server")
                 log(f"{target.name}: going on after {_size(offset)}")
             elif offset:
-                self._count_restart("the file has changed on the server" if remote.is_other_than(earlier) else "the server cannot resume")
+                self._count_restart(
+                    "the file has changed on the server"
+                    if remote.is_other_than(earlier)
+                    else "the server cannot resume"
+                )
                 offset = 0
             self._store(response, remote, offset)
 
@@ -456,7 +536,15 @@ class _Transfer:
         with target.part.open("ab" if offset else "wb") as file, Progress(target.name, remote.size, offset) as progress:
             expected = remote.size if remote.size is not None else target.archive.bytes
             # Only now, with the old bytes gone, the new notes: what is in the file is always of the version they name.
-            _write_json(target.notes, {"url": target.archive.url, "size": remote.size, "etag": remote.etag, "last_modified": remote.last_modified})
+            _write_json(
+                target.notes,
+                {
+                    "url": target.archive.url,
+                    "size": remote.size,
+                    "etag": remote.etag,
+                    "last_modified": remote.last_modified,
+                },
+            )
             while expected is None or position < expected:
                 try:
                     chunk = response.read1(CHUNK)
@@ -481,7 +569,10 @@ class _Transfer:
     def _count_restart(self, why: str) -> None:
         self.restarts += 1
         if self.restarts > RESTARTS:
-            raise StageError(f"{self.target.name} began {RESTARTS} times anew: {why}", f"try later, or download {self.target.archive.url} in a browser and put it into {self.target.folder}")
+            raise StageError(
+                f"{self.target.name} began {RESTARTS} times anew: {why}",
+                f"try later, or download {self.target.archive.url} in a browser and put it into {self.target.folder}",
+            )
         log(f"{self.target.name}: from its beginning, because {why}")
 
 
@@ -499,7 +590,9 @@ class _SameMethod(urllib.request.HTTPRedirectHandler):
 
 
 def _open(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, method=method, headers={"User-Agent": "longview", "Accept-Encoding": "identity", **headers})
+    request = urllib.request.Request(
+        url, method=method, headers={"User-Agent": "longview", "Accept-Encoding": "identity", **headers}
+    )
     try:
         opener = urllib.request.build_opener(_SameMethod)
         response: http.client.HTTPResponse = opener.open(request, timeout=TIMEOUT_SECONDS)
@@ -508,24 +601,33 @@ def _open(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPRes
         with error:
             if error.code in PASSING:
                 wait = error.headers.get("Retry-After", "")
-                raise _Lost(f"the server answers {error.code} {error.reason}", float(wait) if wait.isdigit() else 0.0) from None
+                raise _Lost(
+                    f"the server answers {error.code} {error.reason}", float(wait) if wait.isdigit() else 0.0
+                ) from None
             raise _Refused(error.code, str(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise StageError(f"the certificate of {urllib.parse.urlsplit(url).netloc} is not trusted: {reason.verify_message}", "name your network's certificates in SSL_CERT_FILE") from None
+            raise StageError(
+                f"the certificate of {urllib.parse.urlsplit(url).netloc} is not trusted: {reason.verify_message}",
+                "name your network's certificates in SSL_CERT_FILE",
+            ) from None
         raise _Lost(_reason(reason)) from None
 
 
 def _refusal(target: Target, page: str, refused: _Refused) -> StageError:
-    return StageError(f"the server refuses {target.archive.url}: {refused}", f"see {page}; a file that you download there goes into {target.folder}, then repeat")
+    return StageError(
+        f"the server refuses {target.archive.url}: {refused}",
+        f"see {page}; a file that you download there goes into {target.folder}, then repeat",
+    )
 
 
 def _unreachable(target: Target, lost: _Lost) -> StageError:
     host = urllib.parse.urlsplit(target.archive.url).netloc
     return StageError(
         f"{target.name} cannot be had from {host}: {lost}",
-        f"check the network (HTTPS_PROXY for a proxy) and repeat, what has come is kept; or download {target.archive.url} in a browser, put it into {target.folder} and repeat",
+        "check the network (HTTPS_PROXY for a proxy) and repeat, what has come is kept; or download"
+        f" {target.archive.url} in a browser, put it into {target.folder} and repeat",
     )
 
 
@@ -550,7 +652,10 @@ def _checked(target: Target, path: Path) -> str:
     size = path.stat().st_size
     if target.archive.bytes not in (None, size):
         _set_aside(target, path)
-        raise StageError(f"{target.name} has {size:,} bytes, but the definition says {target.archive.bytes:,}", f"repeat to download it anew (this one is {target.bad})")
+        raise StageError(
+            f"{target.name} has {size:,} bytes, but the definition says {target.archive.bytes:,}",
+            f"repeat to download it anew (this one is {target.bad})",
+        )
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file, Progress(f"checking {target.name}", size) as progress:
         while chunk := file.read(CHUNK):
@@ -559,7 +664,11 @@ def _checked(target: Target, path: Path) -> str:
     md5 = digest.hexdigest()
     if target.archive.md5 not in (None, md5):
         _set_aside(target, path)
-        raise StageError(f"{target.name} has the md5 {md5}, but the definition says {target.archive.md5}", f"repeat to download it anew (this one is {target.bad}); if that does not help, the published file has changed")
+        raise StageError(
+            f"{target.name} has the md5 {md5}, but the definition says {target.archive.md5}",
+            f"repeat to download it anew (this one is {target.bad}); if that does not help, the published file has"
+            " changed",
+        )
     return md5
 
 
@@ -602,7 +711,10 @@ def _unpack(target: Target, work: Path, taken: set[str]) -> dict[str, Path]:
                     continue
                 matched |= hits
                 if member.open is None:
-                    raise StageError(f"{target.name} holds {member.path!r}, which is a link or a device, not a file", "do not use this archive, or name only its files in the definition")
+                    raise StageError(
+                        f"{target.name} holds {member.path!r}, which is a link or a device, not a file",
+                        "do not use this archive, or name only its files in the definition",
+                    )
                 name = _free_name(target, _safe_name(target, member), taken | set(files))
                 _check_room(work, member.size, f"{name} of {target.name}")
                 files[name] = work / name
@@ -614,9 +726,20 @@ def _unpack(target: Target, work: Path, taken: set[str]) -> dict[str, Path]:
         kept = target.archive.md5 is not None  # it is what was published
         if not kept:
             _set_aside(target, target.whole)
-        raise StageError(f"{target.name} cannot be unpacked: {_reason(error)}", f"see whether {target.archive.url} is that file" if kept else f"repeat to download it anew (this one is {target.bad})") from None
+        raise StageError(
+            f"{target.name} cannot be unpacked: {_reason(error)}",
+            (
+                f"see whether {target.archive.url} is that file"
+                if kept
+                else f"repeat to download it anew (this one is {target.bad})"
+            ),
+        ) from None
     if missing := [glob for glob in globs if glob not in matched]:
-        raise StageError(f"no file in {target.name} matches {', '.join(missing)}; it holds {', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}", f"correct members in the definition; the archive stays in {target.folder}")
+        raise StageError(
+            f"no file in {target.name} matches {', '.join(missing)}; it holds"
+            f" {', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}",
+            f"correct members in the definition; the archive stays in {target.folder}",
+        )
     for path in files.values():
         _sync(path)
         log(f"unpacked {path.name} ({_size(path.stat().st_size)})")
@@ -628,14 +751,29 @@ def _members(target: Target) -> Iterator[_Member]:
     if target.name.endswith(ZIPS):
         with zipfile.ZipFile(target.whole) as archive:
             for info in archive.infolist():
-                regular = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: written where there are no modes
-                yield _Member(info.filename.replace("\\", "/"), info.file_size, info.is_dir(), functools.partial(archive.open, info) if regular and not info.is_dir() else None)
+                regular = stat.S_IFMT(info.external_attr >> 16) in (
+                    0,
+                    stat.S_IFREG,
+                )  # 0: written where there are no modes
+                yield _Member(
+                    info.filename.replace("\\", "/"),
+                    info.file_size,
+                    info.is_dir(),
+                    functools.partial(archive.open, info) if regular and not info.is_dir() else None,
+                )
         return
     with contextlib.ExitStack() as stack:
-        stream: IO[bytes] = stack.enter_context(target.whole.open("rb") if target.name.endswith(".tar") else gzip.open(target.whole, "rb"))  # type: ignore[arg-type]
+        plain = target.name.endswith(".tar")
+        opened = cast(IO[bytes], target.whole.open("rb") if plain else gzip.open(target.whole, "rb"))
+        stream = stack.enter_context(opened)
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for entry in tar:
-                yield _Member(entry.name, entry.size, entry.isdir(), functools.partial(_content, tar, entry) if entry.isreg() else None)
+                yield _Member(
+                    entry.name,
+                    entry.size,
+                    entry.isdir(),
+                    functools.partial(_content, tar, entry) if entry.isreg() else None,
+                )
         while stream.read(CHUNK):  # tarfile ends quietly where blocks are damaged; the checksum of gzip comes last
             pass
 
@@ -648,7 +786,11 @@ def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
 
 def _matching(path: str, globs: tuple[str, ...]) -> set[str]:
     """Return the globs that match a path; hidden files (as macOS adds them, ._name) are never raw files."""
-    return set() if posixpath.basename(path).startswith("._") else {glob for glob in globs if fnmatch.fnmatchcase(path, glob)}
+    return (
+        set()
+        if posixpath.basename(path).startswith("._")
+        else {glob for glob in globs if fnmatch.fnmatchcase(path, glob)}
+    )
 
 
 def _safe_name(target: Target, member: _Member) -> str:
@@ -659,22 +801,33 @@ def _safe_name(target: Target, member: _Member) -> str:
     """
     parts = member.path.split("/")
     if member.path.startswith("/") or ".." in parts or re.match("[A-Za-z]:", member.path) or "\x00" in member.path:
-        raise StageError(f"{target.name} holds {member.path!r}, a path that leads out of the archive", "do not use this archive, or name only its good members in the definition")
+        raise StageError(
+            f"{target.name} holds {member.path!r}, a path that leads out of the archive",
+            "do not use this archive, or name only its good members in the definition",
+        )
     return parts[-1]
 
 
 def _free_name(target: Target, name: str, taken: set[str]) -> str:
     if name in taken:
-        raise StageError(f"two files of the archives are named {name}, the second in {target.name}", "name only one of them by members in the definition")
+        raise StageError(
+            f"two files of the archives are named {name}, the second in {target.name}",
+            "name only one of them by members in the definition",
+        )
     if name in (MARKER, SIMULATED_MARKER, ARCHIVES):
-        raise StageError(f"{target.name} holds a file named {name}, a name that is used here otherwise", "leave it out by members in the definition")
+        raise StageError(
+            f"{target.name} holds a file named {name}, a name that is used here otherwise",
+            "leave it out by members in the definition",
+        )
     return name
 
 
 # The end
 
 
-def _publish(definition: DatasetDefinition, source: Download, to: Path, staged: dict[str, Path], found: list[dict[str, Any]]) -> None:
+def _publish(
+    definition: DatasetDefinition, source: Download, to: Path, staged: dict[str, Path], found: list[dict[str, Any]]
+) -> None:
     """Rename the files into the raw folder and write the marker; files that an earlier definition brought go."""
     before = {name for archive in _json(to / MARKER).get("archives") or [] for name in archive.get("files") or {}}
     (to / MARKER).unlink(missing_ok=True)
@@ -685,8 +838,17 @@ def _publish(definition: DatasetDefinition, source: Download, to: Path, staged: 
         (to / name).unlink(missing_ok=True)
     for name in [name for name in _logs_in(to, definition) if name not in staged]:
         log(f"warning: {name} is in {to} too and will be read as a log; this download did not bring it")
-    _write_json(to / MARKER, {"dataset": definition.name, "title": definition.title, "licence": source.licence, "page": source.page,
-                              "finished": dtm.datetime.now(dtm.UTC).isoformat(timespec="seconds"), "archives": found})
+    _write_json(
+        to / MARKER,
+        {
+            "dataset": definition.name,
+            "title": definition.title,
+            "licence": source.licence,
+            "page": source.page,
+            "finished": dtm.datetime.now(dtm.UTC).isoformat(timespec="seconds"),
+            "archives": found,
+        },
+    )
 
 
 def _remove_archives(targets: list[Target], to: Path) -> None:
@@ -733,20 +895,31 @@ def _size(count: float) -> str:
 
 def _duration(seconds: float) -> str:
     whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s" if whole < 3_600 else f"{whole // 3_600} h {whole % 3_600 // 60} min"
+    return (
+        f"{whole} s"
+        if whole < 60
+        else f"{whole // 60} min {whole % 60} s"
+        if whole < 3_600
+        else f"{whole // 3_600} h {whole % 3_600 // 60} min"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help=f"{', '.join(built_in_names())}, or the path of a definition")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="the raw folder; made where it is missing")
-    parser.add_argument("--dry-run", action="store_true", help="ask the servers for sizes and say what would be done; write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="ask the servers for sizes and say what would be done; write nothing"
+    )
     parser.add_argument("--keep-archives", action="store_true", help=f"leave the archives in FOLDER/{ARCHIVES}")
     args = parser.parse_args(arguments)
     given = args.dataset
     if not given:
         with_archives = [name for name in built_in_names() if (source := dataset(name).download) and source.archives]
-        raise StageError("no data set is named", f"give one of {', '.join(with_archives)} (DATASET= for make data), or the path of a definition")
+        raise StageError(
+            "no data set is named",
+            f"give one of {', '.join(with_archives)} (DATASET= for make data), or the path of a definition",
+        )
     if definition_name(given) == given:
         given = given.lower().replace("-", "_")  # as its makers write it: KuaiRand-1K
     if "://" in args.to:
@@ -755,7 +928,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         download(dataset(given), to, dry_run=args.dry_run, keep_archives=args.keep_archives)
     except OSError as error:
-        raise StageError(f"{error.filename or to} cannot be written: {_reason(error)}", "correct that and repeat; what has come stays") from None
+        raise StageError(
+            f"{error.filename or to} cannot be written: {_reason(error)}",
+            "correct that and repeat; what has come stays",
+        ) from None
     except KeyboardInterrupt:
         log("interrupted; the same command goes on from here")
         sys.exit(130)

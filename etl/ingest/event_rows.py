@@ -1,6 +1,7 @@
 """From a split of a raw file to rows of `events` and `quarantine`, and to one bucket of one day as it is staged.
 
-What a task does with the rows that it is given: no Spark here. Each row that was read becomes an event, a refused line or a count.
+What a task does with the rows that it is given: no Spark here. Each row that was read becomes an event, a refused line
+or a count.
 """
 
 from __future__ import annotations
@@ -57,8 +58,18 @@ def parsed_schema(definition: DatasetDefinition) -> pa.Schema:
     )
 
 
-def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, needed: frozenset[int], fallback_dt: str, layout: Layout) -> Iterator[pa.Table]:
-    """Yield tables with the parsed schema: the needed days' events, their refused lines, and one row of counts a day."""
+def parse_split(
+    raw: RawLocation,
+    split: Split,
+    definition: DatasetDefinition,
+    needed: frozenset[int],
+    fallback_dt: str,
+    layout: Layout,
+) -> Iterator[pa.Table]:
+    """Yield tables with the parsed schema.
+
+    The needed days' events, their refused lines, and one row of counts a day.
+    """
     schema = parsed_schema(definition)
     for chunk in raw.read(split, definition):
         yield _event_rows(chunk, definition, needed, layout, schema)
@@ -72,11 +83,17 @@ def parse_split(raw: RawLocation, split: Split, definition: DatasetDefinition, n
                 yield _count_rows(local_days, split.file, schema, what)
 
 
-def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int) -> dict:
+def write_day_bucket(
+    rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, day: int, bucket: int
+) -> dict:
     """Sort one bucket of one day, drop exact duplicates, write its files; return the figures for the manifests."""
     dt, schema = dt_of_day_number(day), events_schema(definition)
     kind = rows["kind"].to_numpy()
-    refused = rows.filter(pa.array(kind == REFUSED)).select(QUARANTINE.names).sort_by([("source_file", "ascending"), ("row_number", "ascending")])
+    refused = (
+        rows.filter(pa.array(kind == REFUSED))
+        .select(QUARANTINE.names)
+        .sort_by([("source_file", "ascending"), ("row_number", "ascending")])
+    )
     order = ["user_id", "event_time_ms", "item_id", "row_hash"]
     events = rows.filter(pa.array(kind == EVENT)).select([*schema.names, "row_hash"])
     # The hash comes last: the order of a file does not hang on raw columns that no table keeps.
@@ -89,18 +106,28 @@ def write_day_bucket(rows: pa.Table, store: TableStore, definition: DatasetDefin
             values = events[name].to_numpy()
             same &= values[1:] == values[:-1]
         events = events.filter(pa.array(np.concatenate([[True], ~same])))
-    result: dict = {"day": day, "rows_read": read + refused.num_rows, "events": events.num_rows, "duplicates": read - events.num_rows,
-                    "quarantined": refused.num_rows, "users": len(pc.unique(events["user_id"]))}
+    result: dict = {
+        "day": day,
+        "rows_read": read + refused.num_rows,
+        "events": events.num_rows,
+        "duplicates": read - events.num_rows,
+        "quarantined": refused.num_rows,
+        "users": len(pc.unique(events["user_id"])),
+    }
     if events.num_rows:
         result["events_file"] = asdict(store.write_file(work, "events", dt, bucket, events.select(schema.names)))
     if refused.num_rows:
         result["quarantine_file"] = asdict(store.write_file(work, "quarantine", dt, bucket, refused))
         result["reasons"] = collections.Counter(
-            f"{file}: {reason.split(':')[0]}" for file, reason in zip(refused["source_file"].to_pylist(), refused["reason"].to_pylist(), strict=True))
+            f"{file}: {reason.split(':')[0]}"
+            for file, reason in zip(refused["source_file"].to_pylist(), refused["reason"].to_pylist(), strict=True)
+        )
     return result
 
 
-def write_rows(rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, later: Try | None, layout: Layout) -> list[dict]:
+def write_rows(
+    rows: pa.Table, store: TableStore, definition: DatasetDefinition, work: Try, later: Try | None, layout: Layout
+) -> list[dict]:
     """Write what one task got of the parsed rows, every bucket of a day whole; return the figures for the manifests.
 
     Args:
@@ -108,25 +135,38 @@ def write_rows(rows: pa.Table, store: TableStore, definition: DatasetDefinition,
     """
     buckets, waiting = layout.buckets, frozenset(later.days if later else ())
     counted = rows.filter(pc.equal(rows["kind"], COUNTED))
-    results = [{"day": row["day"], "file": row["source_file"], row["reason"] or "counted": row["row_number"]}
-               for row in counted.select(["day", "source_file", "reason", "row_number"]).to_pylist()]
-    for row in rows.filter(pc.equal(rows["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist():
+    results = [
+        {"day": row["day"], "file": row["source_file"], row["reason"] or "counted": row["row_number"]}
+        for row in counted.select(["day", "source_file", "reason", "row_number"]).to_pylist()
+    ]
+    for row in (
+        rows.filter(pc.equal(rows["kind"], ELSEWHERE)).select(["source_file", "reason", "row_number"]).to_pylist()
+    ):
         results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
     rows = rows.filter(pc.less(rows["kind"], COUNTED))
     keys = rows["day"].to_numpy().astype(np.int64) * buckets + rows["bucket"].to_numpy()
     rows = rows.take(pa.array(np.argsort(keys, kind="stable")))
     distinct, counts = np.unique(keys, return_counts=True)
-    for key, start, count in zip(distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
+    for key, start, count in zip(
+        distinct.tolist(), (np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True
+    ):
         day, bucket = divmod(key, buckets)
         staging = later if later and dt_of_day_number(day) in waiting else work
         results.append(write_day_bucket(rows.slice(start, count), store, definition, staging, day, bucket))
     return results
 
 
-def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], layout: Layout, schema: pa.Schema) -> pa.Table:
+def _event_rows(
+    chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], layout: Layout, schema: pa.Schema
+) -> pa.Table:
     day = chunk.time_ms // MS_PER_DAY
     kept = np.isin(day, np.fromiter(needed, np.int64, len(needed)))
-    rows, day, time_ms, row_hash = chunk.rows.filter(pa.array(kept)), day[kept], chunk.time_ms[kept], chunk.row_hash[kept]
+    rows, day, time_ms, row_hash = (
+        chunk.rows.filter(pa.array(kept)),
+        day[kept],
+        chunk.time_ms[kept],
+        chunk.row_hash[kept],
+    )
     events = definition.events
     feedback = np.zeros(rows.num_rows, dtype=np.int16)
     for bit, condition in enumerate(events.signals.values()):
@@ -134,13 +174,22 @@ def _event_rows(chunk: Chunk, definition: DatasetDefinition, needed: frozenset[i
     user = hashed_ids(rows[events.user])
     zeros = np.zeros(rows.num_rows, np.int64)
     columns = {
-        "kind": np.full(len(day), EVENT, np.int8), "day": day.astype(np.int32), "bucket": layout.bucket_of(user), "row_hash": row_hash, "user_id": user,
-        "item_id": hashed_ids(rows[events.item]), "event_time_ms": time_ms, "feedback": feedback,
-        "watch_time_ms": _watch_time_ms(rows, events), "duration_ms": _milliseconds(rows, events.duration),
-        "context": np.clip(rows[events.context].fill_null(-1).to_numpy(), -1, 32_767).astype(np.int16) if events.context else zeros.astype(np.int16) - 1,
+        "kind": np.full(len(day), EVENT, np.int8),
+        "day": day.astype(np.int32),
+        "bucket": layout.bucket_of(user),
+        "row_hash": row_hash,
+        "user_id": user,
+        "item_id": hashed_ids(rows[events.item]),
+        "event_time_ms": time_ms,
+        "feedback": feedback,
+        "watch_time_ms": _watch_time_ms(rows, events),
+        "duration_ms": _milliseconds(rows, events.duration),
+        "context": np.clip(rows[events.context].fill_null(-1).to_numpy(), -1, 32_767).astype(np.int16)
+        if events.context
+        else zeros.astype(np.int16) - 1,
         "is_random": rows[events.is_random].fill_null(0).to_numpy() == 1 if events.is_random else zeros.astype(bool),
         **{name: _field_values(rows[rule.column], rule) for name, rule in events.item_fields.items()},
-    }  # fmt: skip
+    }
     return _parsed(columns, len(day), schema)
 
 
@@ -151,8 +200,12 @@ def _holds(values: pa.ChunkedArray, condition) -> np.ndarray:
         wanted = condition.equals if isinstance(condition.equals, tuple) else (condition.equals,)
         text = pa.types.is_string(values.type)
         met = pc.and_(met, pc.is_in(values, value_set=pa.array([str(w) if text else w for w in wanted], values.type)))
-    for limit, compare, whole in ((condition.above, pc.greater, math.floor), (condition.at_least, pc.greater_equal, math.ceil),
-                                  (condition.below, pc.less, math.ceil), (condition.at_most, pc.less_equal, math.floor)):
+    for limit, compare, whole in (
+        (condition.above, pc.greater, math.floor),
+        (condition.at_least, pc.greater_equal, math.ceil),
+        (condition.below, pc.less, math.ceil),
+        (condition.at_most, pc.less_equal, math.floor),
+    ):
         if limit is not None:
             met = pc.and_(met, compare(values, bound(values.type, limit, whole)).fill_null(False))
     return met.combine_chunks().to_numpy(zero_copy_only=False)
@@ -171,7 +224,11 @@ def _milliseconds(rows: pa.Table, span: Span | None) -> np.ndarray:
         return np.zeros(rows.num_rows, np.int64)
     values = rows[span.column].fill_null(0).to_numpy()
     factor = MILLISECONDS[span.unit]
-    return values if factor == 1 and values.dtype == np.int64 else np.rint(values.astype(np.float64) * factor).clip(-(2**53), 2**53).astype(np.int64)
+    return (
+        values
+        if factor == 1 and values.dtype == np.int64
+        else np.rint(values.astype(np.float64) * factor).clip(-(2**53), 2**53).astype(np.int64)
+    )
 
 
 def _field_values(values: pa.ChunkedArray, rule: FieldRule) -> pa.ChunkedArray:
@@ -179,7 +236,11 @@ def _field_values(values: pa.ChunkedArray, rule: FieldRule) -> pa.ChunkedArray:
     if pa.types.is_floating(values.type) and pa.types.is_string(kind):
         # Codes that a column with gaps turned into fractions: "2661.0" is the code 2661.
         whole = pc.equal(pc.floor(values), values)
-        return pc.if_else(whole, pc.if_else(whole, values, 0.0).cast(pa.int64(), safe=False).cast(pa.string()), values.cast(pa.string()))
+        return pc.if_else(
+            whole,
+            pc.if_else(whole, values, 0.0).cast(pa.int64(), safe=False).cast(pa.string()),
+            values.cast(pa.string()),
+        )
     if pa.types.is_string(values.type):
         values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
     return values.cast(kind)
@@ -190,25 +251,66 @@ def _filed(refused: Refused, file: RawFile, fallback_dt: str) -> int:
     return day_number(fallback_dt) if refused.reason.partition(":")[0] in BREAKS else day_of(refused, file, fallback_dt)
 
 
-def _refused_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema) -> pa.Table:
+def _refused_rows(
+    refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema
+) -> pa.Table:
     kept = [(day, r) for day, r in refused if day in needed]
-    return _parsed({"kind": [REFUSED] * len(kept), "day": [day for day, _ in kept], "bucket": [0] * len(kept), "source_file": [file.name] * len(kept),
-                    "row_number": [r.row_number for _, r in kept], "reason": [r.reason for _, r in kept],
-                    "raw_text": [r.raw_text.decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for _, r in kept]}, len(kept), schema)
+    return _parsed(
+        {
+            "kind": [REFUSED] * len(kept),
+            "day": [day for day, _ in kept],
+            "bucket": [0] * len(kept),
+            "source_file": [file.name] * len(kept),
+            "row_number": [r.row_number for _, r in kept],
+            "reason": [r.reason for _, r in kept],
+            "raw_text": [r.raw_text.decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for _, r in kept],
+        },
+        len(kept),
+        schema,
+    )
 
 
-def _elsewhere_rows(refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema) -> pa.Table:
+def _elsewhere_rows(
+    refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema
+) -> pa.Table:
     codes = collections.Counter(r.reason.split(":")[0] for day, r in refused if day not in needed)
-    return _parsed({"kind": [ELSEWHERE] * len(codes), "day": [-1] * len(codes), "bucket": [-1] * len(codes), "source_file": [file.name] * len(codes),
-                    "reason": list(codes), "row_number": list(codes.values())}, len(codes), schema)
+    return _parsed(
+        {
+            "kind": [ELSEWHERE] * len(codes),
+            "day": [-1] * len(codes),
+            "bucket": [-1] * len(codes),
+            "source_file": [file.name] * len(codes),
+            "reason": list(codes),
+            "row_number": list(codes.values()),
+        },
+        len(codes),
+        schema,
+    )
 
 
 def _count_rows(days: np.ndarray, file: RawFile, schema: pa.Schema, what: str | None = None) -> pa.Table:
     numbers, counts = np.unique(days, return_counts=True)
-    return _parsed({"kind": [COUNTED] * len(numbers), "day": numbers.astype(np.int32), "bucket": [-1] * len(numbers), "source_file": [file.name] * len(numbers),
-                    "reason": [what] * len(numbers), "row_number": counts}, len(numbers), schema)
+    return _parsed(
+        {
+            "kind": [COUNTED] * len(numbers),
+            "day": numbers.astype(np.int32),
+            "bucket": [-1] * len(numbers),
+            "source_file": [file.name] * len(numbers),
+            "reason": [what] * len(numbers),
+            "row_number": counts,
+        },
+        len(numbers),
+        schema,
+    )
 
 
 def _parsed(columns: dict, rows: int, schema: pa.Schema) -> pa.Table:
-    return pa.table([pa.array(columns[f.name], f.type) if f.name in columns and not isinstance(columns[f.name], pa.ChunkedArray)
-                     else columns.get(f.name, pa.nulls(rows, f.type)) for f in schema], schema=schema)
+    return pa.table(
+        [
+            pa.array(columns[f.name], f.type)
+            if f.name in columns and not isinstance(columns[f.name], pa.ChunkedArray)
+            else columns.get(f.name, pa.nulls(rows, f.type))
+            for f in schema
+        ],
+        schema=schema,
+    )

@@ -1,8 +1,10 @@
-"""Decide of a published day of `events` whether it is still what the raw files and the definition say, and what may be done.
+"""Decide of a published day of `events` whether it is still what the raw files and the definition say, and what may be
+done.
 
-Pure: no file is opened here. A day is a function of the raw rows that may lie in it and of the definition's keys that shape
-rows; where the raw folder is, and how many buckets a day has, is no part of it. What is published is never built again from
-less than it was built from, unless somebody accepts that loss by name.
+Pure: no file is opened here. A day is a function of the raw rows that may lie in it and of the definition's keys that
+    shape
+rows; where the raw folder is, and how many buckets a day has, is no part of it. What is published is never built again
+from less than it was built from, unless somebody accepts that loss by name.
 """
 
 from __future__ import annotations
@@ -69,19 +71,29 @@ class Published:
             StageError: what it says of the raw files is no such thing.
         """
         settings, definition = manifest.settings, str(manifest.settings.get("definition", ""))
-        name = "raw_files" if "raw_files" in settings else "listing"  # the latter was written before files were judged one by one
+        name = (
+            "raw_files" if "raw_files" in settings else "listing"
+        )  # the latter was written before files were judged one by one
         try:
             if name == "raw_files":
                 known = json.loads(str(settings[name]))
             else:
                 lines = [line.rsplit(" ", 2) for line in str(settings.get(name, "")).splitlines()]
                 known = {file: [int(size), int(modified), None] for file, size, modified in lines}
-            files = tuple(KnownFile(file, int(size), int(modified), manifest.inputs.get(file, ""), None if rows is None else int(rows))
-                          for file, (size, modified, rows) in sorted(known.items()))
+            files = tuple(
+                KnownFile(
+                    file, int(size), int(modified), manifest.inputs.get(file, ""), None if rows is None else int(rows)
+                )
+                for file, (size, modified, rows) in sorted(known.items())
+            )
         except (ValueError, TypeError, AttributeError) as error:
-            raise StageError(f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has the setting {name} {str(settings.get(name))[:80]!r}, "
-                             f"which does not say of which size, age and rows its raw files were: {error}",
-                             f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its current.json") from error
+            raise StageError(
+                f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has the setting {name}"
+                f" {str(settings.get(name))[:80]!r}, which does not say of which size, age and rows its raw files were:"
+                f" {error}",
+                f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its"
+                " current.json",
+            ) from error
         return Published(manifest.rows, definition if definition.startswith(DIGEST_KIND) else "", files)
 
 
@@ -94,15 +106,24 @@ class Verdict:
     reason: str
 
 
-def judged(dt: str, published: Published | None, files: Sequence[RawFile], definition: str, digest_of: Callable[[RawFile], str], *,
-           wanted: bool = False, accept_loss: bool = False) -> Verdict:
+def judged(
+    dt: str,
+    published: Published | None,
+    files: Sequence[RawFile],
+    definition: str,
+    digest_of: Callable[[RawFile], str],
+    *,
+    wanted: bool = False,
+    accept_loss: bool = False,
+) -> Verdict:
     """Judge one day.
 
     Args:
         published: what is published of it, None: nothing.
         files: all raw files that are there now.
         definition: `rows_digest` of the definition.
-        digest_of: returns a file's digest as a manifest has it; asked only of a file of the same size with another time of change.
+        digest_of: returns a file's digest as a manifest has it; asked only of a file of the same size with another time
+            of change.
         wanted: the day is to be built whether it is fresh or not.
         accept_loss: it may be built from what is left.
     """
@@ -112,24 +133,41 @@ def judged(dt: str, published: Published | None, files: Sequence[RawFile], defin
     holding = {f.name for f in files if f.may_hold(dt)}
     # A file that gave the day no row takes none along; a day without events has none to lose.
     gone = [name for name, f in before.items() if name not in now and f.rows != 0] if published.rows else []
-    moved = {name: f.name for name in gone for f in files if f.name not in before and _same_bytes(before[name], f, digest_of)}
+    moved = {
+        name: f.name for name in gone for f in files if f.name not in before and _same_bytes(before[name], f, digest_of)
+    }
     gone = [name for name in gone if name not in moved]
     came = sorted(holding - before.keys() - set(moved.values()))
-    changed = [name for name, f in before.items() if name in now and (name not in holding or _is_another(f, now[name], digest_of))]
+    changed = [
+        name
+        for name, f in before.items()
+        if name in now and (name not in holding or _is_another(f, now[name], digest_of))
+    ]
     other_definition = published.definition not in ("", definition)
-    because = "; ".join([*(["the definition changed"] if other_definition else []), *([f"raw files came: {_names(came)}"] if came else []),
-                         *([f"raw files changed: {_names(changed)}"] if changed else [])])  # fmt: skip
+    because = "; ".join(
+        [
+            *(["the definition changed"] if other_definition else []),
+            *([f"raw files came: {_names(came)}"] if came else []),
+            *([f"raw files changed: {_names(changed)}"] if changed else []),
+        ]
+    )
     if not gone:
         if not published.definition and not because:
             because = "the definition that it was built by is not known"
-        return Verdict(dt, Action.BUILD if because or wanted else Action.FRESH, because or ("the partition itself" if wanted else "unchanged"))
+        return Verdict(
+            dt,
+            Action.BUILD if because or wanted else Action.FRESH,
+            because or ("the partition itself" if wanted else "unchanged"),
+        )
     lost = f"raw files are gone: {_names(gone)}"
     if accept_loss:
         return Verdict(dt, Action.BUILD, "; ".join(filter(None, (because, lost, "the loss is accepted"))))
     if other_definition or wanted:
         return Verdict(dt, Action.STOP, "; ".join(filter(None, (because, lost))))
     if because:
-        return Verdict(dt, Action.KEEP, f"late rows may have come, but the day can no longer be rebuilt whole ({because}; {lost})")
+        return Verdict(
+            dt, Action.KEEP, f"late rows may have come, but the day can no longer be rebuilt whole ({because}; {lost})"
+        )
     return Verdict(dt, Action.FRESH, lost)
 
 
@@ -160,7 +198,9 @@ def _is_another(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], 
     """Whether a file's bytes may differ: copying or moving a file changes its time, not its bytes."""
     if before.size != now.size:
         return True
-    return before.modified_ns != now.modified_ns and (not before.digest.startswith("sha256:") or digest_of(now) != before.digest)
+    return before.modified_ns != now.modified_ns and (
+        not before.digest.startswith("sha256:") or digest_of(now) != before.digest
+    )
 
 
 def _same_bytes(before: KnownFile, now: RawFile, digest_of: Callable[[RawFile], str]) -> bool:

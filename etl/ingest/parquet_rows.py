@@ -1,8 +1,9 @@
-"""Rows of a Parquet log under the rules of a text log: a value that cannot be its column's refuses its row, never the file.
+"""Rows of a Parquet log under the rules of a text log: a value that cannot be its column's refuses its row, never the
+file.
 
-Writers store the same value in many physical types: ids as floats (a data frame with gaps), decimals or text, texts as bytes or
-dictionaries. What such a type holds is looked at value by value; only a type that can hold no such value at all (a list, a
-struct) is an error of the file, before a row is read.
+Writers store the same value in many physical types: ids as floats (a data frame with gaps), decimals or text, texts as
+bytes or dictionaries. What such a type holds is looked at value by value; only a type that can hold no such value at
+all (a list, a struct) is an error of the file, before a row is read.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ def can_be(kind: pa.DataType, wanted: str) -> bool:
         kind = kind.value_type
     if wanted == "timestamp":
         return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-    return _is_text(kind) or (pa.types.is_primitive(kind) and not pa.types.is_temporal(kind)) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+    return (
+        _is_text(kind)
+        or (pa.types.is_primitive(kind) and not pa.types.is_temporal(kind))
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
 
 
 def typed_rows(batch: pa.RecordBatch, logs: Logs) -> tuple[pa.Table, dict[int, str]]:
-    """Return the declared columns of a batch, typed, and row -> reason of those that are refused: a code, ": " and the detail.
+    """Return the declared columns of a batch, typed, and row -> reason of those that are refused: a code, ": " and the
+    detail.
 
-    Of several faults the one is named that a line of text would be refused for: bytes that are no text, else the first column's.
+    Of several faults the one is named that a line of text would be refused for: bytes that are no text, else the first
+    column's.
     """
     read = {name: typed_values(batch.column(name), logs.columns[name], logs.missing) for name in batch.schema.names}
     reasons: dict[int, str] = {}
@@ -46,21 +54,28 @@ def typed_rows(batch: pa.RecordBatch, logs: Logs) -> tuple[pa.Table, dict[int, s
             value = _readable(batch.column(name)[row])
             cell = "" if value is None else str(value)
             kind = "an integer" if column.type == "integer" else f"a {column.type}"
-            reasons.setdefault(row, why_wrong(name, cell, column, logs.missing) or f"not_{kind.replace(' ', '_')}: {name}={cell[:40]!r}")
+            reasons.setdefault(
+                row,
+                why_wrong(name, cell, column, logs.missing) or f"not_{kind.replace(' ', '_')}: {name}={cell[:40]!r}",
+            )
     return pa.table({name: read[name][0] for name in logs.columns}), reasons
 
 
 def row_text(rows: pa.RecordBatch | pa.Table, row: int) -> bytes:
     """Return a row as JSON that people can read, whatever its types and bytes."""
-    return json.dumps({name: _readable(rows.column(name)[row]) for name in rows.schema.names}, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+    return json.dumps(
+        {name: _readable(rows.column(name)[row]) for name in rows.schema.names}, ensure_ascii=False, default=str
+    ).encode("utf-8", "backslashreplace")
 
 
-def typed_values(values: pa.Array, column: Column, missing: tuple[str, ...]) -> tuple[pa.Array, np.ndarray | None, dict[int, str]]:
+def typed_values(
+    values: pa.Array, column: Column, missing: tuple[str, ...]
+) -> tuple[pa.Array, np.ndarray | None, dict[int, str]]:
     """Read a column as its declared type.
 
     Returns:
-        the values, null where there is none or none of that type; bool [rows], which are none of that type (None: no row);
-        and row -> what is wrong with bytes that are no text.
+        the values, null where there is none or none of that type; bool [rows], which are none of that type (None: no
+        row); and row -> what is wrong with bytes that are no text.
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -89,7 +104,10 @@ def typed_values(values: pa.Array, column: Column, missing: tuple[str, ...]) -> 
 
 
 def _of_floats(values: pa.Array, column: Column, missing: tuple[str, ...]) -> tuple[pa.Array, np.ndarray | None]:
-    """Return floats without those that the column cannot have, and which these are; NaN is the word that a data frame writes."""
+    """Return floats without those that the column cannot have, and which these are.
+
+    NaN is the word that a data frame writes.
+    """
     if column.type == "text":
         return values, None
     finite = pc.is_finite(values)
@@ -103,9 +121,14 @@ def _of_floats(values: pa.Array, column: Column, missing: tuple[str, ...]) -> tu
 
 
 def _utf8(values: pa.Array) -> tuple[pa.Array, dict[int, str]]:
-    """Return text, null where it is none, and row -> what is wrong there; files may hold any bytes under the name of text."""
+    """Return text, null where it is none, and row -> what is wrong there.
+
+    Files may hold any bytes under the name of text.
+    """
     wide = pa.types.is_large_string(values.type) or pa.types.is_large_binary(values.type)
-    bytes_, kind = (values.cast(pa.large_binary()), pa.large_string()) if wide else (values.cast(pa.binary()), pa.string())
+    bytes_, kind = (
+        (values.cast(pa.large_binary()), pa.large_string()) if wide else (values.cast(pa.binary()), pa.string())
+    )
     broken: dict[int, str] = {}
     try:
         text = bytes_.cast(kind)
@@ -124,8 +147,15 @@ def _utf8(values: pa.Array) -> tuple[pa.Array, dict[int, str]]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-            or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind))
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def _nulls_at(values: pa.Array, where: np.ndarray) -> pa.Array:

@@ -1,4 +1,5 @@
-"""Reads raw logs as they are published: every line becomes a typed row or a refused one, with its row number and reason.
+"""Reads raw logs as they are published: every line becomes a typed row or a refused one, with its row number and
+reason.
 
 One regular expression, made from the columns of the data set's definition, separates (vectorised) the lines that can be
 cast as they stand from the few that are looked at one by one for the reason of their refusal.
@@ -60,7 +61,10 @@ SPLIT_BYTES = 64 << 20
 HEAD_TEXT_BYTES = 64 << 10
 BOM = b"\xef\xbb\xbf"
 # What can be cast as it stands: of 19 digits those that surely fit in 64 bits.
-_CELL = {"integer": r"-?(?:[0-9]{1,18}|[1-8][0-9]{18})", "decimal": r"-?[0-9]{1,18}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,2})?"}
+_CELL = {
+    "integer": r"-?(?:[0-9]{1,18}|[1-8][0-9]{18})",
+    "decimal": r"-?[0-9]{1,18}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,2})?",
+}
 _UNIT_PER_SECOND = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000, "nanoseconds": 1_000_000_000}
 _MARKER = re.compile(r"_(SUCCESS|temporary|metadata|common_metadata|delta_log|spark_metadata|committed_.*|started_.*)")
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -144,7 +148,10 @@ class RawLocation:
         try:
             self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, OSError) as error:
-            raise kind_of(error)(f"the raw folder {uri} cannot be opened: {error}", "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from None
+            raise kind_of(error)(
+                f"the raw folder {uri} cannot be opened: {error}",
+                "give a path, or a URI such as s3://bucket/folder?region=eu-central-1",
+            ) from None
 
     # ---- which files ---------------------------------------------------------------------------------------------
 
@@ -162,21 +169,38 @@ class RawLocation:
         return [found[name] for name in sorted(found)]
 
     def hidden(self, globs: Sequence[str]) -> list[str]:
-        """Return the names of files that match and are left out: those that macOS, Spark and editors put beside the ones they are about."""
-        return sorted({name for _, name in self._listed(globs) if any(_matches(name, glob) for glob in globs) and _hidden(name, globs)})
+        """Return the names of files that match and are left out.
+
+        Those that macOS, Spark and editors put beside the ones they are about.
+        """
+        return sorted(
+            {
+                name
+                for _, name in self._listed(globs)
+                if any(_matches(name, glob) for glob in globs) and _hidden(name, globs)
+            }
+        )
 
     def _listed(self, globs: Sequence[str]) -> Iterator[tuple[pafs.FileInfo, str]]:
         """Yield the files among which those that match are, with their names relative to the folder."""
         root = self.root.rstrip("/")
-        # A folder that a glob names before its first wildcard is listed with all below it; without a slash nothing is below.
-        folders = {glob[: re.search(r"[*?[]|$", glob).start()].rpartition("/")[0]: True for glob in globs if "/" in glob}  # type: ignore[union-attr]
+        # A folder that a glob names before its first wildcard is listed with all below it; without a slash nothing is
+        # below.
+        folders = {re.split(r"[*?[]", glob, maxsplit=1)[0].rpartition("/")[0]: True for glob in globs if "/" in glob}
         if any("/" not in glob for glob in globs):
             folders.setdefault("", False)
         infos: list[pafs.FileInfo] = []
         for folder, recursive in folders.items():
-            infos += self.fs.get_file_info(pafs.FileSelector(f"{root}/{folder}" if folder else self.root, allow_not_found=True, recursive=recursive))
+            infos += self.fs.get_file_info(
+                pafs.FileSelector(
+                    f"{root}/{folder}" if folder else self.root, allow_not_found=True, recursive=recursive
+                )
+            )
         if not infos and self.fs.get_file_info(self.root).type != pafs.FileType.Directory:
-            raise StageError(f"the raw folder {self.uri} does not exist", "give the folder that holds the published files with --raw (RAW= for make run)")
+            raise StageError(
+                f"the raw folder {self.uri} does not exist",
+                "give the folder that holds the published files with --raw (RAW= for make run)",
+            )
         for info in infos:
             if info.type == pafs.FileType.File:
                 yield info, info.path[len(root) :].lstrip("/")
@@ -193,19 +217,31 @@ class RawLocation:
         files = self.matching(definition.logs.files, days)
         simulated = self.fs.get_file_info(f"{self.root}/{SIMULATED_MARKER}").type == pafs.FileType.File
         if simulated != definition.simulated:
-            kind, wanted = ("simulated", f"{definition.name}_simulated") if simulated else ("not simulated", definition.name.removesuffix("_simulated"))
-            raise StageError(f"the logs in {self.uri} are {kind}, but the data set is {definition.name}", f"use --dataset {wanted}")
+            kind, wanted = (
+                ("simulated", f"{definition.name}_simulated")
+                if simulated
+                else ("not simulated", definition.name.removesuffix("_simulated"))
+            )
+            raise StageError(
+                f"the logs in {self.uri} are {kind}, but the data set is {definition.name}", f"use --dataset {wanted}"
+            )
         if not files:
             globs = definition.logs.files
             deep = self._one_folder_deeper(globs)
             below = f"; a folder in it holds {deep}" if deep else ""
-            remedy = f"name the folders in logs.files, such as '{_with_wildcards(deep)}'" if deep else "put the published log files there, or correct --raw"
+            remedy = (
+                f"name the folders in logs.files, such as '{_with_wildcards(deep)}'"
+                if deep
+                else "put the published log files there, or correct --raw"
+            )
             raise StageError(f"no log file in {self.uri}: nothing matches {', '.join(globs)}{below}", remedy)
         return files
 
     def _one_folder_deeper(self, globs: Sequence[str]) -> str | None:
         """Return the name of a file in one of the first folders here that would match if it lay here."""
-        folders = [info for info in self.fs.get_file_info(pafs.FileSelector(self.root)) if info.type == pafs.FileType.Directory][:20]
+        folders = [
+            info for info in self.fs.get_file_info(pafs.FileSelector(self.root)) if info.type == pafs.FileType.Directory
+        ][:20]
         for folder in folders:
             for info in self.fs.get_file_info(pafs.FileSelector(folder.path)):
                 if info.type == pafs.FileType.File and any(_matches(info.base_name, glob) for glob in globs):
@@ -213,24 +249,33 @@ class RawLocation:
         return None
 
     def notes(self, files: Sequence[RawFile], definition: DatasetDefinition) -> list[str]:
-        """Return what is no fault, but what whoever delivers the files should know: hidden files, ids that look like lists."""
+        """Return what is no fault, but what whoever delivers the files should know.
+
+        Hidden files, ids that look like lists.
+        """
         logs, notes = definition.logs, []
         if hidden := self.hidden(logs.files):
             notes.append(f"{len(hidden)} hidden file(s) in {self.uri} are not read, such as {hidden[0]}")
         if files and logs.format != "parquet" and files[0].size:
             header, head = self.header(files[0], logs), self.head(files[0], logs)
             body = head.partition(b"\n")[2] if logs.names_columns else head
-            rows, *_ = parse_lines(body[: body.rfind(b"\n") + 1], 1, header, logs.model_copy(update={"encoding": "utf-8"}))
+            rows, *_ = parse_lines(
+                body[: body.rfind(b"\n") + 1], 1, header, logs.model_copy(update={"encoding": "utf-8"})
+            )
             for part, name in (("user", definition.events.user), ("item", definition.events.item)):
                 texts = rows[name].to_pylist() if logs.columns[name].type == "text" else []
                 lists = [text for text in texts if _is_list(text)]
                 if 2 * len(lists) > len(texts):
-                    notes.append(f"events.{part}: {len(lists):,} of the first {len(texts):,} values of {name} look like lists, such as {lists[0][:60]!r}: "
-                                 "each is taken for one id; write one line for each of its values if they are several")
+                    notes.append(
+                        f"events.{part}: {len(lists):,} of the first {len(texts):,} values of {name} look like lists,"
+                        f" such as {lists[0][:60]!r}: each is taken for one id; write one line for each of its values"
+                        " if they are several"
+                    )
         return notes
 
     def head(self, file: RawFile, logs: Logs, size: int = HEAD_TEXT_BYTES, encoded: bool = False) -> bytes:
-        """Return the beginning of a text file, unpacked, and with \\n for line ends: its first line at least, and `size` bytes.
+        """Return the beginning of a text file, unpacked, and with \\n for line ends: its first line at least, and
+        `size` bytes.
 
         Args:
             encoded: leave it in its own encoding, instead of UTF-8.
@@ -274,14 +319,20 @@ class RawLocation:
     def _keys(self, file: RawFile, head: bytes, logs: Logs) -> tuple[str, ...]:
         """Return the keys of the objects in the first lines of a file of JSON lines."""
         if head.lstrip().startswith(b"["):
-            raise StageError(f"{file.name} in {self.uri} holds an array of JSON, not one object a line", "write it as JSON lines: jq -c '.[]'")
+            raise StageError(
+                f"{file.name} in {self.uri} holds an array of JSON, not one object a line",
+                "write it as JSON lines: jq -c '.[]'",
+            )
         keys: dict[str, None] = {}
         for line in head.split(b"\n")[:100]:
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 keys |= dict.fromkeys(row if isinstance(row, dict) else ())
         if not keys:
-            raise StageError(f"{file.name} in {self.uri} holds no object of JSON in its first lines: {head[:80]!r}", "correct logs.format of the definition")
+            raise StageError(
+                f"{file.name} in {self.uri} holds no object of JSON in its first lines: {head[:80]!r}",
+                "correct logs.format of the definition",
+            )
         return tuple(keys)
 
     def header(self, file: RawFile, logs: Logs) -> tuple[str, ...]:
@@ -295,30 +346,54 @@ class RawLocation:
             if logs.format == "parquet":
                 schema = self._schema(file)
             found = self.column_names(file, logs) if schema is None else tuple(schema.names)
-        except (OSError, pa.ArrowInvalid, DamagedError) as error:  # an archive that is none, or that breaks off within the header
-            raise kind_of(error)(f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it") from None
+        except (
+            OSError,
+            pa.ArrowInvalid,
+            DamagedError,
+        ) as error:  # an archive that is none, or that breaks off within the header
+            raise kind_of(error)(
+                f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it"
+            ) from None
         where = f"{file.name} in {self.uri}"
         if logs.format == "csv" and not logs.header:
             if len(found) != len(logs.columns):
-                raise StageError(f"{where} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
-                                 "correct logs.columns or logs.delimiter of the definition, or set header: true")
+                raise StageError(
+                    f"{where} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
+                    "correct logs.columns or logs.delimiter of the definition, or set header: true",
+                )
             if found == tuple(logs.columns):
-                raise StageError(f"the first line of {where} holds the names of its columns: {', '.join(found)[:500]}", "set header: true in logs of the definition")
+                raise StageError(
+                    f"the first line of {where} holds the names of its columns: {', '.join(found)[:500]}",
+                    "set header: true in logs of the definition",
+                )
             return tuple(logs.columns)
-        missing = [name for name, column in logs.columns.items() if name not in found and not (logs.format == "jsonl" and column.optional)]
+        missing = [
+            name
+            for name, column in logs.columns.items()
+            if name not in found and not (logs.format == "jsonl" and column.optional)
+        ]
         if missing and logs.format == "csv" and found[0].lstrip().startswith("{"):
             raise StageError(f"{where} holds objects of JSON: {found[0][:80]!r}", "set logs.format: jsonl")
         if missing and logs.format == "csv" and len(missing) == len(logs.columns) and any(map(_is_number, found)):
-            raise StageError(f"the first line of {where} holds values, not the names of columns: {', '.join(found)[:200]}",
-                             "set header: false in logs of the definition, and give logs.columns in the order of the file")
+            raise StageError(
+                f"the first line of {where} holds values, not the names of columns: {', '.join(found)[:200]}",
+                "set header: false in logs of the definition, and give logs.columns in the order of the file",
+            )
         if missing and len(found) == 1 and len(logs.columns) > 1:
-            raise StageError(f"{where} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}", "correct logs.delimiter of the definition")
+            raise StageError(
+                f"{where} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}",
+                "correct logs.delimiter of the definition",
+            )
         if of_path := [name for name in missing if f"/{name}=" in f"/{file.name}"]:
-            raise StageError(f"{where} lacks the column {', '.join(of_path)}: it is part of its folder's name alone",
-                             "leave it out of logs.columns; logs.days_in_name may read a day from the folder's name")
+            raise StageError(
+                f"{where} lacks the column {', '.join(of_path)}: it is part of its folder's name alone",
+                "leave it out of logs.columns; logs.days_in_name may read a day from the folder's name",
+            )
         if missing:
-            raise StageError(f"{where} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
-                             f"deliver the file with the columns {', '.join(logs.columns)}")
+            raise StageError(
+                f"{where} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
+                f"deliver the file with the columns {', '.join(logs.columns)}",
+            )
         if len(set(found)) < len(found):
             raise StageError(f"{where} has a column twice: {', '.join(found)[:500]}", "deliver the file again")
         if schema is not None:
@@ -335,14 +410,26 @@ class RawLocation:
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             where = f"{file.name} in {self.uri}: column {name} is {kind}"
             if pa.types.is_nested(kind):
-                raise StageError(f"{where}: several values in one cell", "write one row for each of its values (explode): a row is one event")
+                raise StageError(
+                    f"{where}: several values in one cell",
+                    "write one row for each of its values (explode): a row is one event",
+                )
             native = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
             if native and column.type != "timestamp":
-                raise StageError(f"{where}, not {column.type}", f"set logs.columns.{name}: timestamp, and leave out unit and format of events.time")
+                raise StageError(
+                    f"{where}, not {column.type}",
+                    f"set logs.columns.{name}: timestamp, and leave out unit and format of events.time",
+                )
             if column.type == "timestamp" and not native:
-                raise StageError(f"{where}, no timestamp", f"set logs.columns.{name} to its type, and give events.time.unit or format")
+                raise StageError(
+                    f"{where}, no timestamp",
+                    f"set logs.columns.{name} to its type, and give events.time.unit or format",
+                )
             if not can_be(kind, column.type):
-                raise StageError(f"{where}, which can hold no {column.type}", "correct logs.columns of the definition, or deliver the file with a column of that type")
+                raise StageError(
+                    f"{where}, which can hold no {column.type}",
+                    "correct logs.columns of the definition, or deliver the file with a column of that type",
+                )
 
     # ---- the same file twice --------------------------------------------------------------------------------------
 
@@ -385,7 +472,10 @@ class RawLocation:
                 except DamagedError:  # reported with the row at which it breaks, when it is read
                     continue
                 if first is not file:
-                    raise StageError(f"{first.name} and {file.name} in {self.uri} hold the same rows: each would be there twice", "remove one of them, or name only one in logs.files")
+                    raise StageError(
+                        f"{first.name} and {file.name} in {self.uri} hold the same rows: each would be there twice",
+                        "remove one of them, or name only one in logs.files",
+                    )
 
     # ---- splits --------------------------------------------------------------------------------------------------
 
@@ -395,7 +485,12 @@ class RawLocation:
         headers = {file.name: self.header(file, logs) for file in files}
         self.refuse_copies(files, logs)
         whole = {f.name for f in files if logs.format == "parquet" or f.size <= SPLIT_BYTES or self.is_stream(f)}
-        ranges = [(file, start, min(start + SPLIT_BYTES, file.size)) for file in files if file.name not in whole for start in range(0, file.size, SPLIT_BYTES)]
+        ranges = [
+            (file, start, min(start + SPLIT_BYTES, file.size))
+            for file in files
+            if file.name not in whole
+            for start in range(0, file.size, SPLIT_BYTES)
+        ]
         newlines = dict(zip([(f.name, s) for f, s, _ in ranges], count_lines(ranges), strict=True)) if ranges else {}
         for file in files:
             if logs.format == "parquet":
@@ -406,7 +501,9 @@ class RawLocation:
                 before = 0
                 for start in range(0, file.size, SPLIT_BYTES):
                     # The first whole line after `start` follows the newline that ends the line crossing it.
-                    splits.append(Split(file, start, min(start + SPLIT_BYTES, file.size), before + 2, headers[file.name]))
+                    splits.append(
+                        Split(file, start, min(start + SPLIT_BYTES, file.size), before + 2, headers[file.name])
+                    )
                     before += newlines[file.name, start]
         return splits
 
@@ -440,7 +537,9 @@ class RawLocation:
         if logs.format == "parquet":
             row, names = split.first_row, [name for name in split.header if name in logs.columns]
             with pq.ParquetFile(split.file.path, filesystem=self.fs) as parquet:
-                for batch in parquet.iter_batches(batch_size=1 << 18, row_groups=list(range(split.start, split.end)), columns=names):
+                for batch in parquet.iter_batches(
+                    batch_size=1 << 18, row_groups=list(range(split.start, split.end)), columns=names
+                ):
                     yield checked_batch(batch, row, definition)
                     row += batch.num_rows
             return
@@ -468,7 +567,8 @@ class RawLocation:
             first_row -= 1  # the split before ended right on a newline: all of this one's lines are its own
         if cut_line or (split.start == 0 and logs.names_columns):
             _, _, body = body.partition(b"\n")
-        # A piece at a time, as of a packed file: what is made of a whole split at once does not stay in the processor's cache.
+        # A piece at a time, as of a packed file: what is made of a whole split at once does not stay in the processor's
+        # cache.
         start, end = 0, -1
         while end < len(body):
             end = body.find(b"\n", start + BLOCK_BYTES) + 1 or len(body)
@@ -511,7 +611,11 @@ class RawLocation:
         if kind is None and promised is not None:
             raise DamagedError(f"broken_{promised}", f"its name promises {promised}, its first bytes are not of it")
         seekable = kind == "zip"
-        with self.fs.open_input_file(file.path) if seekable else self.fs.open_input_stream(file.path, compression=None, buffer_size=block_bytes) as stream:
+        with (
+            self.fs.open_input_file(file.path)
+            if seekable
+            else self.fs.open_input_stream(file.path, compression=None, buffer_size=block_bytes)
+        ) as stream:
             cr = None
             for piece in unpacked(stream, kind, block_bytes):
                 if cr is None:
@@ -519,12 +623,14 @@ class RawLocation:
                 yield piece.replace(b"\r", b"\n") if cr else piece
 
 
-def parse_lines(body: bytes, first_row: int, header: tuple[str, ...], logs: Logs) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
+def parse_lines(
+    body: bytes, first_row: int, header: tuple[str, ...], logs: Logs
+) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
     """Split whole lines into typed rows and refused ones; blank lines are neither.
 
-    Nearly every line can be cast as it stands, and one regular expression recognises it. Of the others those are read cell by cell
-    (as columns, too) that hold a word for a missing value, an integer written as a decimal, or 19 digits; for what is left the
-    reason of its refusal is looked for.
+    Nearly every line can be cast as it stands, and one regular expression recognises it. Of the others those are read
+    cell by cell (as columns, too) that hold a word for a missing value, an integer written as a decimal, or 19 digits;
+    for what is left the reason of its refusal is looked for.
 
     Returns:
         the declared columns of the good lines, their row numbers, these lines, and the refused ones.
@@ -575,7 +681,9 @@ def parse_lines(body: bytes, first_row: int, header: tuple[str, ...], logs: Logs
     return rows, first_row + number, lines if good.all() else lines.filter(pa.array(good)), refused
 
 
-def _parse_json_lines(body: bytes, first_row: int, logs: Logs, undecodable: dict[int, str]) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
+def _parse_json_lines(
+    body: bytes, first_row: int, logs: Logs, undecodable: dict[int, str]
+) -> tuple[pa.Table, np.ndarray, pa.Array, list[Refused]]:
     """Do what `parse_lines` does: nearly every line has the keys of the first one, in its order, with plain values."""
     lines = pc.split_pattern(pa.array([body], pa.large_binary()), b"\n")[0].values
     good, rows = np.zeros(len(lines), bool), _no_rows(logs)
@@ -599,7 +707,10 @@ def _parse_json_lines(body: bytes, first_row: int, logs: Logs, undecodable: dict
         except NotARowError as error:
             refused.append(Refused(first_row + place, str(error), line))
     if cells:
-        columns = [typed_cells(pa.array(texts, pa.string()), column, logs.missing)[0] for texts, column in zip(zip(*cells, strict=True), logs.columns.values(), strict=True)]
+        columns = [
+            typed_cells(pa.array(texts, pa.string()), column, logs.missing)[0]
+            for texts, column in zip(zip(*cells, strict=True), logs.columns.values(), strict=True)
+        ]
         order = np.argsort(np.concatenate([np.flatnonzero(good), number]), kind="stable")
         rows = pa.concat_tables([rows, pa.table(columns, names=list(logs.columns))]).take(pa.array(order))
         good[number] = True
@@ -611,8 +722,11 @@ def _read_json(body: bytes, logs: Logs) -> pa.Table:
     if not body:
         return _no_rows(logs)
     schema = pa.schema([(name, ARROW_TYPES[column.type]) for name, column in logs.columns.items()])
-    rows = pajson.read_json(pa.BufferReader(body), pajson.ReadOptions(use_threads=False, block_size=len(body) + 1),
-                            pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"))  # fmt: skip
+    rows = pajson.read_json(
+        pa.BufferReader(body),
+        pajson.ReadOptions(use_threads=False, block_size=len(body) + 1),
+        pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
     return rows.select(schema.names)
 
 
@@ -634,9 +748,15 @@ def _cast(body: bytes, header: tuple[str, ...], logs: Logs, as_text: bool = Fals
     if not body:
         return pa.table({name: pa.array([], kind) for name, kind in types.items()})
     return pacsv.read_csv(
-        pa.BufferReader(body), pacsv.ReadOptions(column_names=list(header), use_threads=False, block_size=len(body) + 1),
-        pacsv.ParseOptions(delimiter=logs.delimiter, quote_char='"' if logs.quoting else False, ignore_empty_lines=False),
-        pacsv.ConvertOptions(column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=False))  # fmt: skip
+        pa.BufferReader(body),
+        pacsv.ReadOptions(column_names=list(header), use_threads=False, block_size=len(body) + 1),
+        pacsv.ParseOptions(
+            delimiter=logs.delimiter, quote_char='"' if logs.quoting else False, ignore_empty_lines=False
+        ),
+        pacsv.ConvertOptions(
+            column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=False
+        ),
+    )
 
 
 def _without_words(rows: pa.Table, logs: Logs) -> tuple[pa.Table, np.ndarray]:
@@ -690,7 +810,9 @@ def _recoded(body: bytes, encoding: str) -> tuple[bytes, dict[int, str]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _line_pattern(header: tuple[str, ...], shapes: tuple[tuple[str, str, bool], ...], delimiter: str, quoting: bool) -> str:
+def _line_pattern(
+    header: tuple[str, ...], shapes: tuple[tuple[str, str, bool], ...], delimiter: str, quoting: bool
+) -> str:
     declared = {name: (kind, optional) for name, kind, optional in shapes}
     d = re.escape(delimiter)
     cells = []
@@ -699,14 +821,16 @@ def _line_pattern(header: tuple[str, ...], shapes: tuple[tuple[str, str, bool], 
         many = "*" if optional else "+"
         plain = _CELL.get(kind) or (rf'[^{d}\x00\r"]{many}' if quoting else rf"[^{d}\x00\r]{many}")
         quoted = rf'"{_CELL[kind]}"' if kind in _CELL else rf'"(?:[^"\x00\r]|""){many}"'
-        cell = f'(?:{plain}|{quoted}{"|" + chr(34) * 2 if optional else ""})' if quoting else plain
+        cell = f"(?:{plain}|{quoted}{'|' + chr(34) * 2 if optional else ''})" if quoting else plain
         cells.append(f"(?:{cell})?" if optional and kind in _CELL else cell)
     return r"\A" + d.join(cells) + r"\z"
 
 
 def line_pattern(header: tuple[str, ...], logs: Logs) -> str:
     """Return the regular expression (RE2) of a line that can be cast as it stands."""
-    return _line_pattern(header, tuple((n, c.type, c.optional) for n, c in logs.columns.items()), logs.delimiter, logs.quoting)
+    return _line_pattern(
+        header, tuple((n, c.type, c.optional) for n, c in logs.columns.items()), logs.delimiter, logs.quoting
+    )
 
 
 def reason_for(line: bytes, header: tuple[str, ...], logs: Logs) -> str:
@@ -743,7 +867,8 @@ def _line_cells(line: bytes, header: tuple[str, ...], logs: Logs) -> list[str]:
 
 
 def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str | None, str | None]:
-    """Return the first and last local day that a file's name promises, and the first and last UTC day that it may hold."""
+    """Return the first and last local day that a file's name promises, and the first and last UTC day that it
+    may hold."""
     match = re.search(days.pattern, name)
     if match is None:
         return None, None, None, None
@@ -752,19 +877,30 @@ def named_days(name: str, days: NamedDays) -> tuple[str | None, str | None, str 
         groups = {key: int(value) for key, value in match.groupdict().items() if value is not None}
         year = groups.get("year", days.year or 0)
         first = dtm.date(year, groups["month"], groups["day"])
-        last = dtm.date(groups.get("last_year", year), groups.get("last_month", first.month), groups.get("last_day", first.day))
+        last = dtm.date(
+            groups.get("last_year", year), groups.get("last_month", first.month), groups.get("last_day", first.day)
+        )
         if last < first and "last_year" not in groups:  # names without a year that span New Year
             last = last.replace(year=last.year + 1)
         begin = dtm.datetime.combine(first, dtm.time(), zone) - dtm.timedelta(minutes=days.late_minutes)
         end = dtm.datetime.combine(last + dtm.timedelta(days=1), dtm.time(), zone) - dtm.timedelta(microseconds=1)
-        return first.isoformat(), last.isoformat(), begin.astimezone(dtm.UTC).date().isoformat(), end.astimezone(dtm.UTC).date().isoformat()
+        return (
+            first.isoformat(),
+            last.isoformat(),
+            begin.astimezone(dtm.UTC).date().isoformat(),
+            end.astimezone(dtm.UTC).date().isoformat(),
+        )
     except (ValueError, OverflowError, KeyError):  # no numbers, or no days: the name promises nothing
         return None, None, None, None
 
 
 def time_values(columns: Sequence[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArray | pa.Array:
     """Return what times are read from: one column as it is, the texts of several joined by blanks."""
-    return columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*[column.cast(pa.string()) for column in columns], " ")
+    return (
+        columns[0]
+        if len(columns) == 1
+        else pc.binary_join_element_wise(*[column.cast(pa.string()) for column in columns], " ")
+    )
 
 
 def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray, np.ndarray]:
@@ -773,10 +909,11 @@ def times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray
 
 
 def clocked_times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return int64 Unix milliseconds, which of them are times at all (others are 0), and int8: SINGLE, REPEATED or MISSING.
+    """Return int64 Unix milliseconds, which of them are times at all (others are 0), and int8: SINGLE, REPEATED or
+    MISSING.
 
-    Where clocks are set back, the repeated hour is read as its second pass (standard time). Where they are set forward, a time
-    of the hour that does not exist is read by the clock as it was before.
+    Where clocks are set back, the repeated hour is read as its second pass (standard time). Where they are set forward,
+    a time of the hour that does not exist is read by the clock as it was before.
     """
     import pandas as pd
 
@@ -787,12 +924,22 @@ def clocked_times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np
         per_second = _UNIT_PER_SECOND[time.unit]
         number = values.to_numpy()
         origin = day_number(time.origin.isoformat()) * MS_PER_DAY
-        low, high = ((day_number(day) * MS_PER_DAY - origin) * per_second // 1_000 for day in ("1900-01-01", "2200-01-01"))
+        low, high = (
+            (day_number(day) * MS_PER_DAY - origin) * per_second // 1_000 for day in ("1900-01-01", "2200-01-01")
+        )
         there = (number >= low) & (number < high)  # false for nan; beyond it a product would not fit
         number = np.where(there, number, 0)
         if number.dtype.kind == "f":
-            return np.rint(number * (1_000 / per_second)).astype(np.int64) + origin, there, np.full(len(number), SINGLE, np.int8)
-        return (number * 1_000 if per_second == 1 else number // (per_second // 1_000)) + origin, there, np.full(len(number), SINGLE, np.int8)
+            return (
+                np.rint(number * (1_000 / per_second)).astype(np.int64) + origin,
+                there,
+                np.full(len(number), SINGLE, np.int8),
+            )
+        return (
+            (number * 1_000 if per_second == 1 else number // (per_second // 1_000)) + origin,
+            there,
+            np.full(len(number), SINGLE, np.int8),
+        )
     encoded = pc.dictionary_encode(values.cast(pa.string()))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     texts = pd.Series(encoded.dictionary.to_pylist(), dtype=object).astype(str)
@@ -818,7 +965,9 @@ def _utc_stamps(local, zone: str):
     there, clock = ~local.isna().to_numpy(), np.full(len(local), SINGLE, np.int8)
     if (unclear := local.dt.tz_localize(zone, ambiguous="NaT", nonexistent="NaT").isna().to_numpy() & there).any():
         missing = local.dt.tz_localize(zone, ambiguous=second, nonexistent="NaT").isna().to_numpy() & there
-        before = stamps.dt.tz_convert(zone).dt.tz_localize(None) - stamps.dt.tz_localize(None)  # the offset of the last moment before the gap
+        before = stamps.dt.tz_convert(zone).dt.tz_localize(None) - stamps.dt.tz_localize(
+            None
+        )  # the offset of the last moment before the gap
         stamps = stamps.where(~missing, (local - before).dt.tz_localize("UTC"))
         clock[unclear], clock[missing] = REPEATED, MISSING
     return stamps, clock
@@ -826,7 +975,14 @@ def _utc_stamps(local, zone: str):
 
 def _epoch_ms(stamps) -> tuple[np.ndarray, np.ndarray]:
     there = ~stamps.isna().to_numpy()
-    return np.where(there, stamps.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[ms]").astype(np.int64), 0), there
+    return (
+        np.where(
+            there,
+            stamps.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[ms]").astype(np.int64),
+            0,
+        ),
+        there,
+    )
 
 
 def hashed_ids(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -845,7 +1001,11 @@ def row_hashes(rows: pa.Table) -> np.ndarray:
         else:
             numbers = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
             known = numbers.fill_null(0).to_numpy()
-            bits = known.view(np.uint64) ^ (column.is_null().to_numpy().astype(np.uint64) * np.uint64(0x5BD1E995)) if column.null_count else known.view(np.uint64)
+            bits = (
+                known.view(np.uint64) ^ (column.is_null().to_numpy().astype(np.uint64) * np.uint64(0x5BD1E995))
+                if column.null_count
+                else known.view(np.uint64)
+            )
         mixed = (mixed ^ bits) * _HASH_MULTIPLIER
         mixed ^= mixed >> np.uint64(29)
     return mixed.view(np.int64)
@@ -857,11 +1017,18 @@ def _text_hash(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     encoded = pc.dictionary_encode(values.fill_null(""))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     distinct = np.array(encoded.dictionary.to_pylist(), dtype=object)
-    return pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()] if len(distinct) else np.zeros(0, np.uint64)
+    return (
+        pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()]
+        if len(distinct)
+        else np.zeros(0, np.uint64)
+    )
 
 
 def checked_lines(body: bytes, first_row: int, header: tuple[str, ...], definition: DatasetDefinition) -> Chunk:
-    """Return whole lines of a text log, typed and checked against the definition; row numbers count from `first_row`."""
+    """Return whole lines of a text log, typed and checked against the definition.
+
+    Row numbers count from `first_row`.
+    """
     rows, row_number, lines, refused = parse_lines(body, first_row, header, definition.logs)
     return _checked(rows, row_number, _with_times(refused, header, definition), lines, definition)
 
@@ -873,8 +1040,10 @@ def checked_batch(batch: pa.RecordBatch, first_row: int, definition: DatasetDefi
         return _checked(rows, np.arange(first_row, first_row + batch.num_rows), [], None, definition)
     places = np.array(sorted(reasons))
     time_ms, there = _known_times(rows.take(places), definition)
-    refused = [Refused(first_row + place, reasons[place], row_text(batch, place), ms if ok else None)
-               for place, ms, ok in zip(places.tolist(), time_ms.tolist(), there.tolist(), strict=True)]
+    refused = [
+        Refused(first_row + place, reasons[place], row_text(batch, place), ms if ok else None)
+        for place, ms, ok in zip(places.tolist(), time_ms.tolist(), there.tolist(), strict=True)
+    ]
     kept = np.setdiff1d(np.arange(batch.num_rows), places)
     return _checked(rows.take(kept), first_row + kept, refused, None, definition)
 
@@ -885,13 +1054,23 @@ def _known_times(rows: pa.Table, definition: DatasetDefinition) -> tuple[np.ndar
     there, columns = np.ones(rows.num_rows, bool), []
     for name in time.columns:
         there &= rows[name].is_valid().to_numpy()
-        columns.append(rows[name].fill_null("" if pa.types.is_string(rows[name].type) else pa.scalar(0, pa.int64()).cast(rows[name].type)))
+        columns.append(
+            rows[name].fill_null(
+                "" if pa.types.is_string(rows[name].type) else pa.scalar(0, pa.int64()).cast(rows[name].type)
+            )
+        )
     time_ms, known = times_ms(time_values(columns), time)
     earliest, latest = _bounds_ms(time)
     return time_ms, there & known & (time_ms >= earliest) & (time_ms < latest)
 
 
-def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lines: pa.Array | None, definition: DatasetDefinition) -> Chunk:
+def _checked(
+    rows: pa.Table,
+    row_number: np.ndarray,
+    refused: list[Refused],
+    lines: pa.Array | None,
+    definition: DatasetDefinition,
+) -> Chunk:
     """Refuse rows whose values cannot be right: bounds, allowed values, time."""
     time = definition.events.time
     time_ms, there, clock = clocked_times_ms(time_values([rows[name] for name in time.columns]), time)
@@ -900,7 +1079,10 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
     bad = ~in_range
     reasons: dict[int, str] = {}
     for row in np.flatnonzero(bad):
-        cells = [str(rows[name][int(row)].as_py()) if len(time.columns) > 1 else rows[name][int(row)].as_py() for name in time.columns]
+        cells = [
+            str(rows[name][int(row)].as_py()) if len(time.columns) > 1 else rows[name][int(row)].as_py()
+            for name in time.columns
+        ]
         code = "time_out_of_range" if there[row] or not time.format else "not_a_time"
         reasons[int(row)] = f"{code}: {'+'.join(time.columns)}={' '.join(cells) if len(cells) > 1 else cells[0]!r:.60}"
     for name, column in definition.logs.columns.items():
@@ -912,13 +1094,17 @@ def _checked(rows: pa.Table, row_number: np.ndarray, refused: list[Refused], lin
     if reasons:
         for place, reason in sorted(reasons.items()):
             text = lines[place].as_py() if lines is not None else row_text(rows, place)
-            refused.append(Refused(int(row_number[place]), reason, text, int(time_ms[place]) if in_range[place] else None))
+            refused.append(
+                Refused(int(row_number[place]), reason, text, int(time_ms[place]) if in_range[place] else None)
+            )
         rows, time_ms, clock = rows.filter(pa.array(~bad)), time_ms[~bad], clock[~bad]
     return Chunk(rows, time_ms, row_hashes(rows), refused, clock)
 
 
 def _with_times(refused: list[Refused], header: tuple[str, ...], definition: DatasetDefinition) -> list[Refused]:
-    """Return refused lines with their times where the time's own cell is right, so that they are filed under their days."""
+    """Return refused lines with their times where the time's own cell is right, so that they are filed under their
+    days.
+    """
     if not refused:
         return refused
     logs, time = definition.logs, definition.events.time
@@ -934,7 +1120,9 @@ def _with_times(refused: list[Refused], header: tuple[str, ...], definition: Dat
     time_ms, known = times_ms(time_values(columns), time)
     earliest, latest = _bounds_ms(time)
     there &= known & (time_ms >= earliest) & (time_ms < latest)
-    return [dataclasses.replace(r, time_ms=int(ms)) if ok else r for r, ms, ok in zip(refused, time_ms, there, strict=True)]
+    return [
+        dataclasses.replace(r, time_ms=int(ms)) if ok else r for r, ms, ok in zip(refused, time_ms, there, strict=True)
+    ]
 
 
 def _cells_or_none(line: bytes, logs: Logs) -> list[str]:
@@ -977,7 +1165,9 @@ def day_of(refused: Refused, file: RawFile, fallback_dt: str) -> int:
 
 def promised(files: list[RawFile]) -> str:
     """Return what the names of files promise, for messages."""
-    return "; ".join(f"{f.name}: {f.first_dt or 'any day'}" + (f" .. {f.last_dt}" if f.last_dt != f.first_dt else "") for f in files)
+    return "; ".join(
+        f"{f.name}: {f.first_dt or 'any day'}" + (f" .. {f.last_dt}" if f.last_dt != f.first_dt else "") for f in files
+    )
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -1017,9 +1207,14 @@ def _parts_match(parts: list[str], globs: list[str]) -> bool:
 
 
 def _hidden(name: str, globs: Sequence[str]) -> bool:
-    """Whether a file only describes others (`._log.csv` of macOS, `.part-0.csv.crc`, `_SUCCESS`), unless a glob names such files."""
+    """Whether a file only describes others (`._log.csv` of macOS, `.part-0.csv.crc`, `_SUCCESS`), unless a glob names
+    such files.
+    """
     named = {part[:1] for glob in globs for part in glob.split("/")}
-    return any((part.startswith(".") and "." not in named) or (_MARKER.fullmatch(part) and "_" not in named) for part in name.split("/"))
+    return any(
+        (part.startswith(".") and "." not in named) or (_MARKER.fullmatch(part) and "_" not in named)
+        for part in name.split("/")
+    )
 
 
 def _with_wildcards(name: str) -> str:

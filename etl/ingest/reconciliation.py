@@ -107,10 +107,11 @@ def check_refusals(tally: Tally, definition: DatasetDefinition, where: str, max_
         if refused.total() > max_bad_share * rows:
             (most, count), *_ = refused.most_common(1)
             raise StageError(
-                f"{refused.total():,} of {rows:,} {what} ({refused.total() / rows:.2%}) were refused, more than {max_bad_share:.2%}; "
-                f"most often {most} ({count:,} rows)",
-                "correct the raw file and run again; where such rows are ordinary, set the bound raw.max_refused_share with a reason "
-                "in the section quality of the definition, or name their reason in logs.expected_refusals",
+                f"{refused.total():,} of {rows:,} {what} ({refused.total() / rows:.2%}) were refused, more than"
+                f" {max_bad_share:.2%}; most often {most} ({count:,} rows)",
+                "correct the raw file and run again; where such rows are ordinary, set the bound raw.max_refused_share"
+                " with a reason in the section quality of the definition, or name their reason in"
+                " logs.expected_refusals",
             )
     if cut := [reason for reason in tally.refused if reason.rpartition(": ")[2] in BREAKS]:
         # One refused row stands for everything behind the break: no share of refused rows can show how much is missing.
@@ -139,8 +140,9 @@ def log_tally(tally: Tally) -> None:
     """Log what was read by another clock, and what was refused most often."""
     if clock := tally.clock_changes:
         log(
-            f"clock changes: {clock['repeated_times']:,} event(s) have a local time that occurs twice on the day and is read as its second pass, "
-            f"{clock['missing_times']:,} one that does not occur and is read by the clock before the change"
+            f"clock changes: {clock['repeated_times']:,} event(s) have a local time that occurs twice on the day and is"
+            f" read as its second pass, {clock['missing_times']:,} one that does not occur and is read by the clock"
+            " before the change"
         )
     refused = tally.refused + tally.refused_elsewhere
     for where, count in refused.most_common(SHOWN_REASONS):

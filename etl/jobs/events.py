@@ -1,4 +1,5 @@
-"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there yet.
+"""Build `events` and `quarantine` of a day from raw logs, and of every earlier day of the lookback that is not there
+yet.
 
 The command line of `etl.ingest.build_events`: with --reports, the gates of `etl.quality` stand around the job.
 """
@@ -23,13 +24,46 @@ from etl.warehouse.buckets import MAX_BUCKETS
 def _parser() -> argparse.ArgumentParser:
     parser = partition_parser(__doc__)
     parser.add_argument("--raw", required=True, help="folder or URI of the raw logs, as published")
-    parser.add_argument("--lookback-days", type=int, default=None, help="days, dt included, that must be there afterwards (default: the definition's)")
-    parser.add_argument("--buckets", type=int, default=None,
-                        help=f"user buckets of the days that are built (default: those of the days that are there, or one for each {BUCKET_BYTES >> 20} MiB of a whole lookback)")
-    parser.add_argument("--max-bad-share", type=float, help="stop when more than this share of the rows is refused (default: the data set's quality bound raw.max_refused_share)")
-    parser.add_argument("--accept-loss", action="append", default=[], metavar="DAY", help="build this day (or FIRST..LAST) from the raw files that are left, "
-                        "and let it have fewer rows than what is published; may be given more than once")
-    parser.add_argument("--reports", help="folder of reports: judge the raw files first and the staged days last, in this process, and write the pages there")
+    parser.add_argument(
+        "--lookback-days",
+        type=int,
+        default=None,
+        help="days, dt included, that must be there afterwards (default: the definition's)",
+    )
+    parser.add_argument(
+        "--buckets",
+        type=int,
+        default=None,
+        help=(
+            "user buckets of the days that are built (default: those of the days that are there, or one for each"
+            f" {BUCKET_BYTES >> 20} MiB of a whole lookback)"
+        ),
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        help=(
+            "stop when more than this share of the rows is refused (default: the data set's quality bound"
+            " raw.max_refused_share)"
+        ),
+    )
+    parser.add_argument(
+        "--accept-loss",
+        action="append",
+        default=[],
+        metavar="DAY",
+        help=(
+            "build this day (or FIRST..LAST) from the raw files that are left, "
+            "and let it have fewer rows than what is published; may be given more than once"
+        ),
+    )
+    parser.add_argument(
+        "--reports",
+        help=(
+            "folder of reports: judge the raw files first and the staged days last, in this process, and write the"
+            " pages there"
+        ),
+    )
     return parser
 
 
@@ -46,7 +80,8 @@ def _build_of(args: argparse.Namespace, definition: DatasetDefinition) -> Build:
     buckets_fit = args.buckets is None or 1 <= args.buckets <= MAX_BUCKETS
     if lookback_days < 1 or not buckets_fit or not 0 <= max_bad_share <= 1:
         raise StageError(
-            f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0 and 1",
+            f"--lookback-days must be at least 1, --buckets between 1 and {MAX_BUCKETS} and --max-bad-share between 0"
+            " and 1",
             "correct them",
         )
     return Build(args.dt, args.attempt, lookback_days, args.buckets, max_bad_share, accepted_days(args.accept_loss))
@@ -62,11 +97,18 @@ def main() -> None:
             from etl.quality.judge.in_job import judging_events
             from etl.quality.judge.page_process import written_after
 
-            around.enter_context(written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True))
-            raw_gate = around.enter_context(judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports)))
+            around.enter_context(
+                written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports), only_stopped=True)
+            )
+            raw_gate = around.enter_context(
+                judging_events(store, definition, raw, args.dt, args.attempt, Path(args.reports))
+            )
         summary = build_events(store, definition, raw, build, raw_gate)
-    log("rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,} quarantined"
-        " + {outside_days:,} outside the lookback + {built_ahead:,} built ahead + {already_published:,} of days already published".format(**summary))
+    log(
+        "rows in the files read: {rows_read:,} = {events:,} events + {duplicates:,} duplicates + {quarantined:,}"
+        " quarantined + {outside_days:,} outside the lookback + {built_ahead:,} built ahead + {already_published:,} of"
+        " days already published".format(**summary)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Build `items` and `sequences` of a partition from the published events of its window.
 
-One task a bucket: the window's sorted days are concatenated and stably sorted by user, so no history is ever shuffled. A
-target sees the events strictly earlier than itself: exposures of one page share one timestamp and never see each other.
+One task a bucket: the window's sorted days are concatenated and stably sorted by user, so no history is ever shuffled.
+A target sees the events strictly earlier than itself: exposures of one page share one timestamp and never see each
+other.
 """
 
 from __future__ import annotations
@@ -43,8 +44,14 @@ class Measuring:
     take: Callable[[Sequence[Any]], None]
 
 
-def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLocation, window: Window, attempt: str,
-                    measuring: Measuring | None = None) -> dict[str, int]:
+def build_sequences(
+    store: TableStore,
+    definition: DatasetDefinition,
+    raw: RawLocation,
+    window: Window,
+    attempt: str,
+    measuring: Measuring | None = None,
+) -> dict[str, int]:
     """Stage `items` and `sequences` of a partition; return the counts of `sequences`.
 
     Args:
@@ -64,7 +71,10 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     parts = parts_by_bucket(store.compacted(manifests), layout)
     buckets = sorted(parts)
     if any(part.mixed for found in parts.values() for part in found):
-        log(f"days are cut into different buckets: some files are read more than once until `python -m etl.jobs.rebucket --buckets {layout.buckets}` has run")
+        log(
+            "days are cut into different buckets: some files are read more than once until `python -m"
+            f" etl.jobs.rebucket --buckets {layout.buckets}` has run"
+        )
     users = _user_fields(raw, definition)
     item_files = [read_features(raw, rule) for rule in definition.items]
     for rule, table in zip(definition.items, item_files, strict=True):
@@ -72,23 +82,33 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
             log(f"no item file matches {rule.files} in {raw.uri}: its fields are empty")
     warehouse, dataset = store.warehouse, store.dataset
     # Positions of a leave-last protocol are of no day: every event counts as seen in training.
-    first_evaluation_ms = (day_number(window.first_evaluation_dt if definition.targets.positions is None else "2200-01-01")) * MS_PER_DAY
+    first_evaluation_ms = (
+        day_number(window.first_evaluation_dt if definition.targets.positions is None else "2200-01-01")
+    ) * MS_PER_DAY
     spark = spark_session(attempt)
     try:
         context = spark.sparkContext
-        log(f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)} bucket(s), {sum(map(len, parts.values())):,} file(s)")
+        log(
+            f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)}"
+            f" bucket(s), {sum(map(len, parts.values())):,} file(s)"
+        )
 
         def count(task: tuple[int, list[Part]]) -> dict[str, bytes]:
             columns = ["item_id", "event_time_ms", *definition.events.item_fields]
             events = read_bucket(TableStore(warehouse, dataset), task[1], task[0], layout, columns)
-            return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()}
+            return {
+                name: _to_ipc(part)
+                for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()
+            }
 
         columns, measured = (measuring.columns, measuring.measured) if measuring is not None else ((), None)
 
         def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Any]:
             bucket, work = task
             here = TableStore(warehouse, dataset)
-            rows, counts = sequence_rows(read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition)
+            rows, counts = sequence_rows(
+                read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition
+            )
             file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
             if file is None or measured is None:
                 return file, counts, None
@@ -98,7 +118,10 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
         totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
         items = item_rows(totals, item_files, definition, raw.uri)
         item_file = store.write_file(staging, "items", dt, 0, items)
-        known, seen = context.broadcast(items["item_id"].to_numpy()), context.broadcast(totals[""]["occurrences"].to_numpy())
+        known, seen = (
+            context.broadcast(items["item_id"].to_numpy()),
+            context.broadcast(totals[""]["occurrences"].to_numpy()),
+        )
         user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
         results = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(build).collect()
     finally:
@@ -109,14 +132,30 @@ def build_sequences(store: TableStore, definition: DatasetDefinition, raw: RawLo
     if counts["negatives_missing"]:
         log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
     inputs = {store.input_name(m): m.data_digest for m in manifests}
-    settings = {"target_days": window.target_days, "lookback_days": window.lookback_days, "evaluation_days": window.evaluation_days,
-                **definition.history.model_dump(include={"cutoff", "availability_lag_ms", "max_events"}),
-                "user_fields": ",".join(definition.user_fields), "signals": ",".join(definition.feedback_fields)}
+    settings = {
+        "target_days": window.target_days,
+        "lookback_days": window.lookback_days,
+        "evaluation_days": window.evaluation_days,
+        **definition.history.model_dump(include={"cutoff", "availability_lag_ms", "max_events"}),
+        "user_fields": ",".join(definition.user_fields),
+        "signals": ",".join(definition.feedback_fields),
+    }
     known_fields = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
-    item_counts = {"items": items.num_rows, "item_files": sum(table is not None for table in item_files), "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0)}
-    for name, schema, found, figures in (("items", items.schema, (item_file,), item_counts),
-                                         ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts)):
-        store.write_staged_manifest(staging, Manifest(dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings))
+    item_counts = {
+        "items": items.num_rows,
+        "item_files": sum(table is not None for table in item_files),
+        "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0),
+    }
+    for name, schema, found, figures in (
+        ("items", items.schema, (item_file,), item_counts),
+        ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts),
+    ):
+        store.write_staged_manifest(
+            staging,
+            Manifest(
+                dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings
+            ),
+        )
     return counts
 
 
@@ -128,10 +167,12 @@ def _require_training_day(manifests: list[Manifest], window: Window) -> None:
     """
     first = min(m.dt for m in manifests if m.rows and m.dt >= window.first_target_dt)
     if first >= window.first_evaluation_dt:
-        raise StageError(f"there is nothing to train dt={window.dt} on: the events of its {window.target_days} target days begin on {first}, "
-                         f"and the last {window.evaluation_days} of these days are for evaluation",
-                         f"run dt={add_days(first, window.evaluation_days)} once its logs are there: it is the first day that can be trained; "
-                         f"the events of dt={window.dt} are published and stay")
+        raise StageError(
+            f"there is nothing to train dt={window.dt} on: the events of its {window.target_days} target days begin on"
+            f" {first}, and the last {window.evaluation_days} of these days are for evaluation",
+            f"run dt={add_days(first, window.evaluation_days)} once its logs are there: it is the first day that can be"
+            f" trained; the events of dt={window.dt} are published and stay",
+        )
 
 
 def _with_any(items: pa.Table, fields: list[str]) -> int:

@@ -20,15 +20,23 @@ def counted(events: pa.Table, first_evaluation_ms: int, fields: Mapping[str, Fie
     """Return what some events say of their items; `merged` joins such parts in any order.
 
     Returns:
-        "": item_id, occurrences, train_occurrences (before `first_evaluation_ms`); and under each field's name: item_id,
-        value, latest time of that value.
+        "": item_id, occurrences, train_occurrences (before `first_evaluation_ms`); and under each field's name:
+        item_id, value, latest time of that value.
     """
     early = pc.less(events["event_time_ms"], first_evaluation_ms).cast(pa.int64())
-    table = pa.table({"item_id": events["item_id"], "occurrences": pa.array(np.ones(events.num_rows, np.int64)), "train_occurrences": early})
+    table = pa.table(
+        {
+            "item_id": events["item_id"],
+            "occurrences": pa.array(np.ones(events.num_rows, np.int64)),
+            "train_occurrences": early,
+        }
+    )
     parts = {"": table}
     for name in fields:
         known = pc.is_valid(events[name])
-        parts[name] = pa.table({"item_id": events["item_id"], "value": events[name], "time_ms": events["event_time_ms"]}).filter(known)
+        parts[name] = pa.table(
+            {"item_id": events["item_id"], "value": events[name], "time_ms": events["event_time_ms"]}
+        ).filter(known)
     return merged([parts])
 
 
@@ -41,7 +49,9 @@ def merged(parts: list[dict[str, pa.Table]]) -> dict[str, pa.Table]:
             result[name] = _summed(table)
         else:
             latest = table.group_by(["item_id", "value"]).aggregate([("time_ms", "max")])
-            result[name] = latest.select(["item_id", "value", "time_ms_max"]).rename_columns(table.column_names).sort_by("item_id")
+            result[name] = (
+                latest.select(["item_id", "value", "time_ms_max"]).rename_columns(table.column_names).sort_by("item_id")
+            )
     return result
 
 
@@ -50,19 +60,32 @@ def _summed(table: pa.Table) -> pa.Table:
     item = table["item_id"].to_numpy()
     if not len(item) or int(item.max()) - int(item.min()) >= TABLE_ENTRIES_PER_EVENT * len(item):
         summed = table.group_by("item_id").aggregate([("occurrences", "sum"), ("train_occurrences", "sum")])
-        return summed.select(["item_id", "occurrences_sum", "train_occurrences_sum"]).rename_columns(table.column_names).sort_by("item_id")
+        return (
+            summed.select(["item_id", "occurrences_sum", "train_occurrences_sum"])
+            .rename_columns(table.column_names)
+            .sort_by("item_id")
+        )
     first = int(item.min())
-    sums = [np.bincount(item - first, weights=table[name].to_numpy()).astype(np.int64) for name in ("occurrences", "train_occurrences")]
+    sums = [
+        np.bincount(item - first, weights=table[name].to_numpy()).astype(np.int64)
+        for name in ("occurrences", "train_occurrences")
+    ]
     there = np.flatnonzero(sums[0])
     return pa.table({"item_id": there + first, "occurrences": sums[0][there], "train_occurrences": sums[1][there]})
 
 
-def item_rows(counts: Mapping[str, pa.Table], files: list[pa.Table | None], definition: DatasetDefinition, source: str = "the raw folder") -> pa.Table:
+def item_rows(
+    counts: Mapping[str, pa.Table],
+    files: list[pa.Table | None],
+    definition: DatasetDefinition,
+    source: str = "the raw folder",
+) -> pa.Table:
     """Return rows with the ITEMS schema and the data set's fields: every counted item in item_id order.
 
     Args:
         counts: what `merged` returned.
-        files: the item files as text, in the definition's order; None where there is none. The first row of an item counts.
+        files: the item files as text, in the definition's order; None where there is none. The first row of an item
+            counts.
         source: what messages call their place.
 
     Raises:
@@ -70,22 +93,42 @@ def item_rows(counts: Mapping[str, pa.Table], files: list[pa.Table | None], defi
     """
     ids = counts[""]["item_id"].to_numpy()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        "item_index": pa.array(np.arange(len(ids)), pa.int32()), "item_id": pa.array(ids, pa.int64()), "train_occurrences": counts[""]["train_occurrences"],
-    }  # fmt: skip
+        "item_index": pa.array(np.arange(len(ids)), pa.int32()),
+        "item_id": pa.array(ids, pa.int64()),
+        "train_occurrences": counts[""]["train_occurrences"],
+    }
     for name, rule in definition.events.item_fields.items():
         columns[name] = _field(_latest(counts[name], ids), rule, f"the logs in {source}")
     for file_rule, table in zip(definition.items, files, strict=True):
         position, found = np.zeros(len(ids), np.int64), np.zeros(len(ids), dtype=bool)
         if table is not None and table.num_rows:
-            known = feature_ids(table[file_rule.key], file_rule.key, definition.logs.columns[definition.events.item].type, f"the file {file_rule.files} in {source}")
+            known = feature_ids(
+                table[file_rule.key],
+                file_rule.key,
+                definition.logs.columns[definition.events.item].type,
+                f"the file {file_rule.files} in {source}",
+            )
             distinct, first = np.unique(known, return_index=True)
             place = np.minimum(np.searchsorted(distinct, ids), len(distinct) - 1)
             found, position = distinct[place] == ids, first[place]
         for name, rule in file_rule.fields.items():
-            text = pa.nulls(len(ids), pa.string()) if table is None else table[rule.column].combine_chunks().take(pa.array(position, mask=~found))
-            text = text if pa.types.is_list(text.type) else pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+            text = (
+                pa.nulls(len(ids), pa.string())
+                if table is None
+                else table[rule.column].combine_chunks().take(pa.array(position, mask=~found))
+            )
+            text = (
+                text
+                if pa.types.is_list(text.type)
+                else pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+            )
             columns[name] = _field(text, rule, f"the file {file_rule.files} in {source}")
-    schema = table_schema("items", pa.schema([*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in definition.item_fields.items()]]))
+    schema = table_schema(
+        "items",
+        pa.schema(
+            [*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in definition.item_fields.items()]]
+        ),
+    )
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
@@ -98,7 +141,10 @@ def feature_ids(values: pa.ChunkedArray, column: str, kind: str, source: str) ->
     text = values.combine_chunks()
     missing = pc.sum(pc.equal(text, "")).as_py() or 0
     if missing:
-        raise StageError(f"the column {column} of {source} has {missing:,} row(s) without a value", "correct them, or deliver the file again")
+        raise StageError(
+            f"the column {column} of {source} has {missing:,} row(s) without a value",
+            "correct them, or deliver the file again",
+        )
     return hashed_ids(text if kind == "text" else whole_numbers(text, column, source))
 
 
@@ -110,13 +156,18 @@ def whole_numbers(values: pa.Array, column: str, source: str) -> pa.Array:
     """
     wrong = values.filter(pc.invert(pc.match_substring_regex(values, r"\A-?[0-9]{1,18}(\.0*)?\z")))
     if len(wrong):
-        raise StageError(f"the column {column} of {source} holds {wrong[0].as_py()[:40]!r}, which is no whole number", "correct that value, or deliver the file again")
+        raise StageError(
+            f"the column {column} of {source} holds {wrong[0].as_py()[:40]!r}, which is no whole number",
+            "correct that value, or deliver the file again",
+        )
     return pc.replace_substring_regex(values, r"\.0*\z", "").cast(pa.int64())
 
 
 def _latest(values: pa.Table, ids: np.ndarray) -> pa.Array:
     """Return each item's value with the latest time (of several: the largest), null where it has none."""
-    ordered = values.take(pc.sort_indices(values, [("item_id", "ascending"), ("time_ms", "ascending"), ("value", "ascending")]))
+    ordered = values.take(
+        pc.sort_indices(values, [("item_id", "ascending"), ("time_ms", "ascending"), ("value", "ascending")])
+    )
     known = ordered["item_id"].to_numpy()
     last = np.searchsorted(known, ids, side="right") - 1
     found = (last >= 0) & (known[np.maximum(last, 0)] == ids) if len(known) else np.zeros(len(ids), dtype=bool)
@@ -135,7 +186,10 @@ def _field(values: pa.Array | pa.ChunkedArray, rule: FieldRule, source: str) -> 
     try:
         return values.cast(pa.float64())
     except pa.ArrowInvalid as error:
-        raise StageError(f"the column {rule.column} of {source} holds what is no number: {error}", "correct that value, or make the field a category") from None
+        raise StageError(
+            f"the column {rule.column} of {source} holds what is no number: {error}",
+            "correct that value, or make the field a category",
+        ) from None
 
 
 def _lists(values: pa.Array, rule: FieldRule) -> pa.Array:

@@ -1,6 +1,8 @@
-"""Sampled negatives for logs that hold no exposures: items that stand as targets with label 0 beside each logged target.
+"""Sampled negatives for logs that hold no exposures: items that stand as targets with label 0 beside each logged
+target.
 
-Every draw is a hash of (seed, partition, user, target, slot, round): no state, so buckets, re-runs and neighbours agree.
+Every draw is a hash of (seed, partition, user, target, slot, round): no state, so buckets, re-runs and neighbours
+agree.
 
 Legend: P positives of one bucket, E its events, N items of the partition.
 """
@@ -40,7 +42,8 @@ def sample_negatives(
         occurrences: int64 [N], events of each item in the window.
         event_owner, event_item, event_time_ms: int64 [E], all events of the bucket's users.
         owner, user_id, number, item, time_ms: int64 [P]; `number` counts a user's positives from 0.
-        history_item: int32, items of the histories, flat; visible_from, visible_to: int64 [P], each positive's part of it.
+        history_item: int32, items of the histories, flat; visible_from, visible_to: int64 [P], each positive's part of
+            it.
 
     Returns:
         int32 [P, per_positive] item indices, -1 where no item could be found.
@@ -54,7 +57,9 @@ def sample_negatives(
     order = np.lexsort((event_time_ms, key))
     met_key, first = np.unique(key[order], return_index=True)
     met_ms = event_time_ms[order][first]
-    shares = np.array([rule.draw.get("popularity", 0.0), rule.draw.get("uniform", 0.0), rule.draw.get("own_history", 0.0)])
+    shares = np.array(
+        [rule.draw.get("popularity", 0.0), rule.draw.get("uniform", 0.0), rule.draw.get("own_history", 0.0)]
+    )
     cumulative_share = np.cumsum(shares) / shares.sum()
     cumulative_occurrences = np.cumsum(occurrences)
     base = _mixed(np.full(positives, rule.seed, dtype=np.int64), np.int64(day), user_id, number)
@@ -86,7 +91,9 @@ def _mixed(state: np.ndarray, *parts: np.ndarray | np.int64) -> np.ndarray:
     """Return int64 hashes (splitmix64) of a state and further numbers."""
     mixed = state.astype(np.int64).view(np.uint64).copy()
     for part in parts:
-        mixed += np.atleast_1d(part).astype(np.int64).view(np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
+        mixed += np.atleast_1d(part).astype(np.int64).view(np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(
+            0x9E3779B97F4A7C15
+        )
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)

@@ -16,7 +16,12 @@ from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATC
 
 
 def sequence_rows(
-    events: pa.Table, item_ids: np.ndarray, occurrences: np.ndarray, users: dict[int, list[str]], window: Window, definition: DatasetDefinition
+    events: pa.Table,
+    item_ids: np.ndarray,
+    occurrences: np.ndarray,
+    users: dict[int, list[str]],
+    window: Window,
+    definition: DatasetDefinition,
 ) -> tuple[pa.Table, dict[str, int]]:
     """Turn one bucket's events into rows with the SEQUENCES schema.
 
@@ -30,7 +35,11 @@ def sequence_rows(
     """
     user = events["user_id"].to_numpy()
     order = np.argsort(user, kind="stable")
-    user, time_ms, feedback = user[order], events["event_time_ms"].to_numpy()[order], events["feedback"].to_numpy()[order]
+    user, time_ms, feedback = (
+        user[order],
+        events["event_time_ms"].to_numpy()[order],
+        events["feedback"].to_numpy()[order],
+    )
     split = target_splits(user, time_ms, feedback, window, definition)
     # Users without a target have no row.
     owners = np.unique(user[split >= 0])
@@ -46,7 +55,8 @@ def sequence_rows(
     target_owner = owner[target]
     target_start = np.searchsorted(target_owner, np.arange(len(owners) + 1))
     end = visible_ends(owner[seen], time_ms[seen], start, target_owner, time_ms[target], definition.history)
-    # Stored is what any target of the user sees: from max_events before the first one on. `history_first` bounds the later ones.
+    # Stored is what any target of the user sees: from max_events before the first one on. `history_first` bounds the
+    # later ones.
     most = definition.history.max_events
     first_end, last_end = end[target_start[:-1]], end[target_start[1:] - 1]
     trim = history_first(first_end, most)
@@ -57,27 +67,47 @@ def sequence_rows(
 
     target_item, target_time, target_split = index[target], time_ms[target], split[target]
     context = events["context"].to_numpy()[order][target]
-    label = np.ones(len(target), np.int8) if definition.label_bit is None else (feedback[target] >> definition.label_bit & 1).astype(np.int8)
+    label = (
+        np.ones(len(target), np.int8)
+        if definition.label_bit is None
+        else (feedback[target] >> definition.label_bit & 1).astype(np.int8)
+    )
     negatives = missing = 0
     if definition.targets.negatives is not None:
         drawn = sample_negatives(
-            definition.targets.negatives, day_number(window.dt), occurrences, owner, index, time_ms, target_owner, owners[target_owner],
-            np.arange(len(target)) - target_start[target_owner], target_item, target_time, index[history],
-            history_start[target_owner] + history_first(end, most), history_start[target_owner] + end)  # fmt: skip
+            definition.targets.negatives,
+            day_number(window.dt),
+            occurrences,
+            owner,
+            index,
+            time_ms,
+            target_owner,
+            owners[target_owner],
+            np.arange(len(target)) - target_start[target_owner],
+            target_item,
+            target_time,
+            index[history],
+            history_start[target_owner] + history_first(end, most),
+            history_start[target_owner] + end,
+        )
         wide = np.concatenate([target_item[:, None], drawn], 1)
         there = wide >= 0
         repeat = there.sum(1)
         negatives, missing = int((there[:, 1:]).sum()), int((~there).sum())
         label = (np.arange(wide.shape[1]) == 0).astype(np.int8) * np.ones((len(wide), 1), np.int8)
         target_item, label = wide[there], label[there]
-        target_owner, target_time, target_split, context, end = (np.repeat(v, repeat) for v in (target_owner, target_time, target_split, context, end))
+        target_owner, target_time, target_split, context, end = (
+            np.repeat(v, repeat) for v in (target_owner, target_time, target_split, context, end)
+        )
         target_start = np.searchsorted(target_owner, np.arange(len(owners) + 1))
 
     def lists(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
 
     none = [""] * len(definition.user_fields)
-    watch = watch_bucket(events["watch_time_ms"].to_numpy()[order[history]], events["duration_ms"].to_numpy()[order[history]])
+    watch = watch_bucket(
+        events["watch_time_ms"].to_numpy()[order[history]], events["duration_ms"].to_numpy()[order[history]]
+    )
     rows = pa.table(
         {
             "user_id": pa.array(owners, pa.int64()),
@@ -96,13 +126,23 @@ def sequence_rows(
         schema=SEQUENCES,
     )
     sizes = np.bincount(target_split, minlength=3) if len(target_split) else np.zeros(3, int)
-    counts = {"users": len(owners), "targets": len(target_split), "train_targets": int(sizes[TRAIN]), "validation_targets": int(sizes[VALIDATION]),
-              "eval_targets": int(sizes[EVALUATION]), "history_events": int(history_start[-1]), "truncated_users": int((last_end > most).sum()),
-              "negatives": negatives, "negatives_missing": missing}
+    counts = {
+        "users": len(owners),
+        "targets": len(target_split),
+        "train_targets": int(sizes[TRAIN]),
+        "validation_targets": int(sizes[VALIDATION]),
+        "eval_targets": int(sizes[EVALUATION]),
+        "history_events": int(history_start[-1]),
+        "truncated_users": int((last_end > most).sum()),
+        "negatives": negatives,
+        "negatives_missing": missing,
+    }
     return rows, counts
 
 
-def target_splits(user: np.ndarray, time_ms: np.ndarray, feedback: np.ndarray, window: Window, definition: DatasetDefinition) -> np.ndarray:
+def target_splits(
+    user: np.ndarray, time_ms: np.ndarray, feedback: np.ndarray, window: Window, definition: DatasetDefinition
+) -> np.ndarray:
     """Return int8 [E]: TRAIN, VALIDATION or EVALUATION where the event is a target, else -1.
 
     Args:
@@ -117,7 +157,9 @@ def target_splits(user: np.ndarray, time_ms: np.ndarray, feedback: np.ndarray, w
     enough = np.repeat(count >= rule.min_events, count)
     if rule.positions is None:
         chosen = candidate[enough & (time_ms[candidate] >= day_number(window.first_target_dt) * MS_PER_DAY)]
-        split[chosen] = np.where(time_ms[chosen] >= day_number(window.first_evaluation_dt) * MS_PER_DAY, EVALUATION, TRAIN)
+        split[chosen] = np.where(
+            time_ms[chosen] >= day_number(window.first_evaluation_dt) * MS_PER_DAY, EVALUATION, TRAIN
+        )
         return split
     from_end = np.arange(len(candidate)) - np.repeat(first + count, count)  # -1 is the user's last
     split[candidate] = np.where(enough, _by_position(from_end, rule.positions), -1)
@@ -127,7 +169,11 @@ def target_splits(user: np.ndarray, time_ms: np.ndarray, feedback: np.ndarray, w
 def _by_position(from_end: np.ndarray, positions: Positions) -> np.ndarray:
     deepest = -min(*positions.train, *positions.validation, *positions.evaluation, -1)
     table = np.full(deepest + 1, -1, dtype=np.int8)
-    for code, places in ((TRAIN, positions.train), (VALIDATION, positions.validation), (EVALUATION, positions.evaluation)):
+    for code, places in (
+        (TRAIN, positions.train),
+        (VALIDATION, positions.validation),
+        (EVALUATION, positions.evaluation),
+    ):
         table[[-place for place in places]] = code
     return np.where(-from_end <= deepest, table[np.minimum(-from_end, deepest)], -1).astype(np.int8)
 
@@ -148,7 +194,14 @@ def cut_offs_ms(target_time_ms: np.ndarray, history: History) -> np.ndarray:
     return start - history.availability_lag_ms
 
 
-def visible_ends(owner: np.ndarray, time_ms: np.ndarray, start: np.ndarray, target_owner: np.ndarray, target_time_ms: np.ndarray, history: History) -> np.ndarray:
+def visible_ends(
+    owner: np.ndarray,
+    time_ms: np.ndarray,
+    start: np.ndarray,
+    target_owner: np.ndarray,
+    target_time_ms: np.ndarray,
+    history: History,
+) -> np.ndarray:
     """Return, per target, how many events of its user's history it may see: those strictly before its cut-off.
 
     Args:
@@ -159,7 +212,10 @@ def visible_ends(owner: np.ndarray, time_ms: np.ndarray, start: np.ndarray, targ
     # (user, time) as one ascending number, so that one search serves all users.
     base = int(min(time_ms.min(initial=0), cut.min(initial=0)))
     span = int(max(time_ms.max(initial=0), cut.max(initial=0))) - base + 1
-    return np.searchsorted(owner * span + (time_ms - base), target_owner * span + (cut - base), side="left") - start[target_owner]
+    return (
+        np.searchsorted(owner * span + (time_ms - base), target_owner * span + (cut - base), side="left")
+        - start[target_owner]
+    )
 
 
 def watch_bucket(watch_time_ms: np.ndarray, duration_ms: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""What every command line does: print its progress, and end with one clear message and the exit code of its kind when it fails."""
+"""What every command line does.
+
+Print its progress, and end with one clear message and the exit code of its kind when it fails.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ def log(message: str) -> None:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage; a StageError becomes one clear message and the exit code of its kind (a trace only with LONGVIEW_TRACE=1)."""
+    """Run a stage.
+
+    A StageError becomes one clear message and the exit code of its kind (a trace only with LONGVIEW_TRACE=1).
+    """
     try:
         main()
     except Exception as error:
@@ -31,5 +37,7 @@ def _no_answer(error: Exception) -> StageError | None:
     """Return what to say of a store that does not answer; None for any other error, which is a crash."""
     if kind_of(error) is StageError:
         return None
-    reason = next((line.strip() for line in str(error).splitlines() if kind_of(Exception(line)) is TryAgainError), str(error))
+    reason = next(
+        (line.strip() for line in str(error).splitlines() if kind_of(Exception(line)) is TryAgainError), str(error)
+    )
     return TryAgainError(f"a store does not answer: {reason[:500]}", "run the same command again once it does")

@@ -1,4 +1,7 @@
-"""The failures that a stage reports to its user, and the exit code of each kind; imports next to nothing, so that a DAG file may."""
+"""The failures that a stage reports to its user, and the exit code of each kind.
+
+Imports next to nothing, so that a DAG file may.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import re
 
 EXIT_CORRECT = 2  # something for a person to correct; argparse's code, too
 EXIT_GATE = 3  # a gate said no
-EXIT_TRY_AGAIN = 75  # nothing to correct here: the same command line may succeed a minute later (EX_TEMPFAIL of sysexits.h)
+EXIT_TRY_AGAIN = (
+    75  # nothing to correct here: the same command line may succeed a minute later (EX_TEMPFAIL of sysexits.h)
+)
 
 
 class StageError(Exception):
@@ -35,16 +40,26 @@ class GateError(StageError):
 
 
 class TryAgainError(StageError):
-    """A stage cannot go on now: a server does not answer, a worker was lost, somebody else changed what was being read."""
+    """A stage cannot go on now.
+
+    A server does not answer, a worker was lost, somebody else changed what was being read.
+    """
 
     exit_code = EXIT_TRY_AGAIN
 
 
 # How Arrow, boto3 and Spark's connectors say it, also in the middle of a trace of Java.
-_NO_ANSWER = re.compile(r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING)|Could not connect to the endpoint URL"
-                        r"|\((SlowDown|ServiceUnavailable|InternalError|RequestTimeout|503|500)\)|Connect timeout on endpoint URL|Read timeout on endpoint URL|Connection was closed before")
+_NO_ANSWER = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING)|Could"
+    r" not connect to the endpoint URL"
+    r"|\((SlowDown|ServiceUnavailable|InternalError|RequestTimeout|503|500)\)|Connect timeout on endpoint URL|Read"
+    r" timeout on endpoint URL|Connection was closed before"
+)
 
 
 def kind_of(error: BaseException) -> type[StageError]:
-    """Return the kind of failure that an error of a store is: TryAgainError where it does not answer, else StageError."""
+    """Return the kind of failure that an error of a store is.
+
+    TryAgainError where it does not answer, else StageError.
+    """
     return TryAgainError if _NO_ANSWER.search(str(error)) else StageError

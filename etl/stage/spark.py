@@ -21,9 +21,10 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 def spark_session(app_name: str) -> SparkSession:
     """Return the session of a stage.
 
-    Under spark-submit, all that it was given (options, --conf, spark-defaults.conf) stays as it is; only what it leaves open
-    is set here. Elsewhere the environment decides: SPARK_MASTER (default local[*]) and LONGVIEW_SPARK_MEMORY (driver, and
-    executors on a cluster; default 2g). On a cluster the executors get this process's copy of `etl/` with the job.
+    Under spark-submit, all that it was given (options, --conf, spark-defaults.conf) stays as it is; only what it leaves
+    open is set here. Elsewhere the environment decides: SPARK_MASTER (default local[*]) and LONGVIEW_SPARK_MEMORY
+    (driver, and executors on a cluster; default 2g). On a cluster the executors get this process's copy of `etl/` with
+    the job.
     """
     from pyspark import SparkConf, SparkContext
     from pyspark.sql import SparkSession
@@ -51,7 +52,9 @@ def spark_session(app_name: str) -> SparkSession:
         # Python workers otherwise take the first python on PATH, and find `etl` only when started in its folder.
         os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (REPOSITORY, os.environ.get("PYTHONPATH")) if p)
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # never on a cluster: its executors have to reach the driver
+        os.environ.setdefault(
+            "SPARK_LOCAL_IP", "127.0.0.1"
+        )  # never on a cluster: its executors have to reach the driver
     else:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # on the executors too, unless it names another path
     if not submitted:

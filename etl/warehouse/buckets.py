@@ -1,4 +1,5 @@
-"""How users are spread over the buckets of a day, and how days that are cut into different buckets are read together."""
+"""How users are spread over the buckets of a day, and how days that are cut into different buckets are read
+together."""
 
 from __future__ import annotations
 
@@ -48,9 +49,12 @@ class Layout:
         """
         buckets, name = manifest.settings.get("buckets"), str(manifest.settings.get("bucket_hash", "product"))
         if not str(buckets).isdecimal() or not 1 <= int(str(buckets)) <= MAX_BUCKETS or name not in HASHES:
-            raise StageError(f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has {buckets!r} buckets by the hash {name!r}; "
-                             f"known are 1 to {MAX_BUCKETS} by {', '.join(HASHES)}",
-                             f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its current.json, or update longview")
+            raise StageError(
+                f"the manifest of {manifest.dataset}/{manifest.table} dt={manifest.dt} has {buckets!r} buckets by the"
+                f" hash {name!r}; known are 1 to {MAX_BUCKETS} by {', '.join(HASHES)}",
+                f"copy the newest good manifest of _manifests/{manifest.table}/dt={manifest.dt}/history over its"
+                " current.json, or update longview",
+            )
         return Layout(int(str(buckets)), name)
 
     def settings(self) -> dict[str, str | int]:
@@ -84,7 +88,10 @@ def common_layout(days: Sequence[Manifest]) -> Layout:
 
 
 def parts_by_bucket(manifests: Sequence[Manifest], layout: Layout) -> dict[int, list[Part]]:
-    """Return what holds the users of each bucket of a layout, in the manifests' order; buckets that nothing holds are left out."""
+    """Return what holds the users of each bucket of a layout, in the manifests' order.
+
+    Buckets that nothing holds are left out.
+    """
     parts: dict[int, list[Part]] = {}
     for manifest in manifests:
         if not manifest.files:
@@ -105,7 +112,9 @@ def files_by_remainder(manifest: Manifest, modulus: int) -> dict[int, list[DataF
     return groups
 
 
-def read_bucket(store: TableStore, parts: Sequence[Part], bucket: int, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:
+def read_bucket(
+    store: TableStore, parts: Sequence[Part], bucket: int, layout: Layout, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read the rows of one bucket, in the order of its parts."""
     tables = []
     for part in parts:

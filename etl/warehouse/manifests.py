@@ -66,7 +66,10 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the manifest with its checksum: the data digest covers the files alone, not of counts, inputs and settings."""
+        """Return the manifest with its checksum.
+
+        The data digest covers the files alone, not of counts, inputs and settings.
+        """
         content = {**asdict(self), "format_version": FORMAT_VERSION, "rows": self.rows, "data_digest": self.data_digest}
         return json.dumps({**content, CHECKSUM: checksum(content)}, indent=1, sort_keys=True)
 
@@ -78,8 +81,8 @@ class Manifest:
             where, remedy: its path, and what its reader should do when it is damaged.
 
         Raises:
-            StageError: it is empty, cut or garbled, its digest is not that of what it lists, its checksum is not that of what it
-                says (manifests of earlier versions have none), or a newer longview wrote it.
+            StageError: it is empty, cut or garbled, its digest is not that of what it lists, its checksum is not that
+                of what it says (manifests of earlier versions have none), or a newer longview wrote it.
         """
         try:
             raw = json.loads(text)
@@ -88,25 +91,44 @@ class Manifest:
             what = "is empty" if not text.strip() else f"is cut or garbled: {error}"
             raise StageError(f"the manifest {where} {what}", remedy) from error
         if version > FORMAT_VERSION:
-            raise StageError(f"the manifest {where} was written by a newer longview: format_version {version}, this one reads up to {FORMAT_VERSION}",
-                             "update longview where this stage runs")
+            raise StageError(
+                f"the manifest {where} was written by a newer longview: format_version {version}, this one reads up to"
+                f" {FORMAT_VERSION}",
+                "update longview where this stage runs",
+            )
         try:
             files = tuple(DataFile(**_known(DataFile, file)) for file in raw["files"])
             manifest = Manifest(**{**_known(Manifest, raw), "files": files})
             rows, digest = manifest.rows, manifest.data_digest
         except (TypeError, KeyError, AttributeError) as error:
             raise StageError(f"the manifest {where} is garbled: {error}", remedy) from error
-        if wrong := [name for name in ("counts", "inputs", "settings") if not isinstance(getattr(manifest, name), dict)]:
-            raise StageError(f"the manifest {where} is garbled: {wrong[0]} is {str(raw[wrong[0]])[:40]!r}, not names with values", remedy)
+        if wrong := [
+            name for name in ("counts", "inputs", "settings") if not isinstance(getattr(manifest, name), dict)
+        ]:
+            raise StageError(
+                f"the manifest {where} is garbled: {wrong[0]} is {str(raw[wrong[0]])[:40]!r}, not names with values",
+                remedy,
+            )
         if (raw.get("rows"), raw.get("data_digest")) != (rows, digest):
-            raise StageError(f"the manifest {where} says {raw.get('rows')} rows and the data digest {raw.get('data_digest')}, its files have {rows} rows and {digest}", remedy)
+            raise StageError(
+                f"the manifest {where} says {raw.get('rows')} rows and the data digest {raw.get('data_digest')}, its"
+                f" files have {rows} rows and {digest}",
+                remedy,
+            )
         if CHECKSUM in raw and raw[CHECKSUM] != (found := checksum(raw)):
-            raise StageError(f"the manifest {where} was changed after it was written: its {CHECKSUM} is {str(raw[CHECKSUM])[:20]}, what it says has {found[:20]}", remedy)
+            raise StageError(
+                f"the manifest {where} was changed after it was written: its {CHECKSUM} is {str(raw[CHECKSUM])[:20]},"
+                f" what it says has {found[:20]}",
+                remedy,
+            )
         return manifest
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of all that a manifest says but its checksum: keys of a later version, too, and whatever the layout of the JSON."""
+    """Return the sha256 (hex) of all that a manifest says but its checksum.
+
+    Keys of a later version, too, and whatever the layout of the JSON.
+    """
     said = {name: value for name, value in content.items() if name != CHECKSUM}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -53,9 +53,11 @@ class Window:
 
     Attributes:
         dt: the partition, and the last day of its window.
-        target_days: days, `dt` included, whose events are targets; all but the last `evaluation_days` are training data.
+        target_days: days, `dt` included, whose events are targets; all but the last `evaluation_days` are training
+            data.
         lookback_days: days, `dt` included, whose events may stand in a history; at least `target_days`.
-        evaluation_days: the last so many days, `dt` included, are for evaluation: 1, or more where a day holds too little.
+        evaluation_days: the last so many days, `dt` included, are for evaluation: 1, or more where a day holds too
+            little.
     """
 
     dt: str
@@ -66,7 +68,8 @@ class Window:
     def __post_init__(self) -> None:
         if not 1 <= self.evaluation_days < self.target_days <= self.lookback_days:
             raise StageError(
-                f"window of {self.evaluation_days} evaluation days and {self.target_days} target days with a lookback of {self.lookback_days} days",
+                f"window of {self.evaluation_days} evaluation days and {self.target_days} target days with a lookback"
+                f" of {self.lookback_days} days",
                 "use 1 <= evaluation_days < target_days <= lookback_days",
             )
 

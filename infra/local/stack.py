@@ -81,7 +81,10 @@ def wait_until(there: Callable[[], bool], processes: dict[Service, int], otherwi
 def _who_may() -> str:
     if settings.login():
         return f"user {settings.AIRFLOW_USER}, password in {settings.passwords_file()}"
-    return "no login: it listens on 127.0.0.1 only, and every user of this machine is its administrator; LONGVIEW_LOGIN=1 asks for a password"
+    return (
+        "no login: it listens on 127.0.0.1 only, and every user of this machine is its administrator; LONGVIEW_LOGIN=1"
+        " asks for a password"
+    )
 
 
 def down() -> None:
@@ -91,7 +94,9 @@ def down() -> None:
         running[SUPERVISOR] = supervisor
         services.stop([supervisor], seconds=2 * services.STOP_SECONDS)  # it gives the services half of that
     left = services.end_left_behind(service.name for service in (SUPERVISOR, *stack()))
-    stopped = [service.name for service in running] + [f"{len(left)} processes that a killed one left"] * bool(left and not running)
+    stopped = [service.name for service in running] + [f"{len(left)} processes that a killed one left"] * bool(
+        left and not running
+    )
     if database.stop():
         stopped.append(services.POSTGRES)
     for service in (SUPERVISOR, *stack()):

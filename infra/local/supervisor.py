@@ -2,8 +2,8 @@
 
     python -m infra.local.supervisor
 
-Its environment is that of Airflow. SIGTERM ends the services and then itself; SIGHUP starts at once what waits. When it is
-killed, all that it started ends, too. What it does stands in its log.
+Its environment is that of Airflow. SIGTERM ends the services and then itself; SIGHUP starts at once what waits. When it
+is killed, all that it started ends, too. What it does stands in its log.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class Watched:
 
 
 def next_wait(wait_seconds: float, worked_seconds: float) -> float:
-    """Return how long to wait before a service is started again: twice as long as before, unless it worked for a while."""
+    """Return how long to wait before a service is started again.
+
+    Twice as long as before, unless it worked for a while.
+    """
     if worked_seconds >= STEADY_SECONDS:
         return FIRST_WAIT_SECONDS
     return min(max(2 * wait_seconds, FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)

@@ -42,7 +42,12 @@ def test_the_page_stands_alone_and_holds_every_section_and_five_runs_of_every_mo
     assert "<script" not in page and "https://" not in re.sub(r"http://www\.w3\.org\S*|xmlns\S*", "", page)
     assert page.count("<figure>") == 5 and page.count("<section>") == 9
     found = Results(RESULTS)
-    short = [(data_set, name) for name in VARIANTS for data_set in EPOCHS if VARIANTS[name].runs_on(data_set) and len(found.runs(data_set, name)) < 5]
+    short = [
+        (data_set, name)
+        for name in VARIANTS
+        for data_set in EPOCHS
+        if VARIANTS[name].runs_on(data_set) and len(found.runs(data_set, name)) < 5
+    ]
     assert short == []
 
 
@@ -85,8 +90,13 @@ def test_an_interval_is_students():
 def test_a_grid_pairs_seeds_with_simulated_partitions():
     runs = grid(["simulated", "movielens"], Path("x"), 2, ("exact", "vql_ema"))
     assert [(run.data_set, str(run.folder), run.variant, run.number) for run in runs] == [
-        ("simulated", "x/simulated_0", "exact", 0), ("simulated", "x/simulated_0", "vql_ema", 0), ("simulated", "x/simulated_1", "exact", 1),
-        ("simulated", "x/simulated_1", "vql_ema", 1), ("movielens", "x/movielens", "exact", 0), ("movielens", "x/movielens", "exact", 1)]  # fmt: skip
+        ("simulated", "x/simulated_0", "exact", 0),
+        ("simulated", "x/simulated_0", "vql_ema", 0),
+        ("simulated", "x/simulated_1", "exact", 1),
+        ("simulated", "x/simulated_1", "vql_ema", 1),
+        ("movielens", "x/movielens", "exact", 0),
+        ("movielens", "x/movielens", "exact", 1),
+    ]
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path):
@@ -97,9 +107,26 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
 
 
 def test_a_target_sees_no_more_than_the_pipeline_would_show_it(tmp_path):
-    rows = pa.table({name: [value] for name, value in {
-        "user_id": 1, "user_fields": ["a"], "history_item_index": [0, 1, 2], "history_time_ms": [1, 2, 3], "history_feedback": [0, 0, 0], "history_watch_bucket": [0, 0, 0],
-        "target_item_index": [1, 2], "target_time_ms": [2, 4], "target_label": [0, 1], "target_context": [0, 0], "target_split": [0, 2], "target_history_end": [1, 3]}.items()}, schema=SEQUENCES)  # fmt: skip
+    rows = pa.table(
+        {
+            name: [value]
+            for name, value in {
+                "user_id": 1,
+                "user_fields": ["a"],
+                "history_item_index": [0, 1, 2],
+                "history_time_ms": [1, 2, 3],
+                "history_feedback": [0, 0, 0],
+                "history_watch_bucket": [0, 0, 0],
+                "target_item_index": [1, 2],
+                "target_time_ms": [2, 4],
+                "target_label": [0, 1],
+                "target_context": [0, 0],
+                "target_split": [0, 2],
+                "target_history_end": [1, 3],
+            }.items()
+        },
+        schema=SEQUENCES,
+    )
     folder = written(tmp_path / "set", pa.table({"item_index": [0]}), rows, 2)
     assert bounded_sequences(folder / "sequences.parquet").target_first.tolist() == [0, 1]
     pq.write_table(rows, folder / "sequences.parquet")
@@ -109,9 +136,27 @@ def test_a_target_sees_no_more_than_the_pipeline_would_show_it(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_report_from_nothing(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.claims", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--sets", "simulated",
-               "--variants", "vql,mean_pooling", "--seeds", "1", "--steps", "prepare,train,page"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other on a busy machine took ten times as long
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.claims",
+        "--out",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path / "results"),
+        "--sets",
+        "simulated",
+        "--variants",
+        "vql,mean_pooling",
+        "--seeds",
+        "1",
+        "--steps",
+        "prepare,train,page",
+    ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # threads that wait for each other on a busy machine took ten times as long
     subprocess.run(command, check=True, env=env)
     runs = read(tmp_path / "results/trainings.jsonl")
     auc = {run["variant"]: run["auc"] for run in runs}

@@ -28,8 +28,16 @@ from etl.warehouse.schemas import SEQUENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Plan(rows=100_000, users=20, days=5, items=1_000)
-KEYS = {"rows_per_s", "rows_per_s_vs_duckdb", "bytes_per_impression", "bytes_ratio_vs_fat_rows", "day30_vs_day2_events_job",
-        "sequence_job_shuffle_bytes", "peak_rss_gb", "validation_share"}  # fmt: skip
+KEYS = {
+    "rows_per_s",
+    "rows_per_s_vs_duckdb",
+    "bytes_per_impression",
+    "bytes_ratio_vs_fat_rows",
+    "day30_vs_day2_events_job",
+    "sequence_job_shuffle_bytes",
+    "peak_rss_gb",
+    "validation_share",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,12 @@ def test_every_day_opens_two_files_and_all_days_have_as_many_rows(raw):
 
 
 def test_pages_share_a_time_and_long_histories_exist(raw):
-    rows = pa.concat_tables([pacsv.read_csv(path, convert_options=pacsv.ConvertOptions(include_columns=["user_id", "time_ms"])) for path in raw.glob("log_*.csv")])
+    rows = pa.concat_tables(
+        [
+            pacsv.read_csv(path, convert_options=pacsv.ConvertOptions(include_columns=["user_id", "time_ms"]))
+            for path in raw.glob("log_*.csv")
+        ]
+    )
     sizes = rows.group_by(["user_id", "time_ms"]).aggregate([([], "count_all")])["count_all"].to_numpy()
     assert 3 < sizes.mean() < 6
     assert rows.group_by("user_id").aggregate([([], "count_all")])["count_all"].to_numpy().max() > 10_000
@@ -74,12 +87,23 @@ def test_the_same_plan_gives_the_same_bytes(raw, tmp_path):
 
 
 def test_different_sequences_are_told_apart(tmp_path):
-    values = {field.name: [1, 2] if not pa.types.is_list(field.type) else [["a"], ["b"]] if field.name == "user_fields" else [[3, 4], [5]] for field in SEQUENCES}
+    values = {
+        field.name: (
+            [1, 2]
+            if not pa.types.is_list(field.type)
+            else [["a"], ["b"]]
+            if field.name == "user_fields"
+            else [[3, 4], [5]]
+        )
+        for field in SEQUENCES
+    }
     ours = pa.table(values, schema=SEQUENCES)
     pq.write_table(ours.take([1, 0]), tmp_path / "same.parquet")
     require_equal(ours, tmp_path / "same.parquet")
     for name in ("history_time_ms", "target_label", "target_history_end"):
-        other = ours.set_column(ours.schema.get_field_index(name), name, pa.array([[3, 4], [6]], SEQUENCES.field(name).type))
+        other = ours.set_column(
+            ours.schema.get_field_index(name), name, pa.array([[3, 4], [6]], SEQUENCES.field(name).type)
+        )
         pq.write_table(other, tmp_path / "other.parquet")
         with pytest.raises(StageError, match=f"differ in {name}"):
             require_equal(ours, tmp_path / "other.parquet")
@@ -89,7 +113,10 @@ def test_different_sequences_are_told_apart(tmp_path):
 
 
 def test_memory_and_time_of_a_tree_count_children():
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(200 << 20); sum(range(10**7)); print(1, flush=True); input()'])"
+    code = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(200 << 20); sum(range(10**7));"
+        " print(1, flush=True); input()'])"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         rss, cpu_s = tree(process.pid)
@@ -100,17 +127,30 @@ def test_memory_and_time_of_a_tree_count_children():
 def test_bars():
     at_the_bars = {key: bar for key, _, _, bar in BARS}
     assert missed(at_the_bars) == []
-    assert missed({**at_the_bars, "rows_per_s_vs_duckdb": 0.79, "sequence_job_shuffle_bytes": 1}) == ["rows_per_s_vs_duckdb", "sequence_job_shuffle_bytes"]
+    assert missed({**at_the_bars, "rows_per_s_vs_duckdb": 0.79, "sequence_job_shuffle_bytes": 1}) == [
+        "rows_per_s_vs_duckdb",
+        "sequence_job_shuffle_bytes",
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.spark
 def test_quick_run_ends_in_one_json_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "benchmarks.etl", "--quick", "--work", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.etl", "--quick", "--work", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.keys() >= KEYS
     assert result["equal"] is True and result["quick"] is True and result["targets"] > 0
-    assert result["rows"] >= 200_000 and result["sequence_job_shuffle_bytes"] == 0 and result["events_job_shuffle_bytes"] > 0
+    assert (
+        result["rows"] >= 200_000
+        and result["sequence_job_shuffle_bytes"] == 0
+        and result["events_job_shuffle_bytes"] > 0
+    )
     assert all(result[key] > 0 for key in KEYS - {"sequence_job_shuffle_bytes"})
     assert result["bytes_ratio_vs_fat_rows"] < 1 / 20

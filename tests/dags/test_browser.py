@@ -1,4 +1,7 @@
-"""What Airflow's pages do, pressed in a real browser: trigger, backfill, clear, approve, reject end as docs/operations.md says."""
+"""What Airflow's pages do, pressed in a real browser.
+
+Trigger, backfill, clear, approve, reject end as docs/operations.md says.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from tests.dags.ui import browser
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
-SCREENSHOTS = os.environ.get("LONGVIEW_SCREENSHOTS")  # a folder: keep what the pages looked like, as docs/images shows them
+SCREENSHOTS = os.environ.get(
+    "LONGVIEW_SCREENSHOTS"
+)  # a folder: keep what the pages looked like, as docs/images shows them
 DAYS = ["2022-04-18", "2022-04-19", "2022-04-20"]
 
 
@@ -53,8 +58,17 @@ def backfilled(project, press) -> list[list[str]]:
     """Press a backfill and return the command lines of its runs, in the order in which they began."""
     before = {one["id"] for one in project.api.call("GET", f"/api/v2/backfills?dag_id={DAG_ID}")["backfills"]}
     press()
-    [begun] = wait_for("a backfill", lambda: [one["id"] for one in project.api.call("GET", f"/api/v2/backfills?dag_id={DAG_ID}")["backfills"] if one["id"] not in before])
-    wait_for("end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{begun}")["completed_at"], every=1)
+    [begun] = wait_for(
+        "a backfill",
+        lambda: [
+            one["id"]
+            for one in project.api.call("GET", f"/api/v2/backfills?dag_id={DAG_ID}")["backfills"]
+            if one["id"] not in before
+        ],
+    )
+    wait_for(
+        "end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{begun}")["completed_at"], every=1
+    )
     return project.calls()
 
 
@@ -91,7 +105,12 @@ def test_backfills_of_three_days_forward_backward_again_and_with_another_configu
     assert sorted(day for run in runs for day in DAYS if day in run) == DAYS  # the day is in the run's id
     ui.open(f"/dags/{DAG_ID}/runs")
     keep(ui, "airflow_runs")
-    again = backfilled(project, lambda: ui.backfill(DAG_ID, DAYS[0], DAYS[-1], reprocess="All Runs", backwards=True, override=True, config="tiny"))
+    again = backfilled(
+        project,
+        lambda: ui.backfill(
+            DAG_ID, DAYS[0], DAYS[-1], reprocess="All Runs", backwards=True, override=True, config="tiny"
+        ),
+    )
     assert days_in_order(again) == DAYS[::-1]
     assert {of(call, "--config") for call in again if call[0] == "training.train"} == {"tiny"}
     assert {of(call, "--attempt") for call in again}.isdisjoint({of(call, "--attempt") for call in forward})
@@ -101,7 +120,10 @@ def test_backfills_of_three_days_forward_backward_again_and_with_another_configu
 
 
 def tries(project, run: str) -> dict[str, int]:
-    return {task["task_id"]: task["try_number"] for task in project.api.call("GET", f"{run}/taskInstances")["task_instances"]}
+    return {
+        task["task_id"]: task["try_number"]
+        for task in project.api.call("GET", f"{run}/taskInstances")["task_instances"]
+    }
 
 
 def cleared(project, run: str, press, *tasks: str) -> list[list[str]]:
@@ -109,7 +131,9 @@ def cleared(project, run: str, press, *tasks: str) -> list[list[str]]:
     before = tries(project, run)
     project.calls()
     press()
-    wait_for(f"another try of {tasks}", lambda: all(tries(project, run)[task] > before[task] for task in tasks), every=1)
+    wait_for(
+        f"another try of {tasks}", lambda: all(tries(project, run)[task] > before[task] for task in tasks), every=1
+    )
     project.ended(run)
     assert {task for task, number in tries(project, run).items() if number > before[task]} == {*tasks}
     return project.calls()
@@ -133,7 +157,13 @@ def test_each_task_of_a_finished_run_can_be_cleared_alone_and_goes_on_in_its_att
     assert len({attempt, again, last}) == 3
 
 
-@pytest.mark.parametrize("module, task, whole_run", [("etl.jobs.sequences", "sequences.build_sequences", True), ("evaluation.release.promote", "register.promote_model", False)])
+@pytest.mark.parametrize(
+    "module, task, whole_run",
+    [
+        ("etl.jobs.sequences", "sequences.build_sequences", True),
+        ("evaluation.release.promote", "register.promote_model", False),
+    ],
+)
 def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(project, ui, module, task, whole_run):
     project.fault(module, 2, once=False)
     run_id = ui.trigger(DAG_ID, dt="2022-04-21")
@@ -143,7 +173,9 @@ def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(p
     ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}")
     keep(ui, "airflow_failed_run")
     attempt = attempt_of(project.calls())
-    left = [name for name, state in project.states(run).items() if state != "success" and name != APPROVAL]  # which calls no stage
+    left = [
+        name for name, state in project.states(run).items() if state != "success" and name != APPROVAL
+    ]  # which calls no stage
     if whole_run:
         ui.clear_run(DAG_ID, run_id, only_failed=True)
     else:

@@ -1,4 +1,5 @@
-"""The DAG under Airflow's real scheduler, in a copy of the project whose stages only write down how they were called."""
+"""The DAG under Airflow's real scheduler, in a copy of the project whose stages only write down how they were
+called."""
 
 from __future__ import annotations
 
@@ -26,9 +27,18 @@ from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
-STAGES = ("etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences", "training.train", "evaluation.evaluate", "evaluation.release.register",
-          "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune")  # fmt: skip
-STAGE = '''
+STAGES = (
+    "etl.jobs.events",
+    "etl.quality.judge.audit",
+    "etl.jobs.sequences",
+    "training.train",
+    "evaluation.evaluate",
+    "evaluation.release.register",
+    "evaluation.release.promote",
+    "evaluation.user_caches",
+    "evaluation.prune",
+)
+STAGE = """
 import contextlib, json, os, sys, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[len(__spec__.name.split(".")) - 1]
@@ -52,30 +62,40 @@ def hold():
             time.sleep(0.2)
 if __spec__.name != "training.train":
     hold()
-'''
+"""
 # Training begins the attempt's run in MLflow, as the real one does.
-TRAIN = STAGE + '''
+TRAIN = (
+    STAGE
+    + """
 if (root / "training" / "tracking.py").exists():
     from etl.datasets.arguments import partition_parser
     from training.tracking import attempt_run
     args, _ = partition_parser("").parse_known_args()
     with attempt_run(args.definition, args.dt, args.attempt, {}):
         hold()
-'''
-# A gate keeps its outcome, a warning when it is asked to, as the real one does; what asks a person then reads it with the real code.
-GATE = STAGE + '''
+"""
+)
+# A gate keeps its outcome, a warning when it is asked to, as the real one does; what asks a person then reads it with
+# the real code.
+GATE = (
+    STAGE
+    + """
 if (root / "gates").exists():
     from etl.datasets.arguments import partition_parser, store_of
     from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome
     parser = partition_parser("")
     parser.add_argument("--stage")
     args, _ = parser.parse_known_args()
-    odd = Outcome("events_days", "between", "hours_covered", "warning", False, 11, 12, "look", "hours_covered is `11`", None)
+    odd = Outcome(
+        "events_days", "between", "hours_covered", "warning", False, 11, 12, "look", "hours_covered is `11`", None)
     found = ("warning", (odd,)) if (root / "warn").exists() else (None, ())
     write_outcome(store_of(args), StageOutcome(args.dataset, True, args.dt, args.attempt, args.stage, 1, *found))
-'''
+"""
+)
 # Promotion leaves what the real one does; `outcome` of the root says which.
-PROMOTE = STAGE + '''
+PROMOTE = (
+    STAGE
+    + """
 champion, before = root / "champion", (root / "champion").read_text() if (root / "champion").exists() else ""
 time.sleep(8 if (root / "slow_promotion").exists() else 0)
 if before != (champion.read_text() if champion.exists() else ""):
@@ -85,20 +105,24 @@ outcome = (root / "outcome").read_text() if (root / "outcome").exists() else "pr
 folder = Path(sys.argv[sys.argv.index("--runs") + 1]) / sys.argv[sys.argv.index("--attempt") + 1]
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "registration.json").write_text(json.dumps({
-    "model_name": "vql_model", "version": "3", "run_id": "abc", "experiment_id": "7", "outcome": outcome, "digests": {"model.digest": "d1"},
-    "aliases": ["champion"] if outcome == "promoted" else ["challenger"], "gate": {"passed": outcome != "refused", "reason": "the reason"}}))
-'''
-ENDED = '''
+    "model_name": "vql_model", "version": "3", "run_id": "abc", "experiment_id": "7", "outcome": outcome,
+    "digests": {"model.digest": "d1"},
+    "aliases": ["champion"] if outcome == "promoted" else ["challenger"],
+    "gate": {"passed": outcome != "refused", "reason": "the reason"}}))
+"""
+)
+ENDED = """
 import sys
 from pathlib import Path
 with (Path(__file__).resolve().parents[1] / "ended").open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
-'''
-PAGE = '''
+"""
+PAGE = """
 import json, sys
 sys.stdin.read()
-print(json.dumps({"experiment_id": "7", "run_id": "abc", "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
-'''
+print(json.dumps({"experiment_id": "7", "run_id": "abc",
+    "artifact": "validation/" + sys.argv[sys.argv.index("--attempt") + 1] + ".html"}))
+"""
 SECRET = "hunter2"  # stands in the address of Airflow's database
 TASKS = 11  # that run a stage
 APPROVAL, LAST_GATE = "train.approve_warnings", "train.audit_training_input"
@@ -116,8 +140,16 @@ class Project:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 ports.append(str(probe.getsockname()[1]))
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))}
-        self.env = inherited | {"PYTHONPATH": "", "LONGVIEW_AIRFLOW_PORT": ports[0], "LONGVIEW_MLFLOW_PORT": ports[1], "LONGVIEW_LOGIN": "0", "LONGVIEW_RETRY_WAITS": "1 2 3 4 5"}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))
+        }
+        self.env = inherited | {
+            "PYTHONPATH": "",
+            "LONGVIEW_AIRFLOW_PORT": ports[0],
+            "LONGVIEW_MLFLOW_PORT": ports[1],
+            "LONGVIEW_LOGIN": "0",
+            "LONGVIEW_RETRY_WAITS": "1 2 3 4 5",
+        }
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
         for folder in ("dags", "infra", "etl"):
             shutil.copytree(settings.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -128,15 +160,32 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text({"etl.quality.judge.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(module, STAGE))
+            path.write_text(
+                {"etl.quality.judge.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(
+                    module, STAGE
+                )
+            )
         shutil.copy(settings.ROOT / "evaluation" / "release" / "outcomes.py", root / "evaluation" / "release")
-        shutil.copytree(settings.ROOT / "training" / "configs", root / "training" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            settings.ROOT / "training" / "configs",
+            root / "training" / "configs",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         (root / "training" / "log_report.py").write_text(PAGE)
         (root / "training" / "ended.py").write_text(ENDED)
-        (root / "etl" / "datasets" / "simulate.py").write_text("import os, sys; os.makedirs(sys.argv[2], exist_ok=True)")
+        (root / "etl" / "datasets" / "simulate.py").write_text(
+            "import os, sys; os.makedirs(sys.argv[2], exist_ok=True)"
+        )
 
     def python(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=PATIENCE_S)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.root,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
 
     def definition(self, file: str, text: str) -> Path:
         path = self.root / file
@@ -155,16 +204,30 @@ class Project:
         (self.root / "fault.json").write_text(json.dumps([module, code, once]))
 
     def start_backfill(self, first: str, last: str, **body) -> int:
-        asked = {"dag_id": DAG_ID, "from_date": f"{first}T00:00:00Z", "to_date": f"{last}T00:00:00Z", "max_active_runs": 1, **body}
+        asked = {
+            "dag_id": DAG_ID,
+            "from_date": f"{first}T00:00:00Z",
+            "to_date": f"{last}T00:00:00Z",
+            "max_active_runs": 1,
+            **body,
+        }
         return self.api.call("POST", "/api/v2/backfills", asked)["id"]
 
     def backfill(self, first: str, last: str, **body) -> None:
         identity = self.start_backfill(first, last, **body)
-        wait_for("end of the backfill", lambda: self.api.call("GET", f"/api/v2/backfills/{identity}")["completed_at"], every=1)
+        wait_for(
+            "end of the backfill",
+            lambda: self.api.call("GET", f"/api/v2/backfills/{identity}")["completed_at"],
+            every=1,
+        )
 
     def runs_of_backfill(self, dt: str) -> list[str]:
         runs = self.api.call("GET", f"{DAG_PATH}/dagRuns?run_type=backfill")["dag_runs"]
-        return [f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs if run["logical_date"].startswith(dt)]
+        return [
+            f"{DAG_PATH}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+            for run in runs
+            if run["logical_date"].startswith(dt)
+        ]
 
     def pause(self, paused: bool, dag: str = DAG_PATH) -> None:
         self.api.call("PATCH", f"{dag}?update_mask=is_paused", {"is_paused": paused})
@@ -177,23 +240,44 @@ class Project:
     def clear(self, run: str, *tasks: str, downstream: bool = True, only_failed: bool = False) -> None:
         """Clear tasks of a run as the browser does; none: the whole run."""
         if tasks:
-            self.api.call("POST", f"{run.partition('/dagRuns/')[0]}/clearTaskInstances", {
-                "dry_run": False, "dag_run_id": urllib.parse.unquote(run.rpartition("/")[2]), "task_ids": list(tasks), "only_failed": only_failed,
-                "include_downstream": downstream, "include_upstream": False, "reset_dag_runs": True})  # fmt: skip
+            self.api.call(
+                "POST",
+                f"{run.partition('/dagRuns/')[0]}/clearTaskInstances",
+                {
+                    "dry_run": False,
+                    "dag_run_id": urllib.parse.unquote(run.rpartition("/")[2]),
+                    "task_ids": list(tasks),
+                    "only_failed": only_failed,
+                    "include_downstream": downstream,
+                    "include_upstream": False,
+                    "reset_dag_runs": True,
+                },
+            )
         else:
             self.api.call("POST", f"{run}/clear", {"dry_run": False, "only_failed": only_failed})
 
     def stop(self, run: str) -> None:
         """End a run that has shown what it had to."""
         self.api.call("PATCH", f"{run}?update_mask=state", {"state": "failed"})
-        wait_for(f"stop of {run}", lambda: not {"running", "queued", "scheduled", "restarting"} & set(self.states(run).values()), every=1)
+        wait_for(
+            f"stop of {run}",
+            lambda: not {"running", "queued", "scheduled", "restarting"} & set(self.states(run).values()),
+            every=1,
+        )
 
     def log(self, run: str, task: str, attempt: int = 1) -> str:
         dag, _, run_id = run.removeprefix("/api/v2/dags/").partition("/dagRuns/")
-        return (self.root / f"var/airflow/logs/dag_id={dag}/run_id={urllib.parse.unquote(run_id)}/task_id={task}/attempt={attempt}.log").read_text()
+        return (
+            self.root
+            / f"var/airflow/logs/dag_id={dag}/run_id={urllib.parse.unquote(run_id)}"
+            / f"task_id={task}/attempt={attempt}.log"
+        ).read_text()
 
     def error(self, run: str, task: str, attempt: int = 1) -> str:
-        """Return what a task that failed says of its error: one line at that level, then the remedy, and no trace anywhere."""
+        """Return what a task that failed says of its error.
+
+        One line at that level, then the remedy, and no trace anywhere.
+        """
         said = [json.loads(line) for line in self.log(run, task, attempt).splitlines()]
         assert not [line for line in said if "error_detail" in line or "Traceback" in line["event"]]
         error, remedy, *_ = [line["event"] for line in said if line["level"] == "error"]
@@ -203,25 +287,37 @@ class Project:
 
     def ended(self, run: str) -> str:
         """Return the final state of a run."""
-        return wait_for(f"end of {run}", lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None, every=1)
+        return wait_for(
+            f"end of {run}",
+            lambda: state if (state := self.api.call("GET", run)["state"]) in ("success", "failed") else None,
+            every=1,
+        )
 
     def states(self, run: str) -> dict[str, str | None]:
-        return {task["task_id"]: task["state"] for task in self.api.call("GET", f"{run}/taskInstances")["task_instances"]}
+        return {
+            task["task_id"]: task["state"] for task in self.api.call("GET", f"{run}/taskInstances")["task_instances"]
+        }
 
     def tries(self, run: str, task: str) -> int:
         return self.api.call("GET", f"{run}/taskInstances/{task}")["try_number"]
 
     def question(self, run: str) -> dict:
         """Return what a run that waits for a person shows them."""
-        wait_for(f"question of {run}", lambda: self.states(run).get(APPROVAL) in ("awaiting_input", "success", "failed", "upstream_failed"), every=1)
+        wait_for(
+            f"question of {run}",
+            lambda: self.states(run).get(APPROVAL) in ("awaiting_input", "success", "failed", "upstream_failed"),
+            every=1,
+        )
         assert self.states(run)[APPROVAL] == "awaiting_input"
-        # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one, and
-        # asks again; no person is that fast.
+        # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one,
+        # and asks again; no person is that fast.
         time.sleep(8)
         return self.api.call("GET", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails")
 
     def answer(self, run: str, option: str) -> None:
-        self.api.call("PATCH", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails", {"chosen_options": [option], "params_input": {}})
+        self.api.call(
+            "PATCH", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
+        )
 
     def link(self, run: str, task: str) -> str | None:
         """Return where the report's button on the page of a task leads."""
@@ -250,9 +346,13 @@ def of(call: list[str], option: str) -> str:
 
 
 def test_make_run_from_nothing(project):
-    broken = project.definition("var/definitions/broken.yaml", "name: broken\nlogs: [")  # breaks the DAGs of own data sets only
+    broken = project.definition(
+        "var/definitions/broken.yaml", "name: broken\nlogs: ["
+    )  # breaks the DAGs of own data sets only
     (project.root / "var" / "airflow").mkdir()
-    done = project.python("-m", "infra.local.run", LONGVIEW_AIRFLOW_DB=f"sqlite:///{project.root}/var/airflow/{SECRET}.db")
+    done = project.python(
+        "-m", "infra.local.run", LONGVIEW_AIRFLOW_DB=f"sqlite:///{project.root}/var/airflow/{SECRET}.db"
+    )
     broken.unlink()
     assert done.returncode == 0, done.stdout + done.stderr
     calls = project.calls()
@@ -263,7 +363,13 @@ def test_make_run_from_nothing(project):
     assert "done in" in done.stdout
     home = project.root / "var"
     assert {oct((home / folder).stat().st_mode & 0o777) for folder in ("airflow", "secrets")} == {"0o700"}
-    assert [path for path in home.rglob("*") if path.is_file() and path.suffix not in (".db", ".db-wal", ".db-shm") and SECRET in path.read_text(errors="replace")] == []
+    assert [
+        path
+        for path in home.rglob("*")
+        if path.is_file()
+        and path.suffix not in (".db", ".db-wal", ".db-shm")
+        and SECRET in path.read_text(errors="replace")
+    ] == []
     assert not project.api.healthy()  # it stopped what it started
     assert not (home / "postgres").exists()  # SQLite is the choice of a single run
 
@@ -300,14 +406,18 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
 
     def known_runs() -> list[tuple[str, str]]:
         """Of all data sets."""
-        return sorted((run["dag_run_id"], run["state"]) for run in project.api.call("GET", "/api/v2/dags/~/dagRuns")["dag_runs"])
+        return sorted(
+            (run["dag_run_id"], run["state"]) for run in project.api.call("GET", "/api/v2/dags/~/dagRuns")["dag_runs"]
+        )
 
     at_backup = known_runs()
     backup = project.python("-m", "infra.local.database", "backup")
     assert backup.returncode == 0, backup.stdout + backup.stderr
 
     # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
-    project.backfill("2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"})
+    project.backfill(
+        "2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"}
+    )
     second = project.calls()
     assert len(second) == 2 * TASKS
     assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny", "tiny"]
@@ -316,7 +426,10 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert not again & attempts
 
     # An own data set gets a DAG at its first run, and another one when its definition has changed.
-    own = "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow: {target_days: %d}"
+    own = (
+        "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow:"
+        " {target_days: %d}"
+    )
     for target_days in (5, 6):
         path = project.definition("shop.yaml", own % target_days)
         done = project.python("-m", "infra.local.run", DATASET=str(path), RAW=str(project.root), DT="2023-02-01")
@@ -328,15 +441,20 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         [attempt] = {of(call, "--attempt") for call in calls}
         assert attempt.startswith("shop-2023-02-01-")
         assert [of(call, "--target-days") for call in calls if call[0] == "etl.jobs.sequences"] == [str(target_days)]
-    assert project.api.call("GET", "/api/v2/dags/vql_daily_shop/details")["params"]["raw"]["value"] == str(project.root)  # for its other runs
+    assert project.api.call("GET", "/api/v2/dags/vql_daily_shop/details")["params"]["raw"]["value"] == str(
+        project.root
+    )  # for its other runs
 
     assert known_runs() != at_backup
 
     # A backfill cannot be made to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):
-        project.api.call("POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}})
+        project.api.call(
+            "POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}}
+        )
 
-    # A killed scheduler comes again by itself, and its executors end, though they ignore SIGTERM; so does MLflow's server.
+    # A killed scheduler comes again by itself, and its executors end, though they ignore SIGTERM; so does MLflow's
+    # server.
     def pid_of(service: str) -> int:
         return int((project.root / "var" / "run" / f"{service}.pid").read_text().split()[0])
 
@@ -416,7 +534,14 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     assert "training.train" not in [call[0] for call in called]
     project.answer(run, "Approve")
     assert project.ended(run) == "success"
-    assert [call[0] for call in project.calls()] == ["training.train", "evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune"]
+    assert [call[0] for call in project.calls()] == [
+        "training.train",
+        "evaluation.evaluate",
+        "evaluation.release.register",
+        "evaluation.release.promote",
+        "evaluation.user_caches",
+        "evaluation.prune",
+    ]
     [attempt] = {of(call, "--attempt") for call in called}
     for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
         assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
@@ -427,11 +552,19 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     project.question(run)
     project.answer(run, "Reject")
     assert project.ended(run) == "success"
-    wait_for("end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1)
+    wait_for(
+        "end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1
+    )
     assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences"}
     states = project.states(run)
     assert {task for task, state in states.items() if state == "skipped"} == {
-        "train.train_models", "evaluate.evaluate_models", "register.register_model", "register.promote_model", "caches.build_user_caches", "prune"}  # fmt: skip
+        "train.train_models",
+        "evaluate.evaluate_models",
+        "register.register_model",
+        "register.promote_model",
+        "caches.build_user_caches",
+        "prune",
+    }
 
     # A warning that nobody is to be asked about, and an approval without a warning, wait for nobody.
     for conf in ({}, {"on_warning": "approve"}):
@@ -440,7 +573,10 @@ def test_a_warning_waits_for_a_person_before_training(stack):
         (project.root / "warn").unlink(missing_ok=True)
 
     # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
-    for module, task in (("etl.quality.judge.audit", "ingest.audit_events"), ("etl.jobs.events", "ingest.build_events")):
+    for module, task in (
+        ("etl.quality.judge.audit", "ingest.audit_events"),
+        ("etl.jobs.events", "ingest.build_events"),
+    ):
         project.fault(module, 2, once=False)
         run = project.trigger("2022-04-19")
         assert project.ended(run) == "failed"
@@ -481,7 +617,13 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
     project.clear(run, only_failed=True)
     assert project.ended(run) == "success"
     calls = project.calls()
-    assert modules_of(calls) == ["evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune"]
+    assert modules_of(calls) == [
+        "evaluation.evaluate",
+        "evaluation.release.register",
+        "evaluation.release.promote",
+        "evaluation.user_caches",
+        "evaluation.prune",
+    ]
     assert attempts_of(calls) == {attempt}
 
     # One task of a finished run, alone.
@@ -541,15 +683,19 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
     run = project.trigger(None, "2022-04-21T10:00:00Z")
     assert project.ended(run) == "failed"
     assert [of(call, "--dt") for call in project.calls()] == ["2022-04-21"]
-    for logical_date, reason in (("2021-01-02T00:00:00Z", "2021-01-02 is outside the data set kuairand_simulated: 2022-04-08 .. 2022-05-08"),
-                                 (now(), "is outside the data set"), (None, "names no partition")):  # fmt: skip
+    for logical_date, reason in (
+        ("2021-01-02T00:00:00Z", "2021-01-02 is outside the data set kuairand_simulated: 2022-04-08 .. 2022-05-08"),
+        (now(), "is outside the data set"),
+        (None, "names no partition"),
+    ):
         run = project.trigger(None, logical_date)
         assert project.ended(run) == "failed"
         assert project.states(run)["start"] == "failed"
         assert reason in project.error(run, "start")
     assert project.calls() == []
 
-    # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter is named.
+    # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter
+    # is named.
     project.backfill("2022-05-08", "2022-05-09", reprocess_behavior="completed")
     assert [of(call, "--dt") for call in project.calls()] == ["2022-05-08"]
     [run] = project.runs_of_backfill("2022-05-09")
@@ -557,7 +703,9 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
     project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed", dag_run_conf={"confg": "tiny"})
     [run] = project.runs_of_backfill("2022-05-08")
     assert "did you mean config" in project.error(run, "start", 2)
-    project.backfill("2022-05-08", "2022-05-08", reprocess_behavior="completed")  # without the tick: the run keeps what it had
+    project.backfill(
+        "2022-05-08", "2022-05-08", reprocess_behavior="completed"
+    )  # without the tick: the run keeps what it had
     assert "did you mean config" in project.error(run, "start", 3)
     assert project.calls() == []
     (project.root / "fault.json").unlink()
@@ -582,7 +730,10 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         assert [call[0] for call in calls].count("evaluation.release.register") == 2
         [attempt] = {of(call, "--attempt") for call in calls}
         assert stack.error(run, "register.register_model") == "error: a fault was asked for"
-        words = {"promoted": "vql_model version 3 promoted: the reason", "refused": "vql_model version 3 NOT promoted, stays challenger: the reason"}[outcome]
+        words = {
+            "promoted": "vql_model version 3 promoted: the reason",
+            "refused": "vql_model version 3 NOT promoted, stays challenger: the reason",
+        }[outcome]
         assert words in stack.api.call("GET", run)["note"]
         assert words in stack.log(run, "register.promote_model")
         links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]
@@ -590,7 +741,9 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         assert links["Model version"].endswith("/#/models/vql_model/versions/3")
         [event] = events()  # still that of the promotion
         if outcome == "promoted":
-            assert {"dt": "2022-04-19", "attempt": attempt, "version": "3", "model.digest": "d1"}.items() <= event["extra"].items()
+            assert {"dt": "2022-04-19", "attempt": attempt, "version": "3", "model.digest": "d1"}.items() <= event[
+                "extra"
+            ].items()
     (stack.root / "outcome").unlink()
 
     # A stage that failed for good ends the run in MLflow, whether it can itself or not.
@@ -598,18 +751,25 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
     run = stack.trigger("2022-04-19")
     assert stack.ended(run) == "failed"
     assert stack.states(run)["sequences.build_sequences"] == "failed"
-    ended = wait_for("end of the run in MLflow", lambda: (stack.root / "ended").exists() and (stack.root / "ended").read_text())
+    ended = wait_for(
+        "end of the run in MLflow", lambda: (stack.root / "ended").exists() and (stack.root / "ended").read_text()
+    )
     assert "--dt 2022-04-19" in ended
     assert ended.endswith("--status FAILED\n")
 
 
 def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_the_other(stack):
-    """They may be at work at once, as a backfill counts apart; one trains and one promotes at a time, and the last is the champion."""
+    """They may be at work at once, as a backfill counts apart.
+
+    One trains and one promotes at a time, and the last is the champion.
+    """
     raw, dag_id = stack.root / "meeting", "vql_daily_meeting"
     dag = f"/api/v2/dags/{dag_id}"
     raw.mkdir()
     (raw / "log.csv").touch()  # the scheduled run finds what it waits for
-    stack.definition("var/definitions/meeting.yaml", f"""
+    stack.definition(
+        "var/definitions/meeting.yaml",
+        f"""
         extends: kuairand
         name: meeting
         title: Three runs at once
@@ -617,14 +777,19 @@ def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_t
         last_day: null
         logs: {{files: ['log*.csv'], days_in_name: null}}
         run: {{hour: 0, raw: '{raw}'}}
-        """)
+        """,
+    )
     stack.api.wait_for_dag(dag_id, "vql_daily_own.py", since=0)
     stack.calls()
     (stack.root / "slow_promotion").touch()  # each is at it long enough for the others to come
     stack.start_backfill("2023-04-15", "2023-04-16", dag_id=dag_id, max_active_runs=2)
     stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": {"dt": "2023-04-19"}})
     stack.pause(False, dag)
-    runs = wait_for("four runs", lambda: found if len(found := stack.api.call("GET", f"{dag}/dagRuns")["dag_runs"]) == 4 else None, every=1)
+    runs = wait_for(
+        "four runs",
+        lambda: found if len(found := stack.api.call("GET", f"{dag}/dagRuns")["dag_runs"]) == 4 else None,
+        every=1,
+    )
     assert sorted(run["run_type"] for run in runs) == ["backfill", "backfill", "manual", "scheduled"]
     paths = [f"{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}" for run in runs]
     assert {stack.ended(path) for path in paths} == {"success"}
@@ -660,14 +825,18 @@ def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(
 
     def status_of(attempt: str) -> str:
         experiments = [one["experiment_id"] for one in ask_mlflow("experiments", {"max_results": 100})["experiments"]]
-        [run] = ask_mlflow("runs", {"experiment_ids": experiments, "filter": f"tags.`pipeline.attempt` = '{attempt}'"})["runs"]
+        [run] = ask_mlflow("runs", {"experiment_ids": experiments, "filter": f"tags.`pipeline.attempt` = '{attempt}'"})[
+            "runs"
+        ]
         return run["info"]["status"]
 
     def mark(task: str, state: str) -> None:
         stack.api.call("PATCH", f"{run}/taskInstances/{task}?update_mask=new_state", {"new_state": state})
 
     def hold_at(module: str) -> None:
-        wait_for("what ends the run in MLflow", lambda: not any("training.ended" in one for one in processes_of(stack.root)))
+        wait_for(
+            "what ends the run in MLflow", lambda: not any("training.ended" in one for one in processes_of(stack.root))
+        )
         (stack.root / "held").write_text("")
         hold.write_text(module)
 
@@ -733,9 +902,12 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
     now = dtm.datetime.now(dtm.UTC)
     raw, dag = project.root / "feed", "/api/v2/dags/vql_daily_feed"
     raw.mkdir()
-    feed = ("extends: kuairand\nname: feed\ntitle: A feed\nfirst_day: 2023-01-02\nlast_day: null\n"
-            "logs: {files: ['log-*.csv'], days_in_name: {zone: UTC, late_minutes: 0, pattern: 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\n"
-            "run: {hour: %d, wait_hours: %d, raw: '%s', config: tiny, workers: 3}\n")
+    feed = (
+        "extends: kuairand\nname: feed\ntitle: A feed\nfirst_day: 2023-01-02\nlast_day: null\nlogs: {files:"
+        " ['log-*.csv'], days_in_name: {zone: UTC, late_minutes: 0, pattern:"
+        " 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\nrun: {hour: %d, wait_hours: %d, raw: '%s',"
+        " config: tiny, workers: 3}\n"
+    )
     # `make run` beside the services would start the schedule, and says so.
     path = project.definition("feed.yaml", feed % (now.hour, 23, raw))
     done = project.python("-m", "infra.local.run", DATASET=str(path), DT="2023-02-01")

@@ -1,4 +1,7 @@
-"""The DAGs: what they are made of, which day a run builds, what they refuse, and how a stage's end becomes a task's end."""
+"""The DAGs.
+
+What they are made of, which day a run builds, what they refuse, and how a stage's end becomes a task's end.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.airflow
 
-S3_RAW = "s3://bucket/logs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_delayed_open=true"  # as docs/cluster.md has it
+# as docs/cluster.md has it
+S3_RAW = "s3://bucket/logs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_delayed_open=true"
 START = "start"
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
@@ -34,7 +38,10 @@ MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which pa
 EXPECTED_COMMANDS = {
     "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK --reports REPORTS",
     "ingest.audit_events": "etl.quality.judge.audit --stage events --reports REPORTS",
-    "sequences.build_sequences": "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION --max-history HISTORY --reports REPORTS",
+    "sequences.build_sequences": (
+        "etl.jobs.sequences --raw /raw --target-days TARGET --lookback-days LOOKBACK --evaluation-days EVALUATION"
+        " --max-history HISTORY --reports REPORTS"
+    ),
     "sequences.audit_sequences": "etl.quality.judge.audit --stage sequences --reports REPORTS",
     "train.audit_training_input": "etl.quality.judge.audit --stage training_input --reports REPORTS",
     "train.train_models": "training.train --workers 2 --config default --warm-start none --runs RUNS",
@@ -107,7 +114,13 @@ def commands_of(dag, **context) -> dict[str, list[str]]:
     found = {}
     for task in (task for task in dag.tasks if isinstance(task, StageOperator)):
         made = context_of(**{"dt": "2022-04-21", **context})
-        made = made | {"ti": ti_of(attempt(dag.dag_id.removeprefix("vql_daily_"), made["params"]["dt"]), made["params"]["dt"], {**dag.params.dump(), "raw": "/raw"})}
+        made = made | {
+            "ti": ti_of(
+                attempt(dag.dag_id.removeprefix("vql_daily_"), made["params"]["dt"]),
+                made["params"]["dt"],
+                {**dag.params.dump(), "raw": "/raw"},
+            )
+        }
         prepared = task.prepare_for_execution()
         prepared.render_template_fields(made)
         found[task.task_id] = prepared.command()
@@ -122,9 +135,24 @@ def executed(task, context):
 
 def expected_commands(definition, argument: str, dt: str = "2022-04-21") -> dict[str, list[str]]:
     window = definition.window
-    words = {"RUNS": settings.runs(), "REPORTS": str(settings.reports()), "TARGET": str(window.target_days), "LOOKBACK": str(window.lookback_days),
-             "EVALUATION": str(window.evaluation_days), "HISTORY": str(definition.history.max_events)}  # fmt: skip
-    partition = ["--dataset", argument, "--warehouse", settings.warehouse(), "--dt", dt, "--attempt", attempt(definition.name, dt)]
+    words = {
+        "RUNS": settings.runs(),
+        "REPORTS": str(settings.reports()),
+        "TARGET": str(window.target_days),
+        "LOOKBACK": str(window.lookback_days),
+        "EVALUATION": str(window.evaluation_days),
+        "HISTORY": str(definition.history.max_events),
+    }
+    partition = [
+        "--dataset",
+        argument,
+        "--warehouse",
+        settings.warehouse(),
+        "--dt",
+        dt,
+        "--attempt",
+        attempt(definition.name, dt),
+    ]
     return {
         task: [sys.executable, "-m", text.split()[0], *partition, *(words.get(word, word) for word in text.split()[1:])]
         for task, text in EXPECTED_COMMANDS.items()
@@ -141,14 +169,22 @@ def ti_of(name: str = "", dt: str = "2022-04-21", params=None, id="1"):
     done = {"attempt": name}  # by every task
     return SimpleNamespace(
         id=id,
-        xcom_pull=lambda task_ids=START, key="return_value": {START: handed}.get(task_ids, done) if key == "return_value" else None,
+        xcom_pull=lambda task_ids=START, key="return_value": (
+            {START: handed}.get(task_ids, done) if key == "return_value" else None
+        ),
         get_task_states=lambda dag_id, run_ids, task_ids: {run_ids[0]: dict.fromkeys(task_ids, "success")},
     )
 
 
 def context_of(*, dt=None, start=None, run_type="manual", ti=None, conf=None, **params):
-    run = SimpleNamespace(dag_id="d", run_id="manual__1", run_type=run_type, data_interval_start=start, run_after=start, conf=conf or {})
-    return {"dag_run": run, "params": {"dt": dt, **params}, "ti": ti or ti_of(attempt("kuairand", dt or "2022-04-21"), dt or "2022-04-21")} | ({"data_interval_start": start} if start else {})
+    run = SimpleNamespace(
+        dag_id="d", run_id="manual__1", run_type=run_type, data_interval_start=start, run_after=start, conf=conf or {}
+    )
+    return {
+        "dag_run": run,
+        "params": {"dt": dt, **params},
+        "ti": ti or ti_of(attempt("kuairand", dt or "2022-04-21"), dt or "2022-04-21"),
+    } | ({"data_interval_start": start} if start else {})
 
 
 def day(text: str) -> dtm.datetime:
@@ -160,13 +196,19 @@ def day(text: str) -> dtm.datetime:
 
 def test_import_is_fast_and_light(own):
     code = (
-        "import sys, json, airflow.sdk\n"
-        "from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Asset, Param, TaskGroup, chain\nimport airflow.timetables.base\n"
-        "before = set(sys.modules)\nimport dags.vql_daily, dags.vql_daily_own\n"
-        f"print(json.dumps([sorted(set(sys.modules) - before), [m for m in {HEAVY!r} if m in sys.modules],"
-        " dags.vql_daily_own.dag.dag_id]))"
+        "import sys, json, airflow.sdk\nfrom airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Asset, Param,"
+        " TaskGroup, chain\nimport airflow.timetables.base\nbefore = set(sys.modules)\nimport dags.vql_daily,"
+        f" dags.vql_daily_own\nprint(json.dumps([sorted(set(sys.modules) - before), [m for m in {HEAVY!r} if m in"
+        " sys.modules], dags.vql_daily_own.dag.dag_id]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=settings.ROOT, env=settings.environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=settings.ROOT,
+        env=settings.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     modules, heavy, last = json.loads(done.stdout.splitlines()[-1])
     assert last == "vql_daily_shop"
     assert heavy == []
@@ -190,17 +232,25 @@ def test_the_graph_of_every_data_set_is_the_same(own):
 def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
     from dags import vql_daily
 
-    assert {name for name in vars(vql_daily) if name.startswith("vql_daily_")} == {f"vql_daily_{name}" for name in built_in_names()}
+    assert {name for name in vars(vql_daily) if name.startswith("vql_daily_")} == {
+        f"vql_daily_{name}" for name in built_in_names()
+    }
     for name in built_in_names():
         definition, dag = dataset(name), dag_of(name)
         assert dag.dag_id == f"vql_daily_{name}" == settings.dag_id(name)
-        assert {moment for task in (dag, *dag.tasks) for moment in (task.start_date, task.end_date)} == {None}  # tasks outside them are skipped, and the run is green
+        assert {moment for task in (dag, *dag.tasks) for moment in (task.start_date, task.end_date)} == {
+            None
+        }  # tasks outside them are skipped, and the run is green
         assert definition.title in dag.dag_display_name
         assert name in dag.tags
         defaults = dag.params.dump()  # checks them, too
-        assert {key: defaults[key] for key in ("target_days", "lookback_days", "evaluation_days", "max_history", "raw")} == {
-            **definition.window.model_dump(), "max_history": definition.history.max_events, "raw": settings.raw(name),
-        }  # fmt: skip
+        assert {
+            key: defaults[key] for key in ("target_days", "lookback_days", "evaluation_days", "max_history", "raw")
+        } == {
+            **definition.window.model_dump(),
+            "max_history": definition.history.max_events,
+            "raw": settings.raw(name),
+        }
         assert settings.raw(name).endswith(f"/raw/{name}")
         outlets = {task.task_id: outlet for task in dag.tasks for outlet in task.outlets}
         assert outlets["sequences.audit_sequences"].uri == f"longview://{name}/sequences"
@@ -209,9 +259,16 @@ def test_every_built_in_data_set_has_a_dag_of_its_own_days_and_defaults():
         assert promote.champion.uri == f"longview://{name}/champion"
         assert promote.max_active_tis_per_dag == 1
     # Values that were chosen with thought; a change of a definition shows here.
-    days = {name: (dag_of(name).timetable.first_day, dag_of(name).timetable.last_day) for name in ("kuairand", "kuairec_big", "tmall", "movielens")}
-    assert days == {"kuairand": ("2022-04-08", "2022-05-08"), "kuairec_big": ("2020-07-04", "2020-09-05"), "tmall": ("2014-05-11", "2014-11-12"),
-                      "movielens": ("1996-03-29", "2018-09-24")}  # fmt: skip
+    days = {
+        name: (dag_of(name).timetable.first_day, dag_of(name).timetable.last_day)
+        for name in ("kuairand", "kuairec_big", "tmall", "movielens")
+    }
+    assert days == {
+        "kuairand": ("2022-04-08", "2022-05-08"),
+        "kuairec_big": ("2020-07-04", "2020-09-05"),
+        "tmall": ("2014-05-11", "2014-11-12"),
+        "movielens": ("1996-03-29", "2018-09-24"),
+    }
 
 
 def test_every_task_has_a_retry_a_timeout_and_a_pool_that_is_made(own):
@@ -241,7 +298,12 @@ def test_an_own_definition_has_a_dag_whose_stages_get_its_path(own):
     assert name == dag.dag_id == "vql_daily_shop"
     assert dag.timetable.serialize() == {"first_day": "2023-01-02", "last_day": None, "hour": None}
     assert dag.dag_display_name == "VQL daily: My shop"
-    assert {"target_days": 5, "lookback_days": 9, "evaluation_days": 2, "max_history": 77}.items() <= dag.params.dump().items()
+    assert {
+        "target_days": 5,
+        "lookback_days": 9,
+        "evaluation_days": 2,
+        "max_history": 77,
+    }.items() <= dag.params.dump().items()
     commands = commands_of(dag, dt="2023-02-01")
     assert commands == expected_commands(dataset(str(own)), str(own), "2023-02-01")
     # What Airflow serializes, and reads again in a task's process, is the same.
@@ -314,7 +376,13 @@ def interval(text: str):
         (None, 6, "2024-03-05T06:00", None, ("2024-03-04", "2024-03-05T06:00")),
         (None, 0, "2024-03-05T00:00", None, ("2024-03-04", "2024-03-05T00:00")),
         (None, 6, "2024-03-05T06:00", "2024-03-04", ("2024-03-05", "2024-03-06T06:00")),
-        (None, 6, "2024-03-05T06:00", "2024-02-01", ("2024-03-04", "2024-03-05T06:00")),  # what was slept through is not caught up
+        (
+            None,
+            6,
+            "2024-03-05T06:00",
+            "2024-02-01",
+            ("2024-03-04", "2024-03-05T06:00"),
+        ),  # what was slept through is not caught up
         (None, 6, "2023-01-01T00:00", None, ("2024-01-01", "2024-01-02T06:00")),  # not before the first day
         ("2024-03-04", 6, "2024-03-05T06:00", None, ("2024-03-04", "2024-03-05T06:00")),
         ("2024-03-04", 6, "2024-03-06T06:00", None, None),  # a finished data set starts no run by itself
@@ -326,7 +394,10 @@ def test_the_schedule_builds_the_day_that_has_ended_at_its_hour(monkeypatch, las
     from airflow.timetables.base import TimeRestriction
 
     table = times("2024-01-01", last_day, hour, monkeypatch, now)
-    found = table.next_dagrun_info(last_automated_data_interval=interval(last_run) if last_run else None, restriction=TimeRestriction(None, None, False))
+    found = table.next_dagrun_info(
+        last_automated_data_interval=interval(last_run) if last_run else None,
+        restriction=TimeRestriction(None, None, False),
+    )
     assert (found and (str(found.data_interval.start.date()), found.run_after.format("YYYY-MM-DDTHH:mm"))) == expected
     if found:
         assert found.data_interval.end - found.data_interval.start == dtm.timedelta(days=1)
@@ -343,13 +414,28 @@ def test_a_backfill_has_a_run_for_every_day_of_its_range_with_the_day_in_its_id(
     infos = list(serialized.iter_dagrun_infos_between(day("2022-04-06"), day("2022-04-09") + dtm.timedelta(hours=23)))
     assert [str(info.logical_date.date()) for info in infos] == ["2022-04-06", "2022-04-07", "2022-04-08", "2022-04-09"]
     for info in infos:
-        identity = DagRun.generate_run_id(run_type=DagRunType.BACKFILL_JOB, logical_date=info.logical_date, run_after=info.run_after)
+        identity = DagRun.generate_run_id(
+            run_type=DagRunType.BACKFILL_JOB, logical_date=info.logical_date, run_after=info.run_after
+        )
         assert identity.startswith(f"backfill__{info.logical_date.date()}T")
-        assert serialized.timetable.generate_run_id(run_type=DagRunType.SCHEDULED, run_after=info.run_after, data_interval=info.data_interval) == f"scheduled__{info.logical_date.date()}"
+        assert (
+            serialized.timetable.generate_run_id(
+                run_type=DagRunType.SCHEDULED, run_after=info.run_after, data_interval=info.data_interval
+            )
+            == f"scheduled__{info.logical_date.date()}"
+        )
 
 
 def test_the_timetable_survives_serialisation(dag):
-    assert _round_trip(dag).timetable.serialize() == dag.timetable.serialize() == {"first_day": "2022-04-08", "last_day": "2022-05-08", "hour": None}
+    assert (
+        _round_trip(dag).timetable.serialize()
+        == dag.timetable.serialize()
+        == {
+            "first_day": "2022-04-08",
+            "last_day": "2022-05-08",
+            "hour": None,
+        }
+    )
 
 
 def _round_trip(dag):
@@ -368,7 +454,12 @@ def test_partition_comes_from_dt_then_the_day_of_the_logical_date():
 def test_a_manual_run_stands_for_the_day_of_its_logical_date(dag):
     import pendulum
 
-    for moment in ("2022-04-21T00:00:00+00:00", "2022-04-21T23:59:59+00:00", "2022-04-22T01:00:00+02:00", "1999-01-01T00:00:00+00:00"):
+    for moment in (
+        "2022-04-21T00:00:00+00:00",
+        "2022-04-21T23:59:59+00:00",
+        "2022-04-22T01:00:00+02:00",
+        "1999-01-01T00:00:00+00:00",
+    ):
         found = dag.timetable.infer_manual_data_interval(run_after=pendulum.parse(moment))
         assert found.start == pendulum.parse(moment).in_timezone("UTC").start_of("day")
 
@@ -390,7 +481,10 @@ def test_a_run_without_one_clear_day_fails(context, message):
 
 @contextlib.contextmanager
 def ended_as_a_stage(says: str, code: int = EXIT_CORRECT):
-    """The body is a task that ends with an exit code, after an `error:` and its remedy at error level; yields all lines of its log."""
+    """The body is a task that ends with an exit code, after an `error:` and its remedy at error level.
+
+    Yields all lines of its log.
+    """
     lines: list[str] = []
     with capture_logs() as records, pytest.raises(SystemExit) as ended:
         yield lines
@@ -417,7 +511,9 @@ def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
     assert found["dt"] == "2022-04-21"
     assert found["params"] == {**dag.params.dump(), "dt": "2022-04-21", "config": "tiny"}
     assert found["attempt"].startswith("kuairand-2022-04-21-")
-    assert found["attempt"] != started(dag, monkeypatch, {"dt": "2022-04-21", "config": "tiny"}, id="2")["attempt"]  # another row, or a clear
+    assert (
+        found["attempt"] != started(dag, monkeypatch, {"dt": "2022-04-21", "config": "tiny"}, id="2")["attempt"]
+    )  # another row, or a clear
 
 
 @pytest.mark.parametrize(
@@ -486,9 +582,16 @@ def test_a_task_asks_once_what_its_run_is_about(dag):
 
 
 def test_run_defaults_of_the_definition_are_those_of_the_form(own):
-    own.write_text(OWN + "run: {raw: '/data/shop', config: tiny, workers: 3, on_warning: approve, hour: 6, wait_hours: 2}\n")
+    own.write_text(
+        OWN + "run: {raw: '/data/shop', config: tiny, workers: 3, on_warning: approve, hour: 6, wait_hours: 2}\n"
+    )
     dag = own_dags()["vql_daily_shop"]
-    assert {"raw": "/data/shop", "config": "tiny", "workers": 3, "on_warning": "approve"}.items() <= dag.params.dump().items()
+    assert {
+        "raw": "/data/shop",
+        "config": "tiny",
+        "workers": 3,
+        "on_warning": "approve",
+    }.items() <= dag.params.dump().items()
     assert dag.timetable.hour == 6
     assert dag.dagrun_timeout >= dtm.timedelta(hours=2 + 12)
 
@@ -515,7 +618,10 @@ def wait_of(own, monkeypatch, raw: Path, run_type="scheduled", hours_ago=0.0):
 
 
 def test_a_scheduled_run_waits_for_every_file_that_the_day_touches(own, monkeypatch, tmp_path):
-    own.write_text(OWN + "run: {hour: 6, wait_hours: 2}\nlogs: {files: ['log-*.csv'], days_in_name: {pattern: 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\n")
+    own.write_text(
+        OWN + "run: {hour: 6, wait_hours: 2}\nlogs: {files: ['log-*.csv'], days_in_name: {pattern:"
+        " 'log-(?P<year>\\d{4})-(?P<month>\\d\\d)-(?P<day>\\d\\d)'}}\n"
+    )
     raw = tmp_path / "raw"
     look = wait_of(own, monkeypatch, raw)
     assert look() is False  # no folder
@@ -524,7 +630,10 @@ def test_a_scheduled_run_waits_for_every_file_that_the_day_touches(own, monkeypa
     (raw / "log-2024-03-04.csv").touch()
     assert look() is False  # local days of Asia/Shanghai: the UTC day ends in the next one
     late = wait_of(own, monkeypatch, raw, hours_ago=2.01)
-    with ended_as_a_stage(r"did not come by .* UTC: no file that matches log-\*\.csv has 2024-03-05 in its name \(days of Asia/Shanghai\); the last is log-2024-03-04\.csv"):
+    with ended_as_a_stage(
+        r"did not come by .* UTC: no file that matches log-\*\.csv has 2024-03-05 in its name \(days of"
+        r" Asia/Shanghai\); the last is log-2024-03-04\.csv"
+    ):
         late()
     (raw / "log-2024-03-05.csv").touch()
     assert look() is True
@@ -552,7 +661,9 @@ def test_a_run_that_a_person_started_waits_for_nothing(own, monkeypatch, tmp_pat
 @pytest.mark.parametrize("judged", [{}, {"raw": None, "events": None}, {"events": None, "sequences": "warning"}])
 def test_what_was_not_judged_is_not_free_of_warnings(dag, monkeypatch, judged):
     task = dag.get_task("train.approve_warnings")
-    monkeypatch.setattr(type(task), "_summary", lambda self, run: {"attempt": "a", "stages": judged, "failed": {"warning": []}})
+    monkeypatch.setattr(
+        type(task), "_summary", lambda self, run: {"attempt": "a", "stages": judged, "failed": {"warning": []}}
+    )
     with ended_as_a_stage(r"no outcome of the gates .*training_input"):
         task.execute(context_of(ti=ti_of("a", params={"on_warning": "approve"})))
 
@@ -576,21 +687,33 @@ def test_findings_that_cannot_be_read_now_are_asked_for_again(dag, monkeypatch):
 # ---- states that a person has set ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("task_id", "before"), [("sequences.build_sequences", "ingest.audit_events"), ("train.approve_warnings", "train.audit_training_input"),
-                                                 ("train.train_models", "train.approve_warnings"), ("register.promote_model", "register.register_model")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task_id", "before"),
+    [
+        ("sequences.build_sequences", "ingest.audit_events"),
+        ("train.approve_warnings", "train.audit_training_input"),
+        ("train.train_models", "train.approve_warnings"),
+        ("register.promote_model", "register.register_model"),
+    ],
+)
 @pytest.mark.parametrize("result", [None, {"attempt": "another"}, {"chosen_options": ["Reject"]}])
 def test_nothing_goes_on_behind_a_task_without_a_result_of_the_attempt(dag, monkeypatch, task_id, before, result):
-    """Marked as success without its work, or cleared alone after a new attempt began, or a question that was rejected."""
+    """Marked as success without its work, or cleared alone after a new attempt began, or a question that was
+    rejected."""
     task, ti = dag.get_task(task_id).prepare_for_execution(), ti_of("a", params=dag.params.dump())
     pulled = ti.xcom_pull
-    ti.xcom_pull = lambda task_ids, key="return_value": result if (task_ids, key) == (before, "return_value") else pulled(task_ids, key)
+    ti.xcom_pull = lambda task_ids, key="return_value": (
+        result if (task_ids, key) == (before, "return_value") else pulled(task_ids, key)
+    )
     with ended_as_a_stage(f"attempt a has no result of the task `{before}`"):
         executed(task, context_of(ti=ti))
 
 
 def test_a_task_marked_as_failed_stops_the_run_at_the_next_one(dag):
     task, ti = dag.get_task("register.promote_model").prepare_for_execution(), ti_of("a", params=dag.params.dump())
-    ti.get_task_states = lambda dag_id, run_ids, task_ids: {run_ids[0]: {name: "failed" if name == "train.train_models" else "success" for name in task_ids}}
+    ti.get_task_states = lambda dag_id, run_ids, task_ids: {
+        run_ids[0]: {name: "failed" if name == "train.train_models" else "success" for name in task_ids}
+    }
     with ended_as_a_stage("the task `train.train_models` of this run is marked as failed"):
         executed(task, context_of(ti=ti))
 
@@ -647,25 +770,72 @@ def test_a_note_that_cannot_be_written_costs_the_task_nothing(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("raw", "/data; rm -rf /"), ("raw", "/data/$(id)"), ("raw", "/data`id`"), ("raw", "/a|b"), ("raw", "/a&b"), ("raw", "relative/x"),
-        ("raw", "--help"), ("raw", "/a\nb"), ("raw", "/a'b"), ("raw", '/a"b'), ("raw", "/a>b"), ("raw", ""), ("raw", "/a\n"), ("raw", "/a\\b"), ("raw", "/a*"), ("config", "a\n"),
-        ("raw", "s3://key:secret@bucket"), ("raw", "s3://key@bucket/x"), ("raw", "s3://key:se/cret@bucket"), ("raw", "s3://bucket/x?region=$(id)"), ("raw", "s3://bucket/x?a=b;c"),
-        ("raw", "/a?b"), ("raw", "s3://bucket/x?a=b\n"), ("raw", "s3://bucket/x&y"), ("raw", "abfss://box:secret@account.dfs.core.windows.net/x"),
+        ("raw", "/data; rm -rf /"),
+        ("raw", "/data/$(id)"),
+        ("raw", "/data`id`"),
+        ("raw", "/a|b"),
+        ("raw", "/a&b"),
+        ("raw", "relative/x"),
+        ("raw", "--help"),
+        ("raw", "/a\nb"),
+        ("raw", "/a'b"),
+        ("raw", '/a"b'),
+        ("raw", "/a>b"),
+        ("raw", ""),
+        ("raw", "/a\n"),
+        ("raw", "/a\\b"),
+        ("raw", "/a*"),
+        ("config", "a\n"),
+        ("raw", "s3://key:secret@bucket"),
+        ("raw", "s3://key@bucket/x"),
+        ("raw", "s3://key:se/cret@bucket"),
+        ("raw", "s3://bucket/x?region=$(id)"),
+        ("raw", "s3://bucket/x?a=b;c"),
+        ("raw", "/a?b"),
+        ("raw", "s3://bucket/x?a=b\n"),
+        ("raw", "s3://bucket/x&y"),
+        ("raw", "abfss://box:secret@account.dfs.core.windows.net/x"),
         ("dt", "2022-04-21\n"),
-        ("config", "../x"), ("config", "a;b"), ("config", ""), ("dt", "yesterday"), ("dt", "2022-4-1"), ("dt", "2022-04-21; ls"),
-        ("warm_start", "other"), ("target_days", 1), ("target_days", "14"), ("workers", 0), ("max_history", 0), ("lookback_days", 1.5), ("lookback_days", 36_501),
-        ("evaluation_days", 0), ("evaluation_days", "1"), ("on_warning", "wait"), ("on_warning", None),
+        ("config", "../x"),
+        ("config", "a;b"),
+        ("config", ""),
+        ("dt", "yesterday"),
+        ("dt", "2022-4-1"),
+        ("dt", "2022-04-21; ls"),
+        ("warm_start", "other"),
+        ("target_days", 1),
+        ("target_days", "14"),
+        ("workers", 0),
+        ("max_history", 0),
+        ("lookback_days", 1.5),
+        ("lookback_days", 36_501),
+        ("evaluation_days", 0),
+        ("evaluation_days", "1"),
+        ("on_warning", "wait"),
+        ("on_warning", None),
     ],
-)  # fmt: skip
+)
 def test_the_form_refuses(dag, name, value):
     param = dag.params.get_param(name)
     with pytest.raises(ParamValidationError):
         param.resolve(value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("raw", "/data/KuaiRand-1K/data"), ("raw", "s3://bucket/a/b=c"), ("raw", "/my data/é"), ("dt", "2022-04-21"), ("dt", None),
-                                             ("raw", S3_RAW), ("raw", "s3://bucket?region=eu-central-1"), ("raw", "s3://bucket/me@example.org/x"),
-                                             ("raw", "abfss://box@account.dfs.core.windows.net/x"), ("raw", "hdfs://namenode:9000/x")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("raw", "/data/KuaiRand-1K/data"),
+        ("raw", "s3://bucket/a/b=c"),
+        ("raw", "/my data/é"),
+        ("dt", "2022-04-21"),
+        ("dt", None),
+        ("raw", S3_RAW),
+        ("raw", "s3://bucket?region=eu-central-1"),
+        ("raw", "s3://bucket/me@example.org/x"),
+        ("raw", "abfss://box@account.dfs.core.windows.net/x"),
+        ("raw", "hdfs://namenode:9000/x"),
+    ],
+)
 def test_the_form_accepts(dag, name, value):
     assert dag.params.get_param(name).resolve(value) == value
 
@@ -706,13 +876,21 @@ def test_success_returns_the_partition(tmp_path, monkeypatch, dataset, name):
 
 
 def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path, monkeypatch):
-    code = "import sys\nprint('noise')\nprint('error: no raw rows', file=sys.stderr)\nprint('  remedy: give RAW', file=sys.stderr)\nprint('late', file=sys.stderr)\nsys.exit(2)"
+    code = (
+        "import sys\nprint('noise')\nprint('error: no raw rows', file=sys.stderr)\nprint('  remedy: give RAW',"
+        " file=sys.stderr)\nprint('late', file=sys.stderr)\nsys.exit(2)"
+    )
     _, execute = run_code(tmp_path, monkeypatch, code)
     with capture_logs() as records, pytest.raises(SystemExit) as ended:
         execute()
     assert ended.value.code == EXIT_CORRECT
     said = {record["event"]: record["log_level"] for record in records}
-    assert {"noise": "info", "error: no raw rows": "error", "  remedy: give RAW": "error", "late": "info"}.items() <= said.items()
+    assert {
+        "noise": "info",
+        "error: no raw rows": "error",
+        "  remedy: give RAW": "error",
+        "late": "info",
+    }.items() <= said.items()
     assert said["stage found something to correct and is not tried again (exit code 2)"] == "error"
 
 
@@ -726,11 +904,17 @@ def test_what_may_pass_by_itself_is_retried_for_ten_minutes_a_crash_once_and_the
     assert waits == sorted(waits)
 
     def after(code: int | None, tried: int, cleared_after: int = 0):
-        decision = policy.evaluate(SystemExit(code) if code is not None else RuntimeError("odd"), cleared_after + tried, cleared_after + retries)
+        decision = policy.evaluate(
+            SystemExit(code) if code is not None else RuntimeError("odd"),
+            cleared_after + tried,
+            cleared_after + retries,
+        )
         return decision.action, decision.retry_delay and decision.retry_delay.total_seconds()
 
     for cleared_after in (0, 3):  # clearing a task begins the count anew
-        assert [after(EXIT_TRY_AGAIN, tried, cleared_after) for tried in range(1, retries + 1)] == [(RetryAction.RETRY, wait) for wait in waits]
+        assert [after(EXIT_TRY_AGAIN, tried, cleared_after) for tried in range(1, retries + 1)] == [
+            (RetryAction.RETRY, wait) for wait in waits
+        ]
         for code in (EXIT_CORRECT, EXIT_GATE):
             assert after(code, 1, cleared_after)[0] is RetryAction.FAIL
         for code in (1, -9, None):
@@ -756,7 +940,10 @@ def test_a_report_that_does_not_get_into_mlflow_changes_nothing_of_a_gates_end(t
     assert ReportLink().get_link(gate, ti_key=None) == ""
 
 
-@pytest.mark.parametrize(("code", "expected"), [("raise ValueError('odd')", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9)])
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("raise ValueError('odd')", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9)],
+)
 def test_a_crash_has_a_code_of_its_own(tmp_path, monkeypatch, code, expected):
     _, execute = run_code(tmp_path, monkeypatch, code)
     with pytest.raises(SystemExit) as ended:
@@ -766,17 +953,18 @@ def test_a_crash_has_a_code_of_its_own(tmp_path, monkeypatch, code, expected):
 
 def test_the_stage_does_not_see_airflows_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("AIRFLOW__API_AUTH__JWT_SECRET", "s3cret")
-    _, execute = run_code(tmp_path, monkeypatch, "import os, sys; sys.exit(any(n.startswith('AIRFLOW__') for n in os.environ))")
+    _, execute = run_code(
+        tmp_path, monkeypatch, "import os, sys; sys.exit(any(n.startswith('AIRFLOW__') for n in os.environ))"
+    )
     execute()
 
 
 def test_killing_the_task_ends_the_stage_and_its_children(tmp_path, monkeypatch):
     pids = tmp_path / "pids"
     code = (
-        "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
-        f"open({str(pids)!r} + '.tmp', 'w').write(f'{{os.getpid()}} {{child.pid}}'); os.rename({str(pids)!r} + '.tmp', {str(pids)!r})\n"
-        "time.sleep(900)\n"
+        "import os, subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time;"
+        f" time.sleep(900)'])\nopen({str(pids)!r} + '.tmp', 'w').write(f'{{os.getpid()}} {{child.pid}}');"
+        f" os.rename({str(pids)!r} + '.tmp', {str(pids)!r})\ntime.sleep(900)\n"
     )
     operator, execute = run_code(tmp_path, monkeypatch, code)
 
@@ -814,18 +1002,41 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
 
     (tmp_path / "stage.py").write_text(code)
     (tmp_path / "a").mkdir()
-    registration = {"model_name": "vql_kuairand", "version": "3", "run_id": "abc", "experiment_id": "7", "aliases": aliases, "outcome": outcome,
-                    "gate": {"passed": outcome != "refused", "reason": "the reason"}, "digests": {"model.digest": "d"}}  # fmt: skip
+    registration = {
+        "model_name": "vql_kuairand",
+        "version": "3",
+        "run_id": "abc",
+        "experiment_id": "7",
+        "aliases": aliases,
+        "outcome": outcome,
+        "gate": {"passed": outcome != "refused", "reason": "the reason"},
+        "digests": {"model.digest": "d"},
+    }
     (tmp_path / "a" / "registration.json").write_text(json.dumps(registration))
     monkeypatch.setattr(StageOperator, "command", lambda self: [sys.executable, str(tmp_path / "stage.py")])
-    task = PromoteOperator(task_id="promote", module="evaluation.release.promote", dataset="kuairand", runs=str(tmp_path), champion=Asset(name="c", uri="longview://c/champion"))
+    task = PromoteOperator(
+        task_id="promote",
+        module="evaluation.release.promote",
+        dataset="kuairand",
+        runs=str(tmp_path),
+        champion=Asset(name="c", uri="longview://c/champion"),
+    )
     context = context_of(ti=ti_of("a")) | {"outlet_events": OutletEventAccessors()}
     return task, lambda: executed(task, context), context
 
 
-@pytest.mark.parametrize(("outcome", "aliases", "event"), [("promoted", ["challenger", "champion"], True), ("promoted", ["previous_champion"], False),
-                                                           ("kept", ["challenger"], False), ("refused", ["challenger"], False)])  # fmt: skip
-def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an_event(tmp_path, monkeypatch, outcome, aliases, event):
+@pytest.mark.parametrize(
+    ("outcome", "aliases", "event"),
+    [
+        ("promoted", ["challenger", "champion"], True),
+        ("promoted", ["previous_champion"], False),
+        ("kept", ["challenger"], False),
+        ("refused", ["challenger"], False),
+    ],
+)
+def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an_event(
+    tmp_path, monkeypatch, outcome, aliases, event
+):
     from dags import _release
     from dags._links import MlflowRunLink, ModelVersionLink
 
@@ -834,7 +1045,11 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
     task, execute, context = promote_task(tmp_path, monkeypatch, outcome, aliases)
     found = execute()
     assert {"outcome": outcome, "reason": "the reason", "version": "3", "dt": "2022-04-21"}.items() <= found.items()
-    said = {"promoted": "promoted", "kept": "NOT promoted, it is the champion's equal", "refused": "NOT promoted, stays challenger"}[outcome]
+    said = {
+        "promoted": "promoted",
+        "kept": "NOT promoted, it is the champion's equal",
+        "refused": "NOT promoted, stays challenger",
+    }[outcome]
     assert notes == [f"vql_kuairand version 3 {said}: the reason"]
     events = context["outlet_events"][task.alias].asset_alias_events
     assert [one.dest_asset_key.uri for one in events] == ["longview://c/champion"] * event
@@ -853,17 +1068,26 @@ def test_a_promotion_that_failed_says_nothing_and_still_leads_to_its_run(tmp_pat
 
 
 def test_a_stage_knows_the_address_of_its_run(tmp_path, monkeypatch):
-    _, execute = run_code(tmp_path, monkeypatch, f"import os; open({str(tmp_path / 'url')!r}, 'w').write(os.environ['LONGVIEW_AIRFLOW_RUN_URL'])")
+    _, execute = run_code(
+        tmp_path,
+        monkeypatch,
+        f"import os; open({str(tmp_path / 'url')!r}, 'w').write(os.environ['LONGVIEW_AIRFLOW_RUN_URL'])",
+    )
     execute()
     assert (tmp_path / "url").read_text() == f"{settings.airflow_url()}/dags/d/runs/manual__1"
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
 def test_the_mlflow_run_of_a_task_that_failed_or_was_killed_ends(tmp_path, monkeypatch, status):
-    """Airflow asks for the first when the task has failed for good, for the second when it is marked as failed or times out."""
+    """Airflow asks for the first when the task has failed for good, for the second when it is marked as failed or times
+    out.
+    """
     operator, execute = run_code(tmp_path, monkeypatch, "import sys; sys.exit(1)")
     said = tmp_path / "said"
-    monkeypatch.setattr("dags._common.ending", lambda partition, status: [sys.executable, "-c", f"open({str(said)!r}, 'w').write({status!r})"])
+    monkeypatch.setattr(
+        "dags._common.ending",
+        lambda partition, status: [sys.executable, "-c", f"open({str(said)!r}, 'w').write({status!r})"],
+    )
     if status == "KILLED":
         operator.render_template_fields(context_of(ti=ti_of("a")))
         operator.on_kill()

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 # Debian's Chromium, as any user and without a word to the outside.
-CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                    "--disable-sync"]  # fmt: skip
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 ANSWER_MS = 60_000
 
 
@@ -45,7 +52,12 @@ class Airflow:
     def __init__(self, page, url: str) -> None:
         self.page, self.url = page, url
         self.sent: list[dict] = []  # bodies of what the pages have asked Airflow to do
-        page.on("request", lambda request: self.sent.append(request.post_data_json) if request.method == "POST" and request.post_data else None)
+        page.on(
+            "request",
+            lambda request: (
+                self.sent.append(request.post_data_json) if request.method == "POST" and request.post_data else None
+            ),
+        )
 
     def open(self, path: str) -> None:
         self.page.goto(self.url + path)
@@ -72,7 +84,9 @@ class Airflow:
         for name, value in fields.items():
             field = dialog.locator(f"[name=element_{name}]")
             if field.get_attribute("type") == "hidden":  # a list to choose from
-                field.locator("xpath=ancestor::*[.//input[@role='combobox' or @type='text']][1]").locator("input:visible").first.click()
+                field.locator("xpath=ancestor::*[.//input[@role='combobox' or @type='text']][1]").locator(
+                    "input:visible"
+                ).first.click()
                 self.page.get_by_role("option", name=value, exact=True).click()
             else:
                 field.fill(value)
@@ -86,7 +100,17 @@ class Airflow:
         self.page.wait_for_url("**/runs/**")
         return urllib.parse.unquote(self.page.url.rpartition("/runs/")[2].split("/")[0].split("?")[0])
 
-    def backfill(self, dag_id: str, first: str, last: str, *, reprocess: str = "Missing Runs", backwards: bool = False, override: bool = False, **fields: str) -> None:
+    def backfill(
+        self,
+        dag_id: str,
+        first: str,
+        last: str,
+        *,
+        reprocess: str = "Missing Runs",
+        backwards: bool = False,
+        override: bool = False,
+        **fields: str,
+    ) -> None:
         """Fill in the backfill dialog and run it; days are YYYY-MM-DD."""
         dialog = self._trigger_dialog(dag_id)
         dialog.get_by_text("Backfill", exact=True).click()

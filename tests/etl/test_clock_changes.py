@@ -36,7 +36,11 @@ FORMAT = "%Y-%m-%d %H:%M:%S"
 )
 def test_repeated_hours_are_the_second_pass_and_missing_ones_go_by_the_clock_before(kind, zone, local, clock, utc):
     moment = dtm.datetime.strptime(local, FORMAT)
-    values, time = (pa.array([local]), Time(column="at", format=FORMAT, zone=zone)) if kind == "text" else (pa.array([moment], pa.timestamp("us")), Time(column="at", zone=zone))
+    values, time = (
+        (pa.array([local]), Time(column="at", format=FORMAT, zone=zone))
+        if kind == "text"
+        else (pa.array([moment], pa.timestamp("us")), Time(column="at", zone=zone))
+    )
     time_ms, there, found = clocked_times_ms(values, time)
     wanted = dtm.datetime.strptime(utc, FORMAT).replace(tzinfo=dtm.UTC)
     assert (time_ms.tolist(), there.tolist(), found.tolist()) == ([round(wanted.timestamp() * 1_000)], [True], [clock])
@@ -57,13 +61,25 @@ def test_every_second_of_both_days_keeps_its_place_but_for_the_hours_that_change
 def test_they_are_counted_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job, "spark_session", lambda name: NoSpark())
     monkeypatch.setattr(job, "_run", run_here)
-    definition = DatasetDefinition.model_validate({
-        "name": "shop", "title": "A shop", "first_day": "2024-03-01",
-        "logs": {"files": ["*.csv"], "columns": {"user": "integer", "item": "integer", "at": "text"},
-                 "days_in_name": {"pattern": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"}},
-        "events": {"user": "user", "item": "item", "time": {"column": "at", "format": FORMAT, "zone": "Europe/Berlin"}, "signals": {"any": {"column": "item", "at_least": 1}}},
-        "targets": {"label": "any"},
-    })  # fmt: skip
+    definition = DatasetDefinition.model_validate(
+        {
+            "name": "shop",
+            "title": "A shop",
+            "first_day": "2024-03-01",
+            "logs": {
+                "files": ["*.csv"],
+                "columns": {"user": "integer", "item": "integer", "at": "text"},
+                "days_in_name": {"pattern": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"},
+            },
+            "events": {
+                "user": "user",
+                "item": "item",
+                "time": {"column": "at", "format": FORMAT, "zone": "Europe/Berlin"},
+                "signals": {"any": {"column": "item", "at_least": 1}},
+            },
+            "targets": {"label": "any"},
+        }
+    )
     (tmp_path / "raw").mkdir()
     rows = ["1,1,2024-10-27 02:30:00", "2,1,2024-10-27 02:30:00", "1,2,2024-10-27 12:00:00"]
     (tmp_path / "raw" / "2024-10-27.csv").write_text("\n".join(["user,item,at", *rows]) + "\n")
@@ -73,5 +89,7 @@ def test_they_are_counted_and_told(tmp_path, monkeypatch, capsys):
         summary = job.build_events(store, definition, RawLocation(str(tmp_path / "raw")), job.Build(dt, dt, 1, 1, 0.0))
         counts = store.staged_manifest(dt, "events", dt).counts
         assert (counts["repeated_times"], counts["missing_times"]) == counted
-        assert summary["rows_read"] == summary["events"] == counts["rows_read"]  # reported next to the rows, not among them
+        assert (
+            summary["rows_read"] == summary["events"] == counts["rows_read"]
+        )  # reported next to the rows, not among them
         assert f"clock changes: {counted[0]} event(s)" in capsys.readouterr().out

@@ -38,10 +38,13 @@ FAST_JVM = "-XX:TieredStopAtLevel=1"  # these JVMs live for seconds
 # As in any environment with a role or a key; the server takes every key.
 AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 SPARK = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
-DEFAULTS = f"spark.ui.enabled false\nspark.driver.extraJavaOptions {FAST_JVM}\nspark.executor.extraJavaOptions {FAST_JVM}\n"
+DEFAULTS = (
+    f"spark.ui.enabled false\nspark.driver.extraJavaOptions {FAST_JVM}\nspark.executor.extraJavaOptions {FAST_JVM}\n"
+)
 
 
-# ---- processes ---------------------------------------------------------------------------------------------------------
+# ---- processes
+# ---------------------------------------------------------------------------------------------------------
 
 
 def start(words: list[str], log: Path, cwd: Path, **changes: str | None) -> Started:
@@ -81,11 +84,21 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     port, web = free_port(), free_port()
     found = Cluster(f"spark://127.0.0.1:{port}", folder)
     (folder / "spark-defaults.conf").write_text(DEFAULTS)
-    env = {"SPARK_DAEMON_MEMORY": "256m", "SPARK_DAEMON_JAVA_OPTS": f"-Dspark.master.rest.enabled=false {FAST_JVM}",
-           "SPARK_LOCAL_DIRS": str(folder), "PYTHONPATH": None}  # fmt: skip
+    env = {
+        "SPARK_DAEMON_MEMORY": "256m",
+        "SPARK_DAEMON_JAVA_OPTS": f"-Dspark.master.rest.enabled=false {FAST_JVM}",
+        "SPARK_LOCAL_DIRS": str(folder),
+        "PYTHONPATH": None,
+    }
 
     def daemon(name: str, *words: str) -> None:
-        command = [str(BIN / "spark-class"), f"org.apache.spark.deploy.{name.rstrip('12')}", "--host", "127.0.0.1", *words]
+        command = [
+            str(BIN / "spark-class"),
+            f"org.apache.spark.deploy.{name.rstrip('12')}",
+            "--host",
+            "127.0.0.1",
+            *words,
+        ]
         found.daemons.append(start(command, folder / f"{name}.log", folder, **env))
 
     def two_alive() -> bool:
@@ -98,8 +111,20 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     try:
         daemon("master.Master", "--port", str(port), "--webui-port", str(web))
         for number in ("1", "2"):
-            daemon(f"worker.Worker{number}", "--port", "0", "--webui-port", "0", "--cores", "1", "--memory", "1g",
-                   "--work-dir", str(folder / number), found.master)  # fmt: skip
+            daemon(
+                f"worker.Worker{number}",
+                "--port",
+                "0",
+                "--webui-port",
+                "0",
+                "--cores",
+                "1",
+                "--memory",
+                "1g",
+                "--work-dir",
+                str(folder / number),
+                found.master,
+            )
         wait_for("master with two workers", two_alive)
         yield found
     finally:
@@ -118,7 +143,8 @@ def s3(tmp_path_factory) -> Iterator[str]:
     before = {name: os.environ.get(name) for name in AWS}
     os.environ.update(AWS)
     try:
-        query = f"?scheme=http&endpoint_override=127.0.0.1:{server.get_host_and_port()[1]}&region=us-east-1&allow_delayed_open=true"
+        endpoint = f"127.0.0.1:{server.get_host_and_port()[1]}"
+        query = f"?scheme=http&endpoint_override={endpoint}&region=us-east-1&allow_delayed_open=true"
         pafs.FileSystem.from_uri(f"s3://{BUCKET}{query}&allow_bucket_creation=true")[0].create_dir(BUCKET)
         yield query
     finally:
@@ -130,7 +156,8 @@ def s3(tmp_path_factory) -> Iterator[str]:
                 os.environ[name] = value
 
 
-# ---- stages ------------------------------------------------------------------------------------------------------------
+# ---- stages
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +178,16 @@ def plain(module: str) -> list[str]:
 
 
 def submitted(cluster: Cluster, module: str) -> list[str]:
-    options = ["--master", cluster.master, "--driver-memory", "512m", "--executor-memory", "640m", "--name", "submitted"]
+    options = [
+        "--master",
+        cluster.master,
+        "--driver-memory",
+        "512m",
+        "--executor-memory",
+        "640m",
+        "--name",
+        "submitted",
+    ]
     return [str(BIN / "spark-submit"), *options, str(ROOT / "etl" / "jobs" / f"{module}.py")]
 
 
@@ -160,7 +196,15 @@ def partition(warehouse: str, attempt: str) -> list[str]:
 
 
 def events(warehouse: str, attempt: str, raw: str) -> list[str]:
-    return [*partition(warehouse, attempt), "--raw", raw, "--lookback-days", str(LOOKBACK_DAYS), "--buckets", str(BUCKETS)]
+    return [
+        *partition(warehouse, attempt),
+        "--raw",
+        raw,
+        "--lookback-days",
+        str(LOOKBACK_DAYS),
+        "--buckets",
+        str(BUCKETS),
+    ]
 
 
 def publish(warehouse: str, attempt: str, stage: str, folder: Path) -> None:
@@ -177,7 +221,9 @@ def run(words: list[str], folder: Path, **changes: str) -> str:
     return output
 
 
-def whole_partition(job: Callable[[str], list[str]], warehouse: str, attempt: str, raw: str, folder: Path, **changes: str) -> dict[str, str]:
+def whole_partition(
+    job: Callable[[str], list[str]], warehouse: str, attempt: str, raw: str, folder: Path, **changes: str
+) -> dict[str, str]:
     run([*job("events"), *events(warehouse, attempt, raw)], folder, **changes)
     publish(warehouse, attempt, "events", folder)
     window = ["--lookback-days", str(LOOKBACK_DAYS), "--target-days", "3"]
@@ -209,8 +255,12 @@ def test_spark_submit_on_a_standalone_cluster_gives_the_same_bytes(cluster, expe
     def job(module: str) -> list[str]:
         return submitted(cluster, module)
 
-    assert whole_partition(job, "warehouse", "standalone", os.path.relpath(raw), tmp_path, **cluster.settings) == expected
-    assert len(list(cluster.folder.glob("[12]/app-*/*/longview_etl.zip"))) >= 2, "the executors got no code of this driver"
+    assert (
+        whole_partition(job, "warehouse", "standalone", os.path.relpath(raw), tmp_path, **cluster.settings) == expected
+    )
+    assert len(list(cluster.folder.glob("[12]/app-*/*/longview_etl.zip"))) >= 2, (
+        "the executors got no code of this driver"
+    )
     launched = "".join(daemon.log.read_text() for daemon in cluster.daemons)
     assert "Asked to launch executor" in launched
     assert "for submitted" in launched, "the name that spark-submit was given is lost"
@@ -221,7 +271,9 @@ def test_logs_and_tables_on_s3_give_the_same_bytes(s3, expected, raw, tmp_path):
     fs, _ = pafs.FileSystem.from_uri(f"s3://{BUCKET}{s3}")
     pafs.copy_files(str(raw), f"{BUCKET}/raw", source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
     assert whole_partition(plain, f"s3://{BUCKET}/warehouse{s3}", "s3", f"s3://{BUCKET}/raw{s3}", tmp_path) == expected
-    left = fs.get_file_info(pafs.FileSelector(f"{BUCKET}/warehouse/{NAME}/_staging", recursive=True, allow_not_found=True))
+    left = fs.get_file_info(
+        pafs.FileSelector(f"{BUCKET}/warehouse/{NAME}/_staging", recursive=True, allow_not_found=True)
+    )
     assert not [info.path for info in left if info.path.endswith(".parquet")]
 
 

@@ -1,4 +1,5 @@
-"""Sixty days in the life of a feed: retention of raw files and of what was superseded, late and repeated deliveries, edited definitions,
+"""Sixty days in the life of a feed: retention of raw files and of what was superseded, late and repeated deliveries,
+edited definitions,
 kills, backfills in any order.
 
 Everything runs as the jobs run it, but for Spark: the tasks' own functions are called here, one after the other.
@@ -55,23 +56,56 @@ def without_spark(monkeypatch) -> None:
 
 
 def shop(title: str = "A shop", least: int = 0, dated: bool = True, last_day: str | None = None) -> DatasetDefinition:
-    return DatasetDefinition.model_validate({
-        "name": "shop", "title": title, "first_day": FIRST, "last_day": last_day,
-        "logs": {"files": ["*.csv"], "columns": {"user": "integer", "item": "integer", "at": "integer", "seen": {"type": "integer", "min": least}},
-                 "expected_refusals": ["out_of_range"],
-                 **({"days_in_name": {"pattern": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"}} if dated else {})},
-        "events": {"user": "user", "item": "item", "time": {"column": "at", "unit": "milliseconds"}, "signals": {"long": {"column": "seen", "at_least": 50}}},
-        "targets": {"label": "long"},
-    })  # fmt: skip
+    return DatasetDefinition.model_validate(
+        {
+            "name": "shop",
+            "title": title,
+            "first_day": FIRST,
+            "last_day": last_day,
+            "logs": {
+                "files": ["*.csv"],
+                "columns": {
+                    "user": "integer",
+                    "item": "integer",
+                    "at": "integer",
+                    "seen": {"type": "integer", "min": least},
+                },
+                "expected_refusals": ["out_of_range"],
+                **({"days_in_name": {"pattern": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"}} if dated else {}),
+            },
+            "events": {
+                "user": "user",
+                "item": "item",
+                "time": {"column": "at", "unit": "milliseconds"},
+                "signals": {"long": {"column": "seen", "at_least": 50}},
+            },
+            "targets": {"label": "long"},
+        }
+    )
 
 
 def write_log(path: Path, rng: random.Random, days: list[str], rows: int = 6) -> None:
-    lines = [f"{rng.randrange(9)},{rng.randrange(99)},{day_number(day) * MS_PER_DAY + rng.randrange(MS_PER_DAY)},{rng.randrange(100)}" for day in days for _ in range(rows)]
+    lines = [
+        f"{rng.randrange(9)},{rng.randrange(99)},{day_number(day) * MS_PER_DAY + rng.randrange(MS_PER_DAY)},"
+        f"{rng.randrange(100)}"
+        for day in days
+        for _ in range(rows)
+    ]
     path.write_text("\n".join(["user,item,at,seen", *lines]) + "\n")
 
 
-def build(store: TableStore, raw: Path, definition: DatasetDefinition, dt: str, attempt: str, lookback: int = LOOKBACK, accept: tuple[str, ...] = ()) -> dict[str, int]:
-    return job.build_events(store, definition, RawLocation(str(raw)), job.Build(dt, attempt, lookback, BUCKETS, 1.0, accept))
+def build(
+    store: TableStore,
+    raw: Path,
+    definition: DatasetDefinition,
+    dt: str,
+    attempt: str,
+    lookback: int = LOOKBACK,
+    accept: tuple[str, ...] = (),
+) -> dict[str, int]:
+    return job.build_events(
+        store, definition, RawLocation(str(raw)), job.Build(dt, attempt, lookback, BUCKETS, 1.0, accept)
+    )
 
 
 def publish(store: TableStore, attempt: str) -> None:
@@ -92,14 +126,19 @@ def scratch(folder: Path, raw: Path, definition: DatasetDefinition, days: list[s
 
 
 class Life:
-    """A feed, and what an outsider knows of it: which days are whole in the raw folder, and what each was built from."""
+    """A feed, and what an outsider knows of it.
+
+    Which days are whole in the raw folder, and what each was built from.
+    """
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng, self.raw, self.folder = random.Random(seed), folder / "raw", folder
         self.raw.mkdir()
         self.store, self.definition, self.attempts = TableStore(str(folder / "w"), "shop"), shop(), 0
         self.delivered: dict[str, set[str]] = {}  # day -> every file that was ever delivered for it
-        self.built: dict[str, tuple[dict[str, bytes], int]] = {}  # day -> the files and the bound that its rows were built by
+        self.built: dict[
+            str, tuple[dict[str, bytes], int]
+        ] = {}  # day -> the files and the bound that its rows were built by
         self.accepted: set[str] = set()
 
     def deliver(self, day: str, name: str) -> None:
@@ -107,14 +146,20 @@ class Life:
         self.delivered.setdefault(day, set()).add(name)
 
     def there(self, day: str) -> dict[str, bytes]:
-        return {name: (self.raw / name).read_bytes() for name in self.delivered.get(day, ()) if (self.raw / name).exists()}
+        return {
+            name: (self.raw / name).read_bytes() for name in self.delivered.get(day, ()) if (self.raw / name).exists()
+        }
 
     def bound(self) -> int:
         return int(self.definition.logs.columns["seen"].min or 0)
 
     def lost(self, day: str) -> bool:
         """Whether a file that the published day was built from is gone."""
-        return day in self.built and bool(self.built[day][0].keys() - self.there(day).keys()) and self.manifest(day).rows > 0
+        return (
+            day in self.built
+            and bool(self.built[day][0].keys() - self.there(day).keys())
+            and self.manifest(day).rows > 0
+        )
 
     def manifest(self, day: str) -> Manifest:
         return self.store.require("events", day)
@@ -131,7 +176,9 @@ class Life:
     def run(self, dt: str, killed: str | None = None, accept: tuple[str, ...] = ()) -> StageError | None:
         self.attempts += 1
         attempt, window = f"a{self.attempts}", days_between(add_days(dt, 1 - LOOKBACK), dt)
-        must = {day for day in window if self.lost(day) and (day == dt or self.built[day][1] != self.bound())} - set(accept)
+        must = {day for day in window if self.lost(day) and (day == dt or self.built[day][1] != self.bound())} - set(
+            accept
+        )
         before = {day: self.manifest(day) for day in self.store.days("events")}
         try:
             build(self.store, self.raw, self.definition, dt, attempt, accept=accept)
@@ -160,8 +207,14 @@ class Life:
             os.utime(path, ns=(path.stat().st_mtime_ns - NS_PER_DAY,) * 2)
 
     def prune(self) -> int:
-        """Remove what is old; what is published, what is stale and what any engine reads are as before. Return what went."""
-        tables = {name: {day: self.store.require(name, day) for day in self.store.days(name)} for name in ("events", "quarantine")}
+        """Remove what is old.
+
+        What is published, what is stale and what any engine reads are as before. Return what went.
+        """
+        tables = {
+            name: {day: self.store.require(name, day) for day in self.store.days(name)}
+            for name in ("events", "quarantine")
+        }
         stale = affected(self.store, self.definition, RawLocation(str(self.raw)))
         (now := self.folder / "now").touch()
         old_ms = now.stat().st_mtime_ns // 1_000_000 - RETENTION_DAYS * MS_PER_DAY
@@ -169,7 +222,9 @@ class Life:
         removed = prune_partitions(self.store, Cutoffs(old_ms, old_ms), Lineage(), False, said.append)
         removed += prune_staging(self.store, old_ms, (), False)
         assert said == []
-        assert tables == {name: {day: self.store.require(name, day) for day in self.store.days(name)} for name in tables}
+        assert tables == {
+            name: {day: self.store.require(name, day) for day in self.store.days(name)} for name in tables
+        }
         assert affected(self.store, self.definition, RawLocation(str(self.raw))) == stale
         for manifest in (manifest for days in tables.values() for manifest in days.values() if manifest.files):
             folder = Path(self.store.root) / manifest.table / f"dt={manifest.dt}"
@@ -192,7 +247,10 @@ def test_sixty_days_of_a_feed(tmp_path):
     life = Life(tmp_path, 1)
     others = random.Random(2)  # readers and prunes: the feed's life is the same without them
     readers: list[tuple[int, Manifest]] = []  # since which day each holds the manifest that it reads
-    rng, seen = life.rng, {"pruned": 0, "stop": 0, "accepted": 0, "late": 0, "lost": 0, "stale": 0, "killed": 0, "backfill": 0}
+    rng, seen = (
+        life.rng,
+        {"pruned": 0, "stop": 0, "accepted": 0, "late": 0, "lost": 0, "stale": 0, "killed": 0, "backfill": 0},
+    )
     for number in range(DAYS):
         today = add_days(FIRST, number)
         life.deliver(today, f"log-{today}.csv")
@@ -215,13 +273,21 @@ def test_sixty_days_of_a_feed(tmp_path):
             life.definition = shop(life.definition.title, 5 - life.bound())
         # What is stale is named, and nothing else.
         if life.built:
-            said = {s.dt: s.whole for s in affected(life.store, life.definition, RawLocation(str(life.raw))) if s.table == "events"}
+            said = {
+                s.dt: s.whole
+                for s in affected(life.store, life.definition, RawLocation(str(life.raw)))
+                if s.table == "events"
+            }
             assert said == life.stale(), number
             seen["stale"] += len(said)
             seen["lost"] += sum(not whole for whole in said.values())
         killed = rng.choice([None, None, None, "before", "between"])
         seen["killed"] += killed is not None
-        days = [today] if rng.random() < 0.7 else rng.sample(days_between(max(FIRST, add_days(today, -8)), today), min(3, number + 1))
+        days = (
+            [today]
+            if rng.random() < 0.7
+            else rng.sample(days_between(max(FIRST, add_days(today, -8)), today), min(3, number + 1))
+        )
         seen["backfill"] += len(days) > 1
         for dt in days:
             with never_smaller(life, ()):
@@ -242,9 +308,15 @@ def test_sixty_days_of_a_feed(tmp_path):
         for _, manifest in readers:
             assert life.store.read(manifest).num_rows == manifest.rows
         # Wherever raw is still there, what is published and fresh is what a build from nothing would give.
-        fresh = [day for day in life.built if day not in life.stale() and not life.lost(day) and life.there(day) and life.manifest(day).rows]
+        fresh = [
+            day
+            for day in life.built
+            if day not in life.stale() and not life.lost(day) and life.there(day) and life.manifest(day).rows
+        ]
         checked = rng.sample(sorted(fresh), min(2, len(fresh)))
-        assert scratch(tmp_path / "scratch", life.raw, life.definition, checked) == {day: life.manifest(day).data_digest for day in checked}
+        assert scratch(tmp_path / "scratch", life.raw, life.definition, checked) == {
+            day: life.manifest(day).data_digest for day in checked
+        }
     assert all(seen.values()), seen  # a life in which nothing happens shows nothing
 
 
@@ -270,8 +342,13 @@ def test_three_archived_days_and_a_harmless_key_leave_what_is_published_alone(tm
     for dt, definition in ((days[1], shop()), (days[3], shop(least=1))):
         with pytest.raises(StageError, match=rf"(?s)dt={days[1]}: .*gone: {days[1]}.csv.*--accept-loss DAY") as stopped:
             build(store, raw, definition, dt, f"stopped-{dt}", 4)
-        assert ("--adopt-definition" in stopped.value.remedy) is (definition != shop()), "where no definition changed there is none to adopt"
-    assert {s.dt: s.whole for s in affected(store, shop(least=1), RawLocation(str(raw)))} == {**dict.fromkeys(days[:3], False), days[3]: True}
+        assert ("--adopt-definition" in stopped.value.remedy) is (definition != shop()), (
+            "where no definition changed there is none to adopt"
+        )
+    assert {s.dt: s.whole for s in affected(store, shop(least=1), RawLocation(str(raw)))} == {
+        **dict.fromkeys(days[:3], False),
+        days[3]: True,
+    }
     build(store, raw, shop(least=1), days[3], "accepted", 4, tuple(days[:3]))
     publish(store, "accepted")
     assert [store.require("events", day).rows for day in days[:3]] == [0, 0, 0]
@@ -354,7 +431,9 @@ def test_a_file_without_days_in_its_name_is_parsed_once_for_all_its_days(tmp_pat
     # A day that is published is taken from there; once none waits, all that did is dropped.
     assert build(store, raw, definition, days[0], "again", 5)["rows_read"] == 0
     assert store.staged_days(job.AHEAD, "events") == []
-    assert scratch(tmp_path / "s", raw, definition, days) == {day: store.require("events", day).data_digest for day in days}
+    assert scratch(tmp_path / "s", raw, definition, days) == {
+        day: store.require("events", day).data_digest for day in days
+    }
     assert affected(store, definition, RawLocation(str(raw))) == []
 
 
@@ -382,7 +461,9 @@ def test_days_that_wait_are_dropped_when_they_are_no_longer_what_would_be_built(
     publish(store, "e")
     # Days 0 and 1 were published by what was there then.
     assert {s.dt for s in affected(store, changed, RawLocation(str(raw)))} == set(days[:2])
-    assert scratch(tmp_path / "s", raw, changed, days[2:5]) == {day: store.require("events", day).data_digest for day in days[2:5]}
+    assert scratch(tmp_path / "s", raw, changed, days[2:5]) == {
+        day: store.require("events", day).data_digest for day in days[2:5]
+    }
 
 
 def test_a_feed_that_starts_small_gets_the_buckets_of_its_lookback(tmp_path, monkeypatch):
@@ -396,7 +477,8 @@ def test_a_feed_that_starts_small_gets_the_buckets_of_its_lookback(tmp_path, mon
         job.build_events(store, shop(), RawLocation(str(raw)), job.Build(day, day, 8, None, 1.0))
         publish(store, day)
         buckets[day] = store.require("events", day).settings["buckets"]
-    # The first day knows that a lookback is eight such days; a feed that grew tenfold gets more with its first large day.
+    # The first day knows that a lookback is eight such days; a feed that grew tenfold gets more with its first large
+    # day.
     size = (raw / f"{days[0]}.csv").stat().st_size
     assert buckets[days[0]] == 1 << (8 * size // 1_000).bit_length() == buckets[days[3]]
     assert buckets[days[4]] >= 4 * buckets[days[3]]

@@ -1,4 +1,7 @@
-"""Inputs that failed: a feed younger than its lookback, with item fields in its log; and histories longer than max_events."""
+"""Inputs that failed.
+
+A feed younger than its lookback, with item fields in its log; and histories longer than max_events.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ class Shop(Feed):
         lines = ["user,item,act,at,cat,price,tags"]
         for day in days:
             start = day_number(day) * MS_PER_DAY // 1_000
-            lines += [f"u{i % 4},i{i % 5},{'click' if i % 3 else 'view'},{start + 3_600 * i},c{i % 2},{i}.5,a|b" for i in range(rows_a_day)]
+            lines += [
+                f"u{i % 4},i{i % 5},{'click' if i % 3 else 'view'},{start + 3_600 * i},c{i % 2},{i}.5,a|b"
+                for i in range(rows_a_day)
+            ]
         (self.raw / "log.csv").write_text("\n".join(lines) + "\n")
 
     def build_events(self, attempt: str, dt: str = FIRST, lookback_days: int = 30) -> None:
@@ -90,7 +96,8 @@ def test_a_feed_younger_than_its_lookback_runs_from_its_first_day(tmp_path: Path
             assert shop.store.require("sequences", dt).counts["train_targets"] == 12 * number
             items = shop.store.read(shop.store.require("items", dt))
             assert set(items["category"].to_pylist()) == {"c0", "c1"}
-    # On the first day there is nothing before the evaluation day: the day is published, and what can be trained is named.
+    # On the first day there is nothing before the evaluation day: the day is published, and what can be trained is
+    # named.
     error = found[FIRST]
     assert isinstance(error, StageError)
     assert f"nothing to train dt={FIRST} on" in error.what
@@ -113,7 +120,12 @@ def test_an_empty_day_is_a_day_wherever_it_lies(tmp_path: Path, days: tuple[int,
     # Every column of the definition is there to be read of an empty day too.
     empty = shop.store.require("events", add_days(dt, -20))
     schema = events_job.events_schema(shop.definition)
-    assert shop.store.read(empty, ["user_id", "category", "price", "tags"], empty=schema).schema.names == ["user_id", "category", "price", "tags"]
+    assert shop.store.read(empty, ["user_id", "category", "price", "tags"], empty=schema).schema.names == [
+        "user_id",
+        "category",
+        "price",
+        "tags",
+    ]
 
 
 def test_more_than_one_evaluation_day_moves_the_first_day_that_can_be_trained(tmp_path: Path) -> None:
@@ -154,12 +166,16 @@ def test_max_events_bounds_the_target_after_ten_events(tmp_path: Path) -> None:
     feed, dt = Feed(tmp_path, definition, tmp_path / "reports"), "2024-03-02"
     feed.build_events("a", dt, definition.window.lookback_days)
     feed.audit("a", dt).publish("events")
-    sequences_job.build_sequences(feed.store, definition, feed.audit("a", dt).raw, Window(dt, **definition.window.model_dump()), "a")
+    sequences_job.build_sequences(
+        feed.store, definition, feed.audit("a", dt).raw, Window(dt, **definition.window.model_dump()), "a"
+    )
     feed.audit("a", dt).publish("sequences")
     manifest = feed.store.require("sequences", dt)
     assert manifest.settings["max_events"] == 3
     row = next(row for row in feed.store.read(manifest).to_pylist() if row["user_id"] == 2)
-    assert row["target_history_end"][-1] == 10  # ten events on the day before: the row stores them for the targets of that day
+    assert (
+        row["target_history_end"][-1] == 10
+    )  # ten events on the day before: the row stores them for the targets of that day
     assert max(events_a_target_sees(feed, dt, 2)) == 3
     assert events_a_target_sees(feed, dt, 2)[-1] == 3
 
@@ -174,4 +190,6 @@ def test_the_input_that_failed_is_published_and_says_when_it_can_be_trained(tmp_
     feed.audit("a", FIRST).publish("events")
     assert [feed.store.require("events", day).rows for day in (add_days(FIRST, -1), FIRST)] == [0, 6]
     with pytest.raises(StageError, match="nothing to train"):
-        sequences_job.build_sequences(feed.store, definition, feed.audit("a", FIRST).raw, Window(FIRST, **definition.window.model_dump()), "a")
+        sequences_job.build_sequences(
+            feed.store, definition, feed.audit("a", FIRST).raw, Window(FIRST, **definition.window.model_dump()), "a"
+        )

@@ -1,4 +1,7 @@
-"""The Spark jobs on small raw logs: reconciliation, equal bytes in any order, and failures that leave what is published alone."""
+"""The Spark jobs on small raw logs.
+
+Reconciliation, equal bytes in any order, and failures that leave what is published alone.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,13 @@ def raw(tmp_path_factory) -> Path:
     return folder
 
 
-def ingest(warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01, buckets: int = BUCKETS) -> tuple[TableStore, dict[str, int]]:
+def ingest(
+    warehouse: Path, raw: Path, dt: str, attempt: str, max_bad_share: float = 0.01, buckets: int = BUCKETS
+) -> tuple[TableStore, dict[str, int]]:
     store = TableStore(str(warehouse), NAME)
-    summary = build_events(store, dataset(NAME), RawLocation(str(raw)), Build(dt, attempt, DAYS, buckets, max_bad_share))
+    summary = build_events(
+        store, dataset(NAME), RawLocation(str(raw)), Build(dt, attempt, DAYS, buckets, max_bad_share)
+    )
     for table in ("quarantine", "events"):
         for day in store.staged_days(attempt, table):
             store.publish(attempt, table, day)
@@ -73,7 +80,9 @@ def test_every_raw_row_is_an_event_a_duplicate_or_quarantined(built, raw):
     assert summary["outside_days"] == summary["already_published"] == summary["quarantined"] == 0
     events = [store.require("events", day) for day in Window(DT, 2, DAYS).event_days]
     assert sum(m.rows for m in events) == summary["events"]
-    assert all(m.counts["rows_read"] == m.counts["events"] + m.counts["duplicates"] + m.counts["quarantined"] for m in events)
+    assert all(
+        m.counts["rows_read"] == m.counts["events"] + m.counts["duplicates"] + m.counts["quarantined"] for m in events
+    )
 
 
 def test_days_built_apart_in_another_order_have_the_same_digests(built, raw, tmp_path):
@@ -133,13 +142,20 @@ def test_a_block_of_days_gives_the_same_bytes_and_is_left_alone_once_a_day_chang
             block = compact(store, days[:-1], "compact")
             assert block.rows == sum(store.require("events", day).rows for day in days[:-1])
             assert block.counts["files_before"] > len(block.files) == BUCKETS
-            assert [m.table for m in store.compacted([store.require("events", day) for day in days])] == ["event_blocks", "events"]
+            assert [m.table for m in store.compacted([store.require("events", day) for day in days])] == [
+                "event_blocks",
+                "events",
+            ]
         build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 3, DAYS), attempt)
         found[attempt] = [store.publish(attempt, table, DT).data_digest for table in ("items", "sequences")]
     assert found["days"] == found["block"]
     # A window that cuts the block, or a day that was built anew, reads the days themselves.
-    assert [m.table for m in store.compacted([store.require("events", day) for day in days[1:]])] == ["events"] * (DAYS - 1)
-    changed = [replace(m, files=m.files[1:]) if m.dt == EARLIER else m for m in (store.require("events", day) for day in days)]
+    assert [m.table for m in store.compacted([store.require("events", day) for day in days[1:]])] == ["events"] * (
+        DAYS - 1
+    )
+    changed = [
+        replace(m, files=m.files[1:]) if m.dt == EARLIER else m for m in (store.require("events", day) for day in days)
+    ]
     assert [m.table for m in store.compacted(changed)] == ["events"] * DAYS
     with pytest.raises(StageError, match="dt=2022-04-30 of kuairand_simulated/events is not published"):
         compact(store, [DT, "2022-04-30"], "no")
@@ -154,15 +170,22 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     build_sequences(store, dataset(NAME), place, Window(DT, 2, 3), "s")
     for table in ("items", "sequences"):
         store.publish("s", table, DT)
-    store.write_staged_manifest(store.begin_try("again", ["events"], [EARLIER]), replace(store.require("events", EARLIER), attempt="again", files=()))
+    store.write_staged_manifest(
+        store.begin_try("again", ["events"], [EARLIER]),
+        replace(store.require("events", EARLIER), attempt="again", files=()),
+    )
     store.publish("again", "events", EARLIER)
     stale = affected(store, dataset(NAME), None)
-    assert [(s.table, s.dt, s.because) for s in stale] == [(t, DT, (f"events/dt={EARLIER} was built again",)) for t in ("items", "sequences")]
+    assert [(s.table, s.dt, s.because) for s in stale] == [
+        (t, DT, (f"events/dt={EARLIER} was built again",)) for t in ("items", "sequences")
+    ]
     # With the raw folder, which was moved meanwhile; copied files have another time of change, and the same bytes.
     *_, late = sorted((tmp_path / "raw").glob("log_standard_*.csv"))
     os.utime(late, ns=(1, 1))
     assert [s.table for s in affected(store, dataset(NAME), place)] == ["items", "sequences"]
-    changed_definition = dataset(NAME).model_copy(update={"logs": dataset(NAME).logs.model_copy(update={"repeats": "keep"})})
+    changed_definition = dataset(NAME).model_copy(
+        update={"logs": dataset(NAME).logs.model_copy(update={"repeats": "keep"})}
+    )
     assert affected(store, changed_definition, RawLocation(str(raw)))[0].because == ("the definition changed",)
     with pytest.raises(StageError, match="no day of kuairand_simulated is published"):
         affected(TableStore(str(tmp_path / "typo"), NAME), dataset(NAME), None)
@@ -194,7 +217,12 @@ def test_broken_rows_are_quarantined_with_file_row_and_reason(raw, tmp_path):
     store, summary = ingest(tmp_path / "w", tmp_path / "raw", DT, "broken")
     assert summary["quarantined"] == cut > 0
     assert adds_up(summary)
-    refused = [r for day in Window(DT, 2, DAYS).event_days if (m := store.manifest("quarantine", day)) for r in store.read(m).to_pylist()]
+    refused = [
+        r
+        for day in Window(DT, 2, DAYS).event_days
+        if (m := store.manifest("quarantine", day))
+        for r in store.read(m).to_pylist()
+    ]
     assert sorted(r["row_number"] for r in refused) == [400 * (i + 1) + 1 for i in range(cut)]
     assert {r["reason"] for r in refused} == {"not_an_integer: play_time_ms='soon'"}
 
@@ -232,7 +260,9 @@ def test_lines_without_a_day_count_against_the_share_of_refused_rows_whatever_th
     assert store.staged_days("bad", "events") == []
 
 
-@pytest.mark.parametrize("buckets", [pytest.param(1, marks=pytest.mark.slow), pytest.param(BUCKETS + 1, marks=pytest.mark.slow), 2 * BUCKETS])
+@pytest.mark.parametrize(
+    "buckets", [pytest.param(1, marks=pytest.mark.slow), pytest.param(BUCKETS + 1, marks=pytest.mark.slow), 2 * BUCKETS]
+)
 def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(built, raw, tmp_path, buckets):
     shutil.copytree(built[0].warehouse, tmp_path / "w")
     store, window = TableStore(str(tmp_path / "w"), NAME), Window(DT, 2, DAYS)
@@ -253,9 +283,16 @@ def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(bu
     for_old = store.read(store.require("events", EARLIER))
     bucket = old.bucket_of(for_old["user_id"].to_numpy())
     work = store.begin_try("old", ["events"], [EARLIER])
-    files = tuple(store.write_file(work, "events", EARLIER, b, for_old.filter(pa.array(bucket == b)).sort_by("user_id")) for b in sorted(set(bucket.tolist())))
-    settings = {name: value for name, value in store.require("events", EARLIER).settings.items() if name != "bucket_hash"} | {"buckets": buckets}
-    store.write_staged_manifest(work, replace(store.require("events", EARLIER), attempt="old", files=files, settings=settings))
+    files = tuple(
+        store.write_file(work, "events", EARLIER, b, for_old.filter(pa.array(bucket == b)).sort_by("user_id"))
+        for b in sorted(set(bucket.tolist()))
+    )
+    settings = {
+        name: value for name, value in store.require("events", EARLIER).settings.items() if name != "bucket_hash"
+    } | {"buckets": buckets}
+    store.write_staged_manifest(
+        work, replace(store.require("events", EARLIER), attempt="old", files=files, settings=settings)
+    )
     store.publish("old", "events", EARLIER)
     assert sequences("mixed") == alike
     block = compact(store, window.event_days[:-1], "compact")
@@ -267,22 +304,43 @@ def test_days_in_different_buckets_are_read_together_until_they_are_cut_alike(bu
     whole, _ = ingest(tmp_path / "fresh", raw, DT, "fresh", buckets=buckets)
     days = [day for day in window.event_days if day != EARLIER]  # its users were sorted, nothing else
     assert digests(store, days) == digests(whole, days)
-    assert not [s for s in affected(store, dataset(NAME), RawLocation(str(raw))) if s.table == "sequences" and DT not in s.because[0] and EARLIER not in s.because[0]]
+    assert not [
+        s
+        for s in affected(store, dataset(NAME), RawLocation(str(raw)))
+        if s.table == "sequences" and DT not in s.because[0] and EARLIER not in s.because[0]
+    ]
     assert rebucket(store, dataset(NAME), window.event_days, "again", buckets) == []
     assert sequences("cut") == alike
 
 
 def run_cli(*words: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
 
 
 def test_too_many_broken_rows_stop_the_stage_and_leave_what_is_published(built, raw, tmp_path):
     store, _ = built
     before = digests(store, [DT])
     broken_copy(raw, tmp_path / "raw", every=5)
-    done = run_cli("etl.jobs.events", "--dataset", NAME, "--warehouse", store.warehouse, "--dt", DT, "--attempt", "bad",
-                   "--raw", str(tmp_path / "raw"), "--lookback-days", str(DAYS), "--buckets", str(BUCKETS))  # fmt: skip
+    done = run_cli(
+        "etl.jobs.events",
+        "--dataset",
+        NAME,
+        "--warehouse",
+        store.warehouse,
+        "--dt",
+        DT,
+        "--attempt",
+        "bad",
+        "--raw",
+        str(tmp_path / "raw"),
+        "--lookback-days",
+        str(DAYS),
+        "--buckets",
+        str(BUCKETS),
+    )
     assert done.returncode == 2
     assert "not_an_integer" in done.stderr
     assert "_sim.csv" in done.stderr
@@ -312,7 +370,10 @@ def test_wrong_arguments_give_one_clear_message_before_spark_starts(raw, tmp_pat
 
 
 def test_a_day_without_a_row_says_what_the_files_hold(raw, tmp_path):
-    with pytest.raises(StageError, match=r"no row for dt=2022-04-07 .*\(log_standard_4_08_to_4_10_sim.csv\) hold 2022-04-08 \.\. 2022-04-10"):
+    with pytest.raises(
+        StageError,
+        match=r"no row for dt=2022-04-07 .*\(log_standard_4_08_to_4_10_sim.csv\) hold 2022-04-08 \.\. 2022-04-10",
+    ):
         ingest(tmp_path, raw, "2022-04-07", "none")
 
 
@@ -325,6 +386,16 @@ def test_sequences_of_a_day_that_was_never_ingested_name_it(built, raw):
 def test_all_real_kuairand_rows_are_accounted_for(tmp_path):
     store = TableStore(str(tmp_path), "kuairand")
     summary = build_events(store, dataset("kuairand"), RawLocation(str(REAL)), Build("2022-04-21", "real", 30, 4, 0.01))
-    assert summary == {"rows_read": 41_828, "events": 41_712, "duplicates": 116, "quarantined": 0, "outside_days": 0, "built_ahead": 0, "already_published": 0}
-    staged: list[Manifest] = [store.staged_manifest("real", "events", day) for day in store.staged_days("real", "events")]
+    assert summary == {
+        "rows_read": 41_828,
+        "events": 41_712,
+        "duplicates": 116,
+        "quarantined": 0,
+        "outside_days": 0,
+        "built_ahead": 0,
+        "already_published": 0,
+    }
+    staged: list[Manifest] = [
+        store.staged_manifest("real", "events", day) for day in store.staged_days("real", "events")
+    ]
     assert sum(m.rows for m in staged) == 41_712

@@ -1,4 +1,7 @@
-"""SIGKILL in a known phase of a job: what is published stays untouched, and running again gives the bytes of an undisturbed run."""
+"""SIGKILL in a known phase of a job.
+
+What is published stays untouched, and running again gives the bytes of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,33 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME, DT = "kuairand_simulated", "2022-04-10"
 EVENTS, SEQUENCES = "etl.jobs.events", "etl.jobs.sequences"
 BUILDS = {EVENTS: ("events",), SEQUENCES: ("items", "sequences")}
-PARSING, WRITING, STAGED = "Python workers run, no file is staged", "a file is staged, no manifest is", "the manifest is staged"
+PARSING, WRITING, STAGED = (
+    "Python workers run, no file is staged",
+    "a file is staged, no manifest is",
+    "the manifest is staged",
+)
 AIMS = [("driver", PARSING), ("driver", WRITING), ("driver", STAGED), ("jvm", WRITING), ("worker", WRITING)]
 SHOTS = 12  # a shot that finds its phase over kills nothing and is repeated
 
 
 def start(module: str, warehouse: Path, raw: Path, attempt: str, log: Path, dt: str = DT) -> Started:
-    words = [sys.executable, "-m", module, "--dataset", NAME, "--warehouse", str(warehouse), "--dt", dt, "--attempt", attempt, "--raw", str(raw), "--lookback-days", "3"]
+    words = [
+        sys.executable,
+        "-m",
+        module,
+        "--dataset",
+        NAME,
+        "--warehouse",
+        str(warehouse),
+        "--dt",
+        dt,
+        "--attempt",
+        attempt,
+        "--raw",
+        str(raw),
+        "--lookback-days",
+        "3",
+    ]
     words += ["--buckets", "4"] if module == EVENTS else ["--target-days", "2"]
     return processes.start(words, log / f"{attempt}-{module}.log", ROOT)
 
@@ -39,7 +62,11 @@ def ends_well(job: Started) -> None:
 
 
 def publish(store: TableStore, attempt: str, tables: tuple[str, ...]) -> dict[str, str]:
-    return {f"{t}/{day}": store.publish(attempt, t, day).data_digest for t in tables for day in store.staged_days(attempt, t)}
+    return {
+        f"{t}/{day}": store.publish(attempt, t, day).data_digest
+        for t in tables
+        for day in store.staged_days(attempt, t)
+    }
 
 
 @dataclass
@@ -67,7 +94,10 @@ class Shot:
             return None
         if self.store.staged_days(self.attempt, self.table):
             return STAGED
-        if any(f"/{self.attempt}/" in path.as_posix() and f"/{self.table}/" in path.as_posix() for path in Path(self.store.root).rglob("*.parquet")):
+        if any(
+            f"/{self.attempt}/" in path.as_posix() and f"/{self.table}/" in path.as_posix()
+            for path in Path(self.store.root).rglob("*.parquet")
+        ):
             return WRITING
         return PARSING if len(self.victims("worker")) > 1 else None  # the daemon, and those that it forked
 
@@ -77,7 +107,11 @@ class Shot:
         The whole job stands still while it is looked at, so that it is killed in the phase that was seen.
         """
         order = [None, PARSING, WRITING, STAGED]
-        wait_for(f"phase of {self.job.log}: {aim}", lambda: self.job.process.poll() is not None or order.index(self.phase()) >= order.index(aim), every=0.005)
+        wait_for(
+            f"phase of {self.job.log}: {aim}",
+            lambda: self.job.process.poll() is not None or order.index(self.phase()) >= order.index(aim),
+            every=0.005,
+        )
         self.job.signal_all(signal.SIGSTOP)
         shot = self.victims(victim)
         if self.phase() != aim or not shot:
@@ -87,7 +121,9 @@ class Shot:
         self.job.signal_all(signal.SIGCONT)
         code, output = self.job.finish()
         # A worker that had handed its rows over is missed by nobody: then the job ends well.
-        assert {"driver": code == -signal.SIGKILL, "jvm": code > 0, "worker": code >= 0}[victim], f"{victim} was killed while {aim}, but the job ended with {code}\n{output}"
+        assert {"driver": code == -signal.SIGKILL, "jvm": code > 0, "worker": code >= 0}[victim], (
+            f"{victim} was killed while {aim}, but the job ended with {code}\n{output}"
+        )
         return code
 
 
@@ -128,9 +164,13 @@ def test_neighbours_built_at_the_same_time_have_the_bytes_of_one_after_the_other
     assert {key.split("/")[0] for key in found["together"]} == {"events", "items", "sequences"}
 
 
-@pytest.mark.parametrize(("victim", "aim"), AIMS, ids=[f"{victim}-{aim.replace(' ', '_').replace(',', '')}" for victim, aim in AIMS])
+@pytest.mark.parametrize(
+    ("victim", "aim"), AIMS, ids=[f"{victim}-{aim.replace(' ', '_').replace(',', '')}" for victim, aim in AIMS]
+)
 @pytest.mark.parametrize("module", BUILDS)
-def test_a_killed_job_leaves_nothing_half_and_repeats_to_the_same_bytes(undisturbed, raw, victim, aim, module, tmp_path):
+def test_a_killed_job_leaves_nothing_half_and_repeats_to_the_same_bytes(
+    undisturbed, raw, victim, aim, module, tmp_path
+):
     warehouse, digests = undisturbed
     store, tables = TableStore(str(warehouse), NAME), BUILDS[module]
     before = {t: [store.require(t, day) for day in store.days(t)] for t in tables}

@@ -1,6 +1,7 @@
-"""The documented ways to read a table with other engines give the rows of the manifest, also after a day was published twice.
+"""The documented ways to read a table with other engines give the rows of the manifest, also after a day was published
+twice.
 
-    .venv/bin/python -m pytest tests/etl/test_readers.py -q
+.venv/bin/python -m pytest tests/etl/test_readers.py -q
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from etl.datasets.definition_checks import _fields
 from etl.warehouse.schemas import EVENTS, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 
-DOCS = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text().split("## Reading the tables with other engines")[1].split("\n## ")[0]
+DOCS = (
+    (Path(__file__).resolve().parents[2] / "docs" / "data.md")
+    .read_text()
+    .split("## Reading the tables with other engines")[1]
+    .split("\n## ")[0]
+)
 DT, USERS = "2022-04-21", (7, 5)  # rows of the first and of the second publication
 
 
 def events(rows: int, seed: int) -> pa.Table:
     rng = np.random.default_rng(seed)
-    return pa.table({field.name: rng.integers(0, 2, rows) if field.name == "is_random" else np.sort(rng.integers(0, 30_000, rows)) for field in EVENTS}).cast(EVENTS)
+    return pa.table(
+        {
+            field.name: rng.integers(0, 2, rows)
+            if field.name == "is_random"
+            else np.sort(rng.integers(0, 30_000, rows))
+            for field in EVENTS
+        }
+    ).cast(EVENTS)
 
 
 @pytest.fixture
@@ -34,7 +47,9 @@ def published(tmp_path) -> pa.Table:
     for attempt, rows in zip(("first", "second"), USERS, strict=True):
         work = store.begin_try(attempt, ["events"], [DT])
         files = tuple(store.write_file(work, "events", DT, bucket, events(rows, bucket)) for bucket in (0, 1))
-        store.write_staged_manifest(work, Manifest("kuairand", "events", DT, attempt, schema_fingerprint(EVENTS), "v", files))
+        store.write_staged_manifest(
+            work, Manifest("kuairand", "events", DT, attempt, schema_fingerprint(EVENTS), "v", files)
+        )
         store.publish(attempt, "events", DT)
     return store.read(store.require("events", DT))
 
@@ -60,7 +75,11 @@ def test_the_documented_recipes_read_exactly_what_the_manifest_lists(published, 
     # A Spark that other tests have started does not follow into another working folder.
     docs = DOCS.replace("var/warehouse", str(tmp_path))
     prepare, *snippets = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
-    assert [re.search(r"import (duckdb|SparkSession|pandas)", text).group(1) for text in snippets] == ["duckdb", "SparkSession", "pandas"]
+    assert [re.search(r"import (duckdb|SparkSession|pandas)", text).group(1) for text in snippets] == [
+        "duckdb",
+        "SparkSession",
+        "pandas",
+    ]
     for snippet in snippets:
         names: dict[str, Any] = {}
         exec(prepare + snippet, names)
@@ -81,9 +100,14 @@ def test_no_field_has_the_name_of_a_partition_folder(part, name):
     """Engines that read the folders' names as columns would show the one and hide the other."""
     definition = dataset("kuairand")
     rule = next(iter(definition.items[0].fields.values()))
-    changes = {"events": {"events": definition.events.model_copy(update={"item_fields": {name: rule}})},
-               "items": {"items": (definition.items[0].model_copy(update={"fields": {name: rule}}),)}}  # fmt: skip
-    assert any(f"{name}: " in what and "column of the warehouse" in what for what in _fields(definition.model_copy(update=changes[part])))
+    changes = {
+        "events": {"events": definition.events.model_copy(update={"item_fields": {name: rule}})},
+        "items": {"items": (definition.items[0].model_copy(update={"fields": {name: rule}}),)},
+    }
+    assert any(
+        f"{name}: " in what and "column of the warehouse" in what
+        for what in _fields(definition.model_copy(update=changes[part]))
+    )
 
 
 def _spark():

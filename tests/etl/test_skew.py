@@ -30,8 +30,15 @@ def write_log(folder: Path) -> int:
     n = len(user)
     time_ms = day_number("2022-04-08") * MS_PER_DAY + rng.integers(0, DAYS * MS_PER_DAY - 1, n)
     columns = {name: np.zeros(n, np.int64) for name in dataset("kuairand").logs.columns}
-    columns |= {"user_id": user, "video_id": rng.integers(0, 50_000, n), "time_ms": time_ms, "is_click": rng.integers(0, 2, n), "play_time_ms": rng.integers(0, 60_000, n),
-                "duration_ms": rng.integers(1_000, 60_000, n), "tab": np.ones(n, np.int64)}  # fmt: skip
+    columns |= {
+        "user_id": user,
+        "video_id": rng.integers(0, 50_000, n),
+        "time_ms": time_ms,
+        "is_click": rng.integers(0, 2, n),
+        "play_time_ms": rng.integers(0, 60_000, n),
+        "duration_ms": rng.integers(1_000, 60_000, n),
+        "tab": np.ones(n, np.int64),
+    }
     table = pa.table(columns)
     pacsv.write_csv(table, folder / "log_standard_4_08_to_4_13_big.csv", pacsv.WriteOptions(quoting_style="none"))
     return n
@@ -40,12 +47,30 @@ def write_log(folder: Path) -> int:
 def test_a_user_with_a_million_events(tmp_path):
     rows = write_log(tmp_path)
     warehouse = tmp_path / "w"
-    base = ["--dataset", "kuairand", "--warehouse", str(warehouse), "--dt", DT, "--attempt", "big", "--raw", str(tmp_path), "--lookback-days", str(DAYS)]
+    base = [
+        "--dataset",
+        "kuairand",
+        "--warehouse",
+        str(warehouse),
+        "--dt",
+        DT,
+        "--attempt",
+        "big",
+        "--raw",
+        str(tmp_path),
+        "--lookback-days",
+        str(DAYS),
+    ]
 
     store = TableStore(str(warehouse), "kuairand")
     env = {**os.environ, "LONGVIEW_SPARK_MEMORY": "1g", "PYTHONPATH": str(ROOT)}
-    for module, more, tables in (("etl.jobs.events", ["--buckets", "8"], ("events",)), ("etl.jobs.sequences", ["--target-days", "2", "--max-history", "1000000"], ("items", "sequences"))):
-        done = subprocess.run([sys.executable, "-m", module, *base, *more], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    for module, more, tables in (
+        ("etl.jobs.events", ["--buckets", "8"], ("events",)),
+        ("etl.jobs.sequences", ["--target-days", "2", "--max-history", "1000000"], ("items", "sequences")),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *base, *more], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         for table in tables:
             for day in store.staged_days("big", table):

@@ -75,10 +75,28 @@ class Stages:
                 model.coded.quantizer.started.fill_(1)
             package = run_folder(str(self.runs), dataset(DATASET), dt, attempt, "c0") / "models" / name
             save_package(package, model, vocabulary, Cutoff(), example)
-            models[name] = {"package": str(package), "epochs": 1, "best_epoch": 0, "train_seconds": 1.0, "validation_logloss": 0.7}
-        with attempt_run(dataset(DATASET), dt, attempt, {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"}) as run:
+            models[name] = {
+                "package": str(package),
+                "epochs": 1,
+                "best_epoch": 0,
+                "train_seconds": 1.0,
+                "validation_logloss": 0.7,
+            }
+        with attempt_run(
+            dataset(DATASET),
+            dt,
+            attempt,
+            {"data.snapshot_digest": store.require("sequences", dt).data_digest, "config_digest": "c0"},
+        ) as run:
             run_id = run.info.run_id
-        training = {"config": {}, "config_digest": "c0", "models": models, "primary": "vql", "seed": seed, "mlflow_run_id": run_id}
+        training = {
+            "config": {},
+            "config_digest": "c0",
+            "models": models,
+            "primary": "vql",
+            "seed": seed,
+            "mlflow_run_id": run_id,
+        }
         (self.runs / attempt / "training.json").write_text(json.dumps(training))
 
     def without_user_fields(self, dt: str = DT) -> None:
@@ -87,10 +105,28 @@ class Stages:
         manifest = store.require("sequences", dt)
         rows = store.read(manifest)
         nothing = pa.array([[]] * rows.num_rows, rows.schema.field("user_fields").type)
-        _publish(store, "sequences", dt, rows.set_column(1, rows.schema.field("user_fields"), nothing), inputs=dict(manifest.inputs), settings=manifest.settings)
+        _publish(
+            store,
+            "sequences",
+            dt,
+            rows.set_column(1, rows.schema.field("user_fields"), nothing),
+            inputs=dict(manifest.inputs),
+            settings=manifest.settings,
+        )
 
     def run(self, module: str, attempt: str, dt: str = DT) -> None:
-        arguments = ["--dataset", DATASET, "--warehouse", str(self.warehouse), "--dt", dt, "--attempt", attempt, "--runs", str(self.runs)]
+        arguments = [
+            "--dataset",
+            DATASET,
+            "--warehouse",
+            str(self.warehouse),
+            "--dt",
+            dt,
+            "--attempt",
+            attempt,
+            "--runs",
+            str(self.runs),
+        ]
         if module == "evaluate":
             arguments += ["--raw", str(self.raw)]
         self.monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -108,23 +144,41 @@ def stages(tmp_path, mlflow_store, monkeypatch) -> Stages:
     store = TableStore(str(warehouse), DATASET)
     event_days = [add_days(DT, -1), DT]
     for day in event_days:
-        _publish(store, "events", day, TABLES["events"].empty_table(), counts={"rows_read": 10, "events": 7, "duplicates": 2, "quarantined": 1})
+        _publish(
+            store,
+            "events",
+            day,
+            TABLES["events"].empty_table(),
+            counts={"rows_read": 10, "events": 7, "duplicates": 2, "quarantined": 1},
+        )
     for dt in (DT, NEXT_DT):
         items, sequences = random_partition(users=12)
         sequences = _with_last_targets_on(sequences, dt)
         _publish(store, "items", dt, items)
         trained_on = pc.list_flatten(sequences["target_split"]).to_pylist().count(TRAIN)
-        _publish(store, "sequences", dt, sequences, counts={"train_targets": trained_on}, inputs={f"events/dt={day}": "x" for day in event_days},
-                 settings={"cutoff": "event", "availability_lag_ms": 0, "max_events": 60})
+        _publish(
+            store,
+            "sequences",
+            dt,
+            sequences,
+            counts={"train_targets": trained_on},
+            inputs={f"events/dt={day}": "x" for day in event_days},
+            settings={"cutoff": "event", "availability_lag_ms": 0, "max_events": 60},
+        )
     return Stages(warehouse, tmp_path / "runs", raw, monkeypatch)
 
 
 def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
     """Move the last four targets of every user to the evaluation day, and the others before it."""
     start = day_number(dt) * MS_PER_DAY
-    times = [[*sorted(min(t, start - 1) for t in row[:4]), *(start + 1000 * j for j in range(4))] for row in sequences["target_time_ms"].to_pylist()]
-    ends = [[int(np.searchsorted(history, time, side="left")) for time in row]
-            for history, row in zip(sequences["history_time_ms"].to_pylist(), times, strict=True)]
+    times = [
+        [*sorted(min(t, start - 1) for t in row[:4]), *(start + 1000 * j for j in range(4))]
+        for row in sequences["target_time_ms"].to_pylist()
+    ]
+    ends = [
+        [int(np.searchsorted(history, time, side="left")) for time in row]
+        for history, row in zip(sequences["history_time_ms"].to_pylist(), times, strict=True)
+    ]
     splits = [[EVALUATION if time >= start else TRAIN for time in row] for row in times]
     for name, values in (("target_time_ms", times), ("target_split", splits), ("target_history_end", ends)):
         place = sequences.schema.get_field_index(name)
@@ -135,5 +189,19 @@ def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:
 def _publish(store: TableStore, table: str, dt: str, rows, counts=None, inputs=None, settings=None) -> None:
     work = store.begin_try("setup", [table], [dt])
     file = store.write_file(work, table, dt, 0, rows)
-    store.write_staged_manifest(work, Manifest(store.dataset, table, dt, "setup", schema_fingerprint(rows.schema), "test", (file,), counts or {}, inputs or {}, settings=settings or {}))
+    store.write_staged_manifest(
+        work,
+        Manifest(
+            store.dataset,
+            table,
+            dt,
+            "setup",
+            schema_fingerprint(rows.schema),
+            "test",
+            (file,),
+            counts or {},
+            inputs or {},
+            settings=settings or {},
+        ),
+    )
     store.publish("setup", table, dt)

@@ -18,7 +18,8 @@ NOT_PASSED_ON = ("host", "accept-encoding", "transfer-encoding", "content-length
 
 
 class MlflowServer:
-    """An MLflow server over a SQLite file, which keeps the artifacts itself, behind a proxy that kills it when a request comes.
+    """An MLflow server over a SQLite file, which keeps the artifacts itself, behind a proxy that kills it when a
+    request comes.
 
     Attributes:
         uri: address of the proxy, which stays the same when the server is started again.
@@ -45,7 +46,12 @@ class MlflowServer:
                     return server.kill()
                 connection = http.client.HTTPConnection("127.0.0.1", server.port)
                 try:
-                    connection.request(self.command, self.path, body, {k: v for k, v in self.headers.items() if k.lower() not in NOT_PASSED_ON})
+                    connection.request(
+                        self.command,
+                        self.path,
+                        body,
+                        {k: v for k, v in self.headers.items() if k.lower() not in NOT_PASSED_ON},
+                    )
                     answer = connection.getresponse()
                     text = answer.read()
                 except (OSError, http.client.HTTPException):
@@ -85,9 +91,27 @@ class MlflowServer:
 
     def start(self) -> None:
         self.kill()
-        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-                 "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.database.parent / "served")]
-        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_TRACKING_URI": "", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        words = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.database}",
+            "--artifacts-destination",
+            str(self.database.parent / "served"),
+        ]
+        env = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_TRACKING_URI": "",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
         self.process = start(words, self.database.parent / "server.log", settings.ROOT, env)
         wait_for("MLflow server", lambda: http_ok(f"http://127.0.0.1:{self.port}/health"))
 

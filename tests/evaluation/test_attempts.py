@@ -21,7 +21,8 @@ ATTEMPT = "by-hand"
 PROMOTE = """
 from evaluation.release import promote
 from evaluation.gate import Decision
-promote.quality_gate = lambda evaluation, primary: Decision(True, f"compared with {(evaluation['champion'] or {}).get('version')}")
+promote.quality_gate = lambda evaluation, primary: Decision(
+    True, f"compared with {(evaluation['champion'] or {}).get('version')}")
 promote.mechanical_gate = lambda *args: Decision(True, "not checked")
 promote.run_stage(promote.main)
 """
@@ -40,14 +41,24 @@ def test_an_attempt_of_one_day_is_refused_for_another_one(stages):
     shutil.copytree(stages.runs / ATTEMPT, elsewhere := stages.runs.parent / "elsewhere" / ATTEMPT)
     (elsewhere / "attempt.json").unlink()
     stages.runs = elsewhere.parent
-    with pytest.raises(StageError, match=r"attempt by-hand belongs to dt=2022-04-21 of kuairand_simulated .*, not to dt=2022-04-22"):
+    with pytest.raises(
+        StageError, match=r"attempt by-hand belongs to dt=2022-04-21 of kuairand_simulated .*, not to dt=2022-04-22"
+    ):
         stages.run("evaluate", ATTEMPT, NEXT_DT)
     assert Registry(DATASET).version("1").tags["pipeline.partition"] == DT
-    with pytest.raises(StageError, match="has registered version 1 of vql_kuairand_simulated for dt=2022-04-21, not for dt=2022-04-22"):
+    with pytest.raises(
+        StageError, match="has registered version 1 of vql_kuairand_simulated for dt=2022-04-21, not for dt=2022-04-22"
+    ):
         Registry(DATASET).version_of_attempt(ATTEMPT, NEXT_DT)
 
 
-@pytest.mark.parametrize(("name", "digest", "says"), [(DATASET, "c1", "config c0, not c1"), ("kuairec_big", "c0", "dataset kuairand_simulated, not kuairec_big and definition rows1:")])
+@pytest.mark.parametrize(
+    ("name", "digest", "says"),
+    [
+        (DATASET, "c1", "config c0, not c1"),
+        ("kuairec_big", "c0", "dataset kuairand_simulated, not kuairec_big and definition rows1:"),
+    ],
+)
 def test_an_attempt_keeps_its_configuration_and_its_data_set(tmp_path, name, digest, says):
     run_folder(str(tmp_path), dataset(DATASET), DT, ATTEMPT, "c0")
     run_folder(str(tmp_path), dataset(DATASET), DT, ATTEMPT, "c0")
@@ -58,7 +69,20 @@ def test_an_attempt_keeps_its_configuration_and_its_data_set(tmp_path, name, dig
 
 def test_two_promotions_at_once_are_decided_one_after_the_other(stages, tmp_path):
     attempts = [f"kuairand_simulated-{NEXT_DT}-{number}" for number in range(3)]
-    words = [sys.executable, "-c", PROMOTE, "--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", NEXT_DT, "--runs", str(stages.runs), "--attempt"]
+    words = [
+        sys.executable,
+        "-c",
+        PROMOTE,
+        "--dataset",
+        DATASET,
+        "--warehouse",
+        str(stages.warehouse),
+        "--dt",
+        NEXT_DT,
+        "--runs",
+        str(stages.runs),
+        "--attempt",
+    ]
 
     def promotion(attempt: str):
         return start([*words, attempt], tmp_path / f"{attempt}.log", settings.ROOT, dict(os.environ))

@@ -8,8 +8,14 @@ from evaluation.gate import quality_gate
 
 
 def evaluation(auc_low=0.6, logloss=0.5, champion=None, low=0.0):
-    paired = {"vql_minus_champion": {"auc": {"value": low and low + 0.002, "low": low, "high": 0.02}}} if champion else {}
-    return {"models": [{"name": "mean_pooling"}, {"name": "vql", "auc": 0.65, "auc_low": auc_low, "logloss": logloss}], "champion": champion, "paired": paired}
+    paired = (
+        {"vql_minus_champion": {"auc": {"value": low and low + 0.002, "low": low, "high": 0.02}}} if champion else {}
+    )
+    return {
+        "models": [{"name": "mean_pooling"}, {"name": "vql", "auc": 0.65, "auc_low": auc_low, "logloss": logloss}],
+        "champion": champion,
+        "paired": paired,
+    }
 
 
 CHAMPION = {"version": "3", "warning": None, "logloss": 0.5}

@@ -112,7 +112,9 @@ def test_users_are_resampled_not_targets():
     score, label = rng.uniform(0.1, 0.9, 300), rng.integers(0, 2, 300)
     width = []
     for copies in (1, 20):
-        interval = Bootstrap(np.repeat(np.arange(300), copies), np.repeat(label, copies), {"m": np.repeat(score, copies)}).interval("m", "auc")
+        interval = Bootstrap(
+            np.repeat(np.arange(300), copies), np.repeat(label, copies), {"m": np.repeat(score, copies)}
+        ).interval("m", "auc")
         width.append(interval.high - interval.low)
     assert width[1] == pytest.approx(width[0])
 
@@ -123,7 +125,11 @@ def test_paired_difference_is_narrower_than_either_interval_and_finds_a_small_ga
     label = (rng.uniform(size=10_000) < 1 / (1 + np.exp(-truth))).astype(np.int8)
     squash = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     noise = rng.normal(size=10_000)
-    bootstrap = Bootstrap(user, label, {"a": squash(truth + 0.3 * noise), "b": squash(truth + 0.6 * noise), "c": squash(truth + 0.3 * noise)})
+    bootstrap = Bootstrap(
+        user,
+        label,
+        {"a": squash(truth + 0.3 * noise), "b": squash(truth + 0.6 * noise), "c": squash(truth + 0.3 * noise)},
+    )
     difference, alone = bootstrap.difference("a", "b", "auc"), bootstrap.interval("a", "auc")
     assert 0 < difference.low < difference.value < difference.high
     assert difference.high - difference.low < 0.7 * (alone.high - alone.low)

@@ -47,8 +47,22 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
     monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    place = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT, "--runs", str(stages.runs)]
-    more = {"training.train": ["--config", "tiny", "--workers", "0"], "evaluation.evaluate": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")]}
+    place = [
+        "--dataset",
+        DATASET,
+        "--warehouse",
+        str(stages.warehouse),
+        "--dt",
+        DT,
+        "--attempt",
+        ATTEMPT,
+        "--runs",
+        str(stages.runs),
+    ]
+    more = {
+        "training.train": ["--config", "tiny", "--workers", "0"],
+        "evaluation.evaluate": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")],
+    }
 
     def call(module: str) -> int:
         monkeypatch.setattr(sys, "argv", [module, *place, *more.get(module, [])])
@@ -91,7 +105,9 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
 BODIES = ("", "<html><body>Sign in</body></html>", '{"error_code": "PERMISSION_DENIED", "message": "no rights"}')
 
 
-@pytest.fixture(params=[(status, body) for status in (401, 403) for body in BODIES], ids=lambda one: f"{one[0]}-{one[1][:5]}")
+@pytest.fixture(
+    params=[(status, body) for status in (401, 403) for body in BODIES], ids=lambda one: f"{one[0]}-{one[1][:5]}"
+)
 def gatekeeper(request) -> Iterator[tuple[str, list[str]]]:
     """A server that refuses whoever asks; yields its address and what was asked."""
     status, body = request.param
@@ -122,11 +138,33 @@ def test_a_user_whom_mlflow_refuses_is_told_at_once_what_to_set(gatekeeper, stag
     address, asked = gatekeeper
     stages.train(ATTEMPT)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    place = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT, "--runs", str(stages.runs)]
-    more = {"training.train": ["--config", "tiny", "--workers", "0"], "evaluation.evaluate": ["--raw", str(stages.raw)], "evaluation.prune": ["--reports", str(stages.raw)]}
+    place = [
+        "--dataset",
+        DATASET,
+        "--warehouse",
+        str(stages.warehouse),
+        "--dt",
+        DT,
+        "--attempt",
+        ATTEMPT,
+        "--runs",
+        str(stages.runs),
+    ]
+    more = {
+        "training.train": ["--config", "tiny", "--workers", "0"],
+        "evaluation.evaluate": ["--raw", str(stages.raw)],
+        "evaluation.prune": ["--reports", str(stages.raw)],
+    }
     (stages.runs / ATTEMPT / "evaluation.json").write_text("{}")
     (stages.runs / ATTEMPT / "registration.json").write_text("{}")
-    for module in ("evaluation.evaluate", "evaluation.release.register", "evaluation.release.promote", "evaluation.user_caches", "evaluation.prune", "training.train"):
+    for module in (
+        "evaluation.evaluate",
+        "evaluation.release.register",
+        "evaluation.release.promote",
+        "evaluation.user_caches",
+        "evaluation.prune",
+        "training.train",
+    ):
         asked.clear()
         if module == "training.train":
             shutil.rmtree(stages.runs / ATTEMPT)
@@ -154,7 +192,9 @@ def test_a_version_that_is_gone_behind_its_alias_is_named(stages, monkeypatch):
         connection.execute("UPDATE registered_model_aliases SET version = 7 WHERE alias = 'champion'")
     other = ATTEMPT.replace("c0", "c1")
     stages.train(other)
-    with pytest.raises(Exception, match="version 7 of vql_kuairand_simulated is gone, yet the alias champion points at it") as caught:
+    with pytest.raises(
+        Exception, match="version 7 of vql_kuairand_simulated is gone, yet the alias champion points at it"
+    ) as caught:
         stages.run("evaluate", other)
     assert getattr(caught.value, "exit_code", None) == 2
     import mlflow

@@ -56,9 +56,22 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert "same" in registration["gate"]["reason"]
     assert registration["aliases"] == ["challenger", "champion"]
     version = Registry(DATASET).version("1")
-    expected = {"pipeline.partition": DT, "pipeline.attempt": FIRST, "config_digest": "c0", "simulated": "true", "validation_status": "passed"}
+    expected = {
+        "pipeline.partition": DT,
+        "pipeline.attempt": FIRST,
+        "config_digest": "c0",
+        "simulated": "true",
+        "validation_status": "passed",
+    }
     assert expected.items() <= version.tags.items()
-    assert {"data.snapshot_digest", "mlflow.source.git.commit", "auc", "gauc", "logloss", "gate_reason"} <= version.tags.keys()
+    assert {
+        "data.snapshot_digest",
+        "mlflow.source.git.commit",
+        "auc",
+        "gauc",
+        "logloss",
+        "gate_reason",
+    } <= version.tags.keys()
     # A retry of every stage finds its own work.
     for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, FIRST)
@@ -76,7 +89,9 @@ def test_scores_that_are_no_numbers_stop_the_evaluation_and_the_registration(sta
     stages.train(FIRST)
     [path] = (stages.runs / FIRST / "models" / "vql").glob("*.safetensors")
     weights = load_file(path)
-    save_file({name: torch.full_like(w, float("nan")) if w.is_floating_point() else w for name, w in weights.items()}, path)
+    save_file(
+        {name: torch.full_like(w, float("nan")) if w.is_floating_point() else w for name, w in weights.items()}, path
+    )
     with pytest.raises(StageError, match=r"must not be registered[\s\S]*not_a_number_count"):
         stages.run("evaluate", FIRST)
     with pytest.raises(StageError, match="gate model_output stopped attempt"):
@@ -131,7 +146,10 @@ def test_a_champion_that_cannot_be_loaded_is_a_warning(stages, lenient, same_pro
     location = registry.client.get_logged_model(registry.version("1").source.removeprefix("models:/")).artifact_location
     shutil.rmtree(location.removeprefix("file://"))
     stages.run("evaluate", SECOND, NEXT_DT)
-    assert "the files of version 1 of vql_kuairand_simulated are gone" in stages.json(SECOND, "evaluation")["champion"]["warning"]
+    assert (
+        "the files of version 1 of vql_kuairand_simulated are gone"
+        in stages.json(SECOND, "evaluation")["champion"]["warning"]
+    )
 
     def silent(*args, **kwargs):
         raise MlflowException("API request to /artifacts failed with exception refused")
@@ -190,8 +208,13 @@ def test_a_registry_that_is_down_is_not_an_absent_champion(stages, monkeypatch):
         stages.run("evaluate", FIRST)
 
 
-def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_decision(stages, same_process, monkeypatch, capsys):
-    """Version 1 is in service when 2 and 3 are evaluated; 2 is promoted, then 3 is judged against 2 and never against 1."""
+def test_a_champion_that_moved_since_the_evaluation_is_compared_with_before_the_decision(
+    stages, same_process, monkeypatch, capsys
+):
+    """Version 1 is in service when 2 and 3 are evaluated.
+
+    2 is promoted, then 3 is judged against 2 and never against 1.
+    """
     met = []
 
     def gate(evaluation, primary):
@@ -249,7 +272,10 @@ def test_a_champion_that_moves_all_the_time_is_tried_again_later(stages, lenient
 
 
 def test_the_champions_equal_moves_no_alias(stages, lenient, same_process, capsys):
-    """A partition that is processed again gives the same model: with it as champion, `previous_champion` would be the champion's twin."""
+    """A partition that is processed again gives the same model.
+
+    With it as champion, `previous_champion` would be the champion's twin.
+    """
     chain(stages, FIRST)
     chain(stages, SECOND, NEXT_DT, seed=2)
     again = SECOND.replace("c0", "c1")
@@ -257,7 +283,10 @@ def test_the_champions_equal_moves_no_alias(stages, lenient, same_process, capsy
     assert Registry(DATASET).aliases() == {"challenger": "3", "champion": "2", "previous_champion": "1"}
     registration = stages.json(again, "registration")
     assert registration["outcome"] == "kept"
-    assert registration["gate"] == {"passed": True, "reason": "the same model as the champion, version 2: no alias moves"}
+    assert registration["gate"] == {
+        "passed": True,
+        "reason": "the same model as the champion, version 2: no alias moves",
+    }
     assert "version 3 NOT promoted, it is the champion's equal" in capsys.readouterr().out
     stages.run("release.promote", again, NEXT_DT)
     assert stages.json(again, "registration") == registration

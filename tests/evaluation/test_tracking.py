@@ -19,11 +19,16 @@ def runs(attempt: str = ATTEMPT) -> list:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    return client.search_runs([client.get_experiment_by_name("kuairand").experiment_id], f"tags.`pipeline.attempt` = '{attempt}'")
+    return client.search_runs(
+        [client.get_experiment_by_name("kuairand").experiment_id], f"tags.`pipeline.attempt` = '{attempt}'"
+    )
 
 
 def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, monkeypatch):
-    with pytest.raises(RuntimeError, match="killed"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {"config_digest": "a"}) as first:
+    with (
+        pytest.raises(RuntimeError, match="killed"),
+        attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {"config_digest": "a"}) as first,
+    ):
         raise RuntimeError("killed")
     assert runs()[0].info.status == "FAILED"
     monkeypatch.setenv("LONGVIEW_AIRFLOW_RUN_URL", "http://127.0.0.1:8080/dags/d/runs/r")
@@ -34,8 +39,14 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
     assert second.info.run_id == first.info.run_id != other.info.run_id
     (run,) = runs()
     assert run.info.status == "RUNNING"  # other stages follow
-    expected = {"pipeline.partition": "2022-04-21", "pipeline.dataset": "kuairand", "simulated": "false", "config_digest": "a",
-                "airflow.run_url": "http://127.0.0.1:8080/dags/d/runs/r", "mlflow.note.content": "[Run in Airflow](http://127.0.0.1:8080/dags/d/runs/r)"}  # fmt: skip
+    expected = {
+        "pipeline.partition": "2022-04-21",
+        "pipeline.dataset": "kuairand",
+        "simulated": "false",
+        "config_digest": "a",
+        "airflow.run_url": "http://127.0.0.1:8080/dags/d/runs/r",
+        "mlflow.note.content": "[Run in Airflow](http://127.0.0.1:8080/dags/d/runs/r)",
+    }
     assert expected.items() <= run.data.tags.items()
     assert {"mlflow.source.git.commit", "git.dirty"} <= run.data.tags.keys()
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, last=True):
@@ -43,8 +54,15 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
     assert runs()[0].info.status == "FINISHED"
 
 
-@pytest.mark.parametrize(("error", "status"), [(StageError("odd", "correct it"), "FAILED"), (GateError("no", "correct it"), "FAILED"), (RuntimeError("odd"), "FAILED"),
-                                               (TryAgainError("odd", "wait"), "RUNNING")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StageError("odd", "correct it"), "FAILED"),
+        (GateError("no", "correct it"), "FAILED"),
+        (RuntimeError("odd"), "FAILED"),
+        (TryAgainError("odd", "wait"), "RUNNING"),
+    ],
+)
 def test_a_run_ends_with_its_stage_unless_the_same_line_may_succeed_later(mlflow_store, error, status):
     with pytest.raises(type(error)), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
         raise error
@@ -75,7 +93,10 @@ def test_sigterm_ends_the_run_as_killed_and_a_second_one_takes_nothing_of_it(mlf
 def test_an_attempt_of_another_day_is_refused(mlflow_store):
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
         pass
-    with pytest.raises(StageError, match=r"belongs to dt=2022-04-21 of kuairand .* not to dt=2022-04-22"), attempt_run(dataset("kuairand"), "2022-04-22", ATTEMPT, {}):
+    with (
+        pytest.raises(StageError, match=r"belongs to dt=2022-04-21 of kuairand .* not to dt=2022-04-22"),
+        attempt_run(dataset("kuairand"), "2022-04-22", ATTEMPT, {}),
+    ):
         pass
     assert runs()[0].data.tags["pipeline.partition"] == "2022-04-21"
 
@@ -87,7 +108,10 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(mlflow_
         pass
     MlflowClient().delete_experiment(run.info.experiment_id)
     for required in (True, False):
-        with pytest.raises(StageError, match="was deleted") as caught, attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=required):
+        with (
+            pytest.raises(StageError, match="was deleted") as caught,
+            attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=required),
+        ):
             pass
         assert caught.value.exit_code == EXIT_CORRECT
     subprocess.run(caught.value.remedy.removeprefix("restore it: "), shell=True, check=True, capture_output=True)
@@ -136,5 +160,8 @@ def test_training_goes_on_without_mlflow(monkeypatch, tmp_path, capsys):
     assert "going on without MLflow" in capsys.readouterr().out
     assert buffer.flush() is False
     assert "0.9" in (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(TryAgainError, match=r"127\.0\.0\.1.* does not answer"), attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}):
+    with (
+        pytest.raises(TryAgainError, match=r"127\.0\.0\.1.* does not answer"),
+        attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}),
+    ):
         pass

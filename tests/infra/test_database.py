@@ -1,4 +1,7 @@
-"""The home's own PostgreSQL: who reaches it, what it survives, what moves into it, backup and restore. The real server, no stand-in."""
+"""The home's own PostgreSQL.
+
+Who reaches it, what it survives, what moves into it, backup and restore. The real server, no stand-in.
+"""
 
 from __future__ import annotations
 
@@ -71,13 +74,30 @@ def test_a_home_has_sqlite_until_make_up_and_a_given_address_wins(home, monkeypa
     assert settings.airflow_database() == "postgresql+psycopg2://airflow:hunter2@db/airflow"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert settings.tracking_uri().startswith("postgresql+psycopg2:///mlflow?")
-    assert "airflow" not in str({name: value for name, value in settings.stage_environment(settings.environment()).items() if "postgresql" in value})
+    assert "airflow" not in str(
+        {
+            name: value
+            for name, value in settings.stage_environment(settings.environment()).items()
+            if "postgresql" in value
+        }
+    )
     monkeypatch.setenv(settings.EMBEDDED, "sqlite")
-    with pytest.raises(SystemExit, match=r"are in its PostgreSQL(.|\n)*LONGVIEW_HOME=folder"):  # the models would be out of sight
+    with pytest.raises(
+        SystemExit, match=r"are in its PostgreSQL(.|\n)*LONGVIEW_HOME=folder"
+    ):  # the models would be out of sight
         settings.tracking_uri()
 
 
-@pytest.mark.parametrize(("folder", "beside"), [("/srv/vql/var", True), ("/srv/" + "v" * 90, False), ("/srv/my var", False), ("/srv/a,b", False), ("/srv/50%", False)])
+@pytest.mark.parametrize(
+    ("folder", "beside"),
+    [
+        ("/srv/vql/var", True),
+        ("/srv/" + "v" * 90, False),
+        ("/srv/my var", False),
+        ("/srv/a,b", False),
+        ("/srv/50%", False),
+    ],
+)
 def test_the_socket_has_a_short_and_plain_path(monkeypatch, folder, beside):
     monkeypatch.setenv("LONGVIEW_HOME", folder)
     socket = settings.postgres_socket()
@@ -100,7 +120,9 @@ def test_only_its_owner_reaches_it_and_only_by_its_socket(home):
     async def asynchronous() -> str:
         from sqlalchemy.ext.asyncio import create_async_engine
 
-        engine = create_async_engine(settings.postgres_address("airflow").replace("psycopg2", "asyncpg"))  # as Airflow derives it
+        engine = create_async_engine(
+            settings.postgres_address("airflow").replace("psycopg2", "asyncpg")
+        )  # as Airflow derives it
         async with engine.connect() as connection:
             user = (await connection.execute(sa.text("SELECT current_user"))).scalar_one()
         await engine.dispose()
@@ -108,12 +130,28 @@ def test_only_its_owner_reaches_it_and_only_by_its_socket(home):
 
     assert asyncio.run(asynchronous()) == "longview"
     if os.getuid() == 0:
-        # Even one whom the folder let in is refused: the server asks the kernel who calls. The server's own user is no exception.
+        # Even one whom the folder let in is refused: the server asks the kernel who calls. The server's own user is no
+        # exception.
         settings.postgres_socket().chmod(0o755)
         (settings.postgres_socket() / ".s.PGSQL.5432").chmod(0o777)
-        psql = [database.program("psql"), "-h", str(settings.postgres_socket()), "-U", "longview", "-d", "mlflow", "-c", "SELECT 1"]
+        psql = [
+            database.program("psql"),
+            "-h",
+            str(settings.postgres_socket()),
+            "-U",
+            "longview",
+            "-d",
+            "mlflow",
+            "-c",
+            "SELECT 1",
+        ]
         for user in ("nobody", "daemon"):
-            refused = subprocess.run(["setpriv", "--reuid", user, "--clear-groups", "--regid", "12345", *psql], capture_output=True, text=True, cwd="/")
+            refused = subprocess.run(
+                ["setpriv", "--reuid", user, "--clear-groups", "--regid", "12345", *psql],
+                capture_output=True,
+                text=True,
+                cwd="/",
+            )
             assert refused.returncode != 0
             assert "Peer authentication failed" in refused.stderr
 
@@ -149,7 +187,10 @@ def test_the_cluster_of_another_version_is_left_alone_and_the_way_out_is_said(ho
     version.write_text("17\n")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in settings.postgres_data().iterdir())
     for work in (lambda: database.ensure(create=True), lambda: database.back_up(keep=1)):
-        with pytest.raises(InfraError, match=r"made by PostgreSQL 17, .* those of 18\n  remedy: make backup with the environment that made it"):
+        with pytest.raises(
+            InfraError,
+            match=r"made by PostgreSQL 17, .* those of 18\n  remedy: make backup with the environment that made it",
+        ):
             work()
     assert sorted((path.name, path.stat().st_mtime_ns) for path in settings.postgres_data().iterdir()) == before
     version.write_text("18\n")
@@ -171,8 +212,17 @@ def test_it_ends_clean_though_a_client_holds_on(home):
 
 
 def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
-    code = "import sys; from infra.local import database; print(list(database.ensure(create=True).values())[0], flush=True); sys.stdin.read()"
-    run = subprocess.Popen([sys.executable, "-c", code, "infra.local.run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT)
+    code = (
+        "import sys; from infra.local import database; print(list(database.ensure(create=True).values())[0],"
+        " flush=True); sys.stdin.read()"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "infra.local.run"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=settings.ROOT,
+    )
     pid = next(int(line) for line in run.stdout if line.strip().isdigit())
     assert pid == pid_of_server()
     with pytest.raises(InfraError, match=rf"a `make run` \(process {run.pid}\) uses"):
@@ -187,9 +237,19 @@ def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
 @pytest.mark.skipif(os.getuid() != 0, reason="what root without rights meets")
 def test_a_root_that_may_nothing_is_told_so_and_one_of_a_container_is_served(home):
     make = "from infra.local import database; print(*database.ensure(create=True).values()); database.stop()"
-    container = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap"
-    refused, served = (subprocess.run(["setpriv", f"--bounding-set={rights}", "--inh-caps=-all", sys.executable, "-c", make], cwd=settings.ROOT,
-                                      capture_output=True, text=True) for rights in ("-all", container))
+    container = (
+        "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,"
+        "+net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap"
+    )
+    refused, served = (
+        subprocess.run(
+            ["setpriv", f"--bounding-set={rights}", "--inh-caps=-all", sys.executable, "-c", make],
+            cwd=settings.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        for rights in ("-all", container)
+    )
     assert "cannot be given to nobody" in refused.stderr
     assert "LONGVIEW_DB=sqlite" in refused.stderr
     assert served.returncode == 0, served.stderr
@@ -224,10 +284,22 @@ def store(tmp_path_factory) -> tuple[Path, str, str]:
     client = MlflowClient()
     experiment = client.create_experiment("shop", artifact_location="file:///tmp/none")
     run = client.create_run(experiment, tags={"pipeline.attempt": "a", "text": "é ' \" \n 漢"})
-    client.log_batch(run.info.run_id, metrics=[Metric("auc", value, 1, step) for step, value in enumerate((0.5, float("nan"), float("inf"), 1e-300))])
+    client.log_batch(
+        run.info.run_id,
+        metrics=[Metric("auc", value, 1, step) for step, value in enumerate((0.5, float("nan"), float("inf"), 1e-300))],
+    )
     client.log_param(run.info.run_id, "lr", "0.1")
-    client.log_inputs(run.info.run_id, [DatasetInput(Dataset("events", "d1", "manifest", '{"uri": "x"}'), [InputTag("mlflow.data.context", "training")])])
-    model = client.create_logged_model(experiment, name="vql", source_run_id=run.info.run_id, tags={"k": "v"}, params={"p": "q"})
+    client.log_inputs(
+        run.info.run_id,
+        [
+            DatasetInput(
+                Dataset("events", "d1", "manifest", '{"uri": "x"}'), [InputTag("mlflow.data.context", "training")]
+            )
+        ],
+    )
+    model = client.create_logged_model(
+        experiment, name="vql", source_run_id=run.info.run_id, tags={"k": "v"}, params={"p": "q"}
+    )
     client.create_registered_model("vql_shop")
     client.create_model_version("vql_shop", f"models:/{model.model_id}", run.info.run_id, tags={"gate": "passed"})
     client.set_registered_model_alias("vql_shop", "champion", "1")
@@ -246,8 +318,13 @@ def read_store(address: str, run_id: str) -> dict:
     version = client.get_model_version_by_alias("vql_shop", "champion")
     [model] = client.search_logged_models([run["info"]["experiment_id"]])
     mlflow.set_tracking_uri(None)
-    return {"run": repr(run), "history": sorted(history), "version": (version.version, version.run_id, version.tags, version.source),
-            "model": (model.model_id, model.tags, model.params), "experiments": sorted((e.experiment_id, e.name) for e in client.search_experiments())}  # fmt: skip
+    return {
+        "run": repr(run),
+        "history": sorted(history),
+        "version": (version.version, version.run_id, version.tags, version.source),
+        "model": (model.model_id, model.tags, model.params),
+        "experiments": sorted((e.experiment_id, e.name) for e in client.search_experiments()),
+    }
 
 
 def test_the_models_of_make_run_move_into_it_once(home, store):
@@ -280,7 +357,9 @@ def test_a_store_that_cannot_be_copied_whole_stays_where_it_is(home, store):
     address = settings.tracking_uri()
     before = read_store(address, run_id)
     with contextlib.closing(sqlite3.connect(settings.mlflow_sqlite())) as connection, connection:
-        connection.execute("UPDATE tags SET value = 'a' || char(0) || 'b' WHERE key = 'text'")  # PostgreSQL has no such text
+        connection.execute(
+            "UPDATE tags SET value = 'a' || char(0) || 'b' WHERE key = 'text'"
+        )  # PostgreSQL has no such text
     with pytest.raises(InfraError, match=r"could not be copied(.|\n)*LONGVIEW_DB=sqlite"):
         database.ensure(create=True)
     assert not settings.has_postgres()
@@ -359,7 +438,9 @@ def test_a_damaged_backup_replaces_nothing(kind, home):
 
 def test_nothing_is_restored_below_a_service_that_runs(kind, home):
     kept = database.back_up(keep=3)
-    process = services.start(services.Service("scheduler", ("-c", "import time; time.sleep(900)")), dict(os.environ), stays=True)
+    process = services.start(
+        services.Service("scheduler", ("-c", "import time; time.sleep(900)")), dict(os.environ), stays=True
+    )
     try:
         with pytest.raises(InfraError, match=r"scheduler of this home runs(.|\n)*make down"):
             database.restore(kept)

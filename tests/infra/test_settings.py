@@ -42,7 +42,11 @@ def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
 def test_settings_name_options_that_airflow_has():
     from airflow.configuration import conf
 
-    known = {f"AIRFLOW__{s.upper()}__{o.upper()}" for s, section in conf.configuration_description.items() for o in section["options"]}
+    known = {
+        f"AIRFLOW__{s.upper()}__{o.upper()}"
+        for s, section in conf.configuration_description.items()
+        for o in section["options"]
+    }
     assert [name for name in settings.environment() if name.startswith("AIRFLOW__") and name not in known] == []
 
 
@@ -59,19 +63,42 @@ def test_folders_with_secrets_are_their_owners_alone(monkeypatch, tmp_path):
     (tmp_path / "airflow").mkdir(mode=0o755)  # as an older version left it
     (tmp_path / "secrets").mkdir(mode=0o755)
     settings.environment()
-    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()} == {"airflow": "0o700", "secrets": "0o700"}
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()} == {
+        "airflow": "0o700",
+        "secrets": "0o700",
+    }
     for path in (tmp_path / "secrets").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-SECRETS = {"LONGVIEW_AIRFLOW_DB": "postgresql://airflow:hunter2@db/airflow", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql://airflow:hunter2@db/airflow",
-           "AIRFLOW__API_AUTH__JWT_SECRET": "hunter2", "_AIRFLOW_PROCESS_CONTEXT": "hunter2", "AIRFLOW_CONN_SHOP": "mysql://me:hunter2@shop/x", "GITHUB_TOKEN": "hunter2",
-           "DB_PASSWORD": "hunter2", "PGPASSWORD": "hunter2"}  # fmt: skip
+SECRETS = {
+    "LONGVIEW_AIRFLOW_DB": "postgresql://airflow:hunter2@db/airflow",
+    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql://airflow:hunter2@db/airflow",
+    "AIRFLOW__API_AUTH__JWT_SECRET": "hunter2",
+    "_AIRFLOW_PROCESS_CONTEXT": "hunter2",
+    "AIRFLOW_CONN_SHOP": "mysql://me:hunter2@shop/x",
+    "GITHUB_TOKEN": "hunter2",
+    "DB_PASSWORD": "hunter2",
+    "PGPASSWORD": "hunter2",
+}
 
 
 def test_a_stage_gets_what_it_needs_and_no_secret_of_others(monkeypatch):
-    needed = {"PATH": "/bin", "HOME": "/me", "JAVA_HOME": "/java", "SPARK_MASTER": "spark://h:7077", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "LC_ALL": "C",
-              "MLFLOW_TRACKING_URI": "http://h", "LONGVIEW_WAREHOUSE": "/w", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "0", "no_proxy": "h", "TMPDIR": "/t"}  # fmt: skip
+    needed = {
+        "PATH": "/bin",
+        "HOME": "/me",
+        "JAVA_HOME": "/java",
+        "SPARK_MASTER": "spark://h:7077",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "LC_ALL": "C",
+        "MLFLOW_TRACKING_URI": "http://h",
+        "LONGVIEW_WAREHOUSE": "/w",
+        "OMP_NUM_THREADS": "2",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "no_proxy": "h",
+        "TMPDIR": "/t",
+    }
     assert settings.stage_environment({**SECRETS, **needed}) == needed
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -79,8 +106,17 @@ def test_a_stage_gets_what_it_needs_and_no_secret_of_others(monkeypatch):
     assert "hunter2" not in str(settings.stage_environment(settings.environment()))
 
 
-@pytest.mark.parametrize(("variable", "take"), [("LONGVIEW_RAW", lambda: settings.raw("tmall")), ("LONGVIEW_WAREHOUSE", settings.warehouse), ("LONGVIEW_RUNS", settings.runs),
-                                                ("LONGVIEW_REPORTS", settings.reports), ("MLFLOW_TRACKING_URI", settings.tracking_uri), ("RAW", run.choose_data)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variable", "take"),
+    [
+        ("LONGVIEW_RAW", lambda: settings.raw("tmall")),
+        ("LONGVIEW_WAREHOUSE", settings.warehouse),
+        ("LONGVIEW_RUNS", settings.runs),
+        ("LONGVIEW_REPORTS", settings.reports),
+        ("MLFLOW_TRACKING_URI", settings.tracking_uri),
+        ("RAW", run.choose_data),
+    ],
+)
 def test_an_address_with_a_secret_is_refused_by_the_name_of_its_variable(monkeypatch, variable, take):
     monkeypatch.setenv(variable, "s3://AKIA:hunter2@bucket/x")
     with pytest.raises(StageError, match=variable) as caught:
@@ -92,7 +128,12 @@ def test_a_login_is_asked_for_where_other_people_have_one(monkeypatch):
     def user(name, uid, shell):
         return SimpleNamespace(pw_name=name, pw_uid=uid, pw_shell=shell)
 
-    system = [user("me", os.getuid(), "/bin/bash"), user("postgres", 101, "/bin/bash"), user("nobody", 65_534, "/usr/sbin/nologin"), user("ftp", 1_002, "/bin/false")]
+    system = [
+        user("me", os.getuid(), "/bin/bash"),
+        user("postgres", 101, "/bin/bash"),
+        user("nobody", 65_534, "/usr/sbin/nologin"),
+        user("ftp", 1_002, "/bin/false"),
+    ]
     monkeypatch.delenv("LONGVIEW_LOGIN", raising=False)
     monkeypatch.setattr(settings.pwd, "getpwall", lambda: system)
     assert settings.login() is False
@@ -119,7 +160,10 @@ def test_a_port_in_use_is_named_with_its_owner_and_the_remedy():
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(InfraError, match=rf"port {port} of 127.0.0.1 is in use by process {os.getpid()}(.|\n)*LONGVIEW_AIRFLOW_PORT="):
+        with pytest.raises(
+            InfraError,
+            match=rf"port {port} of 127.0.0.1 is in use by process {os.getpid()}(.|\n)*LONGVIEW_AIRFLOW_PORT=",
+        ):
             services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
     services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
 
@@ -135,7 +179,12 @@ def test_run_chooses_simulated_data_without_raw(monkeypatch):
     for name in ("RAW", "DT", "DATASET"):
         monkeypatch.delenv(name, raising=False)
     choice = run.choose_data()
-    assert (choice.definition.name, choice.own, choice.dt, choice.simulate) == ("kuairand_simulated", None, settings.SIMULATED_DT, True)
+    assert (choice.definition.name, choice.own, choice.dt, choice.simulate) == (
+        "kuairand_simulated",
+        None,
+        settings.SIMULATED_DT,
+        True,
+    )
     assert choice.raw.endswith("raw/kuairand_simulated")
 
 
@@ -175,7 +224,14 @@ def test_an_unknown_data_set_is_told_with_those_there_are(monkeypatch):
 
 def own_definition(folder: Path, name: str = "shop", file: str | None = None, **fields: str) -> Path:
     path = folder / (file or f"{name}.yaml")
-    lines = {"extends": "kuairand", "name": name, "title": "My shop", "first_day": "2023-01-02", "last_day": "null", **fields}
+    lines = {
+        "extends": "kuairand",
+        "name": name,
+        "title": "My shop",
+        "first_day": "2023-01-02",
+        "last_day": "null",
+        **fields,
+    }
     path.write_text("\n".join(f"{field}: {value}" for field, value in lines.items()))
     return path
 
@@ -189,7 +245,13 @@ def test_an_own_definition_is_given_by_its_path(monkeypatch, tmp_path):
     for given in (str(path), "shop.yaml", "./shop.yaml", "~/shop.yaml"):
         monkeypatch.setenv("DATASET", given)
         choice = run.choose_data()
-        assert (choice.definition.name, choice.own, choice.dt, choice.raw, choice.simulate) == ("shop", path, "2023-02-01", str(tmp_path), False)
+        assert (choice.definition.name, choice.own, choice.dt, choice.raw, choice.simulate) == (
+            "shop",
+            path,
+            "2023-02-01",
+            str(tmp_path),
+            False,
+        )
     monkeypatch.setenv("RAW", "")
     assert run.choose_data().raw == settings.raw("shop")
     # It has a first day and no last one.
@@ -263,8 +325,19 @@ def test_the_dag_of_an_own_data_set_remembers_the_folder_of_its_last_run(monkeyp
     assert dataset(str(path)).run.raw is None  # the file of its owner stays as it is
 
 
-@pytest.mark.parametrize("given", ["name: shop # mine\ntitle: x\n", "name: shop\nrun:\n  # at six\n  hour: 6\n  workers: 3\n", "name: shop\nrun: {hour: 6}", "name: shop\nrun: {}\n",
-                                   "{name: shop, title: x}", "  name: shop\n  title: x\n", "# a comment\n---\nname: shop\n", "run:\n    hour: 6\nname: shop\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        "name: shop # mine\ntitle: x\n",
+        "name: shop\nrun:\n  # at six\n  hour: 6\n  workers: 3\n",
+        "name: shop\nrun: {hour: 6}",
+        "name: shop\nrun: {}\n",
+        "{name: shop, title: x}",
+        "  name: shop\n  title: x\n",
+        "# a comment\n---\nname: shop\n",
+        "run:\n    hour: 6\nname: shop\n",
+    ],
+)
 def test_a_folder_is_written_into_a_definition_of_any_style(tmp_path, given):
     from etl.datasets.definition_yaml import read_yaml, with_raw
 
@@ -291,7 +364,13 @@ def test_the_folder_of_raw_logs_is_one_for_each_data_set(monkeypatch, tmp_path):
 
 def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
     api = AirflowApi("http://nowhere")
-    answers = {"/api/v2/importErrors": {"import_errors": [{"filename": "vql_daily_own.py", "timestamp": "2030-01-01T00:00:00Z", "stack_trace": "bad field"}]}}
+    answers = {
+        "/api/v2/importErrors": {
+            "import_errors": [
+                {"filename": "vql_daily_own.py", "timestamp": "2030-01-01T00:00:00Z", "stack_trace": "bad field"}
+            ]
+        }
+    }
     parsed = {"is_stale": False, "last_parsed_time": "2030-01-01T00:00:00Z"}
 
     def call(method: str, path: str, body=None):
@@ -314,7 +393,10 @@ def test_waiting_for_a_dag_tells_its_own_files_error_and_no_others(monkeypatch):
 
 def test_the_heartbeat_of_a_killed_scheduler_is_not_taken_for_that_of_the_next(monkeypatch):
     api = AirflowApi("http://nowhere")
-    health = {"metadatabase": {"status": "healthy"}, "scheduler": {"status": "healthy", "latest_scheduler_heartbeat": "2030-01-01T00:00:09Z"}}
+    health = {
+        "metadatabase": {"status": "healthy"},
+        "scheduler": {"status": "healthy", "latest_scheduler_heartbeat": "2030-01-01T00:00:09Z"},
+    }
     monkeypatch.setattr(api, "call", lambda *_, **__: health)
     killed = airflow_api._unix("2030-01-01T00:00:10Z")
     assert api.healthy("scheduler")
@@ -336,9 +418,11 @@ def test_a_service_that_ends_is_told_with_its_log(monkeypatch, tmp_path):
 def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
     note = tmp_path / "child"
-    code = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));"
-            "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'], start_new_session=True);"
-            f"open({str(note)!r}, 'w').write(str(c.pid)); time.sleep(900)")  # fmt: skip
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));"
+        "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'], start_new_session=True);"
+        f"open({str(note)!r}, 'w').write(str(c.pid)); time.sleep(900)"
+    )
     process = services.start(services.Service("family", ("-c", code)), dict(os.environ))
     child = int(wait_for("child", lambda: note.exists() and note.read_text()))
     services.stop([process.pid])
@@ -347,14 +431,25 @@ def test_stop_ends_the_whole_family(monkeypatch, tmp_path):
 
 
 def left_by(monkeypatch, home: Path, stays: bool, service: str = "scheduler") -> int:
-    """Start a service in a home and kill it; return what it leaves: a grandchild in a session of its own that ignores SIGTERM."""
+    """Start a service in a home and kill it.
+
+    Return what it leaves: a grandchild in a session of its own that ignores SIGTERM.
+    """
     monkeypatch.setenv("LONGVIEW_HOME", str(home))
     home.mkdir(parents=True, exist_ok=True)
     note = home / "child"
-    child = (f"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(note)!r} + '.tmp', 'w').write(str(os.getpid()));"
-             f"os.rename({str(note)!r} + '.tmp', {str(note)!r}); time.sleep(900)")  # fmt: skip
-    between = f"import setproctitle, subprocess, sys; setproctitle.setproctitle('idle'); subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
-    of = services.Service(service, ("-c", f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {between!r}]); time.sleep(900)"))
+    child = (
+        f"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(note)!r} + '.tmp',"
+        f" 'w').write(str(os.getpid()));os.rename({str(note)!r} + '.tmp', {str(note)!r}); time.sleep(900)"
+    )
+    between = (
+        "import setproctitle, subprocess, sys; setproctitle.setproctitle('idle'); subprocess.Popen([sys.executable,"
+        f" '-c', {child!r}], start_new_session=True)"
+    )
+    of = services.Service(
+        service,
+        ("-c", f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {between!r}]); time.sleep(900)"),
+    )
     process = services.start(of, {**os.environ, "SPT_NOENV": "1"}, stays)
     services.write_pid(of, process.pid)
     left = int(wait_for("child", lambda: note.exists() and note.read_text()))
@@ -391,10 +486,17 @@ def test_make_up_ends_what_is_left_of_a_missing_service_and_keeps_those_that_run
 
 def test_the_next_run_ends_what_a_killed_run_left(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
-    run_of = ("import os, subprocess, sys; from infra.local import services;"
-              "service = services.Service('scheduler', ('-c', 'import time; time.sleep(900)'));"
-              "print(services.start(service, dict(os.environ)).pid, flush=True); sys.stdin.read()")  # fmt: skip
-    runs = [subprocess.Popen([sys.executable, "-c", run_of], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT) for _ in range(2)]
+    run_of = (
+        "import os, subprocess, sys; from infra.local import services;"
+        "service = services.Service('scheduler', ('-c', 'import time; time.sleep(900)'));"
+        "print(services.start(service, dict(os.environ)).pid, flush=True); sys.stdin.read()"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", run_of], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT
+        )
+        for _ in range(2)
+    ]
     killed, working = (int(process.stdout.readline()) for process in runs)
     runs[0].kill()
     runs[0].wait()
@@ -417,10 +519,17 @@ def test_bootstrap_names_what_is_missing_and_how_to_mend_it(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "uname", "dirname", "sed", "head", "awk", "df", "cut", "cat", "tr", "sha256sum", "env", "git"):
-        found = next(Path(folder) / name for folder in os.environ["PATH"].split(os.pathsep) if (Path(folder) / name).exists())
+        found = next(
+            Path(folder) / name for folder in os.environ["PATH"].split(os.pathsep) if (Path(folder) / name).exists()
+        )
         (tools / name).symlink_to(found)
     env = {"PATH": str(tools), "LONGVIEW_VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
-    done = subprocess.run([str(tools / "bash"), str(settings.ROOT / "infra" / "local" / "bootstrap.sh")], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(tools / "bash"), str(settings.ROOT / "infra" / "local" / "bootstrap.sh")],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "error: java was not found" in done.stderr
     assert "error: python3.11 was not found" in done.stderr
@@ -438,7 +547,11 @@ def test_no_index_address_is_written_down():
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("WORKERS", "x", "WORKERS=x is not a whole number"), ("CONFIG", "nope", "use one of: default, tiny"), ("ON_WARNING", "ask", "is not continue or approve")],
+    [
+        ("WORKERS", "x", "WORKERS=x is not a whole number"),
+        ("CONFIG", "nope", "use one of: default, tiny"),
+        ("ON_WARNING", "ask", "is not continue or approve"),
+    ],
 )
 def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value, says):
     monkeypatch.setenv(name, value)
@@ -447,6 +560,20 @@ def test_wrong_options_are_told_before_anything_starts(monkeypatch, name, value,
 
 
 def test_options_are_typed(monkeypatch):
-    for name, value in (("CONFIG", "tiny"), ("WORKERS", "1"), ("TARGET_DAYS", ""), ("LOOKBACK_DAYS", "9"), ("EVALUATION_DAYS", "2"), ("MAX_HISTORY", ""), ("ON_WARNING", "approve")):
+    for name, value in (
+        ("CONFIG", "tiny"),
+        ("WORKERS", "1"),
+        ("TARGET_DAYS", ""),
+        ("LOOKBACK_DAYS", "9"),
+        ("EVALUATION_DAYS", "2"),
+        ("MAX_HISTORY", ""),
+        ("ON_WARNING", "approve"),
+    ):
         monkeypatch.setenv(name, value)
-    assert run.choose_options() == {"config": "tiny", "workers": 1, "lookback_days": 9, "evaluation_days": 2, "on_warning": "approve"}
+    assert run.choose_options() == {
+        "config": "tiny",
+        "workers": 1,
+        "lookback_days": 9,
+        "evaluation_days": 2,
+        "on_warning": "approve",
+    }

@@ -22,10 +22,13 @@ from infra.local import supervisor
 from infra.local.services import Service
 supervisor.LOOK_EVERY_SECONDS, supervisor.FIRST_WAIT_SECONDS = 0.05, 0.1
 # Below it a process in a session of its own that ignores SIGTERM, as the executors of Airflow are.
-child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child', flush=True); time.sleep(900)"
-steady = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}], start_new_session=True); time.sleep(900)"
+child = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('child', flush=True); time.sleep(900)")
+steady = (f"import subprocess, sys, time; "
+    f"subprocess.Popen([sys.executable, '-S', '-c', {child!r}], start_new_session=True); time.sleep(900)")
 services = {"steady": steady, "broken": "raise SystemExit(3)"}
-supervisor.watch(supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ)) for name, code in services.items())
+supervisor.watch(
+    supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ)) for name, code in services.items())
 """
 
 

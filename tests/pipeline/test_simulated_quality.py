@@ -1,6 +1,7 @@
 """The whole chain by hand, stage by stage, on simulations: VQL finds the planted long-term interest.
 
-About two minutes a seed on two cores; SEEDS=11,12,13 trains on more than one. The stages are the very command lines that the DAG runs.
+About two minutes a seed on two cores; SEEDS=11,12,13 trains on more than one. The stages are the very command lines
+that the DAG runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ DT = "2022-04-21"
 
 def run(folder: Path, *words: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
@@ -28,7 +31,16 @@ def run(folder: Path, *words: str) -> None:
 @pytest.mark.parametrize("seed", [int(seed) for seed in os.environ.get("SEEDS", "11").split(",")])
 def test_vql_beats_mean_pooling_by_more_than_the_intervals(tmp_path, seed):
     raw, runs = str(tmp_path / "raw"), str(tmp_path / "runs")
-    partition = ["--dataset", "kuairand_simulated", "--warehouse", str(tmp_path / "w"), "--dt", DT, "--attempt", f"seed{seed}"]
+    partition = [
+        "--dataset",
+        "kuairand_simulated",
+        "--warehouse",
+        str(tmp_path / "w"),
+        "--dt",
+        DT,
+        "--attempt",
+        f"seed{seed}",
+    ]
     audit = ["--reports", str(tmp_path / "reports")]
     run(tmp_path, "etl.datasets.simulate", "--out", raw, "--seed", str(seed))
     run(tmp_path, "etl.jobs.events", *partition, "--raw", raw)

@@ -16,7 +16,9 @@ from training.vocabulary import Vocabulary
 
 DT = "2022-04-21"
 DAY_MS = day_number(DT) * MS_PER_DAY
-KUAIRAND_ITEMS = pa.schema([*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in dataset("kuairand").item_fields.items()]])
+KUAIRAND_ITEMS = pa.schema(
+    [*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in dataset("kuairand").item_fields.items()]]
+)
 
 
 def random_partition(users: int = 6, items: int = 40, longest: int = 60, seed: int = 0) -> tuple[pa.Table, pa.Table]:
@@ -40,15 +42,22 @@ def random_partition(users: int = 6, items: int = 40, longest: int = 60, seed: i
         length = 0 if user == 0 else int(rng.integers(1, longest))
         times = np.sort(start + rng.integers(0, 11 * MS_PER_DAY // 60_000, length) * 60_000)
         target_times = np.sort(start + rng.integers(0, 11 * MS_PER_DAY // 60_000, 8) * 60_000)
-        rows.append({
-            "user_id": user, "user_fields": ["x" if user % 2 else "y", ""],
-            "history_item_index": rng.integers(0, items, length).tolist(), "history_time_ms": times.tolist(),
-            "history_feedback": rng.integers(0, 256, length).tolist(), "history_watch_bucket": rng.integers(0, 10, length).tolist(),
-            "target_item_index": rng.integers(0, items, 8).tolist(), "target_time_ms": target_times.tolist(),
-            "target_label": rng.integers(0, 2, 8).tolist(), "target_context": rng.integers(-1, 15, 8).tolist(),
-            "target_split": np.where(target_times >= DAY_MS, EVALUATION, TRAIN).tolist(),
-            "target_history_end": np.searchsorted(times, target_times, side="left").tolist(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "user_id": user,
+                "user_fields": ["x" if user % 2 else "y", ""],
+                "history_item_index": rng.integers(0, items, length).tolist(),
+                "history_time_ms": times.tolist(),
+                "history_feedback": rng.integers(0, 256, length).tolist(),
+                "history_watch_bucket": rng.integers(0, 10, length).tolist(),
+                "target_item_index": rng.integers(0, items, 8).tolist(),
+                "target_time_ms": target_times.tolist(),
+                "target_label": rng.integers(0, 2, 8).tolist(),
+                "target_context": rng.integers(-1, 15, 8).tolist(),
+                "target_split": np.where(target_times >= DAY_MS, EVALUATION, TRAIN).tolist(),
+                "target_history_end": np.searchsorted(times, target_times, side="left").tolist(),
+            }
+        )
     return pa.Table.from_pylist(item_rows, schema=KUAIRAND_ITEMS), pa.Table.from_pylist(rows, schema=SEQUENCES)
 
 
@@ -60,7 +69,9 @@ def partition() -> tuple[pa.Table, pa.Table]:
 def vocabulary_of(items: pa.Table, sequences: Sequences) -> Vocabulary:
     """Build as `training.train` does: contexts are those of training targets."""
     fields = [np.array(values, dtype=object) for values in zip(*sequences.user_fields, strict=True)]
-    return Vocabulary.build(items, fields, sequences.target_context[sequences.target_split == TRAIN], VocabularyConfig())
+    return Vocabulary.build(
+        items, fields, sequences.target_context[sequences.target_split == TRAIN], VocabularyConfig()
+    )
 
 
 @pytest.fixture

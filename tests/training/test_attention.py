@@ -33,7 +33,9 @@ def _both_forms(length, targets, seed, kernel, dtype=torch.float32, days=60.0):
     quantizer, keys, values, queries, times, target_times = _problem(length, targets, seed, dtype, days)
     codes = quantizer.search(keys)
     hard = quantizer.quantized(codes, keys).to(dtype)
-    over_events = event_attention(queries, hard, *one_user(values, times, target_times, torch.full((targets,), length)), kernel)
+    over_events = event_attention(
+        queries, hard, *one_user(values, times, target_times, torch.full((targets,), length)), kernel
+    )
     codebook = (
         quantizer.codebook_GCw.view(GROUPS, CODES, HEADS // GROUPS, WIDTH).transpose(1, 2).reshape(HEADS, CODES, WIDTH)
     )
@@ -91,7 +93,10 @@ def test_many_targets_in_one_pass_equal_one_by_one(length, seed):
     together = event_attention(queries, keys, *one_user(values, times, target_times, ends), kernel)
     for j, end in enumerate(ends.tolist()):
         one = event_attention(
-            queries[j : j + 1], keys[:end], *one_user(values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1]), kernel
+            queries[j : j + 1],
+            keys[:end],
+            *one_user(values[:end], times[:end], target_times[j : j + 1], ends[j : j + 1]),
+            kernel,
         )
         assert (together[j] - one[0]).abs().max() <= 1e-5
 

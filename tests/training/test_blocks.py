@@ -20,10 +20,23 @@ USERS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 7)), max_size=6)
 def problem(users, seed, half_lives):
     generator = torch.Generator().manual_seed(seed)
     events, targets = sum(n for n, _ in users), sum(t for _, t in users)
-    query, key, value = (torch.randn(n, HEADS, WIDTH, dtype=torch.float64, generator=generator, requires_grad=True) for n in (targets, events, events))
+    query, key, value = (
+        torch.randn(n, HEADS, WIDTH, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n in (targets, events, events)
+    )
     starts = [0, *itertools.accumulate(n for n, _ in users)], [0, *itertools.accumulate(t for _, t in users)]
-    times = torch.cat([torch.zeros(0, dtype=torch.long), *((torch.randint(0, 400 * DAY_MS, (n,), generator=generator)).sort().values for n, _ in users)]) + NOW_MS
-    end = torch.cat([torch.zeros(0, dtype=torch.long), *(torch.randint(0, n + 1, (t,), generator=generator) for n, t in users)])
+    times = (
+        torch.cat(
+            [
+                torch.zeros(0, dtype=torch.long),
+                *((torch.randint(0, 400 * DAY_MS, (n,), generator=generator)).sort().values for n, _ in users),
+            ]
+        )
+        + NOW_MS
+    )
+    end = torch.cat(
+        [torch.zeros(0, dtype=torch.long), *(torch.randint(0, n + 1, (t,), generator=generator) for n, t in users)]
+    )
     codes = torch.randint(CODES, (events, HEADS), generator=generator)
     book = torch.randn(HEADS, CODES, WIDTH, dtype=torch.float64, generator=generator)
     kernel = MixtureKernel(HEADS, half_lives).double() if half_lives else None
@@ -31,27 +44,53 @@ def problem(users, seed, half_lives):
 
 
 def one_by_one(attend, starts):
-    parts = [attend(slice(*e), slice(*t)) for e, t in zip(itertools.pairwise(starts[0]), itertools.pairwise(starts[1]), strict=True)]
+    parts = [
+        attend(slice(*e), slice(*t))
+        for e, t in zip(itertools.pairwise(starts[0]), itertools.pairwise(starts[1]), strict=True)
+    ]
     return torch.cat(parts) if parts else torch.zeros(0, HEADS, WIDTH, dtype=torch.float64)
 
 
 @settings(max_examples=40)
-@given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), block=st.integers(1, 9), tile=st.integers(1, 5), most_pairs=st.integers(1, 40))
+@given(
+    users=USERS,
+    seed=st.integers(0, 1000),
+    half_lives=st.sampled_from([(), (0.1, 100.0)]),
+    block=st.integers(1, 9),
+    tile=st.integers(1, 5),
+    most_pairs=st.integers(1, 40),
+)
 def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed, half_lives, block, tile, most_pairs):
     query, key, value, times, at, end, _, _, kernel, starts = problem(users, seed, half_lives)
     layouts = Layout.of(*starts, query.device, block, tile, most_pairs)
     together = torch.cat([block_attention(layout, query, key, value, times, at, end, kernel) for layout in layouts])
-    alone = one_by_one(lambda e, t: event_attention(query[t], key[e], *one_user(value[e], times[e], at[t], end[t]), kernel), starts)
+    alone = one_by_one(
+        lambda e, t: event_attention(query[t], key[e], *one_user(value[e], times[e], at[t], end[t]), kernel), starts
+    )
     assert torch.allclose(together, alone, atol=1e-12)
     weight = torch.randn(together.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     leaves = [query, key, value, *(kernel.parameters() if kernel else ())]
     if len(query) and len(key):
-        for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum() + 0 * query.sum(), leaves, retain_graph=True, materialize_grads=True) for out in (together, alone)), strict=True):
+        for ours, theirs in zip(
+            *(
+                torch.autograd.grad(
+                    (out * weight).sum() + 0 * query.sum(), leaves, retain_graph=True, materialize_grads=True
+                )
+                for out in (together, alone)
+            ),
+            strict=True,
+        ):
             assert torch.allclose(ours, theirs, atol=1e-11)
 
 
 @settings(max_examples=40)
-@given(users=USERS, seed=st.integers(0, 1000), half_lives=st.sampled_from([(), (0.1, 100.0)]), window=st.integers(0, 6), refine=st.integers(0, 12))
+@given(
+    users=USERS,
+    seed=st.integers(0, 1000),
+    half_lives=st.sampled_from([(), (0.1, 100.0)]),
+    window=st.integers(0, 6),
+    refine=st.integers(0, 12),
+)
 def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, seed, half_lives, window, refine):
     query, key, value, times, at, end, codes, book, kernel, starts = problem(users, seed, half_lives)
     hard = CodedKeys(key, book, codes).hard_LHd() if len(key) else key
@@ -67,7 +106,9 @@ def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, see
         return combine(window_part(query[t], key[e], *newest, kernel, window), part).out_THd if window else part.out_THd
 
     (layout,) = Layout.of(*starts, query.device, block=4, tile=3)
-    together = block_attention(layout, query, hard, value, times, at, end, kernel, exact_EHd=key, exact_from_T=tail, refine=refine)
+    together = block_attention(
+        layout, query, hard, value, times, at, end, kernel, exact_EHd=key, exact_from_T=tail, refine=refine
+    )
     assert torch.allclose(together, one_by_one(alone, starts), atol=1e-11)
 
 

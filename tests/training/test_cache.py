@@ -253,7 +253,9 @@ def test_the_windows_training_form_is_its_serving_form_is_one_softmax(half_lives
         one, when = query_THd[t : t + 1], target_times[t : t + 1]
         # one softmax over keys of which the newest are exact
         mixed_LHd = torch.cat([hard_LHd[:tail_end], key_LHd[tail_end:end]])
-        whole = event_attention(one, mixed_LHd, *one_user(value_LHd[:end], times[:end], when, torch.tensor([end])), kernel)
+        whole = event_attention(
+            one, mixed_LHd, *one_user(value_LHd[:end], times[:end], when, torch.tensor([end])), kernel
+        )
         assert (training[t] - whole[0]).abs().max() <= 1e-10
         # serving: the cache of the older events and the newest ones
         cache = build_cache(codes_LG[:tail_end], value_LHd[:tail_end], times[:tail_end], NOW_MS, codes, kernel)

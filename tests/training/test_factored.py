@@ -109,7 +109,9 @@ def _assert_same(problem, kernel, tolerance, expected=_item_level, found=_factor
     seed=st.integers(0, 10_000),
     cut_offs=st.sampled_from([1, 2, 20, 10_000]),
 )
-def test_the_bounded_factored_pass_equals_the_item_level_with_the_same_bound(half_lives, length, targets, most, seed, cut_offs):
+def test_the_bounded_factored_pass_equals_the_item_level_with_the_same_bound(
+    half_lives, length, targets, most, seed, cut_offs
+):
     problem = _problem(length, targets, 16, seed, cut_offs)
     first_T = (problem[-1] - most).clamp(min=0)
 

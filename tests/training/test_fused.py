@@ -1,4 +1,5 @@
-"""The fused pass is the plain one in double precision, for any histories. On a GPU, or by Triton's interpreter where that is installed:
+"""The fused pass is the plain one in double precision, for any histories. On a GPU, or by Triton's interpreter where
+that is installed:
 
 python -m pytest --noconftest tests/training/test_fused.py
 TRITON_INTERPRET=1 python -m pytest --noconftest tests/training/test_fused.py
@@ -152,7 +153,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_pass_in_double_precision(k
 
 @pytest.mark.parametrize("days", [0, 3000])
 def test_equal_times_and_histories_of_many_half_lives(days):
-    """In a block that spans a thousand half-lives the events that a target sees weigh nothing next to the block's newest one."""
+    """In a block that spans a thousand half-lives the events that a target sees weigh nothing next to the block's
+    newest one.
+    """
     check(
         case([(100, 20), (300, 9)] if DEVICE.type == "cuda" else [(70, 9)], (1.0, 2.0), days=days), least=0.1, times=10
     )

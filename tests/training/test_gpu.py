@@ -1,6 +1,6 @@
 """On a GPU: the same figures as on the CPU, compiled, in bf16 and deterministic. Needs neither Spark nor pydantic:
 
-    python -m pytest --noconftest tests/training/test_gpu.py
+python -m pytest --noconftest tests/training/test_gpu.py
 """
 
 import dataclasses
@@ -18,8 +18,15 @@ from training.model.ranker import FieldSizes, Ranker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIZES = FieldSizes((("id", 20_000), ("category", 50)), (), 1)
-KINDS = {"vql": ModelConfig(), "refined": ModelConfig(refine_k=8), "recent": ModelConfig(recent_window=20), "exact": ModelConfig(interest="softmax_attention"),
-         "sdim": ModelConfig(interest="sdim"), "mean": ModelConfig(interest="mean_pooling"), "recent_attention": ModelConfig(interest="recent_attention", recent_window=9)}  # fmt: skip
+KINDS = {
+    "vql": ModelConfig(),
+    "refined": ModelConfig(refine_k=8),
+    "recent": ModelConfig(recent_window=20),
+    "exact": ModelConfig(interest="softmax_attention"),
+    "sdim": ModelConfig(interest="sdim"),
+    "mean": ModelConfig(interest="mean_pooling"),
+    "recent_attention": ModelConfig(interest="recent_attention", recent_window=9),
+}
 
 
 def ranker(kind: str) -> tuple[Ranker, object]:
@@ -28,14 +35,20 @@ def ranker(kind: str) -> tuple[Ranker, object]:
     batch = make_batch(users=5, length=700, targets=20, cut_offs=6).to("cpu")
     if model.coded is not None:
         with torch.no_grad():
-            model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+            model.coded.quantizer.start_from_keys(
+                model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0)
+            )
     return model.train(), batch
 
 
 def moved(batch, device: str):
     move = lambda value: value.to(device) if isinstance(value, torch.Tensor) else value  # noqa: E731
     items = type(batch.items)({name: rows.to(device) for name, rows in batch.items.rows.items()})
-    return dataclasses.replace(batch, items=items, **{name: move(getattr(batch, name)) for name in batch.__dataclass_fields__ if name != "items"})
+    return dataclasses.replace(
+        batch,
+        items=items,
+        **{name: move(getattr(batch, name)) for name in batch.__dataclass_fields__ if name != "items"},
+    )
 
 
 def step(model: Ranker, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -101,9 +114,17 @@ def test_the_factored_pass_runs_on_a_gpu_too():
     for device in ("cpu", "cuda"):
         generator = torch.Generator().manual_seed(1)
         draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731, B023
-        query, *arguments = draw(9, 2, 4), draw(50, 2, 4), draw(2, 5, 4), torch.randint(5, (50, 2), generator=generator), draw(50, 2, 4)
+        query, *arguments = (
+            draw(9, 2, 4),
+            draw(50, 2, 4),
+            draw(2, 5, 4),
+            torch.randint(5, (50, 2), generator=generator),
+            draw(50, 2, 4),
+        )
         times, ends = torch.arange(50) * 3_600_000, torch.randint(0, 51, (9,), generator=generator)
         at = torch.full((9,), 10**9)
         query, key, book, codes, *rest = (t.to(device) for t in (query, *arguments, times, at, ends))
-        found.append(factored_attention(query, CodedKeys(key, book, codes), *one_user(*rest), kernel.to(device)).out_THd.cpu())
+        found.append(
+            factored_attention(query, CodedKeys(key, book, codes), *one_user(*rest), kernel.to(device)).out_THd.cpu()
+        )
     assert (found[0] - found[1]).abs().max() < 1e-12

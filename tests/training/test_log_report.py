@@ -1,4 +1,7 @@
-"""The report of a partition in MLflow: on the run of its attempt, also when its gate stopped it, and never at its cost."""
+"""The report of a partition in MLflow.
+
+On the run of its attempt, also when its gate stopped it, and never at its cost.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,18 @@ DATASET, DT, ATTEMPT = "kuairand_simulated", "2022-04-21", "kuairand_simulated-2
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return ["--dataset", DATASET, "--warehouse", str(tmp_path / "warehouse"), "--dt", DT, "--attempt", ATTEMPT, "--reports", str(tmp_path)]
+    return [
+        "--dataset",
+        DATASET,
+        "--warehouse",
+        str(tmp_path / "warehouse"),
+        "--dt",
+        DT,
+        "--attempt",
+        ATTEMPT,
+        "--reports",
+        str(tmp_path),
+    ]
 
 
 def write(reports: Path, verdict: str) -> Path:
@@ -40,8 +54,15 @@ def test_the_page_is_an_artifact_of_the_attempts_run(arguments, tmp_path, capsys
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["run_id"] == earlier.info.run_id
     run = MlflowClient().get_run(found["run_id"])
-    assert (run.info.experiment_id, run.info.status, run.data.tags[ATTEMPT_TAG]) == (found["experiment_id"], status, ATTEMPT)
-    assert Path(MlflowClient().download_artifacts(found["run_id"], found["artifact"], str(tmp_path))).read_text() == written.read_text()
+    assert (run.info.experiment_id, run.info.status, run.data.tags[ATTEMPT_TAG]) == (
+        found["experiment_id"],
+        status,
+        ATTEMPT,
+    )
+    assert (
+        Path(MlflowClient().download_artifacts(found["run_id"], found["artifact"], str(tmp_path))).read_text()
+        == written.read_text()
+    )
 
 
 def test_a_retry_that_passes_replaces_the_page_of_the_try_that_was_stopped(arguments, tmp_path, capsys):
@@ -52,7 +73,9 @@ def test_a_retry_that_passes_replaces_the_page_of_the_try_that_was_stopped(argum
         log_report.main(arguments)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert MlflowClient().get_run(found["run_id"]).info.status == "RUNNING"
-    assert [file.path for file in MlflowClient().list_artifacts(found["run_id"], log_report.ARTIFACT_FOLDER)] == [found["artifact"]]
+    assert [file.path for file in MlflowClient().list_artifacts(found["run_id"], log_report.ARTIFACT_FOLDER)] == [
+        found["artifact"]
+    ]
 
 
 def test_without_mlflow_or_page_it_ends_well_and_says_why(arguments, tmp_path, monkeypatch, capsys):

@@ -53,9 +53,19 @@ def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
         np.zeros(users * length, np.int32),
         np.tile(np.arange(length, dtype=np.int32), users),
     )
-    table = pa.table({"item_index": np.arange(items, dtype=np.int32), "item_id": np.arange(items), "train_occurrences": np.full(items, 9),
-                      "author_id": np.arange(items), "categories": [[str(t)] for t in topic], "duration_ms": np.full(items, 9_000.0),
-                      "item_type": ["N"] * items, "upload_type": ["A"] * items}, schema=KUAIRAND_ITEMS)  # fmt: skip
+    table = pa.table(
+        {
+            "item_index": np.arange(items, dtype=np.int32),
+            "item_id": np.arange(items),
+            "train_occurrences": np.full(items, 9),
+            "author_id": np.arange(items),
+            "categories": [[str(t)] for t in topic],
+            "duration_ms": np.full(items, 9_000.0),
+            "item_type": ["N"] * items,
+            "upload_type": ["A"] * items,
+        },
+        schema=KUAIRAND_ITEMS,
+    )
     config = TrainConfig()
     fields = [np.array(["a"] * users, dtype=object)]
     vocabulary = Vocabulary.build(table, fields, sequences.target_context, config.vocabulary)
@@ -94,7 +104,11 @@ def test_attention_models_learn_a_planted_long_term_interest_and_mean_pooling_ca
     assert found["softmax_attention"] > found["mean_pooling"] + 0.08, found
 
 
-@pytest.mark.parametrize("changes", [pytest.param({"compiled": True}, marks=pytest.mark.slow), {"bf16": True}, {"deterministic": True}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"compiled": True}, marks=pytest.mark.slow), {"bf16": True}, {"deterministic": True}],
+    ids=lambda c: next(iter(c)),
+)
 def test_compiled_bf16_and_deterministic_training_reach_what_the_plain_one_does(changes):
     data = planted(users=48, length=60, topics=4, seed=4)
     config = small_config(epochs=2, min_epoch_steps=12, warmup_steps=6)
@@ -104,7 +118,9 @@ def test_compiled_bf16_and_deterministic_training_reach_what_the_plain_one_does(
     assert all(p.dtype == torch.float32 for p in other.parameters())
     if "deterministic" in changes:
         again, _ = train_model("vql", data, dataclasses.replace(config, **changes), Worker(), lambda result: None)
-        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), again.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(other.state_dict().values(), again.state_dict().values(), strict=True)
+        )
         torch.use_deterministic_algorithms(False)
 
 
@@ -114,7 +130,9 @@ def test_autocast_leaves_search_codebooks_softmax_and_loss_in_single_precision()
     model = Ranker(FieldSizes.of(data.vocabulary), config.models["vql"])
     batch = next(UserBatches(data.joined, 0, 1, 8, 0).all_of(data.split.train)).to("cpu")
     with torch.no_grad():
-        model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+        model.coded.quantizer.start_from_keys(
+            model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0)
+        )
         off_centre = model.coded.keys(model.items(batch.items)) + 100.0  # in bf16 these would all be one key
         plain = model.coded.quantizer.search(off_centre)
     model.train()
@@ -134,9 +152,13 @@ def test_autocast_leaves_search_codebooks_softmax_and_loss_in_single_precision()
 def test_a_collapsed_codebook_is_said_in_words():
     data = planted(users=30, length=60, topics=4, seed=6)
     config = small_config(epochs=3, warmup_steps=5, revive_every_steps=10**9)
-    config = dataclasses.replace(config, models={"vql": dataclasses.replace(config.models["vql"], codes=256)})  # four topics
+    config = dataclasses.replace(
+        config, models={"vql": dataclasses.replace(config.models["vql"], codes=256)}
+    )  # four topics
     said = []
-    train_model("vql", data, config, Worker(), lambda result: said.append((result.warnings, result.metrics["probe_warnings"])))
+    train_model(
+        "vql", data, config, Worker(), lambda result: said.append((result.warnings, result.metrics["probe_warnings"]))
+    )
     assert any("codes have collapsed" in warning for warning in said[-1][0])
     assert all(len(words) == count for words, count in said)
 
@@ -152,10 +174,21 @@ class Stop(Exception):
 @pytest.mark.parametrize("name", ["vql", "softmax_attention"])
 @pytest.mark.parametrize("cuts", [(1,), (7, 8, 20), (3, 12, 13, 27)], ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
-def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once(name, cuts, device, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once(
+    name, cuts, device, tmp_path, monkeypatch
+):
     data = planted(users=45, length=60, topics=4, seed=2)
     model = ModelConfig(interest=name, codes=16, dropout=0.2, ema_decay=0.9 if name == "vql" else None)
-    config = small_config(models={name: model}, epochs=3, patience=9, warmup_steps=5, revive_every_steps=4, min_epoch_steps=10, targets_per_user=16, deterministic=True)
+    config = small_config(
+        models={name: model},
+        epochs=3,
+        patience=9,
+        warmup_steps=5,
+        revive_every_steps=4,
+        min_epoch_steps=10,
+        targets_per_user=16,
+        deterministic=True,
+    )
     seen: list[bytes] = []
     make = Epoch.__getitem__
     monkeypatch.setattr(Epoch, "__getitem__", lambda self, number: seen.append(number) or make(self, number))
@@ -171,18 +204,39 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
     resume = None
     for cut in cuts:
         with pytest.raises(Stop):
-            train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), functools.partial(keep, cut), Start(resume))
+            train_model(
+                name,
+                data,
+                config,
+                Worker(device=device),
+                lambda result: losses.append(result.metrics["train_loss"]),
+                functools.partial(keep, cut),
+                Start(resume),
+            )
         resume = TrainingState(**torch.load(tmp_path / "state.pt", weights_only=True))
         torch.manual_seed(cut)  # another process has generators of its own
-    last, again = train_model(name, data, config, Worker(device=device), lambda result: losses.append(result.metrics["train_loss"]), start=Start(resume))
+    last, again = train_model(
+        name,
+        data,
+        config,
+        Worker(device=device),
+        lambda result: losses.append(result.metrics["train_loss"]),
+        start=Start(resume),
+    )
     assert seen == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True))
-    assert (ended.best_epoch, ended.best_logloss, ended.metrics["train_loss"]) == (again.best_epoch, again.best_logloss, losses[-1])
+    assert (ended.best_epoch, ended.best_logloss, ended.metrics["train_loss"]) == (
+        again.best_epoch,
+        again.best_logloss,
+        losses[-1],
+    )
     assert len(losses) == 3
 
 
 def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int, gpus: bool) -> None:
-    """Train every model of the configuration as this rank of every group that has it, on a GPU of its own or on the CPU."""
+    """Train every model of the configuration as this rank of every group that has it, on a GPU of its own or on the
+    CPU.
+    """
     torch.set_num_threads(1)
     device = f"cuda:{rank}" if gpus else "cpu"
     if gpus:
@@ -196,36 +250,68 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
         if rank >= world:
             continue
         if world > 1:
-            torch.distributed.init_process_group("nccl" if gpus else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            torch.distributed.init_process_group(
+                "nccl" if gpus else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+            )
         for name in config.models:
             found: dict = {"bits": hashlib.sha256(), "loss": []}
 
             def look(step: int, state: Callable[[], TrainingState], found: dict = found) -> None:
                 now = state()
-                tensors = [*now.model.values(), *(t for moments in now.optimizer["state"].values() for t in moments.values()), now.totals]
+                tensors = [
+                    *now.model.values(),
+                    *(t for moments in now.optimizer["state"].values() for t in moments.values()),
+                    now.totals,
+                ]
                 for tensor in tensors:
                     found["bits"].update(tensor.cpu().numpy().tobytes())
                 found["model"] = now.model
 
-            train_model(name, data, config, Worker(rank, world, device), lambda result, found=found: found["loss"].append(result.metrics["train_loss"]), look)
+            train_model(
+                name,
+                data,
+                config,
+                Worker(rank, world, device),
+                lambda result, found=found: found["loss"].append(result.metrics["train_loss"]),
+                look,
+            )
             torch.save(found | {"bits": found["bits"].hexdigest()}, f"{folder}/{name}-{world}-{rank}.pt")
         if world > 1:
             torch.distributed.destroy_process_group()
 
 
-def trained_by(worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0, gpus: bool = False) -> Callable[[str, int], list[dict]]:
-    """Train with groups of so many processes; return what (name, workers) saw, a rank each: a digest of every bit after every step, losses, the model."""
+def trained_by(
+    worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0, gpus: bool = False
+) -> Callable[[str, int], list[dict]]:
+    """Train with groups of so many processes.
+
+    Return what (name, workers) saw, a rank each: a digest of every bit after every step, losses, the model.
+    """
     ports = {world: free_port() for world in worlds}
     mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent, gpus), nprocs=max(worlds))
-    return lambda name, world: [torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True, map_location="cpu") for rank in range(world)]
+    return lambda name, world: [
+        torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True, map_location="cpu") for rank in range(world)
+    ]
 
 
 @pytest.mark.parametrize("gpus", [False, pytest.param(True, marks=[pytest.mark.gpu, needs_two_gpus])])
 def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path, gpus):
     vql = ModelConfig(codes=16, dropout=0.0)
-    models = {"vql": vql, "averages": dataclasses.replace(vql, ema_decay=0.9), "softmax": dataclasses.replace(vql, interest="softmax_attention")}
+    models = {
+        "vql": vql,
+        "averages": dataclasses.replace(vql, ema_decay=0.9),
+        "softmax": dataclasses.replace(vql, interest="softmax_attention"),
+    }
     # 30 users in global batches of 7: the last of a pass has 2, so that of 3 or 4 workers some have none. 50 steps.
-    config = small_config(models=models, epochs=1, min_epoch_steps=50, users_per_step=7, targets_per_user=16, warmup_steps=6, revive_every_steps=3)
+    config = small_config(
+        models=models,
+        epochs=1,
+        min_epoch_steps=50,
+        users_per_step=7,
+        targets_per_user=16,
+        warmup_steps=6,
+        revive_every_steps=3,
+    )
     worlds = [1, *([2] if gpus else [2, 3, 4])]
     trained = trained_by(worlds, tmp_path, dataclasses.replace(config, deterministic=True), gpus=gpus)
     for name in models:
@@ -235,7 +321,11 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
             assert len({rank["bits"] for rank in ranks}) == 1, (name, world)
             assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
             for key, weight in one["model"].items():
-                assert torch.allclose(weight.float(), ranks[0]["model"][key].float(), rtol=1e-3, atol=2e-4), (name, world, key)
+                assert torch.allclose(weight.float(), ranks[0]["model"][key].float(), rtol=1e-3, atol=2e-4), (
+                    name,
+                    world,
+                    key,
+                )
 
 
 def test_a_worker_whose_users_have_no_history_does_not_stop_the_others(tmp_path):

@@ -1,4 +1,7 @@
-"""max_events bounds every target: each pass is the plain one over a history that was cut by hand, whatever its other targets see."""
+"""max_events bounds every target.
+
+Each pass is the plain one over a history that was cut by hand, whatever its other targets see.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,13 @@ from training.scoring import load_scorer, request_of
 torch.set_num_threads(1)  # many small products: a second thread only waits
 
 KINDS = [{"interest": name} for name in ("vql", "softmax_attention", "mean_pooling", "sdim")] + [
-    {"interest": "recent_attention", "recent_window": 5}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5},
-    {"kernel_components": 0}, {"interest": "softmax_attention", "kernel_components": 0}]  # fmt: skip
+    {"interest": "recent_attention", "recent_window": 5},
+    {"recent_window": 5},
+    {"refine_k": 3},
+    {"refine_k": 3, "recent_window": 5},
+    {"kernel_components": 0},
+    {"interest": "softmax_attention", "kernel_components": 0},
+]
 PASSES = {
     "user after user": lambda patch, model: patch.setattr(passes, "prefers_factored", lambda *_: False),
     "factored": lambda patch, model: patch.setattr(passes, "prefers_factored", lambda *_: True),
@@ -45,7 +53,9 @@ def cut_by_hand(rows: pa.Table, most: int) -> pa.Table:
 
 
 def batches_of(rows: pa.Table, items: pa.Table, vocabulary, most: int | None, users: int = 16) -> UserBatches:
-    return UserBatches(Joined.of(Sequences.from_arrow(rows, most), items, vocabulary), 0, 1, users_per_step=users, seed=0)
+    return UserBatches(
+        Joined.of(Sequences.from_arrow(rows, most), items, vocabulary), 0, 1, users_per_step=users, seed=0
+    )
 
 
 def logits_and_gradients(model, batches: UserBatches) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -73,7 +83,9 @@ def test_every_pass_is_the_plain_one_over_histories_cut_by_hand(kind, way, most,
             assert (one - other).abs().max() <= 2e-5 * max(1.0, float(other.abs().max()))
 
 
-@pytest.mark.parametrize("kind", [{}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5}], ids=str
+)
 @pytest.mark.parametrize("most", [1, 3, 20])
 def test_scores_from_caches_are_those_from_events_under_the_bound(kind, most, partition, loaded, make_model):
     items, rows = partition
@@ -126,7 +138,9 @@ def test_events_older_than_its_bound_do_not_change_a_targets_score(kind, partiti
 def test_a_bound_that_no_target_reaches_changes_nothing(partition, loaded):
     items, rows = partition
     longest = max(map(len, rows["history_time_ms"].to_pylist()))
-    for free, bounded in zip(*(batches_of(rows, items, loaded[1], most).all_of(np.arange(48)) for most in (None, longest)), strict=True):
+    for free, bounded in zip(
+        *(batches_of(rows, items, loaded[1], most).all_of(np.arange(48)) for most in (None, longest)), strict=True
+    ):
         assert bounded.shared_from == [0] * len(bounded.shared_from)
         for name in free.__dataclass_fields__:
             if name != "items":
@@ -148,5 +162,3 @@ def test_a_package_bounds_what_its_model_is_scored_on(partition, loaded, make_mo
         assert len(bounded["history_item_id"]) < len(request["history_item_id"]) or len(request["history_item_id"]) <= 6
         for sent in (request, bounded):
             assert np.abs(scorer.score_request(sent) - scored.score[scored.user_id == user]).max() <= 1e-5
-
-

@@ -1,4 +1,7 @@
-"""Mistakes that implementations of VQL make, each planted; the others of the list stand where the part is tested (docs/model.md)."""
+"""Mistakes that implementations of VQL make, each planted.
+
+The others of the list stand where the part is tested (docs/model.md).
+"""
 
 import dataclasses
 import math
@@ -25,7 +28,9 @@ def ranker(**settings) -> tuple[Ranker, object]:
     model = Ranker(SIZES, ModelConfig(**settings))
     batch = make_batch(users=3, length=200, targets=8, cut_offs=4).to("cpu")
     with torch.no_grad():
-        model.coded.quantizer.start_from_keys(model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0))
+        model.coded.quantizer.start_from_keys(
+            model.coded.keys(model.items(batch.items)), torch.Generator().manual_seed(0)
+        )
     return model, batch
 
 
@@ -44,7 +49,9 @@ def test_a_step_searches_each_distinct_item_once_however_many_events_there_are(m
     model, batch = ranker()
     searched = []
     plain = GroupedQuantizer.search
-    monkeypatch.setattr(GroupedQuantizer, "search", lambda self, keys: (searched.append(len(keys)), plain(self, keys))[1])
+    monkeypatch.setattr(
+        GroupedQuantizer, "search", lambda self, keys: (searched.append(len(keys)), plain(self, keys))[1]
+    )
     model.train()(batch)
     assert searched == [len(batch.items.rows["item_id"])]
 
@@ -55,7 +62,9 @@ def test_plain_vql_scores_from_caches_without_reading_an_event():
     caches = model.user_caches(batch, NOW_MS)
     scores = model.score_with_caches(batch, caches)
     gone = torch.full_like(batch.event_item, 7)
-    assert torch.equal(scores, model.score_with_caches(dataclasses.replace(batch, event_item=gone, event_interaction=gone), caches))
+    assert torch.equal(
+        scores, model.score_with_caches(dataclasses.replace(batch, event_item=gone, event_interaction=gone), caches)
+    )
 
 
 def test_the_key_and_the_code_of_an_item_do_not_depend_on_what_the_user_did():
@@ -96,7 +105,9 @@ def test_a_query_before_the_reference_time_is_taken_as_at_it_and_never_overflows
     code, value, times = torch.randint(4, (30, 2)), torch.randn(30, 2, 3), NOW_MS - torch.arange(30).flip(0) * DAY_MS
     cache = build_cache(code, value, times, NOW_MS, 4, kernel)
     query, book = torch.randn(1, 2, 3), torch.randn(2, 4, 3)
-    early, at = (cache_attention(query, book, cache, torch.tensor([NOW_MS - shift]), kernel) for shift in (300 * DAY_MS, 0))
+    early, at = (
+        cache_attention(query, book, cache, torch.tensor([NOW_MS - shift]), kernel) for shift in (300 * DAY_MS, 0)
+    )
     assert torch.equal(early, at) and early.isfinite().all()
 
 
@@ -117,8 +128,14 @@ def test_a_batch_without_any_event_is_no_error():
     model, _ = ranker()
     batch = make_batch(users=2, length=20, targets=3, cut_offs=2)
     nothing = dataclasses.replace(
-        batch, event_item=np.zeros(0, np.int64), event_interaction=np.zeros(0, np.int64), event_time_ms=np.zeros(0, np.int64), event_start=[0, 0, 0],
-        target_end=np.zeros(6, np.int64), cut_offs=[1, 1]).to("cpu")  # fmt: skip
+        batch,
+        event_item=np.zeros(0, np.int64),
+        event_interaction=np.zeros(0, np.int64),
+        event_time_ms=np.zeros(0, np.int64),
+        event_start=[0, 0, 0],
+        target_end=np.zeros(6, np.int64),
+        cut_offs=[1, 1],
+    ).to("cpu")
     logits, auxiliary = model.train()(nothing)
     (logits.sum() + auxiliary).backward()
     assert logits.isfinite().all() and float(auxiliary.detach()) == 0

@@ -133,9 +133,14 @@ def test_warnings_name_what_is_wrong_and_nothing_else():
 
 def test_shared_information_says_whether_groups_partition_the_items_alike():
     generator = torch.Generator().manual_seed(0)
-    codes, weight = torch.randint(8, (5_000, 3), generator=generator), torch.randint(1, 9, (5_000,), generator=generator)
+    codes, weight = (
+        torch.randint(8, (5_000, 3), generator=generator),
+        torch.randint(1, 9, (5_000,), generator=generator),
+    )
     assert shared_information(codes, weight) < 0.02
     renamed = torch.stack([codes[:, 0], (codes[:, 0] + 3) % 8, 7 - codes[:, 0]], 1)
     assert shared_information(renamed, weight) == pytest.approx(1.0)
-    assert shared_information(torch.stack([codes[:, 0], codes[:, 0], codes[:, 1]], 1), weight) == pytest.approx(1 / 3, abs=0.02)
+    assert shared_information(torch.stack([codes[:, 0], codes[:, 0], codes[:, 1]], 1), weight) == pytest.approx(
+        1 / 3, abs=0.02
+    )
     assert shared_information(torch.zeros(9, 2, dtype=torch.long), torch.ones(9)) == 1.0

@@ -61,11 +61,18 @@ def test_a_batch_of_many_users_equals_each_user_alone(interest, loaded, make_mod
 
 
 KINDS = [{"interest": name} for name in (*ALL_MODELS, "sdim")] + [
-    {"interest": "recent_attention", "recent_window": 5}, {"recent_window": 5}, {"refine_k": 3}, {"refine_k": 3, "recent_window": 5}, {"kernel_components": 0, "refine_k": 3}]  # fmt: skip
+    {"interest": "recent_attention", "recent_window": 5},
+    {"recent_window": 5},
+    {"refine_k": 3},
+    {"refine_k": 3, "recent_window": 5},
+    {"kernel_components": 0, "refine_k": 3},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_each(kind, loaded, make_model, monkeypatch):
+def test_the_pass_over_all_users_has_the_scores_and_gradients_of_the_pass_over_each(
+    kind, loaded, make_model, monkeypatch
+):
     sequences, _, batches = loaded
     monkeypatch.setattr(Layout, "of", functools.partial(Layout.of, most_pairs=3, tile=8))  # several layouts a batch
     model = make_model(**kind, dropout=0.0).train()
@@ -107,7 +114,9 @@ def _seen_under(cutoff: Cutoff, rows: pa.Table) -> pa.Table:
         History(cutoff=cutoff.kind, availability_lag_ms=cutoff.availability_lag_ms),
     )
     lists = pa.ListArray.from_arrays(pa.array(sequences.target_start, pa.int32()), pa.array(ends, pa.int32()))
-    return rows.set_column(SEQUENCES.get_field_index("target_history_end"), SEQUENCES.field("target_history_end"), lists)
+    return rows.set_column(
+        SEQUENCES.get_field_index("target_history_end"), SEQUENCES.field("target_history_end"), lists
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,9 @@ def test_a_request_with_raw_ids_scores_as_the_partition_does(cutoff, partition, 
         assert np.abs(scorer.score_request(request) - scored.score[mine]).max() <= 1e-5
         # The caller sends everything there is; the package knows what a target may see.
         whole = slice(*sequences.history_start[[user, user + 1]])
-        everything = dataclasses.replace(sequences, target_end=np.full_like(sequences.target_end, whole.stop - whole.start))
+        everything = dataclasses.replace(
+            sequences, target_end=np.full_like(sequences.target_end, whole.stop - whole.start)
+        )
         request = request_of(items, everything, int(user), max_targets=100)
         hidden += len(request["history_item_id"]) - int(scored.history_length[mine].max())
         assert np.abs(scorer.score_request(request) - scored.score[mine]).max() <= 1e-5
@@ -228,7 +239,9 @@ def test_a_package_loads_to_the_same_model(loaded, make_model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vql", "sdim", "mean_pooling"])
-def test_a_package_from_before_kinds_had_modules_of_their_own_scores_as_it_did(kind, partition, loaded, make_model, tmp_path):
+def test_a_package_from_before_kinds_had_modules_of_their_own_scores_as_it_did(
+    kind, partition, loaded, make_model, tmp_path
+):
     save_package(tmp_path, make_model(kind), loaded[1], Cutoff(), {})
     scores = load_scorer(tmp_path).score(*partition).score
     before = {"interest.planes_DXB": "hashed.planes_DXB", "interest.powers_B": "hashed.powers_B"}
@@ -283,14 +296,27 @@ def test_any_number_of_workers_shares_the_same_global_batches(partition, loaded,
         return UserBatches(joined, rank, workers, users_per_step=4, seed=5).epoch(targets, number, draws, min_steps=4)
 
     def drawn(batch) -> list[tuple]:
-        return [] if batch is None else list(zip(batch.target_time_ms.tolist(), batch.target_label.tolist(), batch.user_rows[:, 0].tolist(), strict=True))
+        return (
+            []
+            if batch is None
+            else list(
+                zip(
+                    batch.target_time_ms.tolist(),
+                    batch.target_label.tolist(),
+                    batch.user_rows[:, 0].tolist(),
+                    strict=True,
+                )
+            )
+        )
 
     whole = [drawn(batch) for batch in epoch(0, 1)]
     parts = [list(epoch(rank, world)) for rank in range(world)]
     assert [len(part) for part in parts] == [len(whole)] * world == [4] * world
     for step, batch in enumerate(whole):
         assert sorted(row for part in parts for row in drawn(part[step])) == sorted(batch)
-        assert np.array_equal(epoch(world - 1, world).items(step).rows["item_id"], epoch(0, 1)[step].items.rows["item_id"])
+        assert np.array_equal(
+            epoch(world - 1, world).items(step).rows["item_id"], epoch(0, 1)[step].items.rows["item_id"]
+        )
     first, second = whole[:2], whole[2:]  # two passes: every user once in each, other targets
     assert len(first[0]) + len(first[1]) == len(second[0]) + len(second[1]) == 5 * sequences.users
     assert whole != [drawn(batch) for batch in epoch(0, 1, number=1)]

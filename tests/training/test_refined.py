@@ -63,9 +63,17 @@ class Problem:
         seen = slice(0, until)
         cache = build_cache(self.codes_LG[seen], self.values[seen], self.times[seen], NOW_MS, self.codes, kernel)
         return refined_cache_part(
-            self.queries, self.codebook, cache, index_events(self.codes_LG[seen], self.codes), self.keys[seen],
-            self.values[seen], self.times[seen], self.target_times, kernel, refine,
-        )  # fmt: skip
+            self.queries,
+            self.codebook,
+            cache,
+            index_events(self.codes_LG[seen], self.codes),
+            self.keys[seen],
+            self.values[seen],
+            self.times[seen],
+            self.target_times,
+            kernel,
+            refine,
+        )
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
@@ -217,9 +225,17 @@ def test_serving_reads_as_many_keys_for_a_long_history_as_for_a_short_one():
         problem.keys, index = problem.keys.as_subclass(Counting), index_events(problem.codes_LG, 8)
         cache = build_cache(problem.codes_LG, problem.values, problem.times, NOW_MS, 8, None)
         refined_cache_part(
-            problem.queries, problem.codebook, cache, index, problem.keys, problem.values, problem.times,
-            problem.target_times, None, 16,
-        )  # fmt: skip
+            problem.queries,
+            problem.codebook,
+            cache,
+            index,
+            problem.keys,
+            problem.values,
+            problem.times,
+            problem.target_times,
+            None,
+            16,
+        )
         reads.append(Counting.read)
     assert reads[0] == reads[1] == 5 * HEADS * 16 * WIDTH
 

@@ -35,7 +35,11 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_two_are_kep
     assert len(files) == 2
     os.truncate(files[-1], 500)
     reached = checkpoints(tmp_path / "c", said).newest()
-    assert reached.state is not None and reached.state.step == 4 and (reached.name, reached.done) == ("b", {"a": {"epochs": 1}})
+    assert (
+        reached.state is not None
+        and reached.state.step == 4
+        and (reached.name, reached.done) == ("b", {"a": {"epochs": 1}})
+    )
     assert len(said) == 1 and f"{files[-1]} is damaged" in said[0]
     flipped = bytearray(files[0].read_bytes())
     flipped[len(flipped) // 2] ^= 1  # one bit of a weight: no reader of the format would see it
@@ -46,8 +50,16 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_two_are_kep
 def test_another_training_is_refused_with_both_values(tmp_path):
     tiny_config = tiny.config()
     for config, other, line in (
-        (tiny_config, dataclasses.replace(tiny_config, learning_rate=0.1), "configuration.learning_rate: 0.003 there, 0.1 now"),
-        (tiny_config, dataclasses.replace(tiny_config, models={"vql": tiny_config.models["vql"]}), "configuration.models.mean_pooling.bf16: missing"),
+        (
+            tiny_config,
+            dataclasses.replace(tiny_config, learning_rate=0.1),
+            "configuration.learning_rate: 0.003 there, 0.1 now",
+        ),
+        (
+            tiny_config,
+            dataclasses.replace(tiny_config, models={"vql": tiny_config.models["vql"]}),
+            "configuration.models.mean_pooling.bf16: missing",
+        ),
     ):
         folder = tmp_path / line[-3:]
         Checkpoints(folder, flat(config.deciding, "configuration"), 1, 1, print).write(Checkpoint({}, "vql", state(1)))
@@ -82,4 +94,6 @@ def test_a_step_does_not_wait_for_the_disk_and_a_full_one_is_told(tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full)
     kept.write(at(10))
-    assert said == ["warning: no checkpoint could be written, a restart would begin at the one before it: No space left on device"]
+    assert said == [
+        "warning: no checkpoint could be written, a restart would begin at the one before it: No space left on device"
+    ]

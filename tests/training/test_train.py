@@ -47,14 +47,34 @@ def publish(store: TableStore, table: str, rows: pa.Table, settings: Mapping[str
     work = store.begin_try("t", [table], [DT])
     file = store.write_file(work, table, DT, 0, rows)
     counts = {"train_targets": 24 * 7}
-    store.write_staged_manifest(work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings))
+    store.write_staged_manifest(
+        work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings)
+    )
     store.publish("t", table, DT)
 
 
 def command(tmp_path: Path, warehouse: str, *more: str) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of a training; OMP_NUM_THREADS as on the smallest machine."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "OMP_NUM_THREADS": "1"}
-    words = ["--dataset", "kuairand", "--warehouse", warehouse, "--dt", DT, "--attempt", "t", "--runs", str(tmp_path / "runs"), "--config", "tiny"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [
+        "--dataset",
+        "kuairand",
+        "--warehouse",
+        warehouse,
+        "--dt",
+        DT,
+        "--attempt",
+        "t",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--config",
+        "tiny",
+    ]
     return [sys.executable, "-m", "training.train", *words, *more], env
 
 
@@ -75,11 +95,16 @@ def check_run(tmp_path: Path, done: subprocess.CompletedProcess) -> dict:
 
 
 def bits(tmp_path: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in (tmp_path / "runs" / "t" / "models").glob("*/model.safetensors")}
+    return {
+        path.parent.name: path.read_bytes() for path in (tmp_path / "runs" / "t" / "models").glob("*/model.safetensors")
+    }
 
 
 def check_same_models(one: Path, other: Path) -> None:
-    """Compare the packages of two runs: bit for bit on the CPU; a GPU adds up in any order unless the configuration is `deterministic`."""
+    """Compare the packages of two runs.
+
+    Bit for bit on the CPU; a GPU adds up in any order unless the configuration is `deterministic`.
+    """
     left, right = bits(one), bits(other)
     assert left.keys() == right.keys()
     if not torch.cuda.is_available():
@@ -94,11 +119,20 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "runs" / "t" / "checkpoints").glob("*.pt"))
 
 
-def killed(tmp_path: Path, warehouse: str, workers: str, newer_than: int, whom: Callable[[Started], list[psutil.Process]]) -> Started:
+def killed(
+    tmp_path: Path, warehouse: str, workers: str, newer_than: int, whom: Callable[[Started], list[psutil.Process]]
+) -> Started:
     """Start a training and SIGKILL some of its processes once a checkpoint newer than a number is there."""
     words, env = command(tmp_path, warehouse, "--workers", workers)
     running = start(words, tmp_path / "log", ROOT, env)
-    wait_for("checkpoint", lambda: running.process.poll() is not None or any(int(path.stem.split("-")[0]) > newer_than for path in checkpoints(tmp_path)), every=0.01)
+    wait_for(
+        "checkpoint",
+        lambda: (
+            running.process.poll() is not None
+            or any(int(path.stem.split("-")[0]) > newer_than for path in checkpoints(tmp_path))
+        ),
+        every=0.01,
+    )
     for process in whom(running):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -117,10 +151,14 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     assert other.returncode == 2
     assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr
     store = TableStore(warehouse, "kuairand")
-    publish(store, "sequences", random_partition(users=24, longest=40, seed=1)[1], store.require("sequences", DT).settings)
+    publish(
+        store, "sequences", random_partition(users=24, longest=40, seed=1)[1], store.require("sequences", DT).settings
+    )
     other = train(tmp_path, warehouse, "--workers", "0")
     assert other.returncode == 2
-    assert re.search(r"checkpoints of another training:\n +data of sequences: '?\w+'? there, '?\w+'? now\n", other.stderr), other.stderr
+    assert re.search(
+        r"checkpoints of another training:\n +data of sequences: '?\w+'? there, '?\w+'? now\n", other.stderr
+    ), other.stderr
     assert weights == bits(tmp_path)
 
 
@@ -167,12 +205,24 @@ def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_tr
     def cause(**failures: Exception) -> Exception:
         return _cause_of(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
 
-    of_code = {name: UserExceptionWithTraceback(error, f"trace of {name}") for name, error in
-               (("stage", StageError("no such column", "name another")), ("bug", ValueError("shape")), ("waits", WorkerLostError("in vain")))}  # fmt: skip
+    of_code = {
+        name: UserExceptionWithTraceback(error, f"trace of {name}")
+        for name, error in (
+            ("stage", StageError("no such column", "name another")),
+            ("bug", ValueError("shape")),
+            ("waits", WorkerLostError("in vain")),
+        )
+    }
     died = WorkerHealthCheckFailedError("worker 1 died", RuntimeError("SIGKILL"))
     first = cause(r0=of_code["waits"], r1=of_code["stage"])
-    assert isinstance(first, StageError) and (first.what, first.remedy, first.exit_code) == ("no such column", "name another", 2)
-    assert type(cause(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(cause(r1=of_code["bug"]))
+    assert isinstance(first, StageError) and (first.what, first.remedy, first.exit_code) == (
+        "no such column",
+        "name another",
+        2,
+    )
+    assert type(cause(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(
+        cause(r1=of_code["bug"])
+    )
     for lost in (cause(r0=of_code["waits"], r1=died), cause(r0=of_code["waits"])):
         assert isinstance(lost, TryAgainError)
     assert "lost worker 1: worker 1 died" in cause(r0=of_code["waits"], r1=died).what
@@ -187,7 +237,13 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
         training.ray_workers._wait_for_workers(2, gpus=False)
-        with pytest.raises(StageError, match=r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: train with --workers 1 "):
+        with pytest.raises(
+            StageError,
+            match=(
+                r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: train"
+                r" with --workers 1 "
+            ),
+        ):
             training.ray_workers._wait_for_workers(2, gpus=True)
     finally:
         ray.shutdown()

@@ -55,8 +55,14 @@ def test_the_kind_of_a_field_is_its_arrow_type_and_the_item_comes_first():
     vocabulary = build(items_of({"item_id": 3}))
     kinds = {name: field.kind for name, field in vocabulary.items.items()}
     assert next(iter(kinds)) == "item_id"
-    assert kinds == {"item_id": "id", "author_id": "id", "categories": "categories", "duration_ms": "number", "item_type": "category",
-                     "upload_type": "category"}  # fmt: skip
+    assert kinds == {
+        "item_id": "id",
+        "author_id": "id",
+        "categories": "categories",
+        "duration_ms": "number",
+        "item_type": "category",
+        "upload_type": "category",
+    }
 
 
 def test_rare_and_new_ids_share_hashed_rows_and_frequent_ones_have_their_own():
@@ -90,11 +96,20 @@ def test_hashed_ids_of_63_bits_and_negative_ones_have_rows():
 
 def test_missing_and_unseen_values_have_row_0():
     known = items_of(
-        {"item_id": 1, "author_id": 7, "categories": ["a", "b"], "duration_ms": 10.0, "item_type": "N", "upload_type": ""},
+        {
+            "item_id": 1,
+            "author_id": 7,
+            "categories": ["a", "b"],
+            "duration_ms": 10.0,
+            "item_type": "N",
+            "upload_type": "",
+        },
         {"item_id": 2},
     )
     vocabulary = build(known)
-    rows = vocabulary.item_features(items_of({"item_id": 1, "categories": ["new", "b"], "item_type": "new"}, {"item_id": 2, "item_type": "N"})).rows
+    rows = vocabulary.item_features(
+        items_of({"item_id": 1, "categories": ["new", "b"], "item_type": "new"}, {"item_id": 2, "item_type": "N"})
+    ).rows
     assert rows["author_id"].tolist() == [0, 0]
     assert rows["duration_ms"].tolist() == [0, 0]
     assert rows["item_type"].tolist() == [0, 1]
@@ -106,7 +121,9 @@ def test_missing_and_unseen_values_have_row_0():
 
 
 def test_an_item_that_the_model_never_saw_has_only_its_hashed_row():
-    vocabulary = build(items_of({"item_id": 1, "author_id": 7, "categories": ["a"], "duration_ms": 10.0, "item_type": "N"}))
+    vocabulary = build(
+        items_of({"item_id": 1, "author_id": 7, "categories": ["a"], "duration_ms": 10.0, "item_type": "N"})
+    )
     for ids in ([1, 99], [99], [99, 1, 1]):
         rows = vocabulary.item_features(vocabulary.item_table_of(np.array(ids))).rows
         for place, item in enumerate(ids):
@@ -188,10 +205,17 @@ def test_a_later_partition_moves_no_row_and_its_ids_get_rows_behind():
     before, after = meanings(old), meanings(new)
     assert before.items() <= after.items()
     assert {name: after[name] for name in after.keys() - before.keys()} == {
-        ("item_id", 20): 11, ("item_id", 40): 12, ("author_id", 4): 11,
-        ("categories", "a"): 3, ("categories", "l"): 4, ("item_type", "B"): 3,
-        ("user 0", "a"): 3, ("user 0", "n"): 4, ("context", -1): 3, ("context", 7): 4,
-    }  # fmt: skip
+        ("item_id", 20): 11,
+        ("item_id", 40): 12,
+        ("author_id", 4): 11,
+        ("categories", "a"): 3,
+        ("categories", "l"): 4,
+        ("item_type", "B"): 3,
+        ("user 0", "a"): 3,
+        ("user 0", "n"): 4,
+        ("context", -1): 3,
+        ("context", 7): 4,
+    }
     assert new.item_ids.is_hashed(new.item_ids.row_of(np.array([50]))).all()
     assert new.user_rows([["x"], ["a"]]).tolist() == [old.user_rows([["x"]])[0].tolist(), [3]]
     # Numbers keep their buckets, and what is known of an item is the latest.
@@ -206,7 +230,9 @@ def test_the_same_partition_again_changes_nothing(partition):
     sequences = Sequences.from_arrow(rows)
     vocabulary = vocabulary_of(items, sequences)
     fields = user_columns(zip(*sequences.user_fields, strict=True))
-    again = vocabulary.appended(items, fields, sequences.target_context[sequences.target_split == 0], VocabularyConfig())
+    again = vocabulary.appended(
+        items, fields, sequences.target_context[sequences.target_split == 0], VocabularyConfig()
+    )
     assert meanings(again) == meanings(vocabulary)
     assert again.known_items.equals(vocabulary.known_items)
 
@@ -228,8 +254,17 @@ partitions = st.lists(
 def test_no_chain_of_partitions_moves_a_row(days, data):
     vocabulary: Vocabulary | None = None
     for ids, values, contexts in days:
-        rows = [{"item_id": i, "author_id": i % 7, "categories": values, "item_type": values[0], "duration_ms": float(i),
-                 "train_occurrences": data.draw(st.integers(0, 9))} for i in ids]  # fmt: skip
+        rows = [
+            {
+                "item_id": i,
+                "author_id": i % 7,
+                "categories": values,
+                "item_type": values[0],
+                "duration_ms": float(i),
+                "train_occurrences": data.draw(st.integers(0, 9)),
+            }
+            for i in ids
+        ]
         arguments = items_of(*rows), user_columns([values]), np.array(contexts, dtype=np.int16), CONFIG
         later = Vocabulary.build(*arguments) if vocabulary is None else vocabulary.appended(*arguments)
         found = meanings(later)

@@ -1,4 +1,7 @@
-"""A warm start: every known item keeps its row and its scores, new ones get rows behind, and a model of the future is refused."""
+"""A warm start.
+
+Every known item keeps its row and its scores, new ones get rows behind, and a model of the future is refused.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +73,16 @@ def test_another_configuration_does_not_fit(tmp_path):
         inherit(Ranker(FieldSizes.of(vocabulary), dataclasses.replace(CONFIG, codes=16)), vocabulary, older, vocabulary)
 
 
-@pytest.mark.parametrize(("partition", "warm"), [("2022-04-20", True), ("2022-04-21", False), ("2022-04-25", False), (None, False)])
+@pytest.mark.parametrize(
+    ("partition", "warm"), [("2022-04-20", True), ("2022-04-21", False), ("2022-04-25", False), (None, False)]
+)
 def test_only_a_champion_of_an_earlier_day_is_started_from(monkeypatch, partition, warm):
     version = SimpleNamespace(tags={"pipeline.partition": partition})
-    registry = SimpleNamespace(aliases=lambda: {"champion": "3"} if partition else {}, version=lambda v: version, package=lambda v: f"/packages/{v}")
+    registry = SimpleNamespace(
+        aliases=lambda: {"champion": "3"} if partition else {},
+        version=lambda v: version,
+        package=lambda v: f"/packages/{v}",
+    )
     monkeypatch.setattr(training.job, "Registry", lambda dataset: registry)
     assert training.job.warm_start_package("champion", "kuairand", "2022-04-21") == ("/packages/3" if warm else None)
     assert EVALUATION == 2

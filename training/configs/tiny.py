@@ -11,4 +11,12 @@ def config() -> TrainConfig:
         name: dataclasses.replace(model, codes=8, mlp=(16,), heads=2, groups=2, head_width=8)
         for name, model in default.config().models.items()
     }
-    return TrainConfig(models=models, epochs=2, min_epoch_steps=2, warmup_steps=2, users_per_step=4, targets_per_user=8, checkpoint_every_steps=3)
+    return TrainConfig(
+        models=models,
+        epochs=2,
+        min_epoch_steps=2,
+        warmup_steps=2,
+        users_per_step=4,
+        targets_per_user=8,
+        checkpoint_every_steps=3,
+    )

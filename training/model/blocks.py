@@ -1,11 +1,14 @@
-"""Attention of all users of a batch in one pass: histories cut into blocks of events, targets into tiles, none padded to the longest.
+"""Attention of all users of a batch in one pass: histories cut into blocks of events, targets into tiles, none padded
+to the longest.
 
-On a GPU a loop over users is bound by its launches, whatever the histories' lengths (benchmarks/LOG.md); here the number of
-operations does not depend on the number of users. Every (block, tile) pair of one user is a row of batched products; the
-softmax of a target is joined over the blocks of its user by sums, with one maximum for all of them: the very softmax over
-the user's events. Time and memory grow with the events of the batch, not with users x the longest history.
+On a GPU a loop over users is bound by its launches, whatever the histories' lengths (benchmarks/LOG.md); here the
+number of operations does not depend on the number of users. Every (block, tile) pair of one user is a row of batched
+products; the softmax of a target is joined over the blocks of its user by sums, with one maximum for all of them: the
+very softmax over the user's events. Time and memory grow with the events of the batch, not with users x the longest
+history.
 
-Legend: E events (flat), T targets (flat), N (block, tile) pairs, B events of a block, P targets of a tile, X tiles, H heads,
+Legend: E events (flat), T targets (flat), N (block, tile) pairs, B events of a block, P targets of a tile, X tiles, H
+    heads,
 d head width, K refined events.
 """
 
@@ -46,18 +49,28 @@ class Layout:
     tiles: int
 
     @staticmethod
-    def of(event_start: list[int], target_start: list[int], device: torch.device, block: int = BLOCK, tile: int = TILE, most_pairs: int = MOST_PAIRS) -> list[Layout]:
+    def of(
+        event_start: list[int],
+        target_start: list[int],
+        device: torch.device,
+        block: int = BLOCK,
+        tile: int = TILE,
+        most_pairs: int = MOST_PAIRS,
+    ) -> list[Layout]:
         """Lay out users whose events and targets lie between neighbouring starts.
 
         Returns:
-            layouts of consecutive targets, one if there are no more than `most_pairs` pairs: their results are concatenated.
+            layouts of consecutive targets, one if there are no more than `most_pairs` pairs: their results are
+            concatenated.
         """
         tile = max(1, min(tile, max((b - a for a, b in itertools.pairwise(target_start)), default=1)))
         layouts: list[Layout] = []
         pairs: list[tuple[int, int, int, int, int]] = []  # first event, its place, events, first target, tile
         slots: list[int] = []
         tiles = 0
-        for (event, stop), (target, last) in zip(itertools.pairwise(event_start), itertools.pairwise(target_start), strict=True):
+        for (event, stop), (target, last) in zip(
+            itertools.pairwise(event_start), itertools.pairwise(target_start), strict=True
+        ):
             for first in range(target, last, tile):
                 mine = [(e, e - event, min(block, stop - e), first, tiles) for e in range(event, stop, block)]
                 if pairs and len(pairs) + len(mine) > most_pairs:
@@ -70,7 +83,15 @@ class Layout:
         return [*layouts, Layout._of(pairs, slots, tiles, target_start[-1], device, block, tile)]
 
     @staticmethod
-    def _of(pairs: list[tuple[int, int, int, int, int]], slots: list[int], tiles: int, targets: int, device: torch.device, block: int, tile: int) -> Layout:
+    def _of(
+        pairs: list[tuple[int, int, int, int, int]],
+        slots: list[int],
+        tiles: int,
+        targets: int,
+        device: torch.device,
+        block: int,
+        tile: int,
+    ) -> Layout:
         table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 5).to(device, non_blocking=True)
         event_N, place_N, count_N, target_N, tile_N = table.unbind(1)
         step_B, step_P = torch.arange(block, device=device), torch.arange(tile, device=device)
@@ -123,12 +144,13 @@ def block_attention(
     exact_from_T: Tensor | None = None,
     refine: int = 0,
 ) -> Tensor:
-    """Softmax attention of every target over the events `first` (default 0) to `end` of its user, exact for every target.
+    """Softmax attention of every target over the events `first` (default 0) to `end` of its user, exact for every
+    target.
 
     Args:
         key_EHd: keys of the events, at their codewords in VQL.
-        exact_EHd: exact keys, used for events from place `exact_from` on (exact recent window) and for the `refine` events of
-            the highest quantized logits before it, newer ones first among equals.
+        exact_EHd: exact keys, used for events from place `exact_from` on (exact recent window) and for the `refine`
+            events of the highest quantized logits before it, newer ones first among equals.
 
     Returns:
         the layout's targets, [T, H, d] in the queries' precision; zeros for a target that may see no event.
@@ -168,7 +190,10 @@ def block_attention(
 
 
 def age_days_of_pairs(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Ages in days, [N, P, B], never negative: from the block's newest event, so that no difference is taken in single precision."""
+    """Ages in days, [N, P, B], never negative.
+
+    From the block's newest event, so that no difference is taken in single precision.
+    """
     event_ms_NB = event_time_ms_E[layout.event_NB]
     newest_ms_N1 = event_ms_NB.amax(1, keepdim=True)
     before_NB = ((newest_ms_N1 - event_ms_NB).double() / MS_PER_DAY).to(dtype)
@@ -193,7 +218,9 @@ def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
         tile_Y = torch.tensor([x for x, of in enumerate(size_of_X) if of == size], device=count_X.device)
         step_S = torch.arange(size, device=count_X.device)
         pair_YS = (start_X[tile_Y, None] + step_S).clamp(max=len(layout.tile_N) - 1)
-        candidate_HYSPK = best_HNPK[:, pair_YS].masked_fill((step_S >= count_X[tile_Y, None])[None, :, :, None, None], float("-inf"))
+        candidate_HYSPK = best_HNPK[:, pair_YS].masked_fill(
+            (step_S >= count_X[tile_Y, None])[None, :, :, None, None], float("-inf")
+        )
         candidate_HYPK = candidate_HYSPK.transpose(2, 3).flatten(3)
         least_HXP1[:, tile_Y] = candidate_HYPK.topk(min(count, candidate_HYPK.shape[-1]), dim=-1).values[..., -1:]
     return (ranked_HNPB >= least_HXP1[:, layout.tile_N]) & ~ranked_HNPB.isinf()

@@ -1,9 +1,11 @@
-"""A user's history as counts and means per code: build, append, merge, rebase, expire, store. The cost never holds an L.
+"""A user's history as counts and means per code: build, append, merge, rebase, expire, store. The cost never holds an
+L.
 
 Legend: L events, H heads, d head width, G groups, C codes, M kernel components (1 without a kernel), K stored entries.
 
 Every weight lives in log space. Log counts are fp64 wherever caches are computed with: under an hour's half-life a code
-last used a year ago stands at -6,000, where an fp32 step is 5e-4, and a thousand rebases would add up a thousand of them.
+last used a year ago stands at -6,000, where an fp32 step is 5e-4, and a thousand rebases would add up a thousand of
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class UserCache:
 
 
 def tables(codes_LG: Tensor, value_LHd: Tensor, log_weight_HML: Tensor, codes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum weighted events into their codes (docs/method.md#cached-form), with a maximum per code: linear counts underflow.
+    """Sum weighted events into their codes (docs/method.md#cached-form), with a maximum per code: linear counts
+    underflow.
 
     Args:
         codes_LG: int64 assignments; the heads of a group share them.
@@ -70,7 +73,8 @@ def joined(
     """Join the tables of two disjoint sets of events at one reference time.
 
     Returns:
-        log counts and means of both, and the parts of every count that come from the left and from the right, [H, M, C].
+        log counts and means of both, and the parts of every count that come from the left and from the right, [H, M,
+        C].
     """
     log_count_HMC = torch.logaddexp(left_count_HMC, right_count_HMC)
     left_part_HMC = (left_count_HMC - log_count_HMC).exp().nan_to_num(0.0)  # -inf - -inf where neither has an event
@@ -126,7 +130,10 @@ def merge(left: UserCache, right: UserCache, kernel: MixtureKernel | None) -> Us
 def append(
     cache: UserCache, codes_LG: Tensor, value_LHd: Tensor, event_time_ms_L: Tensor, kernel: MixtureKernel | None
 ) -> UserCache:
-    """Add new events in any order; costs the new events and one pass over the cache, and moves the reference time on."""
+    """Add new events in any order.
+
+    Costs the new events and one pass over the cache, and moves the reference time on.
+    """
     reference = max(cache.reference_time_ms, int(event_time_ms_L.max())) if len(codes_LG) else cache.reference_time_ms
     codes = cache.log_count_HMC.shape[-1]
     return merge(cache, build_cache(codes_LG, value_LHd, event_time_ms_L, reference, codes, kernel), kernel)

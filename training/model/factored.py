@@ -1,17 +1,20 @@
-"""Straight-through training of attention over codewords without a T x L product (docs/method.md#factored-training-pass).
+"""Straight-through training of attention over codewords without a T x L product
+(docs/method.md#factored-training-pass).
 
-With keys at codewords an event's weight depends on the event through its code alone, so the forward pass is the cache's and
-the straight-through gradients are one small matrix per code. Over a kernel component m, with A the softmax over (m, c), g the
-gradient of the output, g_ the gradient of the log sum and r_i an event's share of its code's count:
+With keys at codewords an event's weight depends on the event through its code alone, so the forward pass is the cache's
+and the straight-through gradients are one small matrix per code. Over a kernel component m, with A the softmax over (m,
+c), g the gradient of the output, g_ the gradient of the log sum and r_i an event's share of its code's count:
 
     o_t   = sum_mc A_tmc mu_mc                             x_tmc  = A_tmc (g_t . mu_mc - g_t . o_t + g_t_)
     dq_t  = sum_mc x_tmc e_c                               dv_i   = sum_m r_im U_m[z_i],    U_mc = sum_t A_tmc g_t
-    dk_i  = sum_m r_im (P_m[z_i] v_i - B_m[z_i])           P_mc   = sum_t A_tmc q_t g_t^T,  B_mc = sum_t A_tmc (g_t . o_t - g_t_) q_t
+    dk_i  = sum_m r_im (P_m[z_i] v_i - B_m[z_i])   P_mc   = sum_t A_tmc q_t g_t^T,
+                                                   B_mc   = sum_t A_tmc (g_t . o_t - g_t_) q_t
 
-Targets with their own cut-offs split the history into segments. Counts and means run forward over the segments, U, P and B run
-backward, each step scaled by how much of a code's new count the old one is (at most 1: nothing overflows).
+Targets with their own cut-offs split the history into segments. Counts and means run forward over the segments, U, P
+and B run backward, each step scaled by how much of a code's new count the old one is (at most 1: nothing overflows).
 
-Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, S segments; N tiles of B events of
+Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, S segments; N tiles of B
+    events of
 one head and code.
 """
 
@@ -37,10 +40,11 @@ TARGETS_PER_PRODUCT = 256  # d x d numbers a target live this long only
 def factored_attention(
     query_THd: Tensor, keys: CodedKeys, events: Events, targets: Targets, kernel: MixtureKernel | None
 ) -> Attended:
-    """Attention of one user's targets over the events before their ends, keys at codewords, in O(L + T) time and memory.
+    """Attention of one user's targets over the events before their ends, keys at codewords, in O(L + T) time and
+    memory.
 
-    Output and gradients (of queries, keys, values and kernel; straight through to the keys, none to the codebook) are those
-    of `event_part` on `keys.hard_LHd()`, for sorted event times and no target before an event that it sees. Up to
+    Output and gradients (of queries, keys, values and kernel; straight through to the keys, none to the codebook) are
+    those of `event_part` on `keys.hard_LHd()`, for sorted event times and no target before an event that it sees. Up to
     `TARGETS_PER_SEGMENT` targets between two segment borders attend to their last, partial segment event by event.
 
     Args:
@@ -98,9 +102,10 @@ def bounded_factored_attention(
 def prefers_factored(length: int, targets: int, cut_offs: int, with_kernel: bool) -> bool:
     """Say whether the factored pass is the cheaper one for a user with so many distinct cut-offs.
 
-    Costs are in pairs of an event and a target at four heads of width 16 on one CPU thread, fitted to benchmarks/factored.py:
-    a segment costs a fixed number of small operations, an event and a target their own passes, and many cut-offs a partial
-    segment. The item-level pass writes its kernel out for every pair, which doubles it at least.
+    Costs are in pairs of an event and a target at four heads of width 16 on one CPU thread, fitted to
+    benchmarks/factored.py: a segment costs a fixed number of small operations, an event and a target their own passes,
+    and many cut-offs a partial segment. The item-level pass writes its kernel out for every pair, which doubles it at
+    least.
     """
     pairs = length * targets * (2 if with_kernel else 1)
     many = cut_offs > TARGETS_PER_SEGMENT
@@ -246,8 +251,8 @@ class _CodeAttention(torch.autograd.Function):
         table_HMCX = query_HTd.new_zeros(heads, components, codes, width + width * width + width + 1)
         grad_query_HTd, pull_HTM = torch.zeros_like(query_HTd), query_HTd.new_zeros(heads, targets, components)
         grad_key_LHd, grad_value_LHd = torch.zeros_like(value_LHd), torch.zeros_like(value_LHd)
-        # ages from the newest event, whichever it is: the pairs' gradients have the same sum from the targets' side as from the
-        # events', so (target - newest) + (newest - event) may be summed one by one
+        # ages from the newest event, whichever it is: the pairs' gradients have the same sum from the targets' side as
+        # from the events', so (target - newest) + (newest - event) may be summed one by one
         with_kernel = ctx.needs_input_grad[7]
         age_L = _days(event_time_ms_L[-1] - event_time_ms_L, query_HTd.dtype)
         event_age_HM = query_HTd.new_zeros(heads, components)
@@ -288,7 +293,10 @@ def _summands(query_HTd: Tensor, grad_HTd: Tensor, base_HT1: Tensor) -> Tensor:
 
 
 def _pull_of_ages(code_HL: Tensor, value_LHd: Tensor, aged_HML: Tensor, table_HMCX: Tensor) -> Tensor:
-    """Sum over events of age times the gradient of the event's log weight, [H, M]: first per code, as the tables are."""
+    """Sum over events of age times the gradient of the event's log weight, [H, M].
+
+    First per code, as the tables are.
+    """
     heads, components, codes, _ = table_HMCX.shape
     width = value_LHd.shape[2]
     entry_HML = (
@@ -313,8 +321,9 @@ def _event_gradients(
 ) -> None:
     """Write the gradients of keys and values of some events from the tables of their codes.
 
-    For the products with P, events are laid out sorted by code in tiles of one code each, so that one batched product reads a
-    table once a tile: a table per event would be d times the memory, a padding to the fullest code up to C times.
+    For the products with P, events are laid out sorted by code in tiles of one code each, so that one batched product
+    reads a table once a tile: a table per event would be d times the memory, a padding to the fullest code up to C
+    times.
     """
     length, heads, width = value_LHd.shape
     _, components, codes, _ = table_HMCX.shape

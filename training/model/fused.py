@@ -1,14 +1,18 @@
-"""Attention of all users of a batch in fused kernels: nothing of size targets x events is ever stored (Triton, on a GPU).
+"""Attention of all users of a batch in fused kernels: nothing of size targets x events is ever stored (Triton, on a
+GPU).
 
-The same softmax, to rounding, as `training.model.blocks.block_attention`, which is the tested truth and what runs elsewhere. The
-forward pass works a tile of targets and a chunk of its user's events at a time and joins the chunks by their log sums; the
-backward pass is two kernels, one a tile (queries, rates and weights), one a block of events (keys and values), without
+The same softmax, to rounding, as `training.model.blocks.block_attention`, which is the tested truth and what runs
+elsewhere. The forward pass works a tile of targets and a chunk of its user's events at a time and joins the chunks by
+their log sums; the backward pass is two kernels, one a tile (queries, rates and weights), one a block of events (keys
+and values), without
 atomics: equal inputs give equal bits.
 
-Contract: events and targets of a user are neighbours in flat arrays, events in order of time, and no event that a target sees is
+Contract: events and targets of a user are neighbours in flat arrays, events in order of time, and no event that a
+    target sees is
 newer than the target. Products take bf16 or TF32 operands; sums, maxima and exponentials are fp32.
 
-Legend: E events (flat), T targets (flat), H heads, d head width, M kernel components; W pieces of work, X tiles, N blocks.
+Legend: E events (flat), T targets (flat), H heads, d head width, M kernel components; W pieces of work, X tiles, N
+    blocks.
 """
 
 from __future__ import annotations
@@ -42,7 +46,10 @@ def _runs_on(index: int) -> bool:
 
 
 def available(like: Tensor) -> bool:
-    """Say whether the fused kernels can work on a tensor [..., d]: on a GPU from Ampere on, in single or half precision."""
+    """Say whether the fused kernels can work on a tensor [..., d].
+
+    On a GPU from Ampere on, in single or half precision.
+    """
     if like.device.type != "cuda" or like.dtype == torch.float64 or like.shape[-1] > WIDEST_HEAD:
         return False
     return _runs_on(like.device.index or 0)
@@ -53,9 +60,11 @@ class Work:
     """What the programs of a batch work on, int64 tables on the device.
 
     Attributes:
-        pieces_W5: first target, end of targets, first event of the user, first and last place of the chunk, of each piece.
+        pieces_W5: first target, end of targets, first event of the user, first and last place of the chunk, of each
+            piece.
         tiles_X4: first target, end of targets, first piece, end of pieces, of each tile.
-        blocks_N5: first event of the user, first and last place of the block, the user's first target and end of targets, of each block.
+        blocks_N5: first event of the user, first and last place of the block, the user's first target and end of
+            targets, of each block.
     """
 
     pieces_W5: Tensor
@@ -115,7 +124,8 @@ class Seen:
 
     Attributes:
         event_ms_E, target_ms_T: int64 milliseconds.
-        end_T, first_T: int64 places in the user's history: a target sees [first, end); without `first`, from the beginning.
+        end_T, first_T: int64 places in the user's history: a target sees [first, end); without `first`, from the
+            beginning.
         exact_from_T: int64, the place from which a target's events have exact keys; None: nowhere.
     """
 
@@ -139,8 +149,8 @@ def fused_attention(
 
     Args:
         key_EHd: keys; in VQL the codewords, straight through.
-        exact_EHd: exact keys of the events from `seen.exact_from_T` on. Their gradient is added to that of `key_EHd`, which is
-            theirs, straight through.
+        exact_EHd: exact keys of the events from `seen.exact_from_T` on. Their gradient is added to that of `key_EHd`,
+            which is theirs, straight through.
 
     Returns:
         [T, H, d], fp32; zeros for a target that sees no event.
@@ -273,9 +283,14 @@ class _Launch:
             log_weight_HM,
         ]
         self.constants: dict[str, Any] = {
-            "HEADS": self.heads, "D": width, "DP": self.padded, "M": rate_HM.shape[1],
-            "FIRST": seen.first_T is not None, "EXACT": exact is not None, "PRECISION": precision,
-        }  # fmt: skip
+            "HEADS": self.heads,
+            "D": width,
+            "DP": self.padded,
+            "M": rate_HM.shape[1],
+            "FIRST": seen.first_T is not None,
+            "EXACT": exact is not None,
+            "PRECISION": precision,
+        }
 
     def __call__(self, kernel, programs: int, *more: Tensor, **constants: Any) -> None:
         kernel[(programs * self.heads,)](*self.inputs, *more, **self.constants, **constants)

@@ -1,12 +1,14 @@
 """Triton kernels of the fused pass (`training.model.fused` says what they compute and calls them).
 
-A program works for one head and either a tile of targets or a block of events; logits and weights of pairs live in registers
-alone. Logarithms are to base 2. Pairs lie as [P, B] where `EV` (the axis of the events) is 1, as [B, P] where it is 0.
+A program works for one head and either a tile of targets or a block of events; logits and weights of pairs live in
+registers alone. Logarithms are to base 2. Pairs lie as [P, B] where `EV` (the axis of the events) is 1, as [B, P] where
+it is 0.
 
 The kernel of a pair is separable within a block: with the block's newest event as the reference, component m is
-2^(weight_m - rate_m (target - reference)) * 2^(-rate_m (reference - event)), of which only the largest component's first
-factor is taken out as a logarithm. In a block that some target sees in part alone the newest event that it does see may be many
-half-lives older than the block's: there each target has its own reference, and a pair an exponential of each component.
+2^(weight_m - rate_m (target - reference)) * 2^(-rate_m (reference - event)), of which only the largest component's
+first factor is taken out as a logarithm. In a block that some target sees in part alone the newest event that it does
+see may be many half-lives older than the block's: there each target has its own reference, and a pair an exponential of
+each component.
 
 Legend: P targets of a tile, B events of a block, D width of a head padded to `DP`, M components of the kernel.
 """
@@ -29,7 +31,9 @@ def _operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _ages(time_B, time_P, newest_P, MASKED: tl.constexpr):
-    """Return days from the block's newest event to each target, from each target's own newest one, and to the block's from each event."""
+    """Return days from the block's newest event to each target, from each target's own newest one, and to the block's
+    from each event.
+    """
     newest = tl.max(time_B, 0)
     since_P = (time_P - newest).to(tl.float32) * DAYS_PER_MS
     own_P = (time_P - tl.minimum(newest, newest_P)).to(tl.float32) * DAYS_PER_MS if MASKED else since_P
@@ -117,10 +121,35 @@ def _shown(place_B, first_P, end_P, FIRST: tl.constexpr, EV: tl.constexpr):
 
 @triton.jit
 def _forward_blocks(
-    acc, total_P, top_P, q, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0, start, stop,
-    last, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr,
-    EXACT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    acc,
+    total_P,
+    top_P,
+    q,
+    time_P,
+    newest_P,
+    first_P,
+    end_P,
+    from_P,
+    key,
+    exact,
+    value,
+    event_ms,
+    rate,
+    weight,
+    event0,
+    start,
+    stop,
+    last,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add the blocks [start, stop) to a tile's running sums."""
     column = tl.arange(0, DP)
     wide = column < D
@@ -153,10 +182,30 @@ def _forward_blocks(
 
 @triton.jit
 def forward_kernel(
-    query, key, exact, value, event_ms, target_ms, end, first, exact_from, rate, weight, work, part_out, part_lse,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    P: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    exact,
+    value,
+    event_ms,
+    target_ms,
+    end,
+    first,
+    exact_from,
+    rate,
+    weight,
+    work,
+    part_out,
+    part_lse,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    B: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Attention of one tile of targets over one chunk of events, of one head: a part of the softmax and its log sum."""
     w = tl.program_id(0).to(tl.int64) // HEADS
     h = tl.program_id(0).to(tl.int64) % HEADS
@@ -189,17 +238,95 @@ def forward_kernel(
     weight += h * M
     if FIRST:
         acc, total_P, top_P = _forward_blocks(
-            acc, total_P, top_P, q, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0, begin,
-            calm_from, stop, HEADS, D, DP, M, B, FIRST, EXACT, True, PRECISION,
-        )  # fmt: skip
+            acc,
+            total_P,
+            top_P,
+            q,
+            time_P,
+            newest_P,
+            first_P,
+            end_P,
+            from_P,
+            key,
+            exact,
+            value,
+            event_ms,
+            rate,
+            weight,
+            event0,
+            begin,
+            calm_from,
+            stop,
+            HEADS,
+            D,
+            DP,
+            M,
+            B,
+            FIRST,
+            EXACT,
+            True,
+            PRECISION,
+        )
     acc, total_P, top_P = _forward_blocks(
-        acc, total_P, top_P, q, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0, calm_from,
-        calm_to, stop, HEADS, D, DP, M, B, FIRST, EXACT, False, PRECISION,
-    )  # fmt: skip
+        acc,
+        total_P,
+        top_P,
+        q,
+        time_P,
+        newest_P,
+        first_P,
+        end_P,
+        from_P,
+        key,
+        exact,
+        value,
+        event_ms,
+        rate,
+        weight,
+        event0,
+        calm_from,
+        calm_to,
+        stop,
+        HEADS,
+        D,
+        DP,
+        M,
+        B,
+        FIRST,
+        EXACT,
+        False,
+        PRECISION,
+    )
     acc, total_P, top_P = _forward_blocks(
-        acc, total_P, top_P, q, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0, calm_to,
-        stop, stop, HEADS, D, DP, M, B, FIRST, EXACT, True, PRECISION,
-    )  # fmt: skip
+        acc,
+        total_P,
+        top_P,
+        q,
+        time_P,
+        newest_P,
+        first_P,
+        end_P,
+        from_P,
+        key,
+        exact,
+        value,
+        event_ms,
+        rate,
+        weight,
+        event0,
+        calm_to,
+        stop,
+        stop,
+        HEADS,
+        D,
+        DP,
+        M,
+        B,
+        FIRST,
+        EXACT,
+        True,
+        PRECISION,
+    )
     some_P = live_P & (total_P != 0)
     lse_P = tl.where(some_P, top_P + tl.log2(tl.where(some_P, total_P, 1.0)), float("-inf"))
     out = tl.where(some_P[:, None], acc / tl.where(some_P, total_P, 1.0)[:, None], 0.0)
@@ -282,7 +409,8 @@ def _put(sums, m: tl.constexpr, column_P, W: tl.constexpr):
 def _component_sums(
     sums, pull, since_P, own_P, before_B, rate, weight, M: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Add, for each component m, the sums over events of its share of the pair's pull (column 2m) and of share x age (2m + 1).
+    """Add, for each component m, the sums over events of its share of the pair's pull (column 2m) and of share x age
+    (2m + 1).
 
     The pull is the gradient of a pair's logit over the factor; pairs [P, B].
     """
@@ -304,10 +432,38 @@ def _component_sums(
 
 @triton.jit
 def _query_blocks(
-    grad_q, sums, q, g, lse_P, base_P, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0,
-    start, stop, last, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
-    FIRST: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad_q,
+    sums,
+    q,
+    g,
+    lse_P,
+    base_P,
+    time_P,
+    newest_P,
+    first_P,
+    end_P,
+    from_P,
+    key,
+    exact,
+    value,
+    event_ms,
+    rate,
+    weight,
+    event0,
+    start,
+    stop,
+    last,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add the blocks [start, stop) to the gradients of a tile's queries and to the sums for rates and weights."""
     column = tl.arange(0, DP)
     wide = column < D
@@ -345,11 +501,34 @@ def _query_blocks(
 
 @triton.jit
 def query_kernel(
-    query, key, exact, value, event_ms, target_ms, end, first, exact_from, rate, weight, work, grad_out, lse, base,
-    part_query, part_sums, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    M: tl.constexpr, W: tl.constexpr, P: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
+    query,
+    key,
+    exact,
+    value,
+    event_ms,
+    target_ms,
+    end,
+    first,
+    exact_from,
+    rate,
+    weight,
+    work,
+    grad_out,
+    lse,
+    base,
+    part_query,
+    part_sums,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    B: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of one tile's queries from one chunk of events, and its sums for rates and weights, of one head."""
     w = tl.program_id(0).to(tl.int64) // HEADS
     h = tl.program_id(0).to(tl.int64) % HEADS
@@ -378,17 +557,104 @@ def query_kernel(
     weight += h * M
     if FIRST:
         grad_q, sums = _query_blocks(
-            grad_q, sums, q, g, lse_P, base_P, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight,
-            event0, begin, calm_from, stop, HEADS, D, DP, M, W, B, FIRST, EXACT, True, PRECISION,
-        )  # fmt: skip
+            grad_q,
+            sums,
+            q,
+            g,
+            lse_P,
+            base_P,
+            time_P,
+            newest_P,
+            first_P,
+            end_P,
+            from_P,
+            key,
+            exact,
+            value,
+            event_ms,
+            rate,
+            weight,
+            event0,
+            begin,
+            calm_from,
+            stop,
+            HEADS,
+            D,
+            DP,
+            M,
+            W,
+            B,
+            FIRST,
+            EXACT,
+            True,
+            PRECISION,
+        )
     grad_q, sums = _query_blocks(
-        grad_q, sums, q, g, lse_P, base_P, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0,
-        calm_from, calm_to, stop, HEADS, D, DP, M, W, B, FIRST, EXACT, False, PRECISION,
-    )  # fmt: skip
+        grad_q,
+        sums,
+        q,
+        g,
+        lse_P,
+        base_P,
+        time_P,
+        newest_P,
+        first_P,
+        end_P,
+        from_P,
+        key,
+        exact,
+        value,
+        event_ms,
+        rate,
+        weight,
+        event0,
+        calm_from,
+        calm_to,
+        stop,
+        HEADS,
+        D,
+        DP,
+        M,
+        W,
+        B,
+        FIRST,
+        EXACT,
+        False,
+        PRECISION,
+    )
     grad_q, sums = _query_blocks(
-        grad_q, sums, q, g, lse_P, base_P, time_P, newest_P, first_P, end_P, from_P, key, exact, value, event_ms, rate, weight, event0,
-        calm_to, stop, stop, HEADS, D, DP, M, W, B, FIRST, EXACT, True, PRECISION,
-    )  # fmt: skip
+        grad_q,
+        sums,
+        q,
+        g,
+        lse_P,
+        base_P,
+        time_P,
+        newest_P,
+        first_P,
+        end_P,
+        from_P,
+        key,
+        exact,
+        value,
+        event_ms,
+        rate,
+        weight,
+        event0,
+        calm_to,
+        stop,
+        stop,
+        HEADS,
+        D,
+        DP,
+        M,
+        W,
+        B,
+        FIRST,
+        EXACT,
+        True,
+        PRECISION,
+    )
     slot_P = (w * HEADS + h) * P + tl.arange(0, P)
     tl.store(part_query + slot_P[:, None] * DP + column[None, :], grad_q)
     if M > 0:
@@ -399,10 +665,37 @@ def query_kernel(
 
 @triton.jit
 def _event_tile(
-    grad_k, grad_v, k, near, v, place_B, time_B, rows_P, first_P, end_P, from_P, live_P, event0, query, event_ms, target_ms, rate,
-    weight, grad_out, lse, base, h, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    FIRST: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad_k,
+    grad_v,
+    k,
+    near,
+    v,
+    place_B,
+    time_B,
+    rows_P,
+    first_P,
+    end_P,
+    from_P,
+    live_P,
+    event0,
+    query,
+    event_ms,
+    target_ms,
+    rate,
+    weight,
+    grad_out,
+    lse,
+    base,
+    h,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add one tile of targets to the gradients of a block's keys and values; pairs [B, P]."""
     column = tl.arange(0, DP)
     inside = live_P[:, None] & (column < D)[None, :]
@@ -429,10 +722,33 @@ def _event_tile(
 
 @triton.jit
 def event_kernel(
-    query, key, exact, value, event_ms, target_ms, end, first, exact_from, rate, weight, blocks, grad_out, lse, base,
-    grad_key, grad_value, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    exact,
+    value,
+    event_ms,
+    target_ms,
+    end,
+    first,
+    exact_from,
+    rate,
+    weight,
+    blocks,
+    grad_out,
+    lse,
+    base,
+    grad_key,
+    grad_value,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    B: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Gradients of one block's keys and values from all targets of its user, of one head: the block owns its rows."""
     n = tl.program_id(0).to(tl.int64) // HEADS
     h = tl.program_id(0).to(tl.int64) % HEADS
@@ -464,16 +780,70 @@ def event_kernel(
         if tl.max(tl.where(live_P, end_P, 0), 0) > low:
             if whole:
                 grad_k, grad_v = _event_tile(
-                    grad_k, grad_v, k, near, v, place_B, time_B, rows_P, first_P, end_P, from_P, live_P, event0, query,
-                    event_ms, target_ms, rate, weight, grad_out, lse, base, h, HEADS, D, DP, M, FIRST, EXACT, False,
+                    grad_k,
+                    grad_v,
+                    k,
+                    near,
+                    v,
+                    place_B,
+                    time_B,
+                    rows_P,
+                    first_P,
+                    end_P,
+                    from_P,
+                    live_P,
+                    event0,
+                    query,
+                    event_ms,
+                    target_ms,
+                    rate,
+                    weight,
+                    grad_out,
+                    lse,
+                    base,
+                    h,
+                    HEADS,
+                    D,
+                    DP,
+                    M,
+                    FIRST,
+                    EXACT,
+                    False,
                     PRECISION,
-                )  # fmt: skip
+                )
             else:
                 grad_k, grad_v = _event_tile(
-                    grad_k, grad_v, k, near, v, place_B, time_B, rows_P, first_P, end_P, from_P, live_P, event0, query,
-                    event_ms, target_ms, rate, weight, grad_out, lse, base, h, HEADS, D, DP, M, FIRST, EXACT, True,
+                    grad_k,
+                    grad_v,
+                    k,
+                    near,
+                    v,
+                    place_B,
+                    time_B,
+                    rows_P,
+                    first_P,
+                    end_P,
+                    from_P,
+                    live_P,
+                    event0,
+                    query,
+                    event_ms,
+                    target_ms,
+                    rate,
+                    weight,
+                    grad_out,
+                    lse,
+                    base,
+                    h,
+                    HEADS,
+                    D,
+                    DP,
+                    M,
+                    FIRST,
+                    EXACT,
+                    True,
                     PRECISION,
-                )  # fmt: skip
+                )
     place = (event0 + place_B) * HEADS + h
     real = (place_B < high)[:, None] & wide
     tl.store(grad_key + place[:, None] * D + column[None, :], grad_k, real)
@@ -498,7 +868,8 @@ def gather_kernel(
 
 @triton.jit
 def scatter_kernel(grad, order, ids, table, rows, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
-    """Add the rows of a gather's gradient, taken in the order of their ids, to the table's: one addition a run of equal ids.
+    """Add the rows of a gather's gradient, taken in the order of their ids, to the table's: one addition a run of equal
+    ids.
 
     Runs are summed as a product with a matrix of zeros and ones.
     """

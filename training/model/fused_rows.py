@@ -1,7 +1,7 @@
 """Rows of tables for every event, and their gradients back, in one pass each (Triton, on a GPU).
 
-A batch has tens of events for each distinct item, so the gradient is added up in the order of the items: one addition to the
-table a run of equal items in place of one an event.
+A batch has tens of events for each distinct item, so the gradient is added up in the order of the items: one addition
+to the table a run of equal items in place of one an event.
 
 Legend: E events, N rows of a table, D their width (flattened).
 """
@@ -63,9 +63,17 @@ class _Gathered(torch.autograd.Function):
         out = table.new_empty(events, *table.shape[1:], dtype=dtype)
         if events:
             gather_kernel[(-(-events // ROWS),)](
-                table, places.row_E, second, (other_places or places).row_E, out, events,
-                D=width, DP=_padded(width), B=ROWS, TWO=other is not None,
-            )  # fmt: skip
+                table,
+                places.row_E,
+                second,
+                (other_places or places).row_E,
+                out,
+                events,
+                D=width,
+                DP=_padded(width),
+                B=ROWS,
+                TWO=other is not None,
+            )
         return out
 
     @staticmethod

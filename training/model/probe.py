@@ -1,6 +1,7 @@
 """How far quantized attention is from exact attention, beside what the theorem promises, by length of history.
 
-With delta_i the error of event i's logit, Delta its range over the history, eps_i = ||k_i - e_i|| and alpha the exact weights:
+With delta_i the error of event i's logit, Delta its range over the history, eps_i = ||k_i - e_i|| and alpha the exact
+weights:
 
     ||alpha_hat - alpha||_1  <=  2 tanh(Delta / 4)  <=  Delta / 2  <=  ||q|| max eps        (no L anywhere)
 
@@ -132,7 +133,8 @@ def probe_warnings(
             )
         if probe.bound > vacuous:
             found.append(
-                f"{span}: the bound is loose ({probe.bound:.2f} of 2, measured {probe.error:.2f}): logits too large for the codebook"
+                f"{span}: the bound is loose ({probe.bound:.2f} of 2, measured {probe.error:.2f}): logits too large for"
+                " the codebook"
             )
     if probes and probes[-1].key_error > growth * probes[0].key_error:
         found.append(
@@ -148,7 +150,8 @@ def probe_warnings(
 
 
 def shared_information(codes_NG: Tensor, weight_N: Tensor) -> float:
-    """Return the mean normalised mutual information of the groups' assignments, 0 (independent) .. 1 (the same partition).
+    """Return the mean normalised mutual information of the groups' assignments, 0 (independent) .. 1 (the same
+    partition).
 
     Groups that partition the items alike waste their codebooks: a product of codebooks has more cells than one.
 

@@ -2,8 +2,9 @@
 
 Legend: N keys (one a distinct item), H heads, d head width, G groups, w = D / G group width, C codes.
 
-The codewords follow their keys in one of two ways: by the gradient of the codebook loss, or, with a decay, as moving averages of
-the keys assigned to them (then the loss is the commitment alone and the codewords are no optimizer's business).
+The codewords follow their keys in one of two ways: by the gradient of the codebook loss, or, with a decay, as moving
+averages of the keys assigned to them (then the loss is the commitment alone and the codewords are no optimizer's
+business).
 
 Group g quantizes the concatenation of its heads' keys with a codebook of its own; the heads of a group share the
 assignment. Search and losses stay in fp32 whatever autocast says: with off-centre keys bf16 flips most assignments.
@@ -32,10 +33,11 @@ class GroupedQuantizer(nn.Module):
         codebook_GCw: the codewords; the task's gradient goes straight through them to the keys.
         usage_GC: moving average of each code's share of the events, of all workers.
         started: 0 until `start_from_keys` has run; before it, keys pass unquantized.
-        average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event count,
-            fp32 [G, C, w + 1].
+        average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event
+            count, fp32 [G, C, w + 1].
         spare_GC: rows of a group's codebook that are not codes, because another group has more.
-        step_GCk: the same sums of the last training batch of this worker. Sum them over workers, then call `move_averages`.
+        step_GCk: the same sums of the last training batch of this worker. Sum them over workers, then call
+            `move_averages`.
     """
 
     usage_GC: Tensor
@@ -45,7 +47,9 @@ class GroupedQuantizer(nn.Module):
     sizes_G1: Tensor
     spare_GC: Tensor
 
-    def __init__(self, groups: int, codes: int | Sequence[int], group_width: int, ema_decay: float | None = None) -> None:
+    def __init__(
+        self, groups: int, codes: int | Sequence[int], group_width: int, ema_decay: float | None = None
+    ) -> None:
         super().__init__()
         sizes = [codes] * groups if isinstance(codes, int) else list(codes)
         self.groups, self.codes, self.group_width, self.ema_decay = groups, max(sizes), group_width, ema_decay
@@ -69,9 +73,7 @@ class GroupedQuantizer(nn.Module):
             codes_GCw = self.codebook_GCw - centre_G1w
             square_G1C = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf).unsqueeze(1)
             # The distance without |k|^2, which is the same for all codes of a key.
-            scores_GNC = torch.baddbmm(
-                square_G1C, keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0
-            )
+            scores_GNC = torch.baddbmm(square_G1C, keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0)
             return scores_GNC.argmin(-1).T.contiguous()
 
     def lookup(self, codes_NG: Tensor) -> Tensor:
@@ -128,7 +130,8 @@ class GroupedQuantizer(nn.Module):
             picked = torch.randperm(n, generator=generator)[: self.codes]
             if len(picked) < self.codes:
                 picked = torch.cat([picked, torch.randint(n, (self.codes - len(picked),), generator=generator)])
-            # With fewer distinct keys than codes some are drawn twice; of two equal codewords the second would never be found.
+            # With fewer distinct keys than codes some are drawn twice; of two equal codewords the second would never be
+            # found.
             noise = torch.randn(self.codes, self.group_width, generator=generator).to(keys_NHd.device) * 1e-4
             self.codebook_GCw[g] = keys_GNw[g][picked.to(keys_NHd.device)] + noise
         for _ in range(iterations):
@@ -141,7 +144,10 @@ class GroupedQuantizer(nn.Module):
 
     @torch.no_grad()
     def move_averages(self) -> None:
-        """Move usage, and averaged codewords, by one batch, after its backward pass; `step_GCk` holds the sums of all workers."""
+        """Move usage, and averaged codewords, by one batch, after its backward pass.
+
+        `step_GCk` holds the sums of all workers.
+        """
         count_GC = self.step_GCk[..., -1]
         events_G1 = count_GC.sum(1, keepdim=True).clamp(min=1)
         # Slow enough that a rare code is not taken for dead: from an even share it takes 77 batches without an event.

@@ -1,11 +1,14 @@
-"""Refined codes (docs/method.md#refined-codes): in the softmax over codewords, the events that weigh most get their exact logits.
+"""Refined codes (docs/method.md#refined-codes): in the softmax over codewords, the events that weigh most get their
+exact logits.
 
-An event's quantized logit is q . e_z + log K(t_q - t_i). The `refine` events of the highest, newer ones first among equals, get
-q . k_i + log K instead; all others keep their code's. In training that is a substitution among T x L logits. In serving the codes
-are an inverted file: within a code newer events weigh more, so the chosen ones are the fronts of the codes' lists, merged. A
-candidate costs `refine` x C comparisons and `refine` dot products whatever the length of the history.
+An event's quantized logit is q . e_z + log K(t_q - t_i). The `refine` events of the highest, newer ones first among
+equals, get q . k_i + log K instead; all others keep their code's. In training that is a substitution among T x L
+logits. In serving the codes are an inverted file: within a code newer events weigh more, so the chosen ones are the
+fronts of the codes' lists, merged. A candidate costs `refine` x C comparisons and `refine` dot products whatever the
+length of the history.
 
-Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, K refined events, X list starts.
+Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, K refined events, X list
+    starts.
 """
 
 from __future__ import annotations
@@ -92,10 +95,12 @@ def refined_cache_part(
     kernel: MixtureKernel | None,
     refine: int,
 ) -> Attended:
-    """Serving form: attention over the codes of `cache`, its `refine` best events taken out of their codes and scored exactly.
+    """Serving form: attention over the codes of `cache`, its `refine` best events taken out of their codes and scored
+    exactly.
 
     Args:
-        index: of the very events that are in the cache. key_LHd, value_LHd, event_time_ms_L: read at the opened events only.
+        index: of the very events that are in the cache. key_LHd, value_LHd, event_time_ms_L: read at the opened events
+            only.
     """
     logit_HTMC = code_logits(
         query_THd, codebook_HCd, cache.log_count_HMC, target_time_ms_T, cache.reference_time_ms, kernel
@@ -113,8 +118,8 @@ def refined_cache_part(
     log_kernel_HTK = _log_kernel(event_HTK, event_time_ms_L, target_time_ms_T, kernel).to(coarse_HTK.dtype)
     exact_HTK = (query_HTd[:, :, None] * key_HTKd).sum(-1) + log_kernel_HTK
     coarse_HTK = coarse_HTK + log_kernel_HTK
-    # A code all of whose events are chosen leaves the softmax; from others the chosen are subtracted. Subtracting all of a
-    # code's events would leave the rounding of its count for a count.
+    # A code all of whose events are chosen leaves the softmax; from others the chosen are subtracted. Subtracting all
+    # of a code's events would leave the rounding of its count for a count.
     logit_HTK = logit_HTMC.masked_fill(~keeps_HTC[:, :, None], float("-inf")).flatten(2)
     top_HT1 = torch.maximum(logit_HTK.amax(-1, keepdim=True), exact_HTK.amax(-1, keepdim=True))
     code_weight_HTK = (logit_HTK - top_HT1).exp()
@@ -137,8 +142,8 @@ def _best_events(
     """Merge the codes' lists, newest event first, by quantized logit.
 
     Returns:
-        the chosen events int64 [H, T, K], all if there are fewer; q . e of their codes [H, T, K]; whether their code keeps
-        other events [H, T, K]; whether a code keeps any event [H, T, C].
+        the chosen events int64 [H, T, K], all if there are fewer; q . e of their codes [H, T, K]; whether their code
+        keeps other events [H, T, K]; whether a code keeps any event [H, T, C].
     """
     heads = len(score_HTC)
     group_H = torch.arange(heads, device=score_HTC.device) // (heads // len(index.event_GL))
@@ -155,7 +160,8 @@ def _best_events(
     event_HTC = index.event_GL[group_H11, next_HTC.clamp(min=0)]
     rank_HTC = rank(score_HTC, event_HTC).masked_fill(next_HTC < first_HTC, float("-inf"))
     events, owners = [], []
-    # One event a round, for all targets at once: what lies behind a list's front weighs no more than it, so fronts are enough.
+    # One event a round, for all targets at once: what lies behind a list's front weighs no more than it, so fronts are
+    # enough.
     for _ in range(min(refine, len(event_time_ms_L))):
         code_HT1 = rank_HTC.argmax(-1, keepdim=True)
         place_HT1 = next_HTC.gather(2, code_HT1)

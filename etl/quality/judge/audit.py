@@ -1,6 +1,7 @@
 """Gate between build and use: validate what an attempt has staged, then publish it, or stop and publish nothing.
 
-    python -m etl.quality.judge.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --stage S [--reports DIR] [--raw R]
+    python -m etl.quality.judge.audit --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --stage S [--reports DIR]
+    [--raw R]
 
 raw              validates the raw files that may hold the day (--raw), before anything is built from them
 events           validates every staged day of `events`; publishes `quarantine` and `events`, the partition's day last
@@ -96,8 +97,8 @@ class Audit:
         outcome, statistics = ahead or self._judged_now(gate)
         if self._staged(gate) != staged:
             raise TryAgainError(
-                f"stage {gate}, dt={self.partition.dt}: attempt {self.attempt} began a new try while its gate judged the"
-                " one before, nothing was published",
+                f"stage {gate}, dt={self.partition.dt}: attempt {self.attempt} began a new try while its gate judged"
+                " the one before, nothing was published",
                 "run the gate again when the stage that builds it has ended",
             )
         if outcome.stopped:

@@ -1,7 +1,8 @@
 """Validate one stage of one partition by hand: the same measures, suites and severities as the gate; nothing is
 changed.
 
-    python -m etl.quality.judge.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R] [--json]
+    python -m etl.quality.judge.check --dataset D --warehouse W --dt YYYY-MM-DD --stage S [--attempt A] [--raw R]
+    [--json]
 
 With --attempt, what that attempt has staged (or published); without, what is published. No statistics, outcomes or
 pages are written. Exit code: 0 passed, 4 a warning, 3 critical; 2 and 75 as every stage (docs/stages.md).
@@ -26,7 +27,11 @@ EXIT_WARNING = 4
 def main(argv: list[str] | None = None) -> int:
     """Check one stage of one partition; return the exit code."""
     parser = audit_parser(__doc__, attempt_required=False)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output: the outcome, and the metrics it was made of")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object on standard output: the outcome, and the metrics it was made of",
+    )
     args = parser.parse_args(argv)
     audit = audit_of(args, None)
     import_early()
@@ -38,9 +43,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def as_json(outcome: StageOutcome, evidence: Evidence) -> str:
     """Return the outcome, and under `statistics` the metrics by stage and day; what is not measurable is null."""
-    statistics = [{"stage": stage, "dt": dt, "metrics": {name: value if value == value else None for name, value in metrics.items() if not isinstance(value, str)}}
-                  for stage, dt, metrics in evidence.statistics]  # fmt: skip
-    return json.dumps({**dataclasses.asdict(outcome), "attempt": outcome.attempt or None, "statistics": statistics}, indent=1, ensure_ascii=False, allow_nan=False, default=float)
+    statistics = [
+        {
+            "stage": stage,
+            "dt": dt,
+            "metrics": {
+                name: value if value == value else None for name, value in metrics.items() if not isinstance(value, str)
+            },
+        }
+        for stage, dt, metrics in evidence.statistics
+    ]
+    return json.dumps(
+        {**dataclasses.asdict(outcome), "attempt": outcome.attempt or None, "statistics": statistics},
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+        default=float,
+    )
 
 
 def as_text(outcome: StageOutcome) -> str:
@@ -51,7 +70,15 @@ def as_text(outcome: StageOutcome) -> str:
             lines += [f"{severity}: {failed.message}"] + ([f"  remedy: {failed.remedy}"] if severity != "info" else [])
     counts = ", ".join(f"{len(outcome.failed(severity))} {severity}" for severity in SEVERITIES)
     of = f"attempt {outcome.attempt}" if outcome.attempt else "as published"
-    return "\n".join([*lines, f"{outcome.dataset} dt={outcome.dt} stage {outcome.stage}, {of}: {len(outcome.outcomes)} expectations, failed: {counts}"])
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"{outcome.dataset} dt={outcome.dt} stage {outcome.stage}, {of}: {len(outcome.outcomes)} expectations,"
+                f" failed: {counts}"
+            ),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from etl.stage.local_files import replace_text
 
-_HOME = '<!doctype html>\n<meta charset="utf-8"><meta http-equiv="refresh" content="0; url=../index.html"><a href="../index.html">all partitions</a>\n'
+_HOME = (
+    '<!doctype html>\n<meta charset="utf-8"><meta http-equiv="refresh" content="0; url=../index.html"><a'
+    ' href="../index.html">all partitions</a>\n'
+)
 
 
 def folders(reports: Path) -> tuple[Path, Path]:
@@ -21,7 +24,10 @@ def folders(reports: Path) -> tuple[Path, Path]:
 
 
 def write_home(reports: Path) -> None:
-    """Let the pages' link to their home lead to the index of partitions: Great Expectations' own reads every validation to be built."""
+    """Let the pages' link to their home lead to the index of partitions.
+
+    Great Expectations' own reads every validation to be built.
+    """
     home = reports / "data_docs" / "index.html"
     if not home.exists() or home.read_text(encoding="utf-8") != _HOME:
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -115,17 +115,25 @@ def built(own: Expectation) -> Any:
     Raises:
         StageError: its arguments are not its.
     """
-    great_expectations()  # whole: another thread may be at it, and a part of a package must not be imported from the middle
+    # whole: another thread may be at it, and a part of a package must not be imported from the middle
+    great_expectations()
     import great_expectations.expectations as gxe
     from great_expectations.expectations.metadata_types import FailureSeverity
 
     try:
         return getattr(gxe, own.expectation)(
-            **own.arguments, severity=FailureSeverity(own.severity), notes=own.reason, meta={"remedy": own.remedy, "own": own.name},
-            description=f"{own.severity}: {own.name} of the definition. {own.reason}")  # fmt: skip
+            **own.arguments,
+            severity=FailureSeverity(own.severity),
+            notes=own.reason,
+            meta={"remedy": own.remedy, "own": own.name},
+            description=f"{own.severity}: {own.name} of the definition. {own.reason}",
+        )
     except Exception as error:
-        raise StageError(f"quality.expectations ({own.name}): {own.expectation} does not take these arguments: {' '.join(str(error).split())[:500]}",
-                         AT_FAULT.format(kind="expectations")) from error  # fmt: skip
+        raise StageError(
+            f"quality.expectations ({own.name}): {own.expectation} does not take these arguments:"
+            f" {' '.join(str(error).split())[:500]}",
+            AT_FAULT.format(kind="expectations"),
+        ) from error
 
 
 def as_words(text: str) -> str:
@@ -232,9 +240,19 @@ def _outcome(check: Check, item: Any, page: str | None) -> Outcome:
     notes, meta = str(config.notes or ""), config.meta or {}
     message = f"{column} is {_shown(observed)}, expected {meta.get('bounds', expected)}: {notes}"
     return Outcome(
-        suite=check.suite, expectation=config.type, column=column, severity=str(config.severity.value), success=success, observed=observed,
-        expected=expected, remedy=str(meta.get("remedy", "")), message=f"{message.rstrip('.')}; {'; '.join(details)}" if details else message,
-        data_docs=page, rows=() if success else tuple(values), passable=not meta.get("contract"))  # fmt: skip
+        suite=check.suite,
+        expectation=config.type,
+        column=column,
+        severity=str(config.severity.value),
+        success=success,
+        observed=observed,
+        expected=expected,
+        remedy=str(meta.get("remedy", "")),
+        message=f"{message.rstrip('.')}; {'; '.join(details)}" if details else message,
+        data_docs=page,
+        rows=() if success else tuple(values),
+        passable=not meta.get("contract"),
+    )
 
 
 def _own_outcome(check: OwnCheck, item: Any, page: str | None) -> Outcome:
@@ -248,7 +266,10 @@ def _own_outcome(check: OwnCheck, item: Any, page: str | None) -> Outcome:
     observed = _exception(item.exception_info) or _plain(observed)
     arguments = _plain(own.arguments)
     said = as_words(own.reason).rstrip(".")
-    message = f"{own.name}: {own.expectation} {json.dumps(arguments, ensure_ascii=False)} of {sample.table} found {observed} ({sample.dt}): {said}{sample.said}"
+    message = (
+        f"{own.name}: {own.expectation} {json.dumps(arguments, ensure_ascii=False)} of {sample.table} found {observed}"
+        f" ({sample.dt}): {said}{sample.said}"
+    )
     return Outcome(
         check.suite,
         config.type,

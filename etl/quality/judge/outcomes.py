@@ -1,7 +1,7 @@
 """What the gates found in a partition, and what persons decided about it.
 
     <warehouse>/<dataset>/quality/outcomes/dt=D/<attempt>/<stage>.json            every expectation that was evaluated
-    <warehouse>/<dataset>/quality/passes/dt=D/<stage>.<when>.json                 a person's decision to let a stopped partition through once
+    <warehouse>/<dataset>/quality/passes/dt=D/<stage>.<when>.json   who let a stopped partition through, once
 
 Nothing else knows these paths. The statistics that were judged are in `etl.quality.measure.statistics`.
 """
@@ -18,7 +18,15 @@ import pyarrow.fs as pafs
 from etl.warehouse.store import TableStore
 
 SEVERITIES = ("critical", "warning", "info")  # the worst first
-STAGES = ("raw", "events", "items", "sequences", "training_input", "model_output")  # of statistics; items are judged with sequences
+STAGES = (
+    "raw",
+    "events",
+    "items",
+    "sequences",
+    "training_input",
+    "model_output",
+)  # of statistics; items are judged with sequences
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,7 +77,11 @@ class Failing:
     def covers(self, outcome: Outcome) -> bool:
         """Whether it is this expectation that failed, nowhere else than seen, and one that may be let through."""
         other = Failing.of(outcome)
-        return outcome.passable and (self.suite, self.expectation, self.column) == (other.suite, other.expectation, other.column) and set(other.rows) <= set(self.rows)
+        return (
+            outcome.passable
+            and (self.suite, self.expectation, self.column) == (other.suite, other.expectation, other.column)
+            and set(other.rows) <= set(self.rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,9 @@ class Decision:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Decision:
-        return Decision(**{**raw, "failing": tuple(Failing(**{**one, "rows": tuple(one["rows"])}) for one in raw["failing"])})
+        return Decision(
+            **{**raw, "failing": tuple(Failing(**{**one, "rows": tuple(one["rows"])}) for one in raw["failing"])}
+        )
 
 
 @dataclass(frozen=True)
@@ -167,9 +181,13 @@ def write_decision(store: TableStore, decision: Decision) -> str:
 def read_decisions(store: TableStore, dt: str, stage: str) -> list[Decision]:
     """Return the decisions about a partition at a gate, the newest first."""
     infos = store.fs.get_file_info(pafs.FileSelector(f"{store.root}/{_passes_folder(dt)}", allow_not_found=True))
-    names = [info.base_name for info in infos if info.base_name.startswith(f"{stage}.") and info.base_name.endswith(".json")]
+    names = [
+        info.base_name for info in infos if info.base_name.startswith(f"{stage}.") and info.base_name.endswith(".json")
+    ]
     texts = [store.read_text(f"{_passes_folder(dt)}/{name}") for name in names]
-    return sorted((Decision.from_dict(json.loads(text)) for text in texts if text), key=lambda decision: -decision.at_ms)
+    return sorted(
+        (Decision.from_dict(json.loads(text)) for text in texts if text), key=lambda decision: -decision.at_ms
+    )
 
 
 def let_through(store: TableStore, outcome: StageOutcome) -> StageOutcome:
@@ -177,7 +195,11 @@ def let_through(store: TableStore, outcome: StageOutcome) -> StageOutcome:
     use it again."""
     failed = outcome.failed("critical")
     for decision in read_decisions(store, outcome.dt, outcome.stage):
-        if decision.used_by in ("", outcome.attempt) and failed and all(any(one.covers(failure) for one in decision.failing) for failure in failed):
+        if (
+            decision.used_by in ("", outcome.attempt)
+            and failed
+            and all(any(one.covers(failure) for one in decision.failing) for failure in failed)
+        ):
             used = replace(decision, used_by=outcome.attempt)
             write_decision(store, used)
             return replace(outcome, passed=used)

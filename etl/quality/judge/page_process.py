@@ -29,8 +29,23 @@ def written_after(
         definition: what the gate was given as --dataset.
         only_stopped: write it only when the body raises.
     """
-    command = [sys.executable, "-m", "etl.quality.report.write", "--dataset", definition, "--warehouse", store.warehouse, "--dt", dt,
-               "--attempt", attempt, "--reports", str(reports), "--stopped-by", "-"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "etl.quality.report.write",
+        "--dataset",
+        definition,
+        "--warehouse",
+        store.warehouse,
+        "--dt",
+        dt,
+        "--attempt",
+        attempt,
+        "--reports",
+        str(reports),
+        "--stopped-by",
+        "-",
+    ]
     writer = None if only_stopped else subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     stopped_by = ""
     try:

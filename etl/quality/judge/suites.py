@@ -86,9 +86,17 @@ def _of_limit(metric: Metric, limit: Limit, thresholds: Thresholds) -> Expected:
         so_that = f"{so_that} The definition sets this bound: {reason}"
     keys = dict.fromkeys(bound.key for bound in (limit.low, limit.high) if isinstance(bound, Bound))
     return Expected(
-        metric.name, limit.severity, low, high, limit.strict, limit.known, limit.contract, so_that, metric.remedy,
+        metric.name,
+        limit.severity,
+        low,
+        high,
+        limit.strict,
+        limit.known,
+        limit.contract,
+        so_that,
+        metric.remedy,
         tuple(keys),
-    )  # fmt: skip
+    )
 
 
 def _of_condition(own: Condition) -> Expected:
@@ -100,8 +108,14 @@ def table() -> str:
     lines = [
         "# Every expectation",
         "",
-        "Written by `python -m etl.quality.judge.suites > docs/expectations.md` from the records of `etl/metrics/`, with",
-        "the default bounds; `quality.bounds` of a definition sets others by the names given here. What the metrics are",
+        (
+            "Written by `python -m etl.quality.judge.suites > docs/expectations.md` from the records of `etl/metrics/`,"
+            " with"
+        ),
+        (
+            "the default bounds; `quality.bounds` of a definition sets others by the names given here. What the"
+            " metrics are"
+        ),
         "for and which faults they were tried on: [validation.md](validation.md). How to add one:",
         "[CONTRIBUTING.md](../CONTRIBUTING.md#add-an-expectation).",
         "",

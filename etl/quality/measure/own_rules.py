@@ -1,8 +1,9 @@
 """Runs a data set's own conditions and expectations (`etl.datasets.quality_rules`) on the tables that a gate judges.
 
-A condition is counted on every row, by DuckDB over the table's files: it reads only the columns that are named, streams, and
-keeps to `own_checks.MEMORY`. An expectation of Great Expectations sees a table of pandas: all of its rows up to MOST_ROWS, and of a
-larger table every n-th, which its message says; so what must hold for each row of a large table is a condition.
+A condition is counted on every row, by DuckDB over the table's files: it reads only the columns that are named,
+streams, and keeps to `own_checks.MEMORY`. An expectation of Great Expectations sees a table of pandas: all of its rows
+up to MOST_ROWS, and of a larger table every n-th, which its message says; so what must hold for each row of a large
+table is a condition.
 """
 
 from __future__ import annotations
@@ -84,9 +85,7 @@ class OwnCheck:
         return f"own_{self.sample.table.replace('.', '_')}"
 
 
-def condition_check(
-    table: str, conditions: Sequence[Condition], counted: Mapping[str, Sequence[Counted]]
-) -> Check:
+def condition_check(table: str, conditions: Sequence[Condition], counted: Mapping[str, Sequence[Counted]]) -> Check:
     """Return the check of the shares of rows, day by day, that fail each condition."""
     rows: dict[str, Row] = {}
     details: dict[str, dict[str, str]] = {}
@@ -102,7 +101,9 @@ def condition_check(
     return Check(suite, list(rows.values()), details=details, conditions=conditions)
 
 
-def counted(store: TableStore, definition: DatasetDefinition, manifest: Manifest, conditions: Sequence[Condition]) -> dict[str, Counted]:
+def counted(
+    store: TableStore, definition: DatasetDefinition, manifest: Manifest, conditions: Sequence[Condition]
+) -> dict[str, Counted]:
     """Count the rows of one day of a table that fail each condition.
 
     Raises:
@@ -110,12 +111,22 @@ def counted(store: TableStore, definition: DatasetDefinition, manifest: Manifest
     """
     import pyarrow.dataset as pads  # with pandas, which a gate without conditions does not load
 
-    rows = pads.dataset([store.wherever(file, lambda path: _there(store, path)) for file in manifest.files], schema=contract(definition, manifest.table), format="parquet", filesystem=store.fs) \
-        if manifest.files else contract(definition, manifest.table).empty_table()  # fmt: skip
+    rows = (
+        pads.dataset(
+            [store.wherever(file, lambda path: _there(store, path)) for file in manifest.files],
+            schema=contract(definition, manifest.table),
+            format="parquet",
+            filesystem=store.fs,
+        )
+        if manifest.files
+        else contract(definition, manifest.table).empty_table()
+    )
     return _counted(rows, manifest.dt, conditions)
 
 
-def counted_statistics(days: Iterable[tuple[str, Mapping[str, Any]]], conditions: Sequence[Condition]) -> dict[str, list[Counted]]:
+def counted_statistics(
+    days: Iterable[tuple[str, Mapping[str, Any]]], conditions: Sequence[Condition]
+) -> dict[str, list[Counted]]:
     """Count, day by day, whether the metrics of a gate meet each condition; what is not measurable is null."""
     found: dict[str, list[Counted]] = {condition.name: [] for condition in conditions}
     for dt, metrics in days:
@@ -131,10 +142,22 @@ def sampled(store: TableStore, definition: DatasetDefinition, manifest: Manifest
     parts, before = [], 0
     for file in manifest.files:
         with store.open_parquet(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE if _has_lists(schema) else 1 << 16, columns=schema.names):
+            for batch in parquet.iter_batches(
+                batch_size=ROWS_AT_ONCE if _has_lists(schema) else 1 << 16, columns=schema.names
+            ):
                 first = -before % step
                 before += batch.num_rows
-                parts.append(_flat(pa.Table.from_batches([batch.slice(first).take(pa.array(range(0, max(0, batch.num_rows - first), step), pa.int64()))])))
+                parts.append(
+                    _flat(
+                        pa.Table.from_batches(
+                            [
+                                batch.slice(first).take(
+                                    pa.array(range(0, max(0, batch.num_rows - first), step), pa.int64())
+                                )
+                            ]
+                        )
+                    )
+                )
     table = pa.concat_tables(parts) if parts else _flat(schema.empty_table())
     return Sample(manifest.table, manifest.dt, manifest.rows, step, table.to_pandas())
 
@@ -143,7 +166,13 @@ def sampled_statistics(stage: str, days: Sequence[tuple[str, Mapping[str, Any]]]
     """Return the metrics of a gate as a table, one row a day."""
     import pandas as pd
 
-    return Sample(STATISTICS + stage, ", ".join(dt for dt, _ in days), len(days), 1, pd.DataFrame([_plain(metrics) for _, metrics in days]))
+    return Sample(
+        STATISTICS + stage,
+        ", ".join(dt for dt, _ in days),
+        len(days),
+        1,
+        pd.DataFrame([_plain(metrics) for _, metrics in days]),
+    )
 
 
 def _there(store: TableStore, path: str) -> str:
@@ -154,7 +183,10 @@ def _there(store: TableStore, path: str) -> str:
 def _flat(table: pa.Table) -> pa.Table:
     import pyarrow.compute as pc
 
-    columns = [pc.list_value_length(column) if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column for column in table.columns]
+    columns = [
+        pc.list_value_length(column) if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column
+        for column in table.columns
+    ]
     return pa.table(columns, names=frame_columns(table.schema))
 
 
@@ -163,7 +195,10 @@ def _has_lists(schema: pa.Schema) -> bool:
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, str) else None if value != value else float(value) for name, value in metrics.items()}
+    return {
+        name: value if isinstance(value, str) else None if value != value else float(value)
+        for name, value in metrics.items()
+    }
 
 
 def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, Counted]:
@@ -175,8 +210,11 @@ def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, C
                 one = _count(connection, dt, condition)
                 found[condition.name] = one
         except Exception as error:
-            raise StageError(f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}: {first_line(error)}",
-                             AT_FAULT.format(kind="conditions")) from error  # fmt: skip
+            raise StageError(
+                f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}:"
+                f" {first_line(error)}",
+                AT_FAULT.format(kind="conditions"),
+            ) from error
         return found
 
 
@@ -187,10 +225,21 @@ def _count(connection: duckdb.DuckDBPyConnection, dt: str, condition: Condition)
     total, failed = row
     example = ""
     if failed:
-        columns = [name for name, kind, *_ in connection.execute("DESCRIBE t").fetchall()
-                   if "[]" not in kind and (name in KEYS or re.search(rf"\b{re.escape(name)}\b", condition.sql))]  # fmt: skip
-        shown = connection.execute(f"SELECT {', '.join(map(_quoted, columns))} FROM t WHERE {fails} LIMIT {EXAMPLES}").fetchall() if columns else []
-        example = "; ".join(", ".join(f"{name} {value}" for name, value in zip(columns, values, strict=True)) for values in shown)
+        columns = [
+            name
+            for name, kind, *_ in connection.execute("DESCRIBE t").fetchall()
+            if "[]" not in kind and (name in KEYS or re.search(rf"\b{re.escape(name)}\b", condition.sql))
+        ]
+        shown = (
+            connection.execute(
+                f"SELECT {', '.join(map(_quoted, columns))} FROM t WHERE {fails} LIMIT {EXAMPLES}"
+            ).fetchall()
+            if columns
+            else []
+        )
+        example = "; ".join(
+            ", ".join(f"{name} {value}" for name, value in zip(columns, values, strict=True)) for values in shown
+        )
     return Counted(dt, total, failed, example)
 
 

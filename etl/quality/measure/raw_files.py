@@ -196,18 +196,32 @@ class DayOfFiles:
         return max((value for value in values if not np.isnan(value)), default=NAN)
 
 
-def _sample(raw: RawLocation, file: RawFile, header: tuple[str, ...], definition: DatasetDefinition, block: int) -> tuple[list[Chunk], bytes | None]:
+def _sample(
+    raw: RawLocation, file: RawFile, header: tuple[str, ...], definition: DatasetDefinition, block: int
+) -> tuple[list[Chunk], bytes | None]:
     """Return the checked lines of the head, the middle and the tail of a file, and the line within which it ends, if
     it does."""
     logs = definition.logs
     if logs.format == "parquet":
         with pq.ParquetFile(file.path, filesystem=raw.fs) as parquet:
             groups = parquet.num_row_groups
-        return [next(raw.read(Split(file, group, group + 1, 1, header), definition)) for group in sorted({0, groups // 2, groups - 1}) if group < groups], None
-    if raw.is_stream(file):  # its middle cannot be reached without what is before it; the events job reads it to its end
+        return [
+            next(raw.read(Split(file, group, group + 1, 1, header), definition))
+            for group in sorted({0, groups // 2, groups - 1})
+            if group < groups
+        ], None
+    if raw.is_stream(
+        file
+    ):  # its middle cannot be reached without what is before it; the events job reads it to its end
         body = raw.head(file, logs, block, encoded=True)
-        return [_chunk(body.partition(b"\n")[2] if logs.names_columns else body, header, definition, whole=len(body) < block)], None
-    starts = sorted({0, max(0, file.size // 2 - block // 2), max(0, file.size - block)}) if file.size > 3 * block else [0]
+        return [
+            _chunk(
+                body.partition(b"\n")[2] if logs.names_columns else body, header, definition, whole=len(body) < block
+            )
+        ], None
+    starts = (
+        sorted({0, max(0, file.size // 2 - block // 2), max(0, file.size - block)}) if file.size > 3 * block else [0]
+    )
     chunks, last = [], b""
     with raw.fs.open_input_file(file.path) as stream:
         for start in starts:
@@ -227,7 +241,12 @@ def _chunk(body: bytes, header: tuple[str, ...], definition: DatasetDefinition, 
 
 def _copy_of(raw: RawLocation, file: RawFile, others: Sequence[RawFile]) -> RawFile | None:
     """Return another file that holds the same, packed or not: of equal size, or of the same name but for its ending."""
-    same = [other for other in others if other.name != file.name and (other.size == file.size or without_suffix(other.name) == without_suffix(file.name))]
+    same = [
+        other
+        for other in others
+        if other.name != file.name
+        and (other.size == file.size or without_suffix(other.name) == without_suffix(file.name))
+    ]
     if not same:
         return None
     try:
@@ -252,4 +271,6 @@ def _missing_columns(raw: RawLocation, file: RawFile, logs: Logs) -> dict[str, l
 def _parquet_cut(raw: RawLocation, file: RawFile) -> bool:
     """Whether a file begins as Parquet and does not end so."""
     with raw.fs.open_input_file(file.path) as stream:
-        return file.size < 12 or (stream.read_at(4, 0) == PARQUET_MAGIC and stream.read_at(4, file.size - 4) != PARQUET_MAGIC)
+        return file.size < 12 or (
+            stream.read_at(4, 0) == PARQUET_MAGIC and stream.read_at(4, file.size - 4) != PARQUET_MAGIC
+        )

@@ -30,8 +30,13 @@ Spectra = dict[tuple[str, int], np.ndarray]
 
 HISTORY_LISTS = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
 TARGET_LISTS = (
-    "target_item_index", "target_time_ms", "target_label", "target_context", "target_split", "target_history_end",
-)  # fmt: skip
+    "target_item_index",
+    "target_time_ms",
+    "target_label",
+    "target_context",
+    "target_split",
+    "target_history_end",
+)
 SEQUENCE_COLUMNS = ("user_id", *HISTORY_LISTS, *TARGET_LISTS)
 RECONCILED = ("users", "targets", "train_targets", "validation_targets", "eval_targets", "history_events")
 

@@ -1,6 +1,6 @@
 """The statistics of a partition, for the days that follow.
 
-    <warehouse>/<dataset>/quality/stats/stage=S/dt=D.parquet                      of days that passed: what trailing days are
+    <warehouse>/<dataset>/quality/stats/stage=S/dt=D.parquet   of days that passed: what trailing days are
     <warehouse>/<dataset>/quality/stats_rejected/stage=S/dt=D/<attempt>.parquet   of attempts that a gate stopped
 
 Nothing else knows these paths. A later attempt that passes replaces the statistics of its day.

@@ -32,8 +32,12 @@ LOGARITHMIC_FROM = 20  # times the smallest value
 # What is drawn in these colours is given the page's: a drawing knows nothing of light and dark.
 _INK, _BAND, _DAY = "#010101", "#020202", "#030303"
 _LINES = tuple(f"#04040{number}" for number in range(1, MOST_LINES + 1))
-_PAGE_COLOURS = {_INK: "currentColor", _BAND: "var(--band)", _DAY: "var(--day)",
-                 **{line: f"var(--line-{number})" for number, line in enumerate(_LINES, start=1)}}  # fmt: skip
+_PAGE_COLOURS = {
+    _INK: "currentColor",
+    _BAND: "var(--band)",
+    _DAY: "var(--day)",
+    **{line: f"var(--line-{number})" for number, line in enumerate(_LINES, start=1)},
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,15 @@ def draw(series: Series, dt: str) -> list[Plot]:
     """
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longview", "text.parse_math": False, "font.size": 8,
-                                "axes.unicode_minus": False}):  # fmt: skip
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "longview",
+            "text.parse_math": False,
+            "font.size": 8,
+            "axes.unicode_minus": False,
+        }
+    ):
         # A window may reach back to days before the data begin: their statistics are of no rows.
         begin = min((day for day, rows in series.get("events", {}).get("rows", {}).items() if rows), default="")
         plots = [_over_days(panel, lines, dt) for panel in PANELS if (lines := _lines(series, panel, begin, dt))]
@@ -107,7 +118,9 @@ def _over_days(panel: Panel, values_of_lines: _Lines, dt: str) -> Plot:
     at = {day: index for index, day in enumerate(days)}
     figure, axes = _figure()
     for values, colour in zip(lines.values(), _LINES, strict=False):
-        axes.plot([at[day] for day in values], list(values.values()), color=colour, linewidth=1.2, marker=".", markersize=3)
+        axes.plot(
+            [at[day] for day in values], list(values.values()), color=colour, linewidth=1.2, marker=".", markersize=3
+        )
         if dt in values:
             axes.plot([at[dt]], [values[dt]], color=colour, marker="o", markersize=5, linestyle="none", clip_on=False)
     before = values_before(next(iter(lines.values())), dt)
@@ -151,8 +164,17 @@ def _hour_profile(series: Series, dt: str) -> Plot | None:
     figure, axes = _figure()
     before = [values_before(values, dt) for values in hours]
     if all(len(values) > 1 for values in before):
-        axes.fill_between(range(24), [min(values) for values in before], [max(values) for values in before], color=_BAND, linewidth=0)
-        axes.plot(range(24), [statistics.median(values) for values in before], color=_INK, linewidth=0.5, linestyle="--", alpha=0.5)
+        axes.fill_between(
+            range(24), [min(values) for values in before], [max(values) for values in before], color=_BAND, linewidth=0
+        )
+        axes.plot(
+            range(24),
+            [statistics.median(values) for values in before],
+            color=_INK,
+            linewidth=0.5,
+            linestyle="--",
+            alpha=0.5,
+        )
     shares = [float("nan") if (value := values.get(dt)) is None else value for values in hours]
     axes.plot(range(24), shares, color=_DAY, linewidth=1.2, marker=".", markersize=3)
     axes.set_ylim(bottom=0)
@@ -195,4 +217,3 @@ def _svg(figure: Any, title: str) -> str:
     for drawn, shown in _PAGE_COLOURS.items():
         svg = svg.replace(drawn, shown)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-

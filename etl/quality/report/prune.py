@@ -23,7 +23,9 @@ _LINK = re.compile(r'<a href="[^"]*/data_docs/validations/[^"]*">([^<]*)</a>')
 
 
 def prune_docs(reports: Path, dataset: str, before_ms: int, dry_run: bool) -> list[Removed]:
-    """Delete the validations and pages of attempts of a data set, and of none, of which none was written since `before_ms`."""
+    """Delete the validations and pages of attempts of a data set, and of none, of which none was written since
+    `before_ms`.
+    """
     runs: dict[str, list[Path]] = {}
     removed = []
     with one_at_a_time(gx_lock(reports)), one_at_a_time(index_lock(reports)):

@@ -1,6 +1,8 @@
-"""Writes the page of an attempt at a partition, and the index of all of them; a gate has it written when it ends, well or not.
+"""Writes the page of an attempt at a partition, and the index of all of them; a gate has it written when it ends, well
+or not.
 
-    python -m etl.quality.report.write --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR] [--stopped-by TEXT] [--json]
+    python -m etl.quality.report.write --dataset D --warehouse W --dt YYYY-MM-DD --attempt A [--reports DIR]
+    [--stopped-by TEXT] [--json]
 
     <reports>/index.html                                       every partition and attempt, newest first
     <reports>/partitions/<dataset>/dt=D/<attempt>.html         what the gates found; statistics over days; refused rows
@@ -37,7 +39,9 @@ SAMPLE_ROWS, SAMPLE_ROWS_A_REASON = 20, 4
 SAMPLED_FROM_ROWS = 200_000  # the sample is taken from the first of a partition's refused rows
 
 
-def write(definition: DatasetDefinition, store: TableStore, dt: str, attempt: str, reports: Path, stopped_by: str) -> dict[str, Any]:
+def write(
+    definition: DatasetDefinition, store: TableStore, dt: str, attempt: str, reports: Path, stopped_by: str
+) -> dict[str, Any]:
     """Write the page and its summary, then the index; return the summary.
 
     Args:
@@ -87,7 +91,9 @@ def write_index(reports: Path) -> None:
     replace_text(reports / "index.html", index_page(entries))
 
 
-def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str, dict[str, float | None]]], dict[str, str]]:
+def _stats(
+    store: TableStore, dt: str, attempt: str
+) -> tuple[dict[str, dict[str, dict[str, float | None]]], dict[str, str]]:
     """Return stage -> metric -> day -> value, and stage -> the other attempt that the day's values are of.
 
     Days before are as kept; the day itself is as this attempt measured it, else as another one did.
@@ -99,7 +105,11 @@ def _stats(store: TableStore, dt: str, attempt: str) -> tuple[dict[str, dict[str
     others: dict[str, str] = {}
     for stage in STAGES:
         rows = read_stats(store, stage, dt, DAYS).to_pylist()
-        own = [row for row in (*rows, *read_rejected(store, stage, dt).to_pylist()) if (row["dt"], row["attempt"]) == (dt, attempt)]
+        own = [
+            row
+            for row in (*rows, *read_rejected(store, stage, dt).to_pylist())
+            if (row["dt"], row["attempt"]) == (dt, attempt)
+        ]
         # A later partition measures the days of its window again, under its own name.
         if not own and (of_others := {row["attempt"] for row in rows if row["dt"] == dt}):
             others[stage] = ", ".join(sorted(of_others))
@@ -153,8 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     """Write the page of one attempt at one partition."""
     parser: argparse.ArgumentParser = partition_parser(__doc__)
     parser.add_argument("--reports", default="var/reports", help="local folder of the pages (default: %(default)s)")
-    parser.add_argument("--stopped-by", default="", metavar="TEXT",
-                        help="what stopped the gate, when no failed expectation says it; - takes it from standard input, once that ends")  # fmt: skip
+    parser.add_argument(
+        "--stopped-by",
+        default="",
+        metavar="TEXT",
+        help=(
+            "what stopped the gate, when no failed expectation says it; - takes it from standard input, once that ends"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="print the summary of the page")
     args = parser.parse_args(argv)
     store, definition = store_of(args), definition_of(args)

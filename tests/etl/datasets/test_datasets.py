@@ -1,4 +1,7 @@
-"""Definitions of data sets: the ones that come along read their makers' layouts; a wrong one says which field and what is allowed."""
+"""Definitions of data sets.
+
+The ones that come along read their makers' layouts; a wrong one says which field and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def test_the_documented_examples_read(path):
 def test_a_definition_takes_over_what_it_extends():
     base, simulated = dataset("kuairand"), dataset("kuairand_simulated")
     assert simulated.simulated
-    assert simulated.model_dump(exclude={"name", "title", "simulated"}) == base.model_dump(exclude={"name", "title", "simulated"})
+    assert simulated.model_dump(exclude={"name", "title", "simulated"}) == base.model_dump(
+        exclude={"name", "title", "simulated"}
+    )
 
 
 def test_a_small_definition_reads(tmp_path):
@@ -65,25 +70,57 @@ def test_a_small_definition_reads(tmp_path):
     ("old", "new", "says"),
     [
         ("title: A shop", "titel: A shop", r"unknown field 'titel'; allowed: name, title"),
-        ("unit: seconds", "unit: hours", r"events\.time\.unit: .*'seconds', 'milliseconds', 'microseconds' or 'nanoseconds'.*given: 'hours'"),
-        ("user: user\n", "user: customer\n", r"events\.user: 'customer' is not among logs\.columns: user, item, at, what"),
+        (
+            "unit: seconds",
+            "unit: hours",
+            r"events\.time\.unit: .*'seconds', 'milliseconds', 'microseconds' or 'nanoseconds'.*given: 'hours'",
+        ),
+        (
+            "user: user\n",
+            "user: customer\n",
+            r"events\.user: 'customer' is not among logs\.columns: user, item, at, what",
+        ),
         ("{label: buy}", "{label: bought}", r"targets\.label: 'bought' is not among events\.signals: view, buy"),
         ("{label: buy}", "{}", r"targets: give either label .* or negatives"),
         ("user: integer", "user: decimal", r"events\.user: column 'user' is of type decimal; allowed: integer, text"),
         ("user: integer", "user: whole", r"logs\.columns\.user\.type: .*'integer', 'decimal', 'text' or 'timestamp'"),
-        ("equals: view", "equal: view", r"events\.signals\.view: unknown field 'equal'; allowed: column, equals, above"),
+        (
+            "equals: view",
+            "equal: view",
+            r"events\.signals\.view: unknown field 'equal'; allowed: column, equals, above",
+        ),
         ("equals: view", "above: null", r"events\.signals\.view: give at least one of equals"),
         ("first_day: 2024-01-01", "first_day: 2024-13-01", r"first_day: .*given: '2024-13-01'"),
-        ("equals: view", "equals: views", r"events\.signals\.view: 'views' is not among logs\.columns\.what\.one_of: view, buy"),
+        (
+            "equals: view",
+            "equals: views",
+            r"events\.signals\.view: 'views' is not among logs\.columns\.what\.one_of: view, buy",
+        ),
         ("unit: seconds", "format: YYYY-MM-DD", r"events\.time: format 'YYYY-MM-DD' has no directive"),
-        ("first_day: 2024-01-01", "first_day: 2024-01-01\nlast_day: 2023-01-01", r"last_day 2023-01-01 is before first_day"),
-        ("title: A shop", "title: A shop\nwindow: {target_days: 30, lookback_days: 5}", r"window: needs evaluation_days < target_days <= lookback_days"),
+        (
+            "first_day: 2024-01-01",
+            "first_day: 2024-01-01\nlast_day: 2023-01-01",
+            r"last_day 2023-01-01 is before first_day",
+        ),
+        (
+            "title: A shop",
+            "title: A shop\nwindow: {target_days: 30, lookback_days: 5}",
+            r"window: needs evaluation_days < target_days <= lookback_days",
+        ),
         ("files: [clicks.csv]", "files: clicks.csv", r"logs\.files: Input should be a list, such as"),
         ("first_day: 2024-01-01", "", r"first_day: Field required"),
         ("files: [clicks.csv]", "files: []", r"logs\.files: .*at least 1 item"),
-        ("at: integer", "at: {type: integer, optional: true}", r"logs\.columns\.at: user, item and time cannot be optional"),
+        (
+            "at: integer",
+            "at: {type: integer, optional: true}",
+            r"logs\.columns\.at: user, item and time cannot be optional",
+        ),
         ("unit: seconds}", "unit: seconds, zone: Mars/Olympus}", r"events\.time: zone 'Mars/Olympus' is not known"),
-        ("files: [clicks.csv]", "files: [c]\n  days_in_name: {pattern: '(?P<day>', year: 2024}", r"logs\.days_in_name: pattern is not a regular expression"),
+        (
+            "files: [clicks.csv]",
+            "files: [c]\n  days_in_name: {pattern: '(?P<day>', year: 2024}",
+            r"logs\.days_in_name: pattern is not a regular expression",
+        ),
         ("name: shop", "name: Shop", r"name: .*given: 'Shop'"),
         ("name: shop", "name: bazaar", r"has the name 'bazaar'.*rename the file to bazaar\.yaml"),
         ("name: shop", "extends: shopping\nname: shop", r"extends 'shopping', which does not exist"),
@@ -100,7 +137,10 @@ def test_a_wrong_definition_names_the_field_and_what_is_allowed(tmp_path, old, n
     assert "remedy" in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "says"), [("kuairnd", "unknown data set 'kuairnd'"), ("/nowhere/x.yaml", "cannot be read"), ("x.yaml", "cannot be read")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("kuairnd", "unknown data set 'kuairnd'"), ("/nowhere/x.yaml", "cannot be read"), ("x.yaml", "cannot be read")],
+)
 def test_an_unknown_data_set_is_named(name, says):
     with pytest.raises(StageError, match=re.escape(says)):
         dataset(name)

@@ -16,10 +16,26 @@ from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY
 
 KUAIRAND_LOG_COLUMNS = (
-    "user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "is_like", "is_follow", "is_comment", "is_forward",
-    "is_hate", "long_view", "play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter",
-    "is_rand", "tab",
-)  # fmt: skip
+    "user_id",
+    "video_id",
+    "date",
+    "hourmin",
+    "time_ms",
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "play_time_ms",
+    "duration_ms",
+    "profile_stay_time",
+    "comment_stay_time",
+    "is_profile_enter",
+    "is_rand",
+    "tab",
+)
 SMALL = Simulation(users=80, days=4, items=300)
 
 
@@ -89,7 +105,9 @@ def test_days_outside_the_year_of_the_file_names_are_refused(tmp_path, first_dt,
 
 def test_as_many_duplicates_are_planted_as_the_marker_says(tmp_path):
     marker = write_simulation(SMALL, tmp_path / "raw")
-    lines = [line for path in (tmp_path / "raw").glob("log_standard_*.csv") for line in path.read_text().splitlines()[1:]]
+    lines = [
+        line for path in (tmp_path / "raw").glob("log_standard_*.csv") for line in path.read_text().splitlines()[1:]
+    ]
     assert len(lines) - len(set(lines)) == marker["duplicates"] > 0
 
 
@@ -97,12 +115,23 @@ def test_tastes_that_do_not_last_make_the_distant_past_worth_less(tmp_path):
     def agreement(taste_days: float) -> float:
         """Correlation of users' click rates on a topic between the first and the last days."""
         folder = tmp_path / str(taste_days)
-        write_simulation(Simulation(users=120, days=10, length_scale=0.2, items=200, topics=5, taste_days=taste_days, seed=3), folder)
+        write_simulation(
+            Simulation(users=120, days=10, length_scale=0.2, items=200, topics=5, taste_days=taste_days, seed=3), folder
+        )
         log = pa.concat_tables([pacsv.read_csv(path) for path in sorted(folder.glob("log_standard_*.csv"))])
         topic = pacsv.read_csv(folder / "video_features_basic_sim.csv")
-        of_item = dict(zip(topic["video_id"].to_pylist(), [str(tag).split(",")[0] for tag in topic["tag"].to_pylist()], strict=True))
+        of_item = dict(
+            zip(
+                topic["video_id"].to_pylist(), [str(tag).split(",")[0] for tag in topic["tag"].to_pylist()], strict=True
+            )
+        )
         day = (log["time_ms"].to_numpy() - log["time_ms"].to_numpy().min()) // MS_PER_DAY
-        cell = np.array([(user * 7_919 + int(of_item[item] or 99)) % 100_003 for user, item in zip(log["user_id"].to_pylist(), log["video_id"].to_pylist(), strict=True)])
+        cell = np.array(
+            [
+                (user * 7_919 + int(of_item[item] or 99)) % 100_003
+                for user, item in zip(log["user_id"].to_pylist(), log["video_id"].to_pylist(), strict=True)
+            ]
+        )
         rates = []
         for part in (day < 3, day >= 7):
             clicks = np.bincount(cell[part], log["is_click"].to_numpy()[part], minlength=100_003)

@@ -1,4 +1,7 @@
-"""Broken archives, item files and user files: nothing is taken for whole that is not, and messages name file and column."""
+"""Broken archives, item files and user files.
+
+Nothing is taken for whole that is not, and messages name file and column.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,15 @@ def location(folder, name: str, body: bytes) -> RawLocation:
 def parsed(place: RawLocation) -> tuple[list[int], list[tuple[int, str]], int]:
     """Return the users of the events, (row number, code) of the refused rows, and the rows counted."""
     [file] = place.logs(KUAIRAND)
-    rows = pa.concat_tables(parse_split(place, Split(file, 0, file.size, 2, COLUMNS), KUAIRAND, DAYS, "2022-04-08", Layout(2))).to_pylist()
+    rows = pa.concat_tables(
+        parse_split(place, Split(file, 0, file.size, 2, COLUMNS), KUAIRAND, DAYS, "2022-04-08", Layout(2))
+    ).to_pylist()
     refused = [(r["row_number"], r["reason"].split(":")[0]) for r in rows if r["kind"] == REFUSED]
-    return [r["user_id"] for r in rows if r["kind"] == EVENT], refused, sum(r["row_number"] for r in rows if r["kind"] == COUNTED)
+    return (
+        [r["user_id"] for r in rows if r["kind"] == EVENT],
+        refused,
+        sum(r["row_number"] for r in rows if r["kind"] == COUNTED),
+    )
 
 
 def archive(rows: int) -> tuple[bytes, list[int]]:
@@ -101,7 +110,9 @@ def test_a_file_whose_name_holds_no_days_is_read_for_every_day(tmp_path):
 
 def items(folder, row: bytes) -> dict:
     counts = {"": pa.table({"item_id": [2], "occurrences": [1], "train_occurrences": [1]})}
-    return item_rows(counts, [read_features(location(folder, ITEM_FILE, ITEM_HEADER + row + b"\n"), KUAIRAND.items[0])], KUAIRAND).to_pylist()[0]
+    return item_rows(
+        counts, [read_features(location(folder, ITEM_FILE, ITEM_HEADER + row + b"\n"), KUAIRAND.items[0])], KUAIRAND
+    ).to_pylist()[0]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +136,19 @@ def test_item_fields_are_read_as_published(tmp_path, row, expected):
     ("row", "says"),
     [
         (b"abc,7,NORMAL,a,10.0,1", "video_id of the file video_features_basic_* in the raw folder holds 'abc'"),
-        (b",7,NORMAL,a,10.0,1", "the column video_id of the file video_features_basic_* in the raw folder has 1 row(s) without a value"),
-        (b"9999999999999999999,7,NORMAL,a,10.0,1", "video_id of the file video_features_basic_* in the raw folder holds '9999999999999999999'"),
+        (
+            b",7,NORMAL,a,10.0,1",
+            "the column video_id of the file video_features_basic_* in the raw folder has 1 row(s) without a value",
+        ),
+        (
+            b"9999999999999999999,7,NORMAL,a,10.0,1",
+            "video_id of the file video_features_basic_* in the raw folder holds '9999999999999999999'",
+        ),
         (b"2,bob,NORMAL,a,10.0,1", "author_id of the file video_features_basic_* in the raw folder holds 'bob'"),
-        (b"2,7,NORMAL,a,long,1", "video_duration of the file video_features_basic_* in the raw folder holds what is no number"),
+        (
+            b"2,7,NORMAL,a,long,1",
+            "video_duration of the file video_features_basic_* in the raw folder holds what is no number",
+        ),
         (b"2,7,NORMAL", f"{ITEM_FILE} in "),
         (b"2,7,\xff,a,10.0,1", f"{ITEM_FILE} in "),
     ],
@@ -140,12 +160,15 @@ def test_a_wrong_item_file_is_named_with_column_and_value(tmp_path, row, says):
     assert "remedy:" in str(caught.value)
 
 
-@pytest.mark.parametrize(("body", "says"), [
-    (ITEM_HEADER.replace(b",tag", b""), "lacks the column tag"),
-    (b"\xff" + ITEM_HEADER, ITEM_FILE),
-    (b"", ITEM_FILE),
-    (b"tag," + ITEM_HEADER, "a column name occurs twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (ITEM_HEADER.replace(b",tag", b""), "lacks the column tag"),
+        (b"\xff" + ITEM_HEADER, ITEM_FILE),
+        (b"", ITEM_FILE),
+        (b"tag," + ITEM_HEADER, "a column name occurs twice"),
+    ],
+)
 def test_a_wrong_header_of_the_item_file_is_named(tmp_path, body, says):
     with pytest.raises(StageError, match=says):
         read_features(location(tmp_path, ITEM_FILE, body), KUAIRAND.items[0])

@@ -82,7 +82,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = server.files.get(self.path.split("?")[0].rsplit("/", 1)[1])
-        status = server.status.pop(0) if server.status else 404 if body is None else 405 if not (send or server.head) else 200
+        status = (
+            server.status.pop(0)
+            if server.status
+            else 404
+            if body is None
+            else 405
+            if not (send or server.head)
+            else 200
+        )
         if status != 200 or body is None:
             self.send_response(status)
             self.end_headers()
@@ -152,7 +160,11 @@ def zipped(contents: dict[str, bytes]) -> bytes:
 
 
 PUBLISHED = {f"KuaiRand-X/data/{name}": content for name, content in CONTENTS.items()}
-OTHERS = {"KuaiRand-X/LICENSE": b"CC", "KuaiRand-X/data/video_features_statistic_x.csv": b"large", f"KuaiRand-X/data/._{USERS}": b"of macOS"}
+OTHERS = {
+    "KuaiRand-X/LICENSE": b"CC",
+    "KuaiRand-X/data/video_features_statistic_x.csv": b"large",
+    f"KuaiRand-X/data/._{USERS}": b"of macOS",
+}
 TAR = tar_gz(PUBLISHED | OTHERS)
 
 
@@ -178,7 +190,11 @@ def fails(path: str, to: Path, *options: str) -> str:
 
 
 def files(to: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(to)): path.read_bytes() for path in sorted(to.rglob("*")) if path.is_file() and path.name != MARKER}
+    return {
+        str(path.relative_to(to)): path.read_bytes()
+        for path in sorted(to.rglob("*"))
+        if path.is_file() and path.name != MARKER
+    }
 
 
 @pytest.fixture
@@ -188,8 +204,12 @@ def one(server, tmp_path) -> tuple[str, Path]:
     return definition(tmp_path, {"url": server.url("X.tar.gz"), "md5": md5(TAR), "members": MEMBERS}), tmp_path / "raw"
 
 
-@pytest.mark.parametrize(("name", "body"), [("X.tar.gz", TAR), ("X.zip", zipped(PUBLISHED | OTHERS)), ("X.tar", gzip.decompress(TAR))])
-def test_the_raw_files_of_an_archive_are_unpacked_flat_and_a_second_call_asks_nothing(server, tmp_path, capsys, name, body):
+@pytest.mark.parametrize(
+    ("name", "body"), [("X.tar.gz", TAR), ("X.zip", zipped(PUBLISHED | OTHERS)), ("X.tar", gzip.decompress(TAR))]
+)
+def test_the_raw_files_of_an_archive_are_unpacked_flat_and_a_second_call_asks_nothing(
+    server, tmp_path, capsys, name, body
+):
     server.files[name] = body
     path = definition(tmp_path, {"url": server.url(name), "md5": md5(body), "bytes": len(body), "members": MEMBERS})
     call(path, tmp_path / "raw")
@@ -236,7 +256,9 @@ def test_dropped_connections_are_taken_up_where_they_broke(server, one):
 def test_a_killed_download_goes_on_and_gives_equal_bytes(server, one):
     path, raw = one
     server.pause = 0.02
-    process = subprocess.Popen([sys.executable, "-m", "etl.ingest.download", "--dataset", path, "--to", str(raw)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "etl.ingest.download", "--dataset", path, "--to", str(raw)], stdout=subprocess.DEVNULL
+    )
     part = raw / "archives" / "X.tar.gz.part"
     wait_for("half a file", lambda: part.exists() and part.stat().st_size > 60_000, every=0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -290,7 +312,9 @@ def test_a_changed_file_is_downloaded_from_its_beginning(server, tmp_path, monke
     newer = {name: content[::-1] for name, content in PUBLISHED.items()}
     server.files["X.tar.gz"], server.etag = tar_gz(newer), '"two"'
     if with_md5:
-        path = definition(tmp_path, {"url": server.url("X.tar.gz"), "members": MEMBERS, "md5": md5(server.files["X.tar.gz"])})
+        path = definition(
+            tmp_path, {"url": server.url("X.tar.gz"), "members": MEMBERS, "md5": md5(server.files["X.tar.gz"])}
+        )
     call(path, raw)
     assert server.gets() == ["bytes=100000-"]
     assert "the file has changed on the server" in capsys.readouterr().out
@@ -328,7 +352,9 @@ def test_another_md5_is_an_error_and_the_next_call_starts_anew(server, one):
     assert files(raw) == CONTENTS
 
 
-@pytest.mark.parametrize("body", [TAR[:200_000], b"<html>Please log in</html>", TAR[:150_000] + b"\0" * 64 + TAR[150_064:]])
+@pytest.mark.parametrize(
+    "body", [TAR[:200_000], b"<html>Please log in</html>", TAR[:150_000] + b"\0" * 64 + TAR[150_064:]]
+)
 def test_a_damaged_archive_leaves_no_file_and_the_next_call_starts_anew(server, tmp_path, body):
     server.files["X.tar.gz"] = body
     path, raw = definition(tmp_path, {"url": server.url("X.tar.gz"), "members": MEMBERS}), tmp_path / "raw"
@@ -376,16 +402,27 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
     return info
 
 
-@pytest.mark.parametrize(("name", "body", "says"), [
-    ("X.tar.gz", tar_gz({"../../data/log_evil.csv": b"x"}), "leads out of the archive"),
-    ("X.tar.gz", tar_gz({"/tmp/data/log_evil.csv": b"x"}), "leads out of the archive"),
-    ("X.zip", zipped({"a/../../data/log_evil.csv": b"x"}), "leads out of the archive"),
-    ("X.zip", zipped({"a\\..\\data\\log_evil.csv": b"x"}), "leads out of the archive"),
-    ("X.tar.gz", tar_gz({}, link("a/data/log_evil.csv", tarfile.SYMTYPE)), "a link or a device"),
-    ("X.tar.gz", tar_gz({}, link("a/data/log_evil.csv", tarfile.LNKTYPE)), "a link or a device"),
-    ("X.tar.gz", tar_gz({"a/data/log_x.csv": b"1", "b/data/log_x.csv": b"2"}), "two files of the archives are named log_x.csv"),
-    ("X.tar.gz", tar_gz({"a/log_x.csv": b"1"}), "no file in X.tar.gz matches */data/log_*.csv; it holds a/log_x.csv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("X.tar.gz", tar_gz({"../../data/log_evil.csv": b"x"}), "leads out of the archive"),
+        ("X.tar.gz", tar_gz({"/tmp/data/log_evil.csv": b"x"}), "leads out of the archive"),
+        ("X.zip", zipped({"a/../../data/log_evil.csv": b"x"}), "leads out of the archive"),
+        ("X.zip", zipped({"a\\..\\data\\log_evil.csv": b"x"}), "leads out of the archive"),
+        ("X.tar.gz", tar_gz({}, link("a/data/log_evil.csv", tarfile.SYMTYPE)), "a link or a device"),
+        ("X.tar.gz", tar_gz({}, link("a/data/log_evil.csv", tarfile.LNKTYPE)), "a link or a device"),
+        (
+            "X.tar.gz",
+            tar_gz({"a/data/log_x.csv": b"1", "b/data/log_x.csv": b"2"}),
+            "two files of the archives are named log_x.csv",
+        ),
+        (
+            "X.tar.gz",
+            tar_gz({"a/log_x.csv": b"1"}),
+            "no file in X.tar.gz matches */data/log_*.csv; it holds a/log_x.csv",
+        ),
+    ],
+)
 def test_archives_that_are_not_what_they_should_be_are_refused(server, tmp_path, name, body, says):
     server.files[name] = body
     raw = tmp_path / "raw"
@@ -472,7 +509,11 @@ def test_an_unreachable_host_is_one_message_and_exit_code_2(tmp_path):
         unused.bind(("127.0.0.1", 0))
         path = definition(tmp_path, {"url": f"http://127.0.0.1:{unused.getsockname()[1]}/X.tar.gz"})
         code = "import etl.ingest.download as d; d.BACKOFF_SECONDS = 0; d.run_stage(d.main)"
-        done = subprocess.run([sys.executable, "-c", code, "--dataset", path, "--to", str(tmp_path / "raw")], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--dataset", path, "--to", str(tmp_path / "raw")],
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 2
     assert done.stderr.startswith("error: X.tar.gz cannot be had from 127.0.0.1:")
     assert "Connection refused" in done.stderr
@@ -480,12 +521,15 @@ def test_an_unreachable_host_is_one_message_and_exit_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("tmall", ["https://tianchi.aliyun.com/dataset/42", "user_log_format1.csv"]),
-    ("kuairand", ["kuairand_1k", "https://zenodo.org/records/10439422", "log_standard_*.csv"]),
-    ("kuairand_simulated", ["etl.datasets.simulate"]),
-    ("", ["kuairand_1k"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tmall", ["https://tianchi.aliyun.com/dataset/42", "user_log_format1.csv"]),
+        ("kuairand", ["kuairand_1k", "https://zenodo.org/records/10439422", "log_standard_*.csv"]),
+        ("kuairand_simulated", ["etl.datasets.simulate"]),
+        ("", ["kuairand_1k"]),
+    ],
+)
 def test_what_no_program_may_fetch_says_what_to_do(tmp_path, name, says):
     message = fails(name, tmp_path / "raw")
     assert all(part in message for part in says)

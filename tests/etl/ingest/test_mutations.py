@@ -1,4 +1,7 @@
-"""A hundred thousand broken rows: each is read rightly, as a slow and plain reader of one line reads it, or refused with a reason."""
+"""A hundred thousand broken rows.
+
+Each is read rightly, as a slow and plain reader of one line reads it, or refused with a reason.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,27 @@ GOOD = {
     "taobao": b'1,2268318,"a ""b"", c",pv,1511544070',
 }
 FILES = {"kuairand": "log_standard_4_08_to_4_21_x.csv", "tmall": "user_log_format1.csv", "taobao": "UserBehavior.csv"}
-NUMBERS = [b"NULL", b"7.0", b"1234567890123456789", b"9" * 19, b"0", b"-1", b"7", b"1" * 17, b"9" * 30, b"1e5", b"1e999", b"nan", b"0x1A", b"1_000", b"+1", b" 1", b"1.5", b"-", b""]
+NUMBERS = [
+    b"NULL",
+    b"7.0",
+    b"1234567890123456789",
+    b"9" * 19,
+    b"0",
+    b"-1",
+    b"7",
+    b"1" * 17,
+    b"9" * 30,
+    b"1e5",
+    b"1e999",
+    b"nan",
+    b"0x1A",
+    b"1_000",
+    b"+1",
+    b" 1",
+    b"1.5",
+    b"-",
+    b"",
+]
 BYTES = [b"\x00", b"\xff\xfe", b'"', b'""', b",", b"\r", b"\n", b"\xc3\xa9", b"\xef\xbb\xbf", b"'", b"\\", b"\t", b" "]
 
 
@@ -41,7 +64,9 @@ def mutated(line: bytes, rng: random.Random) -> bytes:
     if kind >= 4:
         for _ in range(rng.choice([1, 1, 3])):
             at = rng.randrange(len(text) + 1)
-            text[at : at + rng.choice([0, 1, 4])] = rng.choice(BYTES) if kind == 4 else bytes(rng.randrange(256) for _ in range(rng.choice([0, 1, 2])))
+            text[at : at + rng.choice([0, 1, 4])] = (
+                rng.choice(BYTES) if kind == 4 else bytes(rng.randrange(256) for _ in range(rng.choice([0, 1, 2])))
+            )
     return line if kind == 7 and rng.random() < 0.5 else bytes(text)
 
 
@@ -106,8 +131,11 @@ def plainly(line: bytes, definition: DatasetDefinition) -> dict | None:
         else:
             row[name] = cell
         value = row[name]
-        if value is not None and ((column.min is not None and value < column.min) or (column.max is not None and value > column.max)
-                                  or (column.one_of is not None and value not in column.one_of)):
+        if value is not None and (
+            (column.min is not None and value < column.min)
+            or (column.max is not None and value > column.max)
+            or (column.one_of is not None and value not in column.one_of)
+        ):
             return None
     time = definition.events.time
     if time.unit is not None:
@@ -138,12 +166,24 @@ def test_every_mutated_row_is_read_rightly_or_refused_with_a_reason(tmp_path, na
     stored = whole if how == "plain" else gzip.compress(whole, mtime=0)
     (tmp_path / file).write_bytes(stored[: len(stored) // 2] if how == "cut" else stored)
     place = RawLocation(str(tmp_path))
-    chunks = [chunk for split in place.splits(place.logs(definition), definition.logs, None) for chunk in place.read(split, definition)]
-    rows = [row | {"time_ms": int(time)} for chunk in chunks for row, time in zip(chunk.rows.to_pylist(), chunk.time_ms, strict=True)]
+    chunks = [
+        chunk
+        for split in place.splits(place.logs(definition), definition.logs, lambda parts: [])
+        for chunk in place.read(split, definition)
+    ]
+    rows = [
+        row | {"time_ms": int(time)}
+        for chunk in chunks
+        for row, time in zip(chunk.rows.to_pylist(), chunk.time_ms, strict=True)
+    ]
     refused = {r.row_number: r for chunk in chunks for r in chunk.refused}
     lines = whole.replace(b"\r\n", b"\n").split(b"\n")[:-1]
     first = 2 if definition.logs.header else 1
-    expected = {number: plainly(line, definition) for number, line in enumerate(lines[first - 1 :], first) if line.strip(b" \t\r")}
+    expected = {
+        number: plainly(line, definition)
+        for number, line in enumerate(lines[first - 1 :], first)
+        if line.strip(b" \t\r")
+    }
     if how == "cut":
         [last] = [number for number, r in refused.items() if r.reason.startswith("truncated_gzip")]
         assert last == max(refused)

@@ -1,4 +1,7 @@
-"""Parquet logs obey the rules of text logs: a bad value refuses its row, never the file; the same rows give the same events."""
+"""Parquet logs obey the rules of text logs.
+
+A bad value refuses its row, never the file; the same rows give the same events.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,9 @@ def parsed(folder: Path, kind: str) -> list[dict]:
     rules, place = definition(folder, kind), RawLocation(str(folder))
     days = frozenset({day_number(DAY)})
     splits = place.splits(place.logs(rules), rules.logs, lambda ranges: [place.count_newlines(*r) for r in ranges])
-    return pa.concat_tables([t for split in splits for t in parse_split(place, split, rules, days, DAY, Layout(2))]).to_pylist()
+    return pa.concat_tables(
+        [t for split in splits for t in parse_split(place, split, rules, days, DAY, Layout(2))]
+    ).to_pylist()
 
 
 def refused(rows: list[dict]) -> list[dict]:
@@ -78,38 +83,57 @@ def text_of(bodies: list[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(bodies), pa.array(bodies, pa.binary()).buffers())
 
 
-@pytest.mark.parametrize(("column", "values", "reasons"), [
-    ("user", pa.array([1, 2.5, 3]), {2: "not_an_integer: user='2.5'"}),
-    ("user", pa.array([1, float("nan"), float("inf")]), {2: "missing_value: user='nan'", 3: "not_an_integer: user='inf'"}),
-    ("user", pa.array([1.0, 1e19], pa.float32()), {2: "not_an_integer: user="}),
-    ("user", pa.array([1, 2**63 + 5], pa.uint64()), {2: "too_large: user='9223372036854775813'"}),
-    ("user", pa.array([1, None, -3]), {2: "missing_value: user", 3: "out_of_range: user=-3"}),
-    ("user", pa.array(["1", "", "x", None]), {2: "missing_value: user", 3: "not_an_integer: user='x'", 4: "missing_value: user"}),
-    ("user", pa.array([b"1", b"\xff"], pa.large_binary()), {2: "not_utf8"}),
-    ("user", pa.array(["1", "two"]).dictionary_encode(), {2: "not_an_integer: user='two'"}),
-    ("user", pa.array([decimal.Decimal("1.000"), decimal.Decimal("2.500")]), {2: "not_an_integer: user='2.500'"}),
-    ("user", pa.array([decimal.Decimal(1), decimal.Decimal(10**30)], pa.decimal128(38, 0)), {2: "too_large: user='1000"}),
-    ("user", pa.array([1, 2], pa.int8()), {}),
-    ("user", pa.array([True, False, None]), {3: "missing_value: user"}),
-    ("user", pa.nulls(2), {1: "missing_value: user", 2: "missing_value: user"}),
-    ("item", pa.array(["x", "", None], pa.large_string()), {2: "missing_value: item", 3: "missing_value: item"}),
-    ("item", text_of([b"x", b"a\xffb", b"\xc3\xbc"]), {2: "not_utf8"}),
-    ("item", pa.array([b"x", b"\xff\xfe"], pa.binary()), {2: "not_utf8"}),
-    ("item", pa.array(["x", "a\0b"]), {2: "nul_byte"}),
-    ("item", pa.array([1, None, 3]), {2: "missing_value: item"}),
-    ("item", pa.array([1.5, float("nan")]), {2: "missing_value: item"}),
-    ("act", pa.array(["buy", "", None, "look"]), {4: "not_allowed: act='look'"}),
-    ("score", pa.array([1.0, float("nan"), float("inf"), None, 101.0]), {3: "not_a_decimal: score='inf'", 5: "out_of_range: score=101.0"}),
-    ("score", pa.array([1.5, np.inf], pa.float16()), {2: "not_a_decimal"}),
-    ("user", pa.array([3, -1, 4], pa.int32()), {2: "missing_value: user='-1'"}),
-    ("score", pa.array(["1.5", "1,5", ""]), {2: "not_a_decimal: score='1,5'"}),
-    ("score", pa.array([2**60 + 1]), {1: "out_of_range"}),
-    ("score", pa.array([decimal.Decimal("1.25"), None]), {}),
-    ("score", pa.array([True, False]), {}),
-    ("place", pa.array([1.5, None]), {1: "not_an_integer: place='1.5'"}),
-    ("at", pa.array([SECONDS, 12, None]), {2: "time_out_of_range: at=12", 3: "missing_value: at"}),
-    ("at", pa.array([float(SECONDS), SECONDS + 0.5]), {2: f"not_an_integer: at='{SECONDS}.5'"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "values", "reasons"),
+    [
+        ("user", pa.array([1, 2.5, 3]), {2: "not_an_integer: user='2.5'"}),
+        (
+            "user",
+            pa.array([1, float("nan"), float("inf")]),
+            {2: "missing_value: user='nan'", 3: "not_an_integer: user='inf'"},
+        ),
+        ("user", pa.array([1.0, 1e19], pa.float32()), {2: "not_an_integer: user="}),
+        ("user", pa.array([1, 2**63 + 5], pa.uint64()), {2: "too_large: user='9223372036854775813'"}),
+        ("user", pa.array([1, None, -3]), {2: "missing_value: user", 3: "out_of_range: user=-3"}),
+        (
+            "user",
+            pa.array(["1", "", "x", None]),
+            {2: "missing_value: user", 3: "not_an_integer: user='x'", 4: "missing_value: user"},
+        ),
+        ("user", pa.array([b"1", b"\xff"], pa.large_binary()), {2: "not_utf8"}),
+        ("user", pa.array(["1", "two"]).dictionary_encode(), {2: "not_an_integer: user='two'"}),
+        ("user", pa.array([decimal.Decimal("1.000"), decimal.Decimal("2.500")]), {2: "not_an_integer: user='2.500'"}),
+        (
+            "user",
+            pa.array([decimal.Decimal(1), decimal.Decimal(10**30)], pa.decimal128(38, 0)),
+            {2: "too_large: user='1000"},
+        ),
+        ("user", pa.array([1, 2], pa.int8()), {}),
+        ("user", pa.array([True, False, None]), {3: "missing_value: user"}),
+        ("user", pa.nulls(2), {1: "missing_value: user", 2: "missing_value: user"}),
+        ("item", pa.array(["x", "", None], pa.large_string()), {2: "missing_value: item", 3: "missing_value: item"}),
+        ("item", text_of([b"x", b"a\xffb", b"\xc3\xbc"]), {2: "not_utf8"}),
+        ("item", pa.array([b"x", b"\xff\xfe"], pa.binary()), {2: "not_utf8"}),
+        ("item", pa.array(["x", "a\0b"]), {2: "nul_byte"}),
+        ("item", pa.array([1, None, 3]), {2: "missing_value: item"}),
+        ("item", pa.array([1.5, float("nan")]), {2: "missing_value: item"}),
+        ("act", pa.array(["buy", "", None, "look"]), {4: "not_allowed: act='look'"}),
+        (
+            "score",
+            pa.array([1.0, float("nan"), float("inf"), None, 101.0]),
+            {3: "not_a_decimal: score='inf'", 5: "out_of_range: score=101.0"},
+        ),
+        ("score", pa.array([1.5, np.inf], pa.float16()), {2: "not_a_decimal"}),
+        ("user", pa.array([3, -1, 4], pa.int32()), {2: "missing_value: user='-1'"}),
+        ("score", pa.array(["1.5", "1,5", ""]), {2: "not_a_decimal: score='1,5'"}),
+        ("score", pa.array([2**60 + 1]), {1: "out_of_range"}),
+        ("score", pa.array([decimal.Decimal("1.25"), None]), {}),
+        ("score", pa.array([True, False]), {}),
+        ("place", pa.array([1.5, None]), {1: "not_an_integer: place='1.5'"}),
+        ("at", pa.array([SECONDS, 12, None]), {2: "time_out_of_range: at=12", 3: "missing_value: at"}),
+        ("at", pa.array([float(SECONDS), SECONDS + 0.5]), {2: f"not_an_integer: at='{SECONDS}.5'"}),
+    ],
+)
 def test_a_value_that_cannot_be_its_columns_refuses_its_row_alone(tmp_path, column, values, reasons):
     write(tmp_path, column, values)
     rows = parsed(tmp_path, "parquet")
@@ -122,7 +146,10 @@ def test_a_value_that_cannot_be_its_columns_refuses_its_row_alone(tmp_path, colu
 
 
 def test_a_refused_row_shows_its_bytes_and_is_filed_under_its_own_day(tmp_path):
-    table = {name: [value] * 2 for name, value in GOOD.items()} | {"item": pa.array([b"\xff\0", b"x"], pa.binary()), "at": [SECONDS - 86_400, SECONDS]}
+    table = {name: [value] * 2 for name, value in GOOD.items()} | {
+        "item": pa.array([b"\xff\0", b"x"], pa.binary()),
+        "at": [SECONDS - 86_400, SECONDS],
+    }
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     rows = parsed(tmp_path, "parquet")
     assert refused(rows) == []  # of the day before, which is not built here
@@ -132,36 +159,64 @@ def test_a_refused_row_shows_its_bytes_and_is_filed_under_its_own_day(tmp_path):
     assert json.loads(row["raw_text"])["item"] == "\\xff\\x00"
 
 
-@pytest.mark.parametrize(("column", "values", "wanted"), [
-    ("user", pa.array([[1], [2]]), "several values"),
-    ("item", pa.array([{"a": 1}]), "several values"),
-    ("score", pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "several values"),
-    ("place", pa.array([0], pa.time32("s")), "integer"),
-    ("at", pa.array([0], pa.date32()), "integer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "values", "wanted"),
+    [
+        ("user", pa.array([[1], [2]]), "several values"),
+        ("item", pa.array([{"a": 1}]), "several values"),
+        ("score", pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "several values"),
+        ("place", pa.array([0], pa.time32("s")), "integer"),
+        ("at", pa.array([0], pa.date32()), "integer"),
+    ],
+)
 def test_a_type_that_can_hold_no_such_value_is_told_of_the_file(tmp_path, column, values, wanted):
     write(tmp_path, column, values)
     with pytest.raises(StageError) as caught:
         parsed(tmp_path, "parquet")
-    assert all(text in caught.value.what for text in ("log.parquet", f"column {column}", str(values.type).split("<")[0].split("[")[0], wanted))
+    assert all(
+        text in caught.value.what
+        for text in ("log.parquet", f"column {column}", str(values.type).split("<")[0].split("[")[0], wanted)
+    )
 
 
 INTEGERS = st.one_of(st.none(), st.integers(-3, 100))
 TEXTS = st.one_of(st.none(), st.sampled_from(["", "view", "buy", "a,b", 'a"b', "ü", " "]))
 KINDS: dict[str, list[tuple[pa.DataType, Any]]] = {
-    "user": [(pa.int8(), INTEGERS), (pa.int64(), INTEGERS), (pa.float64(), st.one_of(INTEGERS, st.sampled_from([2.5, -0.5]))),
-             (pa.decimal128(12, 2), st.one_of(INTEGERS, st.just(decimal.Decimal("2.50")))), (pa.uint64(), st.one_of(st.none(), st.integers(0, 9), st.just(2**63 + 1))),
-             (pa.string(), st.sampled_from(["1", "22", "-1", "x", "", None, "1.5", "0x1"])), (pa.large_binary(), st.sampled_from([b"1", b"", b"x", None, b"\xff"])),
-             (pa.dictionary(pa.int32(), pa.string()), st.sampled_from(["1", "x", None]))],
-    "item": [(pa.string(), TEXTS), (pa.large_string(), TEXTS), (pa.dictionary(pa.int32(), pa.string()), TEXTS), (pa.int32(), INTEGERS),
-             (pa.binary(), st.sampled_from([b"x", b"", b"\xff", b"a\0b", None, "ü".encode()]))],
+    "user": [
+        (pa.int8(), INTEGERS),
+        (pa.int64(), INTEGERS),
+        (pa.float64(), st.one_of(INTEGERS, st.sampled_from([2.5, -0.5]))),
+        (pa.decimal128(12, 2), st.one_of(INTEGERS, st.just(decimal.Decimal("2.50")))),
+        (pa.uint64(), st.one_of(st.none(), st.integers(0, 9), st.just(2**63 + 1))),
+        (pa.string(), st.sampled_from(["1", "22", "-1", "x", "", None, "1.5", "0x1"])),
+        (pa.large_binary(), st.sampled_from([b"1", b"", b"x", None, b"\xff"])),
+        (pa.dictionary(pa.int32(), pa.string()), st.sampled_from(["1", "x", None])),
+    ],
+    "item": [
+        (pa.string(), TEXTS),
+        (pa.large_string(), TEXTS),
+        (pa.dictionary(pa.int32(), pa.string()), TEXTS),
+        (pa.int32(), INTEGERS),
+        (pa.binary(), st.sampled_from([b"x", b"", b"\xff", b"a\0b", None, "ü".encode()])),
+    ],
     "act": [(pa.string(), TEXTS), (pa.large_string(), TEXTS)],
-    "score": [(pa.float64(), st.one_of(st.none(), st.sampled_from([0.5, 7.25, 200.0, float("inf"), float("nan")]))), (pa.int16(), INTEGERS),
-              (pa.string(), st.sampled_from(["1.5", "1e2", "x", "", None, "nan"])), (pa.decimal128(9, 3), st.sampled_from([None, decimal.Decimal("5.125")]))],
-    "place": [(pa.int16(), INTEGERS), (pa.float32(), st.one_of(INTEGERS, st.just(0.5))), (pa.string(), st.sampled_from(["1", "", "b"]))],
-    "at": [(pa.int64(), st.sampled_from([SECONDS, SECONDS + 5, SECONDS - 86_400, 12, None])), (pa.float64(), st.sampled_from([float(SECONDS), SECONDS + 0.5, None])),
-           (pa.string(), st.sampled_from([str(SECONDS), "now", ""]))],
-}  # fmt: skip
+    "score": [
+        (pa.float64(), st.one_of(st.none(), st.sampled_from([0.5, 7.25, 200.0, float("inf"), float("nan")]))),
+        (pa.int16(), INTEGERS),
+        (pa.string(), st.sampled_from(["1.5", "1e2", "x", "", None, "nan"])),
+        (pa.decimal128(9, 3), st.sampled_from([None, decimal.Decimal("5.125")])),
+    ],
+    "place": [
+        (pa.int16(), INTEGERS),
+        (pa.float32(), st.one_of(INTEGERS, st.just(0.5))),
+        (pa.string(), st.sampled_from(["1", "", "b"])),
+    ],
+    "at": [
+        (pa.int64(), st.sampled_from([SECONDS, SECONDS + 5, SECONDS - 86_400, 12, None])),
+        (pa.float64(), st.sampled_from([float(SECONDS), SECONDS + 0.5, None])),
+        (pa.string(), st.sampled_from([str(SECONDS), "now", ""])),
+    ],
+}
 
 
 def cell(value: Any) -> bytes:
@@ -206,7 +261,9 @@ def test_the_same_rows_as_text_and_as_parquet_give_the_same(tmp_path_factory, lo
             if str(row["reason"]).startswith(("not_utf8", "nul_byte")):
                 row["reason"] = row["reason"].split(":")[0]  # the place is of the line, or of the value
         found[kind] = sorted(json.dumps(row, sort_keys=True) for row in rows if row["kind"] < COUNTED)
-        counts: collections.Counter = collections.Counter()  # one row for each batch, which a file of row groups has more of
+        counts: collections.Counter = (
+            collections.Counter()
+        )  # one row for each batch, which a file of row groups has more of
         for row in rows:
             if row["kind"] >= COUNTED:
                 counts[row["kind"], row["day"], row["reason"]] += row["row_number"]
@@ -220,6 +277,8 @@ def test_the_schema_of_a_file_is_read_once(tmp_path, monkeypatch):
     """On an object store it costs a request or two; a folder has thousands of files."""
     write(tmp_path, "user", pa.array([1, 2]))
     rules, place, read = definition(tmp_path, "parquet"), RawLocation(str(tmp_path)), []
-    monkeypatch.setattr(pq, "read_schema", lambda *given, real=pq.read_schema, **names: read.append(given) or real(*given, **names))
+    monkeypatch.setattr(
+        pq, "read_schema", lambda *given, real=pq.read_schema, **names: read.append(given) or real(*given, **names)
+    )
     assert "score" in place.header(place.logs(rules)[0], rules.logs)
     assert len(read) == 1

@@ -48,7 +48,10 @@ def read(lines: list[bytes], folder: Path) -> tuple[int, dict[int, str]]:
         (with_cell("tab", b"1.5"), "not_an_integer: tab='1.5'"),
         (with_cell("video_id", b"0x1A"), "not_an_integer: video_id='0x1A'"),
         (with_cell("video_id", b"9" * 30), "too_large: video_id='999"),
-        (with_cell("video_id", b"9223372036854775808"), "too_large: video_id='9223372036854775808' does not fit in 64 bits"),
+        (
+            with_cell("video_id", b"9223372036854775808"),
+            "too_large: video_id='9223372036854775808' does not fit in 64 bits",
+        ),
         (with_cell("video_id", b"9" * 5_000), "too_large: video_id='999"),
         (with_cell("video_id", b"NULL"), "missing_value: video_id='NULL'"),
         (GOOD[:40], "wrong_column_count: "),
@@ -84,7 +87,9 @@ def test_mutated_rows_are_read_or_refused_and_never_crash_or_vanish(tmp_path):
         line = bytearray(with_cell(rng.choice(COLUMNS), str(rng.choice([0, 1, -1, 10**17, 10**30])).encode()))
         for _ in range(rng.choice([0, 0, 1, 3])):
             position = rng.randrange(len(line))
-            line[position : position + rng.choice([0, 1, 5])] = bytes(rng.randrange(256) for _ in range(rng.choice([0, 1, 2])))
+            line[position : position + rng.choice([0, 1, 5])] = bytes(
+                rng.randrange(256) for _ in range(rng.choice([0, 1, 2]))
+            )
         lines.append(bytes(line).replace(b"\n", b"?"))
     # A trailing CR belongs to the line end, as everywhere.
     good, refused = read(lines, tmp_path)
@@ -94,7 +99,9 @@ def test_mutated_rows_are_read_or_refused_and_never_crash_or_vanish(tmp_path):
     assert all(reason.split(":")[0].replace("_", "").isalnum() for reason in refused.values())
 
 
-def rows_of(folder: Path, split_bytes: int, name: str = LOG, block_bytes: int = BLOCK_BYTES) -> tuple[list[int], list[int]]:
+def rows_of(
+    folder: Path, split_bytes: int, name: str = LOG, block_bytes: int = BLOCK_BYTES
+) -> tuple[list[int], list[int]]:
     """Read a file through its splits: users of its good rows, row numbers of the refused ones."""
     location = RawLocation(str(folder))
     file = next(f for f in location.logs(KUAIRAND) if f.name == name)
@@ -110,17 +117,30 @@ def good_and_bad(rows: int) -> list[bytes]:
 
 
 @settings(max_examples=30)
-@given(rows=st.integers(1, 60), split_bytes=st.integers(200, 2_000), block_bytes=st.integers(1, 2_500), last_newline=st.booleans())
-def test_splits_cover_a_file_once_with_right_row_numbers(tmp_path_factory, rows, split_bytes, block_bytes, last_newline):
+@given(
+    rows=st.integers(1, 60),
+    split_bytes=st.integers(200, 2_000),
+    block_bytes=st.integers(1, 2_500),
+    last_newline=st.booleans(),
+)
+def test_splits_cover_a_file_once_with_right_row_numbers(
+    tmp_path_factory, rows, split_bytes, block_bytes, last_newline
+):
     folder = tmp_path_factory.mktemp("raw")
     (folder / LOG).write_bytes(HEADER + b"\n" + b"\n".join(good_and_bad(rows)) + (b"\n" if last_newline else b""))
-    assert rows_of(folder, split_bytes, block_bytes=block_bytes) == ([u for u in range(rows) if u % 3 != 2], [u + 2 for u in range(rows) if u % 3 == 2])
+    assert rows_of(folder, split_bytes, block_bytes=block_bytes) == (
+        [u for u in range(rows) if u % 3 != 2],
+        [u + 2 for u in range(rows) if u % 3 == 2],
+    )
 
 
 def test_a_compressed_file_reads_as_the_plain_one(tmp_path):
     body = HEADER + b"\n" + b"\n".join(good_and_bad(500)) + b"\n"
     (tmp_path / f"{LOG}.gz").write_bytes(gzip.compress(body))
-    assert rows_of(tmp_path, 64 << 20, f"{LOG}.gz") == ([u for u in range(500) if u % 3 != 2], [u + 2 for u in range(500) if u % 3 == 2])
+    assert rows_of(tmp_path, 64 << 20, f"{LOG}.gz") == (
+        [u for u in range(500) if u % 3 != 2],
+        [u + 2 for u in range(500) if u % 3 == 2],
+    )
 
 
 def test_a_cut_compressed_file_gives_its_readable_rows_and_says_where_it_broke(tmp_path):
@@ -189,9 +209,24 @@ def test_columns_that_nobody_asked_for_and_another_order_change_nothing(tmp_path
     ("name", "rule", "first", "last"),
     [
         ("log_standard_4_08_to_4_21_1k.csv", KUAIRAND.logs.days_in_name, "2022-04-07", "2022-04-21"),
-        ("log_12_30_to_1_02.csv", NamedDays(pattern=r"_(?P<month>\d+)_(?P<day>\d+)_to_(?P<last_month>\d+)_(?P<last_day>\d+)", year=2021), "2021-12-30", "2022-01-02"),
-        ("events-2024-03-01.csv", NamedDays(pattern=r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"), "2024-03-01", "2024-03-01"),
-        ("events-2024-03-01.csv", NamedDays(pattern=r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)", zone="America/New_York"), "2024-03-01", "2024-03-02"),
+        (
+            "log_12_30_to_1_02.csv",
+            NamedDays(pattern=r"_(?P<month>\d+)_(?P<day>\d+)_to_(?P<last_month>\d+)_(?P<last_day>\d+)", year=2021),
+            "2021-12-30",
+            "2022-01-02",
+        ),
+        (
+            "events-2024-03-01.csv",
+            NamedDays(pattern=r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"),
+            "2024-03-01",
+            "2024-03-01",
+        ),
+        (
+            "events-2024-03-01.csv",
+            NamedDays(pattern=r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)", zone="America/New_York"),
+            "2024-03-01",
+            "2024-03-02",
+        ),
         ("events-2024-13-01.csv", NamedDays(pattern=r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"), None, None),
     ],
 )
@@ -202,4 +237,7 @@ def test_the_days_that_a_name_promises(name, rule, first, last):
 def test_a_file_is_read_only_for_days_that_it_may_hold(tmp_path):
     (tmp_path / LOG).write_bytes(HEADER)
     [file] = RawLocation(str(tmp_path)).logs(KUAIRAND)
-    assert [day for day in ("2022-04-06", "2022-04-07", "2022-04-21", "2022-04-22") if file.may_hold(day)] == ["2022-04-07", "2022-04-21"]
+    assert [day for day in ("2022-04-06", "2022-04-07", "2022-04-21", "2022-04-22") if file.may_hold(day)] == [
+        "2022-04-07",
+        "2022-04-21",
+    ]

@@ -48,8 +48,13 @@ window: {target_days: 3, lookback_days: 5}
 
 
 def write_feed(folder: Path) -> DatasetDefinition:
-    """Write the definition and the raw files of all days, with ordinary noise: weekdays, and days that differ by chance."""
-    simulation = Simulation(users=400, first_dt=FIRST, days=DAYS, length_scale=ROWS_A_DAY * DAYS / 400 / 12_450 * 1.1, items=600, seed=11)
+    """Write the definition and the raw files of all days, with ordinary noise.
+
+    Weekdays, and days that differ by chance.
+    """
+    simulation = Simulation(
+        users=400, first_dt=FIRST, days=DAYS, length_scale=ROWS_A_DAY * DAYS / 400 / 12_450 * 1.1, items=600, seed=11
+    )
     raw = folder / "raw"
     write_simulation(simulation, folder / "simulated")
     raw.mkdir()
@@ -63,7 +68,10 @@ def write_feed(folder: Path) -> DatasetDefinition:
         here = rng.random(simulation.users) < WEEK[(number + 3) % 7] * rng.uniform(0.97, 1.0)
         write_log(raw / log_name(dt), table.filter(pa.array((day == number) & here[table["user_id"].to_numpy()])))
     items = pacsv.read_csv(folder / "simulated" / "video_features_basic_sim.csv")
-    write_log(raw / "video_features_basic_sim.csv", items.set_column(0, "video_id", pa.array(other_id[items["video_id"].to_numpy()])))
+    write_log(
+        raw / "video_features_basic_sim.csv",
+        items.set_column(0, "video_id", pa.array(other_id[items["video_id"].to_numpy()])),
+    )
     shutil.copy(folder / "simulated" / "user_features_sim.csv", raw)
     (raw / "SIMULATED.json").write_text(json.dumps({"simulated": True}))
     path = folder / "feed.yaml"
@@ -135,13 +143,20 @@ class Feed:
         events_job.build_events(self.store, self.definition, RawLocation(str(self.raw)), build)
 
     def build_sequences(self, attempt: str, dt: str = DT) -> None:
-        sequences_job.build_sequences(self.store, self.definition, RawLocation(str(self.raw)), Window(dt, TARGET_DAYS, LOOKBACK_DAYS), attempt)
+        sequences_job.build_sequences(
+            self.store, self.definition, RawLocation(str(self.raw)), Window(dt, TARGET_DAYS, LOOKBACK_DAYS), attempt
+        )
 
     def run(self, attempt: str, dt: str = DT) -> StageError | None:
         """Run the chain of a day up to the training; return what stopped it."""
         steps: list[Callable[[], object]] = [
-            lambda: self.audit(attempt, dt).publish("raw"), lambda: self.build_events(attempt, dt), lambda: self.audit(attempt, dt).publish("events"),
-            lambda: self.build_sequences(attempt, dt), lambda: self.audit(attempt, dt).publish("sequences"), lambda: self.audit(attempt, dt).publish("training_input")]  # fmt: skip
+            lambda: self.audit(attempt, dt).publish("raw"),
+            lambda: self.build_events(attempt, dt),
+            lambda: self.audit(attempt, dt).publish("events"),
+            lambda: self.build_sequences(attempt, dt),
+            lambda: self.audit(attempt, dt).publish("sequences"),
+            lambda: self.audit(attempt, dt).publish("training_input"),
+        ]
         try:
             for step in steps:
                 step()
@@ -161,5 +176,8 @@ class Feed:
         """Stage a table as a job with a bug would: other rows, a manifest that fits them."""
         staged = self.store.staged(attempt, table, dt)
         assert staged is not None
-        files = tuple(self.store.write_file(staged.work, table, dt, file.bucket, change(self.store.read_file(file))) for file in staged.manifest.files)
+        files = tuple(
+            self.store.write_file(staged.work, table, dt, file.bucket, change(self.store.read_file(file)))
+            for file in staged.manifest.files
+        )
         self.store.write_staged_manifest(staged.work, replace(staged.manifest, files=files))

@@ -1,6 +1,6 @@
 """The gates, end to end through the real `main`: clean data is published, planted faults are stopped.
 
-    .venv/bin/python -m pytest tests/etl/quality -q
+.venv/bin/python -m pytest tests/etl/quality -q
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from etl.warehouse.store import Manifest, TableStore
 DATASET = "kuairand_simulated"
 DT = "2022-04-21"
 USERS, EVENTS_PER_USER, ITEM_COUNT = 20, 48, 30
-KUAIRAND_ITEMS = pa.schema([*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in dataset(DATASET).item_fields.items()]])
+KUAIRAND_ITEMS = pa.schema(
+    [*ITEMS, *[pa.field(name, item_field_type(rule.kind)) for name, rule in dataset(DATASET).item_fields.items()]]
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,22 @@ def store(tmp_path: Path) -> TableStore:
 
 
 def run(store: TableStore, stage: str, attempt: str, reports: Path, definition: str = DATASET) -> None:
-    audit.main(["--dataset", definition, "--warehouse", store.warehouse, "--dt", DT, "--attempt", attempt,
-                "--stage", stage, "--reports", str(reports)])  # fmt: skip
+    audit.main(
+        [
+            "--dataset",
+            definition,
+            "--warehouse",
+            store.warehouse,
+            "--dt",
+            DT,
+            "--attempt",
+            attempt,
+            "--stage",
+            stage,
+            "--reports",
+            str(reports),
+        ]
+    )
 
 
 def result(store: TableStore, attempt: str, stage: str) -> StageOutcome:
@@ -70,10 +86,21 @@ def statistics(store: TableStore, stage: str, dt: str = DT) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in read_stats(store, stage, dt, 1).to_pylist()}
 
 
-def stage_table(store: TableStore, attempt: str, table: str, dt: str, parts: list[pa.Table], **manifest: dict) -> Manifest:
+def stage_table(
+    store: TableStore, attempt: str, table: str, dt: str, parts: list[pa.Table], **manifest: dict
+) -> Manifest:
     work = store.begin_try(attempt, [table], [dt])
     files = tuple(store.write_file(work, table, dt, bucket, part) for bucket, part in enumerate(parts))
-    made = Manifest(store.dataset, table, dt, attempt, schema_fingerprint(parts[0].schema if parts else TABLES[table]), "test", files, **manifest)
+    made = Manifest(
+        store.dataset,
+        table,
+        dt,
+        attempt,
+        schema_fingerprint(parts[0].schema if parts else TABLES[table]),
+        "test",
+        files,
+        **manifest,
+    )
     store.write_staged_manifest(work, made)
     return made
 
@@ -96,7 +123,11 @@ def events_table(dt: str = DT, seed: int = 0) -> pa.Table:
     rng = np.random.default_rng([seed, day_number(dt)])
     rows = USERS * EVENTS_PER_USER
     user = np.repeat(np.arange(USERS), EVENTS_PER_USER)
-    time_ms = day_number(dt) * MS_PER_DAY + np.tile(np.arange(EVENTS_PER_USER) * 1_800_000, USERS) + rng.integers(0, 60_000, rows)
+    time_ms = (
+        day_number(dt) * MS_PER_DAY
+        + np.tile(np.arange(EVENTS_PER_USER) * 1_800_000, USERS)
+        + rng.integers(0, 60_000, rows)
+    )
     return pa.table(
         {
             "user_id": user,
@@ -111,7 +142,9 @@ def events_table(dt: str = DT, seed: int = 0) -> pa.Table:
     ).cast(EVENTS)
 
 
-def stage_events(store: TableStore, attempt: str, dt: str = DT, table: pa.Table | None = None, lost_rows: int = 0) -> Manifest:
+def stage_events(
+    store: TableStore, attempt: str, dt: str = DT, table: pa.Table | None = None, lost_rows: int = 0
+) -> Manifest:
     table = events_table(dt) if table is None else table
     counts = {"rows_read": table.num_rows + 3 + lost_rows, "events": table.num_rows, "duplicates": 2, "quarantined": 1}
     refused = pa.table({"source_file": ["log.csv"], "row_number": [7], "reason": ["bad_time: x"], "raw_text": ["a,b"]})
@@ -125,7 +158,9 @@ def set_column(table: pa.Table, name: str, values: np.ndarray | list) -> pa.Tabl
     return table.set_column(table.schema.names.index(name), field, pa.array(values, field.type))
 
 
-def test_clean_events_are_published_and_documented(store: TableStore, reports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_events_are_published_and_documented(
+    store: TableStore, reports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     attempt = "clean-events"
     days = [add_days(DT, -back) for back in (2, 1, 0)]
     staged = {day: stage_events(store, attempt, day) for day in days}
@@ -135,7 +170,9 @@ def test_clean_events_are_published_and_documented(store: TableStore, reports: P
         assert store.require("events", day).data_digest == staged[day].data_digest
         assert store.require("quarantine", day).rows == 1
     out = capsys.readouterr().out
-    assert out.index(f"published events dt={days[0]}") < out.index(f"published events dt={DT}")  # the partition's own day is last
+    assert out.index(f"published events dt={days[0]}") < out.index(
+        f"published events dt={DT}"
+    )  # the partition's own day is last
     found = result(store, attempt, "events")
     assert found.max_severity is None
     assert found.simulated is True
@@ -143,13 +180,17 @@ def test_clean_events_are_published_and_documented(store: TableStore, reports: P
     for page in {outcome.data_docs for outcome in found.outcomes}:
         assert f"{attempt}-events" in page
         assert "</html>" in Path(page).read_text()
-    assert 'href="../index.html"' in (reports / "data_docs" / "index.html").read_text()  # the pages' home: all partitions
+    assert (
+        'href="../index.html"' in (reports / "data_docs" / "index.html").read_text()
+    )  # the pages' home: all partitions
 
     run(store, "events", attempt, reports)  # a retry after success
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_publication_cut_short_is_finished_by_a_retry(store: TableStore, reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publication_cut_short_is_finished_by_a_retry(
+    store: TableStore, reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = "cut-short"
     staged = stage_events(store, attempt)
     first = staged.files[0]
@@ -197,7 +238,9 @@ def unknown_feedback_bit() -> pa.Table:
         ("unknown-bit", unknown_feedback_bit, 0, "feedback_out_of_range_count"),
     ],
 )
-def test_faulty_events_are_stopped(store: TableStore, reports: Path, fault: str, table, lost_rows: int, column: str) -> None:
+def test_faulty_events_are_stopped(
+    store: TableStore, reports: Path, fault: str, table, lost_rows: int, column: str
+) -> None:
     stage_events(store, "before", table=events_table(seed=1))
     store.publish("before", "events", DT)
     digest = store.require("events", DT).data_digest
@@ -214,7 +257,9 @@ def test_faulty_events_are_stopped(store: TableStore, reports: Path, fault: str,
     assert result(store, attempt, "events").max_severity == "critical"
 
 
-def test_a_day_with_fewer_rows_than_are_published_is_stopped_unless_somebody_accepts_it(store: TableStore, reports: Path) -> None:
+def test_a_day_with_fewer_rows_than_are_published_is_stopped_unless_somebody_accepts_it(
+    store: TableStore, reports: Path
+) -> None:
     before = events_table()
     stage_events(store, "before", table=before)
     store.publish("before", "events", DT)
@@ -232,7 +277,9 @@ def test_a_day_with_fewer_rows_than_are_published_is_stopped_unless_somebody_acc
 
 
 def test_fault_on_a_lookback_day_stops_every_day(store: TableStore, reports: Path) -> None:
-    stage_events(store, "lookback", add_days(DT, -1), table=set_column(events_table(add_days(DT, -1)), "feedback", np.zeros(960)))
+    stage_events(
+        store, "lookback", add_days(DT, -1), table=set_column(events_table(add_days(DT, -1)), "feedback", np.zeros(960))
+    )
     stage_events(store, "lookback")
     with pytest.raises(StageError, match=r"label_rate.*2022-04-20"):
         run(store, "events", "lookback", reports)
@@ -265,7 +312,9 @@ def test_dropped_column_is_named(store: TableStore, reports: Path) -> None:
     assert store.manifest("events", DT) is None
 
 
-def test_warning_is_published_although_success_is_false(store: TableStore, reports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_is_published_although_success_is_false(
+    store: TableStore, reports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = events_table()
     user = table["user_id"].to_numpy()
     staged = stage_events(store, "warned", table=set_column(table, "user_id", np.where(user < 11, 0, user)))
@@ -294,7 +343,14 @@ def test_nothing_staged_says_what_to_run(store: TableStore, reports: Path) -> No
 # ---- sequences and training input ----------------------------------------------------------------------------------
 
 TARGET_DAYS, LOOKBACK_DAYS = 2, 4
-SETTINGS = {"target_days": TARGET_DAYS, "lookback_days": LOOKBACK_DAYS, "evaluation_days": 1, "cutoff": "event", "availability_lag_ms": 0, "max_events": 100}
+SETTINGS = {
+    "target_days": TARGET_DAYS,
+    "lookback_days": LOOKBACK_DAYS,
+    "evaluation_days": 1,
+    "cutoff": "event",
+    "availability_lag_ms": 0,
+    "max_events": 100,
+}
 
 
 def user_rows() -> dict[str, list]:
@@ -336,18 +392,44 @@ def items_table() -> pa.Table:
 
 
 def stage_sequences(
-    store: TableStore, attempt: str, rows: dict[str, list] | None = None, items: pa.Table | None = None, settings: dict[str, int] = SETTINGS,
+    store: TableStore,
+    attempt: str,
+    rows: dict[str, list] | None = None,
+    items: pa.Table | None = None,
+    settings: dict[str, int] = SETTINGS,
     without_fields: int = 0,
 ) -> Manifest:
     table = pa.table(rows or user_rows(), schema=SEQUENCES)
     split = table["target_split"].combine_chunks().flatten().to_pylist()
     days = [add_days(DT, -back) for back in range(LOOKBACK_DAYS)]
     inputs = {f"events/dt={day}": m.data_digest for day in days if (m := store.manifest("events", day)) is not None}
-    counts = {"users": USERS, "targets": 3 * USERS, "train_targets": split.count(TRAIN), "validation_targets": split.count(VALIDATION),
-              "eval_targets": split.count(EVALUATION), "history_events": 4 * USERS, "truncated_users": 0}  # fmt: skip
-    stage_table(store, attempt, "items", DT, [items_table() if items is None else items], counts={"without_fields": without_fields})
-    return stage_table(store, attempt, "sequences", DT, [table.slice(0, 7), table.slice(7)], counts=counts, inputs=inputs,
-                       settings=settings)  # fmt: skip
+    counts = {
+        "users": USERS,
+        "targets": 3 * USERS,
+        "train_targets": split.count(TRAIN),
+        "validation_targets": split.count(VALIDATION),
+        "eval_targets": split.count(EVALUATION),
+        "history_events": 4 * USERS,
+        "truncated_users": 0,
+    }
+    stage_table(
+        store,
+        attempt,
+        "items",
+        DT,
+        [items_table() if items is None else items],
+        counts={"without_fields": without_fields},
+    )
+    return stage_table(
+        store,
+        attempt,
+        "sequences",
+        DT,
+        [table.slice(0, 7), table.slice(7)],
+        counts=counts,
+        inputs=inputs,
+        settings=settings,
+    )
 
 
 def publish_events(store: TableStore, seed: int = 0) -> None:
@@ -371,7 +453,9 @@ def test_clean_sequences_are_published_then_fit_for_training(store: TableStore, 
     run(store, "training_input", "clean", reports)
     found = result(store, "clean", "training_input")
     assert found.max_severity is None
-    assert {len(outcome.observed) for outcome in found.outcomes if outcome.suite == "training_window"} == {LOOKBACK_DAYS}
+    assert {len(outcome.observed) for outcome in found.outcomes if outcome.suite == "training_window"} == {
+        LOOKBACK_DAYS
+    }
     assert statistics(store, "training_input")["unseen_eval_item_share"] == 1 / (2 * USERS)  # item 0 never occurred
 
     publish_events(store, seed=5)  # the events are published anew: what was built from the old ones is stale
@@ -515,10 +599,14 @@ def own_definition(folder: Path, *lines: str) -> str:
 
 
 def test_fields_of_the_data_set_belong_to_the_contract_of_events(tmp_path: Path, reports: Path) -> None:
-    definition = own_definition(tmp_path, "events: {item_fields: {seller: {column: video_id, kind: id}, brand: {column: tab}}}")
+    definition = own_definition(
+        tmp_path, "events: {item_fields: {seller: {column: video_id, kind: id}, brand: {column: tab}}}"
+    )
     store = TableStore(str(tmp_path / "warehouse"), "own")
     table = events_table()
-    whole = table.append_column("seller", table["item_id"]).append_column("brand", pa.array(["a", None] * (table.num_rows // 2)))
+    whole = table.append_column("seller", table["item_id"]).append_column(
+        "brand", pa.array(["a", None] * (table.num_rows // 2))
+    )
     staged = stage_events(store, "whole", table=whole)
     run(store, "events", "whole", reports, definition)
     assert store.require("events", DT).data_digest == staged.data_digest
@@ -527,8 +615,13 @@ def test_fields_of_the_data_set_belong_to_the_contract_of_events(tmp_path: Path,
     stage_events(store, "lacking", table=whole.drop_columns(["brand"]))
     with pytest.raises(StageError, match=r"no column brand \(string\)"):
         run(store, "events", "lacking", reports, definition)
-    stage_events(store, "other-type", table=set_column(whole, "brand", ["a"] * table.num_rows).drop_columns(["seller"])
-                 .append_column("seller", pa.array(["a"] * table.num_rows)))  # fmt: skip
+    stage_events(
+        store,
+        "other-type",
+        table=set_column(whole, "brand", ["a"] * table.num_rows)
+        .drop_columns(["seller"])
+        .append_column("seller", pa.array(["a"] * table.num_rows)),
+    )
     with pytest.raises(StageError, match="column seller is string, not int64"):
         run(store, "events", "other-type", reports, definition)
     stage_events(store, "extra", table=whole.append_column("colour", whole["brand"]))
@@ -543,7 +636,9 @@ def test_fields_of_the_data_set_belong_to_the_contract_of_items(store: TableStor
     assert store.manifest("items", DT) is None
 
 
-def test_item_files_that_describe_few_items_are_ordinary_and_such_that_describe_none_are_not(store: TableStore, reports: Path) -> None:
+def test_item_files_that_describe_few_items_are_ordinary_and_such_that_describe_none_are_not(
+    store: TableStore, reports: Path
+) -> None:
     stage_sequences(store, "few", without_fields=ITEM_COUNT - 1)
     run(store, "sequences", "few", reports)
     assert failures(store, "few", "sequences", "warning") == {"without_fields_share"}
@@ -577,14 +672,34 @@ def test_items_out_of_order_are_stopped(store: TableStore, reports: Path) -> Non
 
 
 def test_importing_the_audit_stays_light() -> None:
-    code = "import sys, etl.quality.judge.audit; sys.exit(any(m in sys.modules for m in ('great_expectations', 'pandas')))"
+    code = (
+        "import sys, etl.quality.judge.audit; sys.exit(any(m in sys.modules for m in ('great_expectations', 'pandas')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_error_reaches_the_command_line(store: TableStore, reports: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "etl.quality.judge.audit", "--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT,
-         "--attempt", "none", "--stage", "events", "--reports", str(reports)],
-        capture_output=True, text=True, check=False)  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "etl.quality.judge.audit",
+            "--dataset",
+            DATASET,
+            "--warehouse",
+            store.warehouse,
+            "--dt",
+            DT,
+            "--attempt",
+            "none",
+            "--stage",
+            "events",
+            "--reports",
+            str(reports),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "remedy: run `python -m etl.jobs.events`" in done.stderr

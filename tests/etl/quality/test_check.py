@@ -1,6 +1,6 @@
 """Validating by hand: the gate's own result, as an exit code and as JSON, and nothing changed.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_check.py -q
+.venv/bin/python -m pytest tests/etl/quality/test_check.py -q
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ def arguments(store: TableStore, *more: str) -> list[str]:
     return ["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json", *more]
 
 
-@pytest.mark.parametrize(("table", "code", "severity"), [(events_table, 0, None), (bot, 4, "warning"), (all_zero_labels, 3, "critical")])
-def test_a_check_says_what_the_gate_will_say_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], table, code: int, severity: str | None) -> None:
+@pytest.mark.parametrize(
+    ("table", "code", "severity"), [(events_table, 0, None), (bot, 4, "warning"), (all_zero_labels, 3, "critical")]
+)
+def test_a_check_says_what_the_gate_will_say_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table, code: int, severity: str | None
+) -> None:
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "tried", table=table())
     before = files(store)
@@ -60,7 +64,9 @@ def test_a_check_says_what_the_gate_will_say_and_changes_nothing(tmp_path: Path,
     else:
         run(store, "events", "tried", tmp_path / "reports")
     for each in ("critical", "warning", "info"):
-        assert {o["column"] for o in found["outcomes"] if not o["success"] and o["severity"] == each} == failures(store, "tried", "events", each)
+        assert {o["column"] for o in found["outcomes"] if not o["success"] and o["severity"] == each} == failures(
+            store, "tried", "events", each
+        )
     [outcome] = read_outcomes(store, DT, "tried")
     assert [o["observed"] for o in found["outcomes"]] == [o.observed for o in outcome.outcomes]
     [statistics] = found["statistics"]
@@ -78,13 +84,31 @@ def test_without_an_attempt_the_published_day_is_checked(tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["attempt"] is None
 
 
-def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its files are no longer where its manifest says: publication has moved them."""
     path = tmp_path / "own.yaml"
     own = {"table": "events", "severity": "critical", "reason": "a test", "remedy": "none"}
-    path.write_text(yaml.safe_dump({"extends": DATASET, "name": "own", "quality": {
-        "conditions": [{**own, "name": "known", "sql": "user_id >= 0"}],
-        "expectations": [{**own, "name": "present", "expectation": "ExpectColumnValuesToNotBeNull", "arguments": {"column": "item_id"}}]}}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "extends": DATASET,
+                "name": "own",
+                "quality": {
+                    "conditions": [{**own, "name": "known", "sql": "user_id >= 0"}],
+                    "expectations": [
+                        {
+                            **own,
+                            "name": "present",
+                            "expectation": "ExpectColumnValuesToNotBeNull",
+                            "arguments": {"column": "item_id"},
+                        }
+                    ],
+                },
+            }
+        )
+    )
     store = TableStore(str(tmp_path / "warehouse"), "own")
     stage_events(store, "first")
     for table in ("quarantine", "events"):
@@ -95,7 +119,10 @@ def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(t
     stage_table(store, "second", "quarantine", DT, [])
     store.publish("second", "quarantine", DT)
     monkeypatch.setattr(TableStore, "manifest", lambda self, table, dt: held.get(table) if dt == DT else None)
-    assert check.main(["--dataset", str(path), "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json"]) == 0
+    assert (
+        check.main(["--dataset", str(path), "--warehouse", store.warehouse, "--dt", DT, "--stage", "events", "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["max_severity"] is None
     assert {"known", "present"} <= {one["column"] for one in found["outcomes"]}
@@ -104,6 +131,11 @@ def test_a_day_that_is_published_anew_while_it_is_checked_is_checked_as_it_was(t
 def test_standard_output_is_json_alone(tmp_path: Path) -> None:
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     stage_events(store, "tried", table=all_zero_labels())
-    done = subprocess.run([sys.executable, "-m", "etl.quality.judge.check", *arguments(store, "--attempt", "tried")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "etl.quality.judge.check", *arguments(store, "--attempt", "tried")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 3
     assert json.loads(done.stdout)["stage"] == "events"

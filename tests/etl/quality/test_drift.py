@@ -1,6 +1,6 @@
 """Measures of drift: their definitions, and what is not judged.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_drift.py -q
+.venv/bin/python -m pytest tests/etl/quality/test_drift.py -q
 """
 
 from __future__ import annotations
@@ -47,20 +47,42 @@ def test_a_day_that_is_not_turned_or_has_no_profile_is_not_shifted() -> None:
 
 def day(rows: float = 5_000, rate: float = 0.4, **more: float) -> dict[str, float]:
     hours = dict(zip(HOURS, PROFILE / PROFILE.sum(), strict=True))
-    return {"rows": rows, "label_rate": rate, "action_rate_click": rate, "action_rate_like": 0.02, "known_user_share": 0.9, "known_item_share": 0.9,
-            "item_popularity_correlation": 0.8, "duration_mismatch_share": 0.0, "largest_user_share": 0.05, "watch_time_ms_p50": 4_000.0,
-            "context_share_1": 0.7, "context_share_2": 0.3, **hours, **more}  # fmt: skip
+    return {
+        "rows": rows,
+        "label_rate": rate,
+        "action_rate_click": rate,
+        "action_rate_like": 0.02,
+        "known_user_share": 0.9,
+        "known_item_share": 0.9,
+        "item_popularity_correlation": 0.8,
+        "duration_mismatch_share": 0.0,
+        "largest_user_share": 0.05,
+        "watch_time_ms_p50": 4_000.0,
+        "context_share_1": 0.7,
+        "context_share_2": 0.3,
+        **hours,
+        **more,
+    }
 
 
 def drift_of(today: dict[str, float], trailing: list[dict[str, float]]) -> dict[str, float]:
     return measured(COMPARED, EventsCompared.of(today, trailing, ("click", "like"), ("context",), DRIFT))[0]
 
 
-@pytest.mark.parametrize(("today", "trailing"), [(day(), [day()] * (DRIFT.min_trailing_days - 1)), (day(rows=DRIFT.min_rows - 1), [day()] * 7),
-                                                 (day(), [day(rows=DRIFT.min_rows - 1)] * 7), (day(), [])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("today", "trailing"),
+    [
+        (day(), [day()] * (DRIFT.min_trailing_days - 1)),
+        (day(rows=DRIFT.min_rows - 1), [day()] * 7),
+        (day(), [day(rows=DRIFT.min_rows - 1)] * 7),
+        (day(), []),
+    ],
+)
 def test_first_days_and_small_days_are_not_compared(today: dict[str, float], trailing: list[dict[str, float]]) -> None:
     found = drift_of(today, trailing)
-    assert [name for name, value in found.items() if not math.isnan(value) and name != "rows_to_trailing_extremes"] == []
+    assert [
+        name for name, value in found.items() if not math.isnan(value) and name != "rows_to_trailing_extremes"
+    ] == []
 
 
 def test_a_rare_label_is_not_judged_by_its_rate() -> None:
@@ -85,6 +107,10 @@ def test_a_thin_hour_is_told_apart_from_a_missing_one() -> None:
 
 
 def test_new_values_are_told_by_field() -> None:
-    found = vocabulary_drift({"tab_share_a": 0.9, "tab_share_b": 0.1, "kind_share_x": 1.0}, [{"tab_share_a": 1.0, "kind_share_x": 1.0}], ("tab", "kind"))
+    found = vocabulary_drift(
+        {"tab_share_a": 0.9, "tab_share_b": 0.1, "kind_share_x": 1.0},
+        [{"tab_share_a": 1.0, "kind_share_x": 1.0}],
+        ("tab", "kind"),
+    )
     assert found.new_share == pytest.approx(0.1)
     assert "tab has the new value(s) b (10.00%)" in found.new

@@ -1,6 +1,6 @@
 """Gates in a job's own process: the same verdict as the gate's, taken over only for the bytes that were judged.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_in_job.py -q
+.venv/bin/python -m pytest tests/etl/quality/test_in_job.py -q
 """
 
 from __future__ import annotations
@@ -44,13 +44,35 @@ def judged_again(*_: object) -> None:
 
 
 def run_job(feed: Feed, job, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
-    definition = next(path for path in (feed.folder, feed.reports.parent) if (path / "feed.yaml").exists()) / "feed.yaml"
-    monkeypatch.setattr(sys, "argv", ["job", "--dataset", str(definition), "--warehouse", feed.store.warehouse, "--dt", DT, "--attempt", ATTEMPT,
-                                      "--raw", str(feed.raw), "--reports", str(feed.reports), *more])  # fmt: skip
+    definition = (
+        next(path for path in (feed.folder, feed.reports.parent) if (path / "feed.yaml").exists()) / "feed.yaml"
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "job",
+            "--dataset",
+            str(definition),
+            "--warehouse",
+            feed.store.warehouse,
+            "--dt",
+            DT,
+            "--attempt",
+            ATTEMPT,
+            "--raw",
+            str(feed.raw),
+            "--reports",
+            str(feed.reports),
+            *more,
+        ],
+    )
     job.main()
 
 
-def test_the_gate_publishes_what_the_job_has_judged_without_judging_again(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_publishes_what_the_job_has_judged_without_judging_again(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for stage, job in (("events", events_job), ("sequences", sequences_job)):
         run_job(feed, job, monkeypatch)
         assert feed.store.manifest(stage, DT) is None
@@ -59,8 +81,17 @@ def test_the_gate_publishes_what_the_job_has_judged_without_judging_again(feed: 
             patch.setattr(audit_module, "validate", judged_again)
             feed.audit(ATTEMPT).publish(stage)
         assert feed.store.require(stage, DT).attempt == ATTEMPT
-    assert {stage: outcome.max_severity for stage, outcome in feed.outcomes(ATTEMPT).items()} == {"raw": None, "events": None, "sequences": None}
-    assert all(Path(o.data_docs).exists() for outcome in feed.outcomes(ATTEMPT).values() for o in outcome.outcomes if o.data_docs)
+    assert {stage: outcome.max_severity for stage, outcome in feed.outcomes(ATTEMPT).items()} == {
+        "raw": None,
+        "events": None,
+        "sequences": None,
+    }
+    assert all(
+        Path(o.data_docs).exists()
+        for outcome in feed.outcomes(ATTEMPT).values()
+        for o in outcome.outcomes
+        if o.data_docs
+    )
     assert not list(Path(feed.store.root).rglob("judged.json"))
 
 
@@ -71,7 +102,10 @@ def test_what_tasks_measure_is_what_the_gate_measures(feed: Feed, monkeypatch: p
     audit = feed.audit(ATTEMPT)
     ahead = audit._judged_ahead(audit._staged("sequences"))
     assert ahead is not None
-    measured = {stage: audit_module.numbers(metrics) for stage, _, metrics in feed.audit(ATTEMPT).partition.measure("sequences").statistics}
+    measured = {
+        stage: audit_module.numbers(metrics)
+        for stage, _, metrics in feed.audit(ATTEMPT).partition.measure("sequences").statistics
+    }
     assert [stage for stage, _, _ in ahead[1]] == list(measured)
     for stage, _, metrics in ahead[1]:
         assert metrics == pytest.approx(measured[stage], nan_ok=True)

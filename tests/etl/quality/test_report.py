@@ -1,6 +1,7 @@
-"""The page of a partition: it says what failed and what to do, shows rows of untrusted logs as text, and is always written.
+"""The page of a partition: it says what failed and what to do, shows rows of untrusted logs as text, and is always
+written.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_report.py -q
+.venv/bin/python -m pytest tests/etl/quality/test_report.py -q
 """
 
 from __future__ import annotations
@@ -55,9 +56,15 @@ class Reader(HTMLParser):
 
 
 def outcome(severity: str, success: bool = False, column: str = "label_rate", **changes) -> Outcome:
-    made = {"suite": "events_days", "expectation": "expect_column_values_to_be_between", "observed": {DT: 0.12}, "expected": {"min_value": 0.25},
-            "remedy": "look at the raw files of the day", "message": f"{column} is 0.12, at least 0.25 was expected",
-            "data_docs": "/r/data_docs/uncommitted/validations/events_days/run/time/batch.html"}  # fmt: skip
+    made = {
+        "suite": "events_days",
+        "expectation": "expect_column_values_to_be_between",
+        "observed": {DT: 0.12},
+        "expected": {"min_value": 0.25},
+        "remedy": "look at the raw files of the day",
+        "message": f"{column} is 0.12, at least 0.25 was expected",
+        "data_docs": "/r/data_docs/uncommitted/validations/events_days/run/time/batch.html",
+    }
     return Outcome(column=column, severity=severity, success=success, **{**made, **changes})
 
 
@@ -66,8 +73,17 @@ def gate(stage: str, severity: str | None, *outcomes: Outcome) -> StageOutcome:
 
 
 def partition(*gates: StageOutcome, **changes) -> Partition:
-    made = {"dataset": DATASET, "simulated": True, "dt": DT, "attempt": ATTEMPT, "stopped_by": "", "stats": {}, "quarantine": None,
-            "data_docs": {}, "written_at_ms": 1_650_585_600_000}  # fmt: skip
+    made = {
+        "dataset": DATASET,
+        "simulated": True,
+        "dt": DT,
+        "attempt": ATTEMPT,
+        "stopped_by": "",
+        "stats": {},
+        "quarantine": None,
+        "data_docs": {},
+        "written_at_ms": 1_650_585_600_000,
+    }
     return Partition(outcomes=gates, **{**made, **changes})
 
 
@@ -97,10 +113,30 @@ def test_the_worst_severity_of_all_gates_is_the_verdict(gates, stopped_by, verdi
 
 def test_a_failure_is_told_with_severity_values_bounds_remedy_and_its_data_docs_page() -> None:
     path = outcome("critical").data_docs
-    gates = [gate("raw", None), gate("events", "critical", outcome("warning", column="hours_covered"), outcome("critical"), outcome("critical", True, "users"))]
-    page = Reader(partition_page(partition(*gates, data_docs={path: "../../data docs/batch.html"}), [], "../../../index.html"))
-    for said in ("SIMULATED DATA", DATASET, DT, ATTEMPT, "raw: passed", "events: stopped", "label_rate is 0.12", "0.25",
-                 "look at the raw files of the day"):  # fmt: skip
+    gates = [
+        gate("raw", None),
+        gate(
+            "events",
+            "critical",
+            outcome("warning", column="hours_covered"),
+            outcome("critical"),
+            outcome("critical", True, "users"),
+        ),
+    ]
+    page = Reader(
+        partition_page(partition(*gates, data_docs={path: "../../data docs/batch.html"}), [], "../../../index.html")
+    )
+    for said in (
+        "SIMULATED DATA",
+        DATASET,
+        DT,
+        ATTEMPT,
+        "raw: passed",
+        "events: stopped",
+        "label_rate is 0.12",
+        "0.25",
+        "look at the raw files of the day",
+    ):
         assert said in page.text
     assert page.text.index("critical") < page.text.index("hours_covered")  # the worst first
     assert "users is" not in page.text  # what held is Great Expectations' pages' business
@@ -109,7 +145,11 @@ def test_a_failure_is_told_with_severity_values_bounds_remedy_and_its_data_docs_
 
 
 def test_a_gate_that_stopped_before_its_expectations_says_why() -> None:
-    page = Reader(partition_page(partition(gate("raw", None), stopped_by="file a.parquet has no column user_id\n  remedy: rebuild"), [], "x"))
+    page = Reader(
+        partition_page(
+            partition(gate("raw", None), stopped_by="file a.parquet has no column user_id\n  remedy: rebuild"), [], "x"
+        )
+    )
     assert "no column user_id\n  remedy: rebuild" in page.text
 
 
@@ -127,14 +167,35 @@ def test_a_page_needs_nothing_beside_it() -> None:
 def test_rows_of_untrusted_logs_are_text() -> None:
     row = {"source_file": EVIL, "row_number": 7, "reason": f"bad_time: {EVIL}", "raw_text": EVIL * 100}
     made = partition(
-        gate("events", "critical", outcome("critical", column=EVIL, observed={EVIL: EVIL}, expected=[EVIL], remedy=EVIL, message=EVIL, data_docs=EVIL)),
-        quarantine=Quarantine(1, {EVIL: 1}, [row]), stats={"events": {EVIL: {DT: 1.0}}}, data_docs={EVIL: f"javascript:{EVIL}"}, dataset=EVIL, attempt=EVIL,
-    )  # fmt: skip
-    for html in (partition_page(made, draw({"events": {f"action_rate_{EVIL}": {DT: 1.0}, "action_rate_b": {DT: 0.5}}}, DT), "x"), index_page([("a.html", summary(made))])):
+        gate(
+            "events",
+            "critical",
+            outcome(
+                "critical",
+                column=EVIL,
+                observed={EVIL: EVIL},
+                expected=[EVIL],
+                remedy=EVIL,
+                message=EVIL,
+                data_docs=EVIL,
+            ),
+        ),
+        quarantine=Quarantine(1, {EVIL: 1}, [row]),
+        stats={"events": {EVIL: {DT: 1.0}}},
+        data_docs={EVIL: f"javascript:{EVIL}"},
+        dataset=EVIL,
+        attempt=EVIL,
+    )
+    for html in (
+        partition_page(made, draw({"events": {f"action_rate_{EVIL}": {DT: 1.0}, "action_rate_b": {DT: 0.5}}}, DT), "x"),
+        index_page([("a.html", summary(made))]),
+    ):
         page = Reader(html)
         assert "script" not in page.tags
         assert not any(name.startswith("on") for name, _ in page.attributes)
-        assert not any(str(value).lower().startswith("javascript:") for name, value in page.attributes if name == "href")
+        assert not any(
+            str(value).lower().startswith("javascript:") for name, value in page.attributes if name == "href"
+        )
         assert not set("\x00\x1b\u202e") & set(html)
         assert EVIL[:20] in page.text  # and it is shown
     assert "\\x1b[31m" in page.text or "\\x1b[31m" in Reader(partition_page(made, [], "x")).text
@@ -149,18 +210,29 @@ def test_long_rows_are_cut_and_say_so() -> None:
 
 def test_refused_rows_are_counted_by_reason_and_shown() -> None:
     row = {"source_file": "log.csv", "row_number": 71, "reason": "bad_time: 0", "raw_text": "1,2,3"}
-    text = Reader(partition_page(partition(quarantine=Quarantine(1234, {"bad_time": 1200, "bad_id": 34}, [row])), [], "x")).text
+    text = Reader(
+        partition_page(partition(quarantine=Quarantine(1234, {"bad_time": 1200, "bad_id": 34}, [row])), [], "x")
+    ).text
     for said in ("1,234 raw rows", "1,200", "34", "log.csv", "71", "bad_time: 0", "1,2,3"):
         assert said in text
 
 
 def test_the_index_has_the_newest_partition_and_attempt_first() -> None:
     def entry(dt: str, attempt: str, at: int, *gates: StageOutcome) -> tuple[str, dict]:
-        made = partition(*gates, dt=dt, attempt=attempt, written_at_ms=at, data_docs={"/r/validations/events_days/b.html": "../../../d/b.html"})
+        made = partition(
+            *gates,
+            dt=dt,
+            attempt=attempt,
+            written_at_ms=at,
+            data_docs={"/r/validations/events_days/b.html": "../../../d/b.html"},
+        )
         return f"partitions/{DATASET}/dt={dt}/{attempt}.html", summary(made)
 
-    entries = [entry("2022-04-20", "day-before", 9, gate("raw", None)), entry(DT, "early", 1, gate("events", "critical", outcome("critical"))),
-               entry(DT, "late", 2, gate("events", "warning", outcome("warning")))]  # fmt: skip
+    entries = [
+        entry("2022-04-20", "day-before", 9, gate("raw", None)),
+        entry(DT, "early", 1, gate("events", "critical", outcome("critical"))),
+        entry(DT, "late", 2, gate("events", "warning", outcome("warning"))),
+    ]
     html = index_page(entries)
     page = Reader(html)
     assert page.text.index("late") < page.text.index("early") < page.text.index("day-before")
@@ -177,9 +249,16 @@ def test_the_index_has_the_newest_partition_and_attempt_first() -> None:
 def test_statistics_are_drawn_over_days_in_the_colours_of_the_page() -> None:
     days = [add_days(DT, -back) for back in range(20, -1, -1)]
     hours = {f"hour_share_{hour:02d}": dict.fromkeys(days, 1 / 24) for hour in range(24)}
-    series = {"events": {"rows": dict.fromkeys(days, 100.0), "label_rate": {**dict.fromkeys(days, 0.3), DT: None}, "action_rate_click": {DT: 0.3},
-                         "action_rate_like": {DT: 0.1}, **hours},
-              "sequences": {"history_length_p50": {DT: 10.0}, "history_length_p99": {DT: 9000.0}}}  # fmt: skip
+    series = {
+        "events": {
+            "rows": dict.fromkeys(days, 100.0),
+            "label_rate": {**dict.fromkeys(days, 0.3), DT: None},
+            "action_rate_click": {DT: 0.3},
+            "action_rate_like": {DT: 0.1},
+            **hours,
+        },
+        "sequences": {"history_length_p50": {DT: 10.0}, "history_length_p99": {DT: 9000.0}},
+    }
     plots = {plot.title: plot for plot in draw(series, DT)}
     assert any("hour" in title for title in plots)
     assert plots["Events: action rates"].lines == ("click", "like")
@@ -194,8 +273,14 @@ def test_statistics_are_drawn_over_days_in_the_colours_of_the_page() -> None:
 
 
 def test_days_after_the_partition_and_before_the_data_are_not_drawn() -> None:
-    [plot] = draw({"events": {"rows": {DT: 5.0, "2022-04-20": 0.0, "2022-04-19": 4.0, "2022-04-18": 0.0, "2022-04-25": 9.0}}}, DT)
-    assert {day for day in ("04-18", "04-19", "04-20", "04-21", "04-25") if day in plot.svg} == {"04-19", "04-20", "04-21"}
+    [plot] = draw(
+        {"events": {"rows": {DT: 5.0, "2022-04-20": 0.0, "2022-04-19": 4.0, "2022-04-18": 0.0, "2022-04-25": 9.0}}}, DT
+    )
+    assert {day for day in ("04-18", "04-19", "04-20", "04-21", "04-25") if day in plot.svg} == {
+        "04-19",
+        "04-20",
+        "04-21",
+    }
 
 
 def test_nothing_kept_draws_nothing() -> None:
@@ -208,10 +293,14 @@ def test_nothing_kept_draws_nothing() -> None:
 
 def refuse(store: TableStore, reasons: list[str], attempt: str = ATTEMPT) -> None:
     count = len(reasons)
-    rows = pa.table([["log.csv"] * count, list(range(count)), reasons, [f"raw {row}" for row in range(count)]], schema=QUARANTINE)
+    rows = pa.table(
+        [["log.csv"] * count, list(range(count)), reasons, [f"raw {row}" for row in range(count)]], schema=QUARANTINE
+    )
     work = store.begin_try(attempt, ["quarantine"], [DT])
     files = (store.write_file(work, "quarantine", DT, 0, rows),)
-    store.write_staged_manifest(work, Manifest(DATASET, "quarantine", DT, attempt, schema_fingerprint(QUARANTINE), "test", files))
+    store.write_staged_manifest(
+        work, Manifest(DATASET, "quarantine", DT, attempt, schema_fingerprint(QUARANTINE), "test", files)
+    )
 
 
 def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore, tmp_path: Path) -> None:
@@ -227,26 +316,49 @@ def test_a_stopped_attempt_shows_what_it_measured_and_refused(store: TableStore,
     assert "7,777" in text
     assert "8,888" not in text  # another attempt's day
     assert "100 to 200" in text  # the days before
-    assert f"etl.quality.judge.pass_once --dataset {DATASET} --warehouse {store.warehouse} --dt {DT} --stage events --attempt {ATTEMPT} --reason" in text
+    assert (
+        f"etl.quality.judge.pass_once --dataset {DATASET} --warehouse {store.warehouse} --dt {DT} --stage events"
+        f" --attempt {ATTEMPT} --reason" in text
+    )
     assert re.search(r"bad_time\s*30", text)
     assert re.search(r"bad_id\s*2", text)
     assert "raw 31" in text  # a rare reason is in the sample, too
     assert ATTEMPT in (tmp_path / "reports" / "index.html").read_text()
 
 
-def test_refused_rows_of_a_day_that_was_published_anew_meanwhile_are_shown(store: TableStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_rows_of_a_day_that_was_published_anew_meanwhile_are_shown(
+    store: TableStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse(store, ["bad_time: 1"] * 3)
     held = store.publish(ATTEMPT, "quarantine", DT)
     refuse(store, ["bad_id: 5"], "later")
     store.publish("later", "quarantine", DT)
-    monkeypatch.setattr(TableStore, "manifest", lambda self, table, dt: held if (table, dt) == ("quarantine", DT) else None)
+    monkeypatch.setattr(
+        TableStore, "manifest", lambda self, table, dt: held if (table, dt) == ("quarantine", DT) else None
+    )
     report.write(dataset(DATASET), store, DT, ATTEMPT, tmp_path / "reports", "")
     assert re.search(r"bad_time\s*3", Reader(report_page(tmp_path / "reports", DATASET, DT, ATTEMPT).read_text()).text)
 
 
-def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_the_summary(
+    store: TableStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_outcome(store, gate("events", "warning", outcome("warning")))
-    report.main(["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--attempt", ATTEMPT, "--reports", str(tmp_path), "--json"])
+    report.main(
+        [
+            "--dataset",
+            DATASET,
+            "--warehouse",
+            store.warehouse,
+            "--dt",
+            DT,
+            "--attempt",
+            ATTEMPT,
+            "--reports",
+            str(tmp_path),
+            "--json",
+        ]
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "warned"
     assert found["failed"]["warning"] == ["events: label_rate is 0.12, at least 0.25 was expected"]
@@ -255,16 +367,21 @@ def test_the_command_line_prints_the_summary(store: TableStore, tmp_path: Path, 
 def gate_of(tmp_path: Path, body: str, reports: Path, more: str = "") -> subprocess.CompletedProcess[str]:
     """Run a gate with its report in a process of its own, until both have ended."""
     code = (
-        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.judge.page_process import written_after\nfrom etl.warehouse.store import TableStore\n"
-        f"store = TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\n"
-        f"with written_after({DATASET!r}, store, {DT!r}, {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
+        "from pathlib import Path\nfrom etl.stage.errors import StageError\nfrom etl.quality.judge.page_process import"
+        " written_after\nfrom etl.warehouse.store import TableStore\nstore ="
+        f" TableStore({str(tmp_path / 'warehouse')!r}, {DATASET!r})\nwith written_after({DATASET!r}, store, {DT!r},"
+        f" {ATTEMPT!r}, Path({str(reports)!r}){more}):\n    {body}\n"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=Path(report.__file__).parents[3], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(report.__file__).parents[3], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_page_is_written_when_a_gate_stops_and_the_gates_own_error_is_kept(tmp_path: Path) -> None:
     for more in ("", ", only_stopped=True"):
-        done = gate_of(tmp_path, "raise StageError('file a.parquet has no column user_id', 'rebuild it')", tmp_path, more)
+        done = gate_of(
+            tmp_path, "raise StageError('file a.parquet has no column user_id', 'rebuild it')", tmp_path, more
+        )
         page = report_page(tmp_path, DATASET, DT, ATTEMPT)
         assert done.returncode == 1
         assert "StageError: file a.parquet has no column user_id" in done.stderr
@@ -318,7 +435,10 @@ def test_old_data_docs_go_whole_and_no_report_links_to_them(store: TableStore, t
     pages = {}
     for attempt, days_old in (("oldest", 61), ("middle", 59), ("newest", 0)):
         pages[attempt] = validation(tmp_path, attempt, days_old)
-        write_outcome(store, replace(gate("events", "warning", outcome("warning", data_docs=str(pages[attempt]))), attempt=attempt))
+        write_outcome(
+            store,
+            replace(gate("events", "warning", outcome("warning", data_docs=str(pages[attempt]))), attempt=attempt),
+        )
         report.write(dataset(DATASET), store, DT, attempt, tmp_path, "")
     shown = report_page(tmp_path, DATASET, DT, "oldest")
     assert "data_docs" in shown.read_text()
@@ -367,9 +487,13 @@ def test_old_reports_go_and_the_index_knows(store: TableStore, tmp_path: Path) -
 
 def test_messages_are_whole() -> None:
     message = "the missing_hour_count of the day " + "and so on " * 200 + "END"
-    html = partition_page(partition(gate("events", "critical", outcome("critical", message=message, remedy=message))), [], "index.html")
+    html = partition_page(
+        partition(gate("events", "critical", outcome("critical", message=message, remedy=message))), [], "index.html"
+    )
     assert html.count("END") == 2
-    assert summary(partition(gate("events", "critical", outcome("critical", message=message))))["failed"]["critical"] == [f"events: {message}"]
+    assert summary(partition(gate("events", "critical", outcome("critical", message=message))))["failed"][
+        "critical"
+    ] == [f"events: {message}"]
 
 
 def test_values_of_another_attempt_are_marked(store: TableStore, tmp_path: Path) -> None:

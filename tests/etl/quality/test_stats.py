@@ -1,6 +1,6 @@
 """Vectorised list metrics against the plainest possible loops.
 
-    .venv/bin/python -m pytest tests/etl/quality/test_stats.py -q
+.venv/bin/python -m pytest tests/etl/quality/test_stats.py -q
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def table(rows: list) -> pa.Table:
         columns["history_time_ms"].append(history)
         for name in ("history_item_index", "history_feedback", "history_watch_bucket"):
             columns[name].append([0] * len(history))
-        for name, values in zip(("target_time_ms", "target_history_end", "target_split"), zip(*targets, strict=True) if targets else [()] * 3, strict=True):
+        for name, values in zip(
+            ("target_time_ms", "target_history_end", "target_split"),
+            zip(*targets, strict=True) if targets else [()] * 3,
+            strict=True,
+        ):
             columns[name].append(list(values))
         for name in ("target_item_index", "target_label", "target_context"):
             columns[name].append([0] * len(targets))
@@ -51,17 +55,25 @@ def falls(values: list[int]) -> int:
 
 
 @settings(max_examples=100)
-@given(users, st.sampled_from([None, DAY_MS, DAY_MS - 3]), st.sampled_from(["event", "day_start"]), st.sampled_from([0, 2]))
+@given(
+    users, st.sampled_from([None, DAY_MS, DAY_MS - 3]), st.sampled_from(["event", "day_start"]), st.sampled_from([0, 2])
+)
 def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | None, cutoff: str, lag: int) -> None:
     items = pa.table({"item_index": [0], "item_id": [3], "train_occurrences": [1]})
     part = table(rows)
     # Two buckets, the second a slice with an offset: Arrow's offsets then do not start at 0.
     rules = sequences.SequenceRules(DT, 2, first_evaluation_ms, History(cutoff=cutoff, availability_lag_ms=lag))
-    buckets = [sequences.measured_bucket(users, items["train_occurrences"].to_numpy(), rules) for users in (part.slice(0, 2), part.slice(2))]
+    buckets = [
+        sequences.measured_bucket(users, items["train_occurrences"].to_numpy(), rules)
+        for users in (part.slice(0, 2), part.slice(2))
+    ]
     facts = sequences.SequencesFacts(buckets, items["item_index"].to_numpy(), items["item_id"].to_numpy(), {})
     row, _ = measured(SUITES["sequences"].metrics, facts)
     in_range = [(h, t, end) for h, targets in rows for t, end, _ in targets if 0 <= end <= len(h)]
-    assert row["leak_count"] == sum(any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end]) for h, t, end in in_range)
+    assert row["leak_count"] == sum(
+        any(time >= (t // MS_PER_DAY * MS_PER_DAY if cutoff == "day_start" else t) - lag for time in h[:end])
+        for h, t, end in in_range
+    )
     assert row["history_end_out_of_range_count"] == sum(len(targets) for _, targets in rows) - len(in_range)
     assert row["history_disorder_count"] == sum(falls(h) for h, _ in rows)
     assert row["target_disorder_count"] == sum(falls([t for t, *_ in targets]) for _, targets in rows)
@@ -72,7 +84,9 @@ def test_list_metrics_equal_plain_loops(rows: list, first_evaluation_ms: int | N
     late = [first_evaluation_ms is not None and t >= first_evaluation_ms for _, targets in rows for t, *_ in targets]
     evaluated = [first_evaluation_ms is not None and split == EVALUATION for split in splits]
     unknown = [split not in (TRAIN, VALIDATION, EVALUATION) for split in splits]
-    assert row["split_wrong_count"] == sum(u or one != other for u, one, other in zip(unknown, late, evaluated, strict=True))
+    assert row["split_wrong_count"] == sum(
+        u or one != other for u, one, other in zip(unknown, late, evaluated, strict=True)
+    )
     labelled = [code for _, targets in rows for *_, code in targets if code == TRAIN]
     assert row["train_label_rate"] == 0 or not labelled  # all labels of the table are 0
     assert row["history_events"] == sum(len(h) for h, _ in rows)
@@ -82,22 +96,36 @@ def events_of(rows: int, users: int) -> pa.Table:
     """Return events of one day, of so many users, half of them with bit 0."""
     index = np.arange(rows)
     zeros = np.zeros(rows, np.int64)
-    return pa.table({"user_id": index % users, "item_id": index, "event_time_ms": DAY_MS + index, "feedback": index % 2, "watch_time_ms": zeros,
-                     "duration_ms": zeros, "context": zeros, "is_random": zeros.astype(bool)}).cast(EVENTS)
+    return pa.table(
+        {
+            "user_id": index % users,
+            "item_id": index,
+            "event_time_ms": DAY_MS + index,
+            "feedback": index % 2,
+            "watch_time_ms": zeros,
+            "duration_ms": zeros,
+            "context": zeros,
+            "is_random": zeros.astype(bool),
+        }
+    ).cast(EVENTS)
 
 
 SMALL = EventSettings(min_hour_rows=1, min_judged_rows=1, min_judged_users=1)
 SIGNALS = tuple("abcdefgh")
 
 
-def row_of(
-    events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventSettings = SMALL, **changes
-) -> Row:
+def row_of(events: pa.Table, trailing: Sequence[int] = (10, 10, 10), limits: EventSettings = SMALL, **changes) -> Row:
     facts = {"counts": {"rows_read": events.num_rows}, "label_bit": 0, **changes}
     day = EventsDay(
-        DT, True, events, quarantine_rows=0, trailing_rows=trailing, settings=Thresholds(events=limits), signals=SIGNALS,
+        DT,
+        True,
+        events,
+        quarantine_rows=0,
+        trailing_rows=trailing,
+        settings=Thresholds(events=limits),
+        signals=SIGNALS,
         **facts,
-    )  # fmt: skip
+    )
     return measured(SUITES["events_days"].metrics, day)[0]
 
 
@@ -134,6 +162,7 @@ def test_a_day_after_sparse_days_is_not_judged_by_what_is_missing() -> None:
 
 def test_a_share_of_duplicates_needs_rows() -> None:
     limits = EventSettings(min_judged_rows=200)
+
     def share(read: int) -> float:
         counts = {"rows_read": read, "duplicates": 50}
         return row_of(events_of(1, 1), [], limits, counts=counts)["duplicate_share"]

@@ -129,9 +129,7 @@ def events_facts(table: pa.Table) -> EventsDay:
     clean = events_table().num_rows
     counts = {"rows_read": clean, "events": clean, "duplicates": 0, "quarantined": 0}
     signals = ("click", "like")
-    return EventsDay(
-        DT, True, table, counts, 0, [clean] * 3, SETTINGS, signals, 0, rows_to_keep=clean
-    )  # fmt: skip
+    return EventsDay(DT, True, table, counts, 0, [clean] * 3, SETTINGS, signals, 0, rows_to_keep=clean)
 
 
 def sequences_facts(table: pa.Table) -> SequencesFacts:

@@ -17,17 +17,21 @@ KUAIRAND = dataset("kuairand")
 
 
 def sampled(rows, history=None, **rule):
-    definition = KUAIRAND.model_copy(update={"targets": KUAIRAND.targets.model_copy(update={"label": None, "negatives": Negatives(**rule)}),
-                                             "history": KUAIRAND.history.model_copy(update=history or {})})  # fmt: skip
+    definition = KUAIRAND.model_copy(
+        update={
+            "targets": KUAIRAND.targets.model_copy(update={"label": None, "negatives": Negatives(**rule)}),
+            "history": KUAIRAND.history.model_copy(update=history or {}),
+        }
+    )
     table = events_table(rows)
     items, counts = np.unique(table["item_id"].to_numpy(), return_counts=True)
     found, figures = sequence_rows(table, items, counts, {}, WINDOW, definition)
     return found.to_pylist(), figures, items
 
 
-logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 14), st.integers(0, 6 * 24 - 1)), min_size=1, max_size=80).map(
-    lambda rows: [(u, i, FIRST_MS + hour * 3_600_000, 1) for u, i, hour in rows]
-)
+logs = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 14), st.integers(0, 6 * 24 - 1)), min_size=1, max_size=80
+).map(lambda rows: [(u, i, FIRST_MS + hour * 3_600_000, 1) for u, i, hour in rows])
 
 
 @settings(max_examples=100)
@@ -41,7 +45,9 @@ def test_a_negative_is_no_item_that_the_user_had_met(rows, per_positive, way):
             if user == row["user_id"]:
                 first_met.setdefault(item, time_ms)
         positive = None
-        for index, time_ms, label in zip(row["target_item_index"], row["target_time_ms"], row["target_label"], strict=True):
+        for index, time_ms, label in zip(
+            row["target_item_index"], row["target_time_ms"], row["target_label"], strict=True
+        ):
             targets += 1
             if label:
                 positive = items[index]
@@ -55,7 +61,10 @@ def test_a_negative_is_no_item_that_the_user_had_met(rows, per_positive, way):
 
 def test_draws_hang_on_partition_and_user_and_on_nothing_else():
     rng = np.random.default_rng(0)
-    rows = [(int(u), int(i), FIRST_MS + int(h) * 3_600_000, 1) for u, i, h in zip(rng.integers(0, 5, 200), rng.integers(0, 40, 200), rng.integers(0, 143, 200), strict=True)]
+    rows = [
+        (int(u), int(i), FIRST_MS + int(h) * 3_600_000, 1)
+        for u, i, h in zip(rng.integers(0, 5, 200), rng.integers(0, 40, 200), rng.integers(0, 143, 200), strict=True)
+    ]
     once, _, items = sampled(rows, per_positive=2)
     again, _, _ = sampled(list(reversed(rows)), per_positive=2)
     assert once == again
@@ -92,7 +101,9 @@ def test_own_history_gives_items_of_the_users_past():
 def test_own_history_ends_where_the_targets_history_does(most):
     # The row stores all 59 for its later targets; a target's own history is the `most` items before it.
     mine = [(1, 10 + k, FIRST_MS + 3 * MS_PER_DAY + k, 1) for k in range(60)]
-    found, figures, items = sampled([*mine, (2, 999, FIRST_MS, 1)], history={"max_events": most}, per_positive=2, draw={"own_history": 1.0})
+    found, figures, items = sampled(
+        [*mine, (2, 999, FIRST_MS, 1)], history={"max_events": most}, per_positive=2, draw={"own_history": 1.0}
+    )
     [row] = found
     assert figures["negatives"] > 100
     assert len(row["history_item_index"]) == 59
@@ -112,10 +123,14 @@ def test_a_user_who_met_everything_gets_none_and_is_counted():
 
 def test_positions_choose_targets_from_the_end():
     tmall = dataset("tmall")
-    rule = tmall.targets.model_copy(update={"min_events": 4, "positions": Positions(train=(-3, -5), validation=(-2,), evaluation=(-1,))})
+    rule = tmall.targets.model_copy(
+        update={"min_events": 4, "positions": Positions(train=(-3, -5), validation=(-2,), evaluation=(-1,))}
+    )
     definition = tmall.model_copy(update={"targets": rule})
     user = np.array([1] * 6 + [2] * 3 + [3] * 7)
-    feedback = np.array([1] * 6 + [1] * 3 + [1, 1, 2, 1, 2, 1, 1], dtype=np.int16)  # user 3: two carts, which are no targets
+    feedback = np.array(
+        [1] * 6 + [1] * 3 + [1, 1, 2, 1, 2, 1, 1], dtype=np.int16
+    )  # user 3: two carts, which are no targets
     split = target_splits(user, np.arange(16), feedback, WINDOW, definition)
     assert split[:6].tolist() == [-1, TRAIN, -1, TRAIN, VALIDATION, EVALUATION]
     assert split[6:9].tolist() == [-1, -1, -1]  # too few events

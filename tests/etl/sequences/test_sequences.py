@@ -27,10 +27,18 @@ def events_table(rows: list[tuple[int, int, int, int]]) -> pa.Table:
     user, item, time_ms, feedback = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
     n = len(rows)
     return pa.table(
-        {"user_id": user, "item_id": item, "event_time_ms": time_ms, "feedback": feedback, "watch_time_ms": [500] * n,
-         "duration_ms": [1000] * n, "context": [1] * n, "is_random": [False] * n},
+        {
+            "user_id": user,
+            "item_id": item,
+            "event_time_ms": time_ms,
+            "feedback": feedback,
+            "watch_time_ms": [500] * n,
+            "duration_ms": [1000] * n,
+            "context": [1] * n,
+            "is_random": [False] * n,
+        },
         schema=EVENTS,
-    )  # fmt: skip
+    )
 
 
 KUAIRAND = dataset("kuairand")
@@ -44,13 +52,18 @@ def build(rows, history: History | None = None, definition: DatasetDefinition = 
 
 
 # A coarse clock, so that pages of one time are common.
-logs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6 * 24 - 1), st.integers(0, 3)), max_size=120).map(
-    lambda rows: [(u, i, FIRST_MS + hour * 3_600_000, f) for u, i, hour, f in rows]
-)
+logs = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 6 * 24 - 1), st.integers(0, 3)), max_size=120
+).map(lambda rows: [(u, i, FIRST_MS + hour * 3_600_000, f) for u, i, hour, f in rows])
 
 
 @settings(max_examples=60)
-@given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]), most=st.sampled_from([1, 3, 1000]))
+@given(
+    rows=logs,
+    cutoff=st.sampled_from(["event", "day_start"]),
+    lag=st.sampled_from([0, 3_600_000, 5 * 3_600_000]),
+    most=st.sampled_from([1, 3, 1000]),
+)
 def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cutoff, lag, most):
     (table, counts), _items = build(rows, History(cutoff=cutoff, availability_lag_ms=lag, max_events=most))
     first_target_ms = day_number(WINDOW.first_target_dt) * MS_PER_DAY
@@ -74,9 +87,15 @@ def test_every_target_sees_exactly_the_latest_events_strictly_before_it(rows, cu
 
 
 @settings(max_examples=150)
-@given(rows=logs, cutoff=st.sampled_from(["event", "day_start"]), lag=st.sampled_from([0, 3_600_000, 30 * 3_600_000]), most=st.sampled_from([1, 2, 5, 1000]),
-       of=st.sampled_from([None, KUAIRAND.feedback_fields[:1], KUAIRAND.feedback_fields[:2]]), target_of=st.sampled_from([None, KUAIRAND.feedback_fields[1:2]]),
-       positions=st.sampled_from([None, Positions(train=(-4, -3), validation=(-2,), evaluation=(-1,))]))  # fmt: skip
+@given(
+    rows=logs,
+    cutoff=st.sampled_from(["event", "day_start"]),
+    lag=st.sampled_from([0, 3_600_000, 30 * 3_600_000]),
+    most=st.sampled_from([1, 2, 5, 1000]),
+    of=st.sampled_from([None, KUAIRAND.feedback_fields[:1], KUAIRAND.feedback_fields[:2]]),
+    target_of=st.sampled_from([None, KUAIRAND.feedback_fields[1:2]]),
+    positions=st.sampled_from([None, Positions(train=(-4, -3), validation=(-2,), evaluation=(-1,))]),
+)
 def test_what_a_model_reads_of_each_target_is_what_the_rule_says(rows, cutoff, lag, most, of, target_of, positions):
     targets = KUAIRAND.targets.model_copy(update={"of": target_of, "positions": positions})
     definition = KUAIRAND.model_copy(update={"targets": targets})
@@ -90,9 +109,18 @@ def test_what_a_model_reads_of_each_target_is_what_the_rule_says(rows, cutoff, l
         past = [r for r in mine if of is None or any(r[3] & bits[name] for name in of)]
         here = flat.targets_of(user)
         for target, time_ms in zip(range(here.start, here.stop), row["target_time_ms"], strict=True):
-            before = [r for r in past if r[2] < (time_ms if cutoff == "event" else time_ms // MS_PER_DAY * MS_PER_DAY) - lag]
-            seen = slice(*(int(flat.history_start[user] + place[target]) for place in (flat.target_first, flat.target_end)))
-            got = zip(items[flat.history_item[seen]], flat.history_time_ms[seen], flat.history_interaction[seen] // WATCH_BUCKETS, strict=True)
+            before = [
+                r for r in past if r[2] < (time_ms if cutoff == "event" else time_ms // MS_PER_DAY * MS_PER_DAY) - lag
+            ]
+            seen = slice(
+                *(int(flat.history_start[user] + place[target]) for place in (flat.target_first, flat.target_end))
+            )
+            got = zip(
+                items[flat.history_item[seen]],
+                flat.history_time_ms[seen],
+                flat.history_interaction[seen] // WATCH_BUCKETS,
+                strict=True,
+            )
             assert list(got) == [(r[1], r[2], r[3]) for r in before[-most:]]
         truncated += len(before) > most  # of the last target, hence of any
         # Stored are max_events and what lies between the first and the last target, no more.
@@ -124,7 +152,10 @@ def test_users_without_a_target_have_no_row():
 
 
 @settings(max_examples=50)
-@given(ids=st.lists(st.one_of(st.integers(0, 30), st.integers(-(2**62), 2**62)), min_size=1, max_size=30), draws=st.lists(st.integers(0, 10**6), max_size=50))
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 30), st.integers(-(2**62), 2**62)), min_size=1, max_size=30),
+    draws=st.lists(st.integers(0, 10**6), max_size=50),
+)
 def test_items_are_found_whether_their_ids_are_dense_or_hashes(ids, draws):
     known = np.unique(np.array(ids, dtype=np.int64))
     item = known[np.array(draws, dtype=np.int64) % len(known)]
@@ -144,8 +175,16 @@ def test_watch_buckets():
 
 def test_items_are_dense_sorted_and_joined_to_their_first_fields():
     counts = {"": pa.table({"item_id": [2, 5, 9], "occurrences": [1, 2, 3], "train_occurrences": [1, 2, 0]})}
-    fields = pa.table({"video_id": ["9", "2", "2"], "author_id": ["7", "", "8"], "video_duration": ["87433.0", "", "1"],
-                       "video_type": ["AD", "NORMAL", "X"], "upload_type": ["a", "b", "c"], "tag": ["12,65", "", "3"]})  # fmt: skip
+    fields = pa.table(
+        {
+            "video_id": ["9", "2", "2"],
+            "author_id": ["7", "", "8"],
+            "video_duration": ["87433.0", "", "1"],
+            "video_type": ["AD", "NORMAL", "X"],
+            "upload_type": ["a", "b", "c"],
+            "tag": ["12,65", "", "3"],
+        }
+    )
     rows = item_rows(counts, [fields], KUAIRAND).to_pylist()
     assert [r["item_index"] for r in rows] == [0, 1, 2]
     assert (rows[0]["author_id"], rows[0]["item_type"], rows[0]["categories"]) == (None, "NORMAL", [])
@@ -153,14 +192,21 @@ def test_items_are_dense_sorted_and_joined_to_their_first_fields():
     assert (rows[2]["author_id"], rows[2]["duration_ms"], rows[2]["categories"]) == (7, 87433, ["12", "65"])
 
 
-occurrences = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50), st.sampled_from([None, "a", "b", "c"])), min_size=1, max_size=60)
+occurrences = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 50), st.sampled_from([None, "a", "b", "c"])), min_size=1, max_size=60
+)
 
 
 @settings(max_examples=50)
 @given(rows=occurrences, cuts=st.lists(st.integers(0, 60), max_size=3))
 def test_an_item_has_the_latest_value_of_the_log_however_the_log_is_cut(rows, cuts):
-    table = pa.table({"item_id": pa.array([r[0] for r in rows], pa.int64()), "event_time_ms": pa.array([r[1] for r in rows], pa.int64()),
-                      "category": pa.array([r[2] for r in rows], pa.string())})  # fmt: skip
+    table = pa.table(
+        {
+            "item_id": pa.array([r[0] for r in rows], pa.int64()),
+            "event_time_ms": pa.array([r[1] for r in rows], pa.int64()),
+            "category": pa.array([r[2] for r in rows], pa.string()),
+        }
+    )
     tmall = dataset("tmall")
     rule = {"category": tmall.item_fields["category"]}
     edges = [0, *sorted(min(c, len(rows)) for c in cuts), len(rows)]

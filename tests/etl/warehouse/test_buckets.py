@@ -40,23 +40,54 @@ def test_each_bucket_holds_about_the_mean(kind, buckets):
 
 def test_the_bucket_of_a_user_never_changes():
     # Published days lie by it: another result would tear users apart.
-    assert Layout(64).bucket_of(np.array([0, 1, 2, 1 << 40, -1, 7_412_408_520_282_046_469])).tolist() == [47, 1, 14, 9, 32, 45]
+    assert Layout(64).bucket_of(np.array([0, 1, 2, 1 << 40, -1, 7_412_408_520_282_046_469])).tolist() == [
+        47,
+        1,
+        14,
+        9,
+        32,
+        45,
+    ]
     assert Layout(64, "product").bucket_of(np.array([1, 2, 3])).tolist() == [28, 57, 22]
 
 
 @settings(max_examples=30)
-@given(layouts=st.lists(st.builds(Layout, st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.sampled_from(sorted(HASHES))), min_size=1, max_size=4),
-       users=st.lists(st.integers(0, 2**62), min_size=1, max_size=40, unique=True), seed=st.integers(0, 99))
+@given(
+    layouts=st.lists(
+        st.builds(Layout, st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.sampled_from(sorted(HASHES))),
+        min_size=1,
+        max_size=4,
+    ),
+    users=st.lists(st.integers(0, 2**62), min_size=1, max_size=40, unique=True),
+    seed=st.integers(0, 99),
+)
 def test_days_of_any_layouts_give_every_row_once_in_the_order_of_days(tmp_path_factory, layouts, users, seed):
     store = TableStore(str(tmp_path_factory.mktemp("w")), "d")
     rng, days = np.random.default_rng(seed), []
     for number, layout in enumerate(layouts):
         who = np.sort(rng.choice(users, rng.integers(0, len(users) + 1), replace=False))
-        rows = pa.table({f.name: pa.array(np.full(len(who), number) if f.name == "event_time_ms" else who if f.name == "user_id" else np.zeros(len(who)), f.type)
-                         if f.name != "is_random" else pa.array(np.zeros(len(who), bool)) for f in EVENTS}, schema=EVENTS)  # fmt: skip
+        rows = pa.table(
+            {
+                f.name: pa.array(
+                    np.full(len(who), number)
+                    if f.name == "event_time_ms"
+                    else who
+                    if f.name == "user_id"
+                    else np.zeros(len(who)),
+                    f.type,
+                )
+                if f.name != "is_random"
+                else pa.array(np.zeros(len(who), bool))
+                for f in EVENTS
+            },
+            schema=EVENTS,
+        )
         bucket = layout.bucket_of(who) if len(who) else np.zeros(0, np.int32)
         work = store.begin_try("a", ["events"], [f"2024-01-0{number + 1}"])
-        files = tuple(store.write_file(work, "events", f"2024-01-0{number + 1}", b, rows.filter(pa.array(bucket == b))) for b in sorted(set(bucket.tolist())))
+        files = tuple(
+            store.write_file(work, "events", f"2024-01-0{number + 1}", b, rows.filter(pa.array(bucket == b)))
+            for b in sorted(set(bucket.tolist()))
+        )
         days.append(Manifest("d", "events", f"2024-01-0{number + 1}", "a", "s", "v", files, settings=layout.settings()))
     chosen = common_layout(days)
     found = []
@@ -75,14 +106,29 @@ def test_days_of_any_layouts_give_every_row_once_in_the_order_of_days(tmp_path_f
 def test_days_of_one_layout_are_read_file_by_file():
     from etl.warehouse.store import DataFile
 
-    day = Manifest("d", "events", "2024-01-01", "a", "s", "v", tuple(DataFile(b, 1, 1, str(b), str(b)) for b in (0, 2, 5)), settings=Layout(8).settings())
-    assert {b: [(p.file.bucket, p.mixed) for p in parts] for b, parts in parts_by_bucket([day], Layout(8)).items()} == {b: [(b, False)] for b in (0, 2, 5)}
+    day = Manifest(
+        "d",
+        "events",
+        "2024-01-01",
+        "a",
+        "s",
+        "v",
+        tuple(DataFile(b, 1, 1, str(b), str(b)) for b in (0, 2, 5)),
+        settings=Layout(8).settings(),
+    )
+    assert {b: [(p.file.bucket, p.mixed) for p in parts] for b, parts in parts_by_bucket([day], Layout(8)).items()} == {
+        b: [(b, False)] for b in (0, 2, 5)
+    }
     # Twice as many buckets hold halves of these; half as many hold them whole.
     assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(4))[1]] == [(5, False)]
     assert [(p.file.bucket, p.mixed) for p in parts_by_bucket([day], Layout(16))[10]] == [(2, True)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"buckets": "many"}, {"buckets": 0}, {"buckets": None}, {"buckets": 4, "bucket_hash": "of tomorrow"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"buckets": "many"}, {"buckets": 0}, {"buckets": None}, {"buckets": 4, "bucket_hash": "of tomorrow"}],
+    ids=str,
+)
 def test_a_layout_that_is_not_known_is_one_clear_error(settings):
     day = Manifest("shop", "events", "2024-01-01", "a", "s", "v", (), settings=settings)
     with pytest.raises(StageError, match=r"the manifest of shop/events dt=2024-01-01 has .* buckets by the hash"):
@@ -92,10 +138,17 @@ def test_a_layout_that_is_not_known_is_one_clear_error(settings):
 def test_rows_that_are_kept_under_another_definition_have_its_signals_and_columns():
     from etl.jobs.rebucket import Conform
 
-    old = pa.table({f.name: pa.array([1, 2], f.type) if f.name != "is_random" else pa.array([True, False]) for f in EVENTS}, schema=EVENTS)
-    old = old.set_column(3, "feedback", pa.array([0b011, 0b110], pa.int16())).append_column("gone", pa.array(["a", "b"]))
+    old = pa.table(
+        {f.name: pa.array([1, 2], f.type) if f.name != "is_random" else pa.array([True, False]) for f in EVENTS},
+        schema=EVENTS,
+    )
+    old = old.set_column(3, "feedback", pa.array([0b011, 0b110], pa.int16())).append_column(
+        "gone", pa.array(["a", "b"])
+    )
     schema = pa.schema([*EVENTS, pa.field("new", pa.float64())])
-    kept = Conform(((0, 2), (2, 0)), schema)(old)  # the first signal became the third, the second is gone, the third became the first
+    kept = Conform(((0, 2), (2, 0)), schema)(
+        old
+    )  # the first signal became the third, the second is gone, the third became the first
     assert kept["feedback"].to_pylist() == [0b100, 0b001]
     assert kept.column_names == schema.names
     assert kept["new"].to_pylist() == [None, None]
@@ -111,25 +164,60 @@ def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp
     from etl.jobs.rebucket import rebucket
 
     def shop(signal: str, kind: str = "category") -> DatasetDefinition:
-        return DatasetDefinition.model_validate({
-            "name": "shop", "title": "Shop", "first_day": "2024-03-01",
-            "logs": {"files": ["a.csv"], "columns": {"user": "integer", "item": "integer", "at": "integer", "act": "integer", "cat": "integer"}},
-            "events": {"user": "user", "item": "item", "time": {"column": "at", "unit": "seconds"}, "signals": {signal: {"column": "act", "equals": 1}},
-                       "item_fields": {"category": {"column": "cat", "kind": kind}}},
-            "targets": {"label": signal},
-        })  # fmt: skip
+        return DatasetDefinition.model_validate(
+            {
+                "name": "shop",
+                "title": "Shop",
+                "first_day": "2024-03-01",
+                "logs": {
+                    "files": ["a.csv"],
+                    "columns": {
+                        "user": "integer",
+                        "item": "integer",
+                        "at": "integer",
+                        "act": "integer",
+                        "cat": "integer",
+                    },
+                },
+                "events": {
+                    "user": "user",
+                    "item": "item",
+                    "time": {"column": "at", "unit": "seconds"},
+                    "signals": {signal: {"column": "act", "equals": 1}},
+                    "item_fields": {"category": {"column": "cat", "kind": kind}},
+                },
+                "targets": {"label": signal},
+            }
+        )
 
     before, day = shop("buy"), "2024-03-01"
     store = TableStore(str(tmp_path), "shop")
     schema = events_schema(before)
-    rows = pa.table({f.name: pa.array(["c"] * 4 if f.name == "category" else [1, 2, 3, 4]).cast(f.type) for f in schema}, schema=schema)
+    rows = pa.table(
+        {f.name: pa.array(["c"] * 4 if f.name == "category" else [1, 2, 3, 4]).cast(f.type) for f in schema},
+        schema=schema,
+    )
     work = store.begin_try("a", ["events"], [day])
     settings = {"definition": rows_digest(before), "signals": "buy", **Layout(1).settings()}
-    store.write_staged_manifest(work, Manifest("shop", "events", day, "a", schema_fingerprint(schema), "v", (store.write_file(work, "events", day, 0, rows),), settings=settings))
+    store.write_staged_manifest(
+        work,
+        Manifest(
+            "shop",
+            "events",
+            day,
+            "a",
+            schema_fingerprint(schema),
+            "v",
+            (store.write_file(work, "events", day, 0, rows),),
+            settings=settings,
+        ),
+    )
     first = store.publish("a", "events", day)
     [cut] = rebucket(store, before, [day], "b", buckets=2)
     assert first.data_digest in same_rows(cut)
-    with pytest.raises(StageError, match=r"field category is string in what is published, and double by the definition"):
+    with pytest.raises(
+        StageError, match=r"field category is string in what is published, and double by the definition"
+    ):
         rebucket(store, shop("buy", "number"), [day], "c", adopt=True)
     assert store.require("events", day) == cut
     [adopted] = rebucket(store, shop("order"), [day], "d", adopt=True)

@@ -1,6 +1,7 @@
-"""What is published is what was judged, by one publisher at a time, readable for years: real processes, a real S3 server.
+"""What is published is what was judged, by one publisher at a time, readable for years: real processes, a real S3
+server.
 
-    .venv/bin/python -m pytest tests/etl/warehouse/test_publication.py -q
+.venv/bin/python -m pytest tests/etl/warehouse/test_publication.py -q
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def whole(store: TableStore, manifest: Manifest) -> bool:
     return [hashlib.sha256(body).hexdigest() for body in bodies] == [file.digest for file in manifest.files]
 
 
-# ---- two publishers ----------------------------------------------------------------------------------------------------
+# ---- two publishers
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_of_two_publishers_that_began_from_the_same_state_the_second_fails_and_loses_nothing(store):
@@ -59,7 +61,13 @@ def test_of_two_publishers_that_began_from_the_same_state_the_second_fails_and_l
     stage(store, "b", "two")
     stage(store, "c", "three")
     winner = store.publish("b", "quarantine", DT)
-    with pytest.raises(StageError, match=rf"quarantine/dt={DT} changed while attempt c .*attempt b published {winner.data_digest[:16]}[\s\S]*same --attempt"):
+    with pytest.raises(
+        StageError,
+        match=(
+            rf"quarantine/dt={DT} changed while attempt c .*attempt b published {winner.data_digest[:16]}[\s\S]*same"
+            r" --attempt"
+        ),
+    ):
         store.publish("c", "quarantine", DT)
     assert store.require("quarantine", DT) == winner
     assert texts(store, store.staged_manifest("c", "quarantine", DT)) == {"three"}
@@ -103,7 +111,12 @@ def test_publishers_at_the_same_moment_leave_one_winner(store, tmp_path):
         stage(store, name, name)
     (tmp_path / "out").mkdir()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=publish_in_a_process, args=(store.warehouse, name, str(tmp_path / "go"), str(tmp_path / "out"))) for name in names]
+    processes = [
+        context.Process(
+            target=publish_in_a_process, args=(store.warehouse, name, str(tmp_path / "go"), str(tmp_path / "out"))
+        )
+        for name in names
+    ]
     for process in processes:
         process.start()
     (tmp_path / "go").touch()
@@ -116,14 +129,20 @@ def test_publishers_at_the_same_moment_leave_one_winner(store, tmp_path):
     published = store.require("quarantine", DT)
     assert texts(store, published) == {winner}
     assert whole(store, published)
-    assert {info.path for info in files_of(store, f"quarantine/dt={DT}")} == {f"{store.root}/{file.path}" for file in published.files}
+    assert {info.path for info in files_of(store, f"quarantine/dt={DT}")} == {
+        f"{store.root}/{file.path}" for file in published.files
+    }
 
 
-# ---- a zombie ----------------------------------------------------------------------------------------------------------
+# ---- a zombie
+# ----------------------------------------------------------------------------------------------------------
 
 
 def zombie(warehouse: str, work: Try, begun: str, stop: str) -> None:
-    """A try that outlived its retry: writes its files and its manifest over and over, and begins again when the retry took its folder away meanwhile."""
+    """A try that outlived its retry.
+
+    Writes its files and its manifest over and over, and begins again when the retry took its folder away meanwhile.
+    """
     store = TableStore(warehouse, DATASET)
     count = 0
     while not Path(stop).exists():
@@ -147,13 +166,28 @@ def test_a_zombie_that_goes_on_writing_changes_nothing_that_is_published(tmp_pat
     store = TableStore(str(tmp_path / "warehouse"), DATASET)
     work = store.begin_try("retried", ("quarantine", "events"), [DT])
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=zombie, args=(store.warehouse, work, str(tmp_path / "begun"), str(tmp_path / "stop")))
+    process = context.Process(
+        target=zombie, args=(store.warehouse, work, str(tmp_path / "begun"), str(tmp_path / "stop"))
+    )
     process.start()
     try:
         wait_for("first writes of the zombie", lambda: (tmp_path / "begun").exists())
         assert store.staged_days("retried", "events") == [DT], "the first try is whole, until its retry begins"
         retry = stage_events(store, "retried")
-        gate = ["--dataset", DATASET, "--warehouse", store.warehouse, "--dt", DT, "--attempt", "retried", "--stage", "events", "--reports", str(tmp_path / "reports")]
+        gate = [
+            "--dataset",
+            DATASET,
+            "--warehouse",
+            store.warehouse,
+            "--dt",
+            DT,
+            "--attempt",
+            "retried",
+            "--stage",
+            "events",
+            "--reports",
+            str(tmp_path / "reports"),
+        ]
         audit.main(gate)
         published = store.require("events", DT)
         assert published.data_digest == retry.data_digest
@@ -168,7 +202,9 @@ def test_a_zombie_that_goes_on_writing_changes_nothing_that_is_published(tmp_pat
     for table in ("events", "quarantine"):
         manifest = store.require(table, DT)
         assert whole(store, manifest)
-        assert {info.path for info in files_of(store, f"{table}/dt={DT}")} == {f"{store.root}/{file.path}" for file in manifest.files}
+        assert {info.path for info in files_of(store, f"{table}/dt={DT}")} == {
+            f"{store.root}/{file.path}" for file in manifest.files
+        }
     assert store.require("events", DT) == published
     assert store.staged_days("retried", "events") == []
 
@@ -205,7 +241,8 @@ def _definition():
     return dataset(DATASET)
 
 
-# ---- the manifest ------------------------------------------------------------------------------------------------------
+# ---- the manifest
+# ------------------------------------------------------------------------------------------------------
 
 
 def damaged(store: TableStore, change: Callable[[str], str]) -> Path:
@@ -248,7 +285,9 @@ def of_tomorrow(text: str) -> str:
 def test_a_damaged_pointer_names_its_path_and_the_history_that_mends_it(tmp_path, change, says):
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
     path = damaged(store, change)
-    with pytest.raises(StageError, match=rf"{path} {says}[\s\S]*remedy: copy the newest good manifest of .*/history over it"):
+    with pytest.raises(
+        StageError, match=rf"{path} {says}[\s\S]*remedy: copy the newest good manifest of .*/history over it"
+    ):
         store.require("quarantine", DT)
     [kept] = (path.parent / "history").iterdir()  # and that repairs it
     path.write_text(kept.read_text())
@@ -263,7 +302,15 @@ def test_a_manifest_of_another_version(tmp_path):
     path = damaged(TableStore(str(tmp_path / "other"), "kuairand"), of_tomorrow)
     other = TableStore(str(tmp_path / "other"), "kuairand")
     assert texts(other, other.require("quarantine", DT)) == {"one"}
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in ("format_version", CHECKSUM)}))  # of yesterday
+    path.write_text(
+        json.dumps(
+            {
+                name: value
+                for name, value in json.loads(path.read_text()).items()
+                if name not in ("format_version", CHECKSUM)
+            }
+        )
+    )  # of yesterday
     assert texts(other, other.require("quarantine", DT)) == {"one"}
 
 
@@ -271,7 +318,10 @@ def test_history_keeps_every_manifest_of_every_attempt(store):
     for attempt, text in (("a", "one"), ("b", "two"), ("c", "one")):
         stage(store, attempt, text)
         store.publish(attempt, "quarantine", DT)
-    kept = [json.loads(store.read_text(info.path[len(store.root) + 1 :])) for info in files_of(store, f"_manifests/quarantine/dt={DT}/history")]
+    kept = [
+        json.loads(store.read_text(info.path[len(store.root) + 1 :]))
+        for info in files_of(store, f"_manifests/quarantine/dt={DT}/history")
+    ]
     assert sorted(manifest["attempt"] for manifest in kept) == ["a", "b", "c"]
     for manifest in kept:  # all of them can still be read
         read = Manifest.from_json(json.dumps(manifest), "history", "")
@@ -303,7 +353,8 @@ def test_files_and_folders_are_on_the_disk_before_the_pointer_moves(tmp_path, mo
     assert done[pointer - 1].startswith("sync .current.json")
 
 
-# ---- the folder --------------------------------------------------------------------------------------------------------
+# ---- the folder
+# --------------------------------------------------------------------------------------------------------
 
 
 def files_of(store: TableStore, folder: str) -> list[pa.fs.FileInfo]:
@@ -315,7 +366,9 @@ def test_the_folder_holds_what_is_published_and_nothing_else(store):
     for attempt, text in (("a", "one"), ("b", "two"), ("c", "one"), ("d", "three")):
         stage(store, attempt, text)
         published = store.publish(attempt, "quarantine", DT)
-        assert {info.path for info in files_of(store, f"quarantine/dt={DT}")} == {f"{store.root}/{file.path}" for file in published.files}
+        assert {info.path for info in files_of(store, f"quarantine/dt={DT}")} == {
+            f"{store.root}/{file.path}" for file in published.files
+        }
         plain = pyarrow.dataset.dataset(f"{store.root}/quarantine", filesystem=store.fs, partitioning="hive").to_table()
         assert set(plain["raw_text"].to_pylist()) == {text}
         assert plain.num_rows == published.rows
@@ -343,7 +396,9 @@ def test_a_publication_killed_after_the_pointer_moved_is_tidied_by_its_retry(tmp
             store.publish("b", "quarantine", DT)
     assert len(files_of(store, f"quarantine/dt={DT}")) == 2
     published = store.publish("b", "quarantine", DT)
-    assert [info.path for info in files_of(store, f"quarantine/dt={DT}")] == [f"{store.root}/{file.path}" for file in published.files]
+    assert [info.path for info in files_of(store, f"quarantine/dt={DT}")] == [
+        f"{store.root}/{file.path}" for file in published.files
+    ]
     assert texts(store, published) == {"two"}
 
 
@@ -383,4 +438,6 @@ def test_a_file_that_a_loser_placed_is_taken_out(store, monkeypatch):
         store.publish("late", "quarantine", DT)
     published = store.require("quarantine", DT)
     assert texts(store, published) == {"two"}
-    assert [info.path for info in files_of(store, f"quarantine/dt={DT}")] == [f"{store.root}/{file.path}" for file in published.files]
+    assert [info.path for info in files_of(store, f"quarantine/dt={DT}")] == [
+        f"{store.root}/{file.path}" for file in published.files
+    ]

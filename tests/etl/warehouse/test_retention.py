@@ -1,4 +1,5 @@
-"""What nothing needs any more goes, what is published stays: by age, on a disk and on S3, dry, killed, beside publishers.
+"""What nothing needs any more goes, what is published stays: by age, on a disk and on S3, dry, killed, beside
+publishers.
 
 .venv/bin/python -m pytest tests/etl/warehouse/test_retention.py -q
 """
@@ -111,7 +112,10 @@ def publish_table(store: TableStore, table: str, attempt: str, text: str, **more
 
 @locally
 def test_what_models_were_trained_on_and_serve_stays(store):
-    """A registered version: its sequences and items with their files, the manifests of its events, its caches while it is served."""
+    """A registered version.
+
+    Its sequences and items with their files, the manifests of its events, its caches while it is served.
+    """
     tables: dict[str, list[Manifest]] = {"events": [], "items": [], "sequences": [], "user_caches": []}
     for version, attempt in enumerate(("x.1", "y.2", "z.3"), 1):
         tables["events"].append(publish_table(store, "events", attempt, f"events {attempt}"))
@@ -125,9 +129,15 @@ def test_what_models_were_trained_on_and_serve_stays(store):
     lineage = Lineage(3, frozenset([tables["sequences"][1].data_digest]), frozenset(["vql/2"]), frozenset(["y.2"]))
     removed = pruned(store, OLD, lineage)
     assert {(one.kind, one.name.split("/")[0], one.files) for one in removed} == {
-        ("history", "events", 1), ("history", "items", 1), ("history", "sequences", 1), ("history", "user_caches", 1),
-        ("superseded", "events", 2), ("superseded", "items", 1), ("superseded", "sequences", 1), ("superseded", "user_caches", 1),
-    }  # fmt: skip
+        ("history", "events", 1),
+        ("history", "items", 1),
+        ("history", "sequences", 1),
+        ("history", "user_caches", 1),
+        ("superseded", "events", 2),
+        ("superseded", "items", 1),
+        ("superseded", "sequences", 1),
+        ("superseded", "user_caches", 1),
+    }
     for table in ("items", "sequences", "user_caches"):
         assert [texts(store, manifest) for manifest in tables[table][1:]] == [
             {f"{'caches' if 'user' in table else table} {a}"} for a in ("y.2", "z.3")
@@ -178,7 +188,10 @@ def test_a_prune_that_is_killed_leaves_what_is_published_and_the_next_one_ends_i
 
 
 def test_who_publishes_between_the_look_and_the_removal_waits_or_loses_nothing(store, monkeypatch):
-    """On a disk nobody can; on S3 the bytes that are to go are published and superseded once more, and somebody reads them."""
+    """On a disk nobody can.
+
+    On S3 the bytes that are to go are published and superseded once more, and somebody reads them.
+    """
     published(store, "a", "b")
     delete, again, waits = retention._delete, [], []
 

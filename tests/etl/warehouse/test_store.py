@@ -15,7 +15,10 @@ DT = "2022-04-21"
 
 
 def rows(text: str, n: int = 3) -> pa.Table:
-    return pa.table({"source_file": ["f"] * n, "row_number": list(range(n)), "reason": ["r"] * n, "raw_text": [text] * n}, schema=QUARANTINE)
+    return pa.table(
+        {"source_file": ["f"] * n, "row_number": list(range(n)), "reason": ["r"] * n, "raw_text": [text] * n},
+        schema=QUARANTINE,
+    )
 
 
 def staged_manifest(attempt: str, *files: DataFile, dt: str = DT) -> Manifest:
@@ -71,7 +74,10 @@ def test_a_try_leaves_days_and_tables_that_it_does_not_stage_alone(store):
     assert store.staged_days("a", "quarantine") == ["2022-04-20", DT]
 
 
-@pytest.mark.parametrize(("harm", "says"), [("overwritten", "has the sha256"), ("cut", "bytes, its manifest says"), ("deleted", "is missing")])
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [("overwritten", "has the sha256"), ("cut", "bytes, its manifest says"), ("deleted", "is missing")],
+)
 def test_a_staged_file_that_is_not_what_its_manifest_says_is_refused_and_nothing_changes(store, harm, says):
     stage(store, "a", "one")
     before = store.publish("a", "quarantine", DT)
@@ -80,7 +86,11 @@ def test_a_staged_file_that_is_not_what_its_manifest_says_is_refused_and_nothing
     staged = [store.staged("b", "quarantine", day) for day in ("2022-04-20", DT)]
     path = Path(store.root) / staged[1].manifest.files[0].path
     body = path.read_bytes()
-    {"overwritten": lambda: path.write_bytes(bytes(len(body))), "cut": lambda: path.write_bytes(body[:-1]), "deleted": path.unlink}[harm]()
+    {
+        "overwritten": lambda: path.write_bytes(bytes(len(body))),
+        "cut": lambda: path.write_bytes(body[:-1]),
+        "deleted": path.unlink,
+    }[harm]()
     with pytest.raises(StageError, match=rf"{path} of table quarantine dt={DT} .*{says}"):
         store.publish_all(staged)
     assert store.require("quarantine", DT) == before
@@ -106,7 +116,12 @@ def test_a_publication_cut_short_is_finished_from_verified_files_only(store):
 def test_an_attempt_builds_one_day(store):
     store.begin_try("a", ["quarantine"], ["2022-04-20", DT], DT)
     for tables in (["quarantine"], ["sequences"]):
-        with pytest.raises(StageError, match=rf"attempt a builds dt={DT} \(by _staging/a/try-0001-.*, not dt=2022-04-20.*\n.*an --attempt of its own"):
+        with pytest.raises(
+            StageError,
+            match=(
+                rf"attempt a builds dt={DT} \(by _staging/a/try-0001-.*, not dt=2022-04-20.*\n.*an --attempt of its own"
+            ),
+        ):
             store.begin_try("a", tables, ["2022-04-20"], "2022-04-20")
     store.begin_try("a", ["sequences"], [DT], DT)
     store.begin_try("b", ["quarantine"], ["2022-04-20"], "2022-04-20")
@@ -140,11 +155,15 @@ def test_a_reader_that_holds_the_old_manifest_still_reads_the_old_rows(store):
 
 def test_rows_with_a_missing_column_are_refused(store):
     with pytest.raises((KeyError, pa.ArrowInvalid)):
-        store.write_file(store.begin_try("a", ["quarantine"], [DT]), "quarantine", DT, 0, rows("one").drop_columns(["reason"]))
+        store.write_file(
+            store.begin_try("a", ["quarantine"], [DT]), "quarantine", DT, 0, rows("one").drop_columns(["reason"])
+        )
 
 
 def test_a_missing_partition_names_table_day_and_remedy(store):
-    with pytest.raises(StageError, match=r"dt=2022-04-21 of kuairand/quarantine is not published.*(?s:.*)remedy: run the stage"):
+    with pytest.raises(
+        StageError, match=r"dt=2022-04-21 of kuairand/quarantine is not published.*(?s:.*)remedy: run the stage"
+    ):
         store.require("quarantine", DT)
 
 
@@ -156,7 +175,9 @@ def test_a_pointer_that_was_lost_is_no_day_that_was_never_published(store):
     text = pointer.read_text()
     pointer.unlink()
     for ask in (lambda: store.manifest("quarantine", DT), lambda: stage(store, "b", "two")):
-        with pytest.raises(StageError, match=r"current\.json is gone, yet the partition was published.*history") as stopped:
+        with pytest.raises(
+            StageError, match=r"current\.json is gone, yet the partition was published.*history"
+        ) as stopped:
             ask()
         assert "copy the newest good one" in stopped.value.remedy
     [kept] = (pointer.parent / "history").glob("*.json")
