@@ -153,21 +153,21 @@ def train_model(
         FloatingPointError: the loss is not finite.
         WorkerLostError: another worker no longer answers.
     """
-    training = _Training(name, data, config, worker, start)
-    for _epoch in range(training.epoch, config.epochs):
-        result = training.run_epoch(on_step)
+    run = _Training(name, data, config, worker, start)
+    for _epoch in range(run.epoch, config.epochs):
+        result = run.run_epoch(on_step)
         on_epoch(result)
         if result.finished:
             break
-    if training.best_model is None:
-        warmup = training.warmup_steps(training.order(0))
+    if run.best_model is None:
+        warmup = run.warmup_steps(run.order(0))
         raise FloatingPointError(
             f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
         )
-    training.model.load_state_dict(training.best_model)
+    run.model.load_state_dict(run.best_model)
     if start.warm_start is None:  # rows that this partition does not show were trained by an earlier one
-        _fill_unseen_rows(training.model, data)
-    return training.model.eval(), result
+        _fill_unseen_rows(run.model, data)
+    return run.model.eval(), result
 
 
 class _Training:

@@ -241,7 +241,7 @@ _CONTRACT = (
     ),
     Metric(
         "watch_bucket_out_of_range_count",
-        so_that="Watch buckets are those of etl.schemas.",
+        so_that="Watch buckets are those of etl.warehouse.schemas.",
         remedy=REBUILD,
         limits=zero(contract=True),
         count=lambda users: users.unknown_watch_buckets,

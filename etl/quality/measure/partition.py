@@ -173,7 +173,7 @@ class Partition:
         if self.scores is None:
             raise StageError(
                 f"no scores of dt={self.dt} are at hand to judge",
-                "run evaluation.main: it hands them to gate model_output",
+                "run evaluation.evaluate: it hands them to gate model_output",
             )
         trailing = [
             day for day in self._statistics("model_output", self.dt, self.thresholds.drift.trailing_days) if day
