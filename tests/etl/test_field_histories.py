@@ -14,6 +14,7 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.ingest import build_events as events_job
+from etl.ingest.raw import RawLocation
 from etl.quality.judge.outcomes import StageOutcome
 from etl.sequences import build_sequences as sequences_job
 from etl.stage.errors import StageError
@@ -75,7 +76,7 @@ class Shop(Feed):
 
     def build_sequences(self, attempt: str, dt: str = FIRST) -> None:
         window = Window(dt, **self.definition.window.model_dump())
-        sequences_job.build_sequences(self.store, self.definition, self.audit(attempt, dt).raw, window, attempt)
+        sequences_job.build_sequences(self.store, self.definition, RawLocation(str(self.raw)), window, attempt)
 
     def passed(self, attempt: str, dt: str) -> dict[str, StageOutcome]:
         outcomes = self.outcomes(attempt, dt)
@@ -167,7 +168,7 @@ def test_max_events_bounds_the_target_after_ten_events(tmp_path: Path) -> None:
     feed.build_events("a", dt, definition.window.lookback_days)
     feed.audit("a", dt).publish("events")
     sequences_job.build_sequences(
-        feed.store, definition, feed.audit("a", dt).raw, Window(dt, **definition.window.model_dump()), "a"
+        feed.store, definition, RawLocation(str(feed.raw)), Window(dt, **definition.window.model_dump()), "a"
     )
     feed.audit("a", dt).publish("sequences")
     manifest = feed.store.require("sequences", dt)
@@ -191,5 +192,5 @@ def test_the_input_that_failed_is_published_and_says_when_it_can_be_trained(tmp_
     assert [feed.store.require("events", day).rows for day in (add_days(FIRST, -1), FIRST)] == [0, 6]
     with pytest.raises(StageError, match="nothing to train"):
         sequences_job.build_sequences(
-            feed.store, definition, feed.audit("a", FIRST).raw, Window(FIRST, **definition.window.model_dump()), "a"
+            feed.store, definition, RawLocation(str(feed.raw)), Window(FIRST, **definition.window.model_dump()), "a"
         )

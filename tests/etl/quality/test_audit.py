@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +18,7 @@ import pytest
 from etl.datasets.definition import dataset
 from etl.quality.judge import audit
 from etl.quality.judge.outcomes import StageOutcome, read_outcomes
+from etl.quality.measure.partition import Partition
 from etl.quality.measure.statistics import read_stats
 from etl.stage.errors import EXIT_CORRECT, StageError
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
@@ -108,10 +108,10 @@ def stage_table(
 def test_a_gate_judges_no_day_that_its_attempt_does_not_build(store: TableStore) -> None:
     """The attempt has staged the day before, too, for its own partition."""
     store.begin_try("a", ["events"], [add_days(DT, -1), DT], DT)
-    audit_of = functools.partial(audit.Audit, store, dataset(DATASET))
-    assert audit_of(DT, "a").attempt == "a"
+    definition = dataset(DATASET)
+    assert audit.Audit(Partition(store, definition, DT, "a")).attempt == "a"
     with pytest.raises(StageError, match=rf"attempt a builds dt={DT} .*, not dt={add_days(DT, -1)}") as caught:
-        audit_of(add_days(DT, -1), "a")
+        audit.Audit(Partition(store, definition, add_days(DT, -1), "a"))
     assert caught.value.exit_code == EXIT_CORRECT
 
 

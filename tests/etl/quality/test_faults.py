@@ -39,6 +39,11 @@ MS_PER_HOUR = 3_600_000
 BOT = 123_456
 
 
+def of_day(dt: str) -> str:
+    """Return the attempt that has built a day of the clean feed."""
+    return f"base-{dt}"
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
     with one_spark_session():
@@ -50,11 +55,11 @@ def clean(session: None, tmp_path_factory: pytest.TempPathFactory) -> Feed:
     """All days but the last, published through the real stages; partitions of sequences of the last three of them."""
     folder = tmp_path_factory.mktemp("feed")
     feed = Feed(folder, write_feed(folder), folder / "reports")
-    feed.build_events("base", YESTERDAY, DAYS - 1)
-    feed.audit("base", YESTERDAY).publish("events")
+    feed.build_events(of_day(YESTERDAY), YESTERDAY, DAYS - 1)
+    feed.audit(of_day(YESTERDAY), YESTERDAY).publish("events")
     for dt in days_between(add_days(DT, -3), YESTERDAY):
-        feed.build_sequences("base", dt)
-        feed.audit("base", dt).publish("sequences")
+        feed.build_sequences(of_day(dt), dt)
+        feed.audit(of_day(dt), dt).publish("sequences")
     return feed
 
 
@@ -635,7 +640,7 @@ def test_ten_clean_days_of_events_raise_nothing(clean: Feed) -> None:
 
     Days 2 to 11 are judged, the first ones without enough days before them.
     """
-    outcome = clean.outcomes("base", YESTERDAY)["events"]
+    outcome = clean.outcomes(of_day(YESTERDAY), YESTERDAY)["events"]
     assert {
         day
         for o in outcome.outcomes

@@ -221,10 +221,10 @@ def test_a_file_overwritten_between_judgement_and_publication_is_refused(tmp_pat
     gate.publish("events")
     before = {table: store.require(table, DT) for table in ("events", "quarantine")}
     staged = stage_events(store, "second")
-    keep = Audit._keep_judgement
+    write = Audit._write_judgement
 
     def then_overwrite(self: Audit, judged: list[Staged], *more) -> None:
-        keep(self, judged, *more)
+        write(self, judged, *more)
         path = Path(store.root, staged.files[1].path)
         path.write_bytes(Path(store.root, staged.files[0].path).read_bytes())
 
