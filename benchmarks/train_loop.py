@@ -1,6 +1,5 @@
 """Speed of the whole training loop (loader, step, exchange between workers) on CPU workers, one thread each: samples a
-second, and a
-second of processor time of the first worker, which other programs disturb less.
+second, and a second of processor time of the first worker, which other programs disturb less.
 
     python -m benchmarks.train_loop --workers 1,2 --models vql,softmax_attention
 

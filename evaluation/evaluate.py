@@ -28,7 +28,7 @@ from etl.stage.local_files import replace_text
 from etl.warehouse.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
 from training.registry import CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
-from training.run_folder import run_folder
+from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
 from training.tracking import ATTEMPT_TAG, MetricsBuffer, asking_mlflow, attempt_run
 
@@ -110,10 +110,7 @@ def read_training(run_dir: Path) -> dict:
     Raises:
         StageError: training has not finished.
     """
-    path = run_dir / "training.json"
-    if not path.exists():
-        raise StageError(f"{path} is missing", "run training.train with the same --attempt and --runs first")
-    return json.loads(path.read_text())
+    return result_of(run_dir, "training.json", "run training.train with the same --attempt and --runs first")
 
 
 def judge_again(

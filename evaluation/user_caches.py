@@ -20,7 +20,7 @@ from etl.warehouse.schemas import USER_CACHES, history_first, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore, code_version
 from training.data import Joined, Sequences, make_batch
 from training.package import load_package
-from training.run_folder import run_folder
+from training.run_folder import result_of, run_folder
 from training.tracking import attempt_run
 
 USERS_PER_CHUNK = 64
@@ -32,14 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
-    registration_file = run_dir / "registration.json"
-    if not registration_file.exists():
-        raise StageError(
-            f"{registration_file} is missing",
-            "run evaluation.release.register and evaluation.release.promote for this attempt first",
-        )
+    remedy = "run evaluation.release.register and evaluation.release.promote for this attempt first"
+    registration = result_of(run_dir, "registration.json", remedy)
     with attempt_run(args.definition, args.dt, args.attempt, {}, last=True):
-        _publish_caches(args, store, run_dir, json.loads(registration_file.read_text()))
+        _publish_caches(args, store, run_dir, registration)
 
 
 def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, registration: dict) -> None:

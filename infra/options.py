@@ -28,6 +28,7 @@ class Option:
         description: one sentence or two for the form and the docs.
         schema: what is allowed: keywords of JSON schema.
         default: its value where a run does not choose, from the data set's definition.
+        form: of a text that is none of a few words: what it looks like.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Option:
     description: str
     schema: Mapping[str, Any]
     default: Callable[[DatasetDefinition], Any]
+    form: str = "a text"
 
     @property
     def variable(self) -> str:
@@ -51,7 +53,7 @@ class Option:
             return " or ".join(self.schema["enum"])
         if self.schema["type"] == "integer":
             return f"a whole number from {self.schema['minimum']:,} to {self.schema['maximum']:,}"
-        return {"dt": "a day, YYYY-MM-DD", "raw": "an absolute path or a URI", "config": "a name"}[self.name]
+        return self.form
 
     def parsed(self, text: str) -> str | int:
         """Return the value of a variable's text.
@@ -78,6 +80,7 @@ OPTIONS = {
             "The day to build; without it the run takes the day of its logical date.",
             {"type": ["null", "string"], "format": "date", "pattern": r"^\d{4}-\d{2}-\d{2}$(?!\n)"},
             lambda definition: None,
+            form="a day, YYYY-MM-DD",
         ),
         Option(
             "raw",
@@ -85,6 +88,7 @@ OPTIONS = {
             "Absolute path, or a URI that Arrow reads.",
             {"type": "string", "pattern": FOLDER_PATTERN, "maxLength": 500},
             lambda definition: definition.run.raw or settings.raw(definition.name),
+            form="an absolute path or a URI",
         ),
         Option(
             "config",
@@ -92,6 +96,7 @@ OPTIONS = {
             "Name of a file of training/configs, without its suffix.",
             {"type": "string", "pattern": r"^[a-z0-9_]+$(?!\n)", "maxLength": 60},
             lambda definition: definition.run.config,
+            form="a name",
         ),
         Option(
             "target_days",

@@ -186,8 +186,7 @@ def postgres_data() -> Path:
 
 def postgres_socket() -> Path:
     """Folder of PostgreSQL's Unix socket: beside its data, or below /tmp where the home's path is too long or has
-    characters
-    that mean something in an address (a space, a comma, a percent sign). Its owner alone may enter it.
+    characters that mean something in an address (a space, a comma, a percent sign). Its owner alone may enter it.
     """
     folder = home() / "postgres"
     if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES and re.fullmatch(

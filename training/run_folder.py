@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from etl.datasets.definition import DatasetDefinition
 from etl.datasets.rows_digest import rows_digest
@@ -47,3 +48,19 @@ def run_folder(
     if owner != owner | mine:
         replace_text(path, json.dumps(owner | mine, indent=1))
     return folder
+
+
+def result_of(folder: Path, name: str, remedy: str) -> dict[str, Any]:
+    """Return what an earlier stage of the attempt wrote into its folder.
+
+    Args:
+        name: of the file, such as `training.json`.
+        remedy: which stage to run.
+
+    Raises:
+        StageError: it has not.
+    """
+    path = folder / name
+    if not path.exists():
+        raise StageError(f"{path} is missing", remedy)
+    return json.loads(path.read_text())

@@ -5,8 +5,7 @@
     python -m benchmarks.claims --seeds 1 --variants exact,vql --sets simulated --steps prepare,train,page
 
 Steps: `prepare` makes the partitions (needs Spark for real rows), `train` trains every model several times (needs torch
-    alone,
-so it also runs where there is a GPU and nothing else), `measure` takes latency and memory, `page` writes
+alone, so it also runs where there is a GPU and nothing else), `measure` takes latency and memory, `page` writes
 OUT/index.html. Whatever a results file already holds is not done again.
 """
 

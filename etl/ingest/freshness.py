@@ -2,9 +2,8 @@
 done.
 
 Pure: no file is opened here. A day is a function of the raw rows that may lie in it and of the definition's keys that
-    shape
-rows; where the raw folder is, and how many buckets a day has, is no part of it. What is published is never built again
-from less than it was built from, unless somebody accepts that loss by name.
+shape rows; where the raw folder is, and how many buckets a day has, is no part of it. What is published is never built
+again from less than it was built from, unless somebody accepts that loss by name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a metric is: one record. How it is measured, what is expected of it and how it is shown follow from it.
 
-The records stand in the files next to this one, one file a gate; `etl.metrics.registry` holds them all.
-Nothing heavy
+The records stand in the files next to this one, one file a gate; `etl.metrics.registry` holds them all. Nothing heavy
 is imported by these files: DAG files read definitions, which know the bounds of the records. So a record measures by
 what the class of its facts (`etl.quality.measure`) offers, and imports no library itself.
 """

@@ -457,8 +457,8 @@ class TableStore:
         counts right.
 
         Other files move below `_superseded`, where `read_file` finds them for who holds an older manifest. Where there
-        is no
-        lock, another publisher may do the same meanwhile: whoever ends last has looked at the manifest that counts.
+        is no lock, another publisher may do the same meanwhile: whoever ends last has looked at the manifest that
+        counts.
         """
         current = self.require(table, dt)
         # Behind the pointer, so that a history without a pointer always means a pointer that was lost.

@@ -5,18 +5,17 @@ One version with signature, input example and the tags that lead back to its dat
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.quality.judge.outcomes import read_outcomes
 from etl.stage.commands import log, run_stage
-from etl.stage.errors import GateError, StageError
+from etl.stage.errors import GateError
 from etl.warehouse.store import TableStore, code_version
 from evaluation.evaluate import read_training, write_json
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
-from training.run_folder import run_folder
+from training.run_folder import result_of, run_folder
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,10 +87,7 @@ def read_evaluation(run_dir: Path) -> dict:
     Raises:
         StageError: evaluation has not finished.
     """
-    path = run_dir / "evaluation.json"
-    if not path.exists():
-        raise StageError(f"{path} is missing", "run evaluation.evaluate with the same --attempt and --runs first")
-    return json.loads(path.read_text())
+    return result_of(run_dir, "evaluation.json", "run evaluation.evaluate with the same --attempt and --runs first")
 
 
 def request_frame(requests: list[dict]):

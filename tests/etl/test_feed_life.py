@@ -1,6 +1,5 @@
 """Sixty days in the life of a feed: retention of raw files and of what was superseded, late and repeated deliveries,
-edited definitions,
-kills, backfills in any order.
+edited definitions, kills, backfills in any order.
 
 Everything runs as the jobs run it, but for Spark: the tasks' own functions are called here, one after the other.
 """

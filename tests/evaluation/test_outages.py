@@ -41,24 +41,19 @@ def server(empty_database, tmp_path) -> Iterator[MlflowServer]:
     server.close()
 
 
+def place_of(stages) -> list[str]:
+    """Return the arguments that every stage takes."""
+    partition = ["--dataset", DATASET, "--warehouse", str(stages.warehouse), "--dt", DT, "--attempt", ATTEMPT]
+    return [*partition, "--runs", str(stages.runs)]
+
+
 @pytest.mark.slow
 def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, server, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(promote, "quality_gate", lambda evaluation, primary: Decision(True, "lenient"))
     monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    place = [
-        "--dataset",
-        DATASET,
-        "--warehouse",
-        str(stages.warehouse),
-        "--dt",
-        DT,
-        "--attempt",
-        ATTEMPT,
-        "--runs",
-        str(stages.runs),
-    ]
+    place = place_of(stages)
     more = {
         "training.train": ["--config", "tiny", "--workers", "0"],
         "evaluation.evaluate": ["--raw", str(stages.raw), "--reports", str(tmp_path / "reports")],
@@ -138,18 +133,7 @@ def test_a_user_whom_mlflow_refuses_is_told_at_once_what_to_set(gatekeeper, stag
     address, asked = gatekeeper
     stages.train(ATTEMPT)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    place = [
-        "--dataset",
-        DATASET,
-        "--warehouse",
-        str(stages.warehouse),
-        "--dt",
-        DT,
-        "--attempt",
-        ATTEMPT,
-        "--runs",
-        str(stages.runs),
-    ]
+    place = place_of(stages)
     more = {
         "training.train": ["--config", "tiny", "--workers", "0"],
         "evaluation.evaluate": ["--raw", str(stages.raw)],

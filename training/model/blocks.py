@@ -8,8 +8,7 @@ very softmax over the user's events. Time and memory grow with the events of the
 history.
 
 Legend: E events (flat), T targets (flat), N (block, tile) pairs, B events of a block, P targets of a tile, X tiles, H
-    heads,
-d head width, K refined events.
+heads, d head width, K refined events.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ Targets with their own cut-offs split the history into segments. Counts and mean
 and B run backward, each step scaled by how much of a code's new count the old one is (at most 1: nothing overflows).
 
 Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, S segments; N tiles of B
-    events of
-one head and code.
+events of one head and code.
 """
 
 from __future__ import annotations

@@ -4,15 +4,13 @@ GPU).
 The same softmax, to rounding, as `training.model.blocks.block_attention`, which is the tested truth and what runs
 elsewhere. The forward pass works a tile of targets and a chunk of its user's events at a time and joins the chunks by
 their log sums; the backward pass is two kernels, one a tile (queries, rates and weights), one a block of events (keys
-and values), without
-atomics: equal inputs give equal bits.
+and values), without atomics: equal inputs give equal bits.
 
 Contract: events and targets of a user are neighbours in flat arrays, events in order of time, and no event that a
-    target sees is
-newer than the target. Products take bf16 or TF32 operands; sums, maxima and exponentials are fp32.
+target sees is newer than the target. Products take bf16 or TF32 operands; sums, maxima and exponentials are fp32.
 
 Legend: E events (flat), T targets (flat), H heads, d head width, M kernel components; W pieces of work, X tiles, N
-    blocks.
+blocks.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     K(t_q - t_i) = sum_m b_m exp(-a_m (t_q - t_i)),   b = softmax,   per head        (a single exponential would cancel)
 
 Legend: H heads, M components, T targets, L events. Times are int64 milliseconds; differences are taken in int64 and
-    only
-then become floating-point days, because epoch milliseconds do not fit into fp32.
+only then become floating-point days, because epoch milliseconds do not fit into fp32.
 """
 
 from __future__ import annotations

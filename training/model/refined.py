@@ -8,7 +8,7 @@ fronts of the codes' lists, merged. A candidate costs `refine` x C comparisons a
 length of the history.
 
 Legend: L events, T targets, H heads, d head width, G groups, C codes, M kernel components, K refined events, X list
-    starts.
+starts.
 """
 
 from __future__ import annotations

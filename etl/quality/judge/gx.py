@@ -4,12 +4,12 @@ expectation.
     <reports>/gx/                     the file context, built by code: suites, checkpoints, results
     <reports>/data_docs/              the site: removed when they are old (`etl.quality.report.prune`)
 
-Importing it takes seconds: that is done once, without its telemetry, at the same time as whatever else there is to
-do. It is imported as it is. It tries for databases and clouds that the gates do not need, a second of processor time;
+Importing it takes seconds: that is done once, without its telemetry, at the same time as whatever else there is to do.
+It is imported as it is. It tries for databases and clouds that the gates do not need, a second of processor time;
 keeping those from it by hiding modules would keep them from every other thread, too, and one that starts Spark
-meanwhile fails. PySpark's
-packages import one another in circles, which two threads cannot do at once: whoever uses Spark and a gate in one
-process imports pyspark.sql before the gate's thread begins (`etl.quality.judge.in_job` waits for Spark's gateway).
+meanwhile fails. PySpark's packages import one another in circles, which two threads cannot do at once: whoever uses
+Spark and a gate in one process imports pyspark.sql before the gate's thread begins (`etl.quality.judge.in_job` waits
+for Spark's gateway).
 """
 
 from __future__ import annotations
