@@ -129,7 +129,7 @@ def _simulated(folder: Path, seed: int, taste_days: float) -> Path:
             for user, values in zip(users["user_id"].to_pylist(), zip(*columns, strict=True), strict=True)
         }
         sequences, _ = sequence_rows(
-            events, items["item_id"].to_numpy(), counts[""]["occurrences"].to_numpy(), fields, window, definition
+            events, items["item_id"].to_numpy(), items["train_occurrences"].to_numpy(), fields, window, definition
         )
     return written(folder, items, sequences, definition.history.max_events)
 

@@ -395,7 +395,8 @@ class Events(_Model):
         context: where it was shown, a small whole number.
         is_random: 1 where random traffic chose the item.
         signals: what the user did; bit i of `feedback` is the i-th signal, so the order is part of the data.
-        item_fields: static fields of the item that stand in the log; the latest known value counts.
+        item_fields: static fields of the item that stand in the log; the latest known value counts, one of the
+            evaluation days only where there is no other.
     """
 
     user: str
@@ -439,8 +440,9 @@ class Negatives(_Model):
 
     Attributes:
         per_positive: how many.
-        draw: weights of the ways to draw one: `popularity` (as often as it occurs in the window), `uniform` (any item
-            of the window), `own_history` (an item of the user's own past, other than the target).
+        draw: weights of the ways to draw one: `popularity` (as often as it occurs before the evaluation days),
+            `uniform` (any item that occurs there), `own_history` (an item of the user's own past, other than the
+            target).
         seed: with the partition and the user it decides every draw.
     """
 

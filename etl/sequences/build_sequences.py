@@ -107,7 +107,12 @@ def build_sequences(
             bucket, work = task
             here = TableStore(warehouse, dataset)
             rows, counts = sequence_rows(
-                read_bucket(here, work, bucket, layout), known.value, seen.value, user_table.value, window, definition
+                read_bucket(here, work, bucket, layout),
+                known.value,
+                trained.value,
+                user_table.value,
+                window,
+                definition,
             )
             file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
             if file is None or measured is None:
@@ -118,11 +123,8 @@ def build_sequences(
         totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
         items = item_rows(totals, item_files, definition, raw.uri)
         item_file = store.write_file(staging, "items", dt, 0, items)
-        known, seen = (
-            context.broadcast(items["item_id"].to_numpy()),
-            context.broadcast(totals[""]["occurrences"].to_numpy()),
-        )
-        user_table, trained = context.broadcast(users), context.broadcast(items["train_occurrences"].to_numpy())
+        known, user_table = context.broadcast(items["item_id"].to_numpy()), context.broadcast(users)
+        trained = context.broadcast(items["train_occurrences"].to_numpy())
         results = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(build).collect()
     finally:
         spark.stop()

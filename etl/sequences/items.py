@@ -13,6 +13,7 @@ from etl.ingest.raw import hashed_ids
 from etl.stage.errors import StageError
 from etl.warehouse.schemas import ITEMS, item_field_type, table_schema
 
+EVALUATION_BEHIND_MS = 1 << 50  # moves any time of an evaluation day before all times of the other days
 TABLE_ENTRIES_PER_EVENT = 8  # a table of all ids in a span may have so many; ids that are hashes span too far
 
 
@@ -21,22 +22,23 @@ def counted(events: pa.Table, first_evaluation_ms: int, fields: Mapping[str, Fie
 
     Returns:
         "": item_id, occurrences, train_occurrences (before `first_evaluation_ms`); and under each field's name:
-        item_id, value, latest time of that value.
+        item_id, value, latest time of that value, evaluation days before all others: what they say of an item that
+        training met does not count.
     """
-    early = pc.less(events["event_time_ms"], first_evaluation_ms).cast(pa.int64())
+    time_ms = events["event_time_ms"]
+    early = pc.less(time_ms, first_evaluation_ms)
+    order_ms = pc.if_else(early, time_ms, pc.subtract(time_ms, EVALUATION_BEHIND_MS))
     table = pa.table(
         {
             "item_id": events["item_id"],
             "occurrences": pa.array(np.ones(events.num_rows, np.int64)),
-            "train_occurrences": early,
+            "train_occurrences": early.cast(pa.int64()),
         }
     )
     parts = {"": table}
     for name in fields:
         known = pc.is_valid(events[name])
-        parts[name] = pa.table(
-            {"item_id": events["item_id"], "value": events[name], "time_ms": events["event_time_ms"]}
-        ).filter(known)
+        parts[name] = pa.table({"item_id": events["item_id"], "value": events[name], "time_ms": order_ms}).filter(known)
     return merged([parts])
 
 

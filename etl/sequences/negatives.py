@@ -19,7 +19,7 @@ MAX_ROUNDS = 40  # of drawing again what was refused; a user who knows nearly ev
 def sample_negatives(
     rule: Negatives,
     day: int,
-    occurrences: np.ndarray,
+    train_occurrences: np.ndarray,
     event_owner: np.ndarray,
     event_item: np.ndarray,
     event_time_ms: np.ndarray,
@@ -39,7 +39,8 @@ def sample_negatives(
 
     Args:
         day: day number of the partition.
-        occurrences: int64 [N], events of each item in the window.
+        train_occurrences: int64 [N], events of each item before the evaluation days; an item without any is never
+            drawn, so that nothing of those days reaches the training.
         event_owner, event_item, event_time_ms: int64 [E], all events of the bucket's users.
         owner, user_id, number, item, time_ms: int64 [P]; `number` counts a user's positives from 0.
         history_item: int32, items of the histories, flat; visible_from, visible_to: int64 [P], each positive's part of
@@ -48,9 +49,10 @@ def sample_negatives(
     Returns:
         int32 [P, per_positive] item indices, -1 where no item could be found.
     """
-    positives, items = len(owner), len(occurrences)
+    positives, items = len(owner), len(train_occurrences)
     drawn = np.full((positives, rule.per_positive), -1, dtype=np.int32)
-    if not positives or not items:
+    drawable = np.flatnonzero(train_occurrences)
+    if not positives or not len(drawable):
         return drawn
     # (user, item) -> when the user first met it.
     key = event_owner.astype(np.int64) * items + event_item
@@ -61,7 +63,7 @@ def sample_negatives(
         [rule.draw.get("popularity", 0.0), rule.draw.get("uniform", 0.0), rule.draw.get("own_history", 0.0)]
     )
     cumulative_share = np.cumsum(shares) / shares.sum()
-    cumulative_occurrences = np.cumsum(occurrences)
+    cumulative_occurrences = np.cumsum(train_occurrences[drawable])
     base = _mixed(np.full(positives, rule.seed, dtype=np.int64), np.int64(day), user_id, number)
     for slot in range(rule.per_positive):
         open_ = np.arange(positives)
@@ -70,13 +72,13 @@ def sample_negatives(
             way = np.searchsorted(cumulative_share, _uniform(_mixed(seed, np.int64(1))), side="right")
             u = _uniform(_mixed(seed, np.int64(2)))
             popular = np.searchsorted(cumulative_occurrences, u * cumulative_occurrences[-1], side="right")
-            candidate = np.where(way == 0, popular, (u * items).astype(np.int64))
+            place = np.where(way == 0, popular, (u * len(drawable)).astype(np.int64))
+            candidate = drawable[np.minimum(place, len(drawable) - 1)]
             span = visible_to[open_] - visible_from[open_]
             own = (way == 2) & (span > 0)
             position = visible_from[open_] + (u * span).astype(np.int64)
             if own.any():
                 candidate[own] = history_item[position[own]]
-            candidate = np.minimum(candidate, items - 1)
             place = np.minimum(np.searchsorted(met_key, owner[open_] * items + candidate), len(met_key) - 1)
             met = (met_key[place] == owner[open_] * items + candidate) & (met_ms[place] <= time_ms[open_]) & ~own
             good = ~met & (candidate != item[open_])

@@ -18,7 +18,7 @@ from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATC
 def sequence_rows(
     events: pa.Table,
     item_ids: np.ndarray,
-    occurrences: np.ndarray,
+    train_occurrences: np.ndarray,
     users: dict[int, list[str]],
     window: Window,
     definition: DatasetDefinition,
@@ -27,7 +27,8 @@ def sequence_rows(
 
     Args:
         events: with the EVENTS schema.
-        item_ids: int64 [N], sorted; an item's index is its position. occurrences: int64 [N], its events in the window.
+        item_ids: int64 [N], sorted; an item's index is its position.
+        train_occurrences: int64 [N], its events before the evaluation days.
         users: user id -> field values.
 
     Returns:
@@ -77,7 +78,7 @@ def sequence_rows(
         drawn = sample_negatives(
             definition.targets.negatives,
             day_number(window.dt),
-            occurrences,
+            train_occurrences,
             owner,
             index,
             time_ms,

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.datasets.definition import Negatives, Positions, dataset
+from etl.sequences.items import counted
 from etl.sequences.sequence_rows import sequence_rows, target_splits
-from etl.warehouse.partitions import MS_PER_DAY
+from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION
 from tests.etl.sequences.test_sequences import DT, FIRST_MS, WINDOW, events_table
 
 KUAIRAND = dataset("kuairand")
+EVALUATION_MS = day_number(WINDOW.first_evaluation_dt) * MS_PER_DAY
 
 
 def sampled(rows, history=None, **rule):
@@ -24,8 +26,9 @@ def sampled(rows, history=None, **rule):
         }
     )
     table = events_table(rows)
-    items, counts = np.unique(table["item_id"].to_numpy(), return_counts=True)
-    found, figures = sequence_rows(table, items, counts, {}, WINDOW, definition)
+    counts = counted(table, EVALUATION_MS, {})[""]
+    items = counts["item_id"].to_numpy()
+    found, figures = sequence_rows(table, items, counts["train_occurrences"].to_numpy(), {}, WINDOW, definition)
     return found.to_pylist(), figures, items
 
 
@@ -86,6 +89,19 @@ def test_popular_items_are_drawn_as_often_as_they_occur():
     drawn = [items[i] for i, label in zip(row["target_item_index"], row["target_label"], strict=True) if not label]
     share = drawn.count(0) / (drawn.count(0) + drawn.count(1))
     assert share == pytest.approx(0.9, abs=0.03)
+
+
+@settings(max_examples=50)
+@given(rows=logs, planted=logs, way=st.sampled_from(["popularity", "uniform", "own_history"]))
+def test_what_the_evaluation_day_alone_shows_changes_no_negative(rows, planted, way):
+    # Other users meet new items (ids before all others, too) and old ones, on the evaluation day alone.
+    crowd = [(90 + user, item - 7, EVALUATION_MS + time_ms % MS_PER_DAY, 1) for user, item, time_ms, _ in planted * 20]
+
+    def targets(log):
+        found, _, items = sampled(log, per_positive=2, draw={way: 1.0})
+        return {r["user_id"]: items[r["target_item_index"]].tolist() for r in found if r["user_id"] < 90}
+
+    assert targets(rows) == targets(rows + crowd)
 
 
 def test_own_history_gives_items_of_the_users_past():
