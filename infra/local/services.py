@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -319,9 +320,10 @@ def check_alive(processes: dict[Service, int]) -> None:
             )
 
 
-def http_ok(url: str) -> bool:
-    with contextlib.suppress(OSError):
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).status < 400
+def http_ok(url: str, within_seconds: float = 5) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(url, timeout=within_seconds).status < 400
     return False
 
 

@@ -1,4 +1,4 @@
-"""The process that `make up` leaves behind: it starts the services, and starts again what ends on its own.
+"""The process that `make up` leaves behind: it starts the services, and starts again what ends on its own or hangs.
 
     python -m infra.local.supervisor
 
@@ -8,6 +8,8 @@ is killed, all that it started ends, too. What it does stands in its log.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from infra import settings
-from infra.airflow_api import InfraError
+from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
 from infra.local import database, services
 from infra.local.services import Service
 
@@ -26,6 +28,8 @@ LOOK_EVERY_SECONDS = 0.5
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 STEADY_SECONDS = 300.0  # a service that worked so long had no trouble with its start
+ASK_EVERY_SECONDS = 15.0  # for a sign of life, which has as long to come
+HUNG_AFTER_SECONDS = float(HEALTHY_WITHIN_SECONDS)
 
 
 @dataclass
@@ -34,21 +38,31 @@ class Watched:
 
     Attributes:
         environment: what it is started with.
+        lives: whether it has given a sign of life since it was last asked; None: nobody can know now, or ever asks.
         process: its process; None while there is none.
         wait_seconds: before its next start, from its end.
         started, due: when it was started, and when it is to be (monotonic seconds).
+        silent_seconds: since its last sign of life.
     """
 
     service: Service
     environment: dict[str, str]
+    lives: Callable[[], bool | None] | None = None
     process: subprocess.Popen[bytes] | None = None
     wait_seconds: float = 0.0
     started: float = 0.0
     due: float = 0.0
+    silent_seconds: float = 0.0
 
     def look(self, now: float) -> None:
-        """Start the service when it is due; note its end."""
+        """Start the service when it is due; end it when it hangs; note its end."""
         name = self.service.name
+        if self.process is not None and self.silent_seconds >= HUNG_AFTER_SECONDS and self.process.poll() is None:
+            say(
+                f"{name} (process {self.process.pid}) has given no sign of life for {self.silent_seconds:.0f} s; killed"
+            )
+            self.process.kill()  # what hangs does not hear SIGTERM
+            self.process.wait()
         if self.process is not None and (code := self.process.poll()) is not None:
             self.wait_seconds = next_wait(self.wait_seconds, now - self.started)
             self.due = now + self.wait_seconds
@@ -57,9 +71,28 @@ class Watched:
             self.process = None
         if self.process is None and now >= self.due:
             self.process = services.start(self.service, self.environment, stays=True)
-            self.started = now
+            self.started, self.silent_seconds = now, 0.0
             services.write_pid(self.service, self.process.pid)
             say(f"{name} started (process {self.process.pid})")
+
+    def heard(self, process: subprocess.Popen[bytes] | None, lives: bool | None, seconds: float) -> None:
+        """Note what became of a question to a process: `lives`, after so many seconds since the one before.
+
+        A machine that stood still itself has not listened: no question counts for longer than it may take.
+        """
+        if process is None or process is not self.process or lives is None:
+            return
+        self.silent_seconds = 0.0 if lives else self.silent_seconds + min(seconds, 2 * ASK_EVERY_SECONDS)
+
+    def listen(self) -> None:
+        """Ask for signs of life for ever, in a thread of its own: a service that hangs lets one wait."""
+        before = time.monotonic()
+        while self.lives is not None:
+            time.sleep(ASK_EVERY_SECONDS)
+            process = self.process
+            lives, now = self.lives(), time.monotonic()
+            self.heard(process, lives, now - before)
+            before = now
 
 
 def next_wait(wait_seconds: float, worked_seconds: float) -> float:
@@ -77,7 +110,7 @@ def say(text: str) -> None:
 
 
 def watch(watched: Iterable[Watched], first: Callable[[float], object] = lambda now: None) -> None:
-    """Keep services running until SIGTERM, then end them with everything below them.
+    """Keep services at work until SIGTERM, then end them with everything below them.
 
     Args:
         first: called with the monotonic seconds before each look at the services.
@@ -87,6 +120,8 @@ def watch(watched: Iterable[Watched], first: Callable[[float], object] = lambda 
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGHUP, lambda *_: hurry.set())
     _end_when_this_ends([one.service.name for one in watched])
+    for one in watched:
+        threading.Thread(target=one.listen, daemon=True).start()
     while not stopping.is_set():
         if hurry.is_set():
             hurry.clear()
@@ -119,6 +154,29 @@ def _end_when_this_ends(names: list[str]) -> None:
     os._exit(0)
 
 
+class Heartbeat:
+    """Whether a component of Airflow has written another heartbeat into the database since this was last called.
+
+    None where Airflow cannot say: its server or its database is away, which is no fault of the component.
+
+    Args:
+        component: its name in Airflow's health.
+    """
+
+    def __init__(self, component: str) -> None:
+        self.component = component
+        self.last: str | None = None
+
+    def __call__(self) -> bool | None:
+        with contextlib.suppress(Exception):  # whatever is wrong with an answer says nothing of the component
+            health = AirflowApi().call("GET", "/api/v2/monitor/health", timeout=ASK_EVERY_SECONDS)
+            if health["metadatabase"]["status"] == "healthy":
+                latest = health[self.component][f"latest_{self.component}_heartbeat"]
+                another, self.last = latest != self.last, latest
+                return another
+        return None
+
+
 class DatabaseWatch:
     """Starts the home's PostgreSQL again when it has ended on its own."""
 
@@ -138,12 +196,24 @@ class DatabaseWatch:
             say(f"error: {error}")
 
 
+def signs_of_life() -> dict[str, Callable[[], bool | None]]:
+    """Return what says of each service of `make up`, by its name, whether it works."""
+    answers = functools.partial(services.http_ok, within_seconds=ASK_EVERY_SECONDS)
+    return {
+        services.API_SERVER.name: functools.partial(answers, settings.airflow_url() + "/api/v2/version"),
+        services.SCHEDULER.name: Heartbeat("scheduler"),
+        services.DAG_PROCESSOR.name: Heartbeat("dag_processor"),
+        services.TRIGGERER.name: Heartbeat("triggerer"),
+        "mlflow": functools.partial(answers, settings.mlflow_url() + "/health"),
+    }
+
+
 def main() -> None:
     from infra.local.stack import stack
 
-    env = dict(os.environ)
+    env, lives = dict(os.environ), signs_of_life()
     mine = {"mlflow": settings.stage_environment(env)}
-    watch([Watched(service, mine.get(service.name, env)) for service in stack()], DatabaseWatch())
+    watch([Watched(service, mine.get(service.name, env), lives[service.name]) for service in stack()], DatabaseWatch())
 
 
 if __name__ == "__main__":
