@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,12 @@ class Seen:
 
     Attributes:
         event_LS, target_S: static embeddings. value_LHd: values. age_days: of each event, never negative.
+        items, event_L, target: the batch's items, and which of them the events and the target are.
     """
 
+    items: Items
+    event_L: list[int]
+    target: int
     event_LS: Tensor
     target_S: Tensor
     value_LHd: Tensor
@@ -43,6 +47,9 @@ def each_target(items: Items, events: Events, targets: Targets) -> list[Seen]:
             mine = range(events.start[user] + int(targets.first_T[t]), events.start[user] + int(targets.end_T[t]))
             found.append(
                 Seen(
+                    items=items,
+                    event_L=[int(events.item_E[i]) for i in mine],
+                    target=int(targets.item_T[t]),
                     event_LS=torch.stack([items.static_NS[events.item_E[i]] for i in mine]) if mine else torch.empty(0),
                     target_S=items.static_NS[targets.item_T[t]],
                     value_LHd=torch.stack([events.value_EHd[i] for i in mine]).double() if mine else torch.empty(0),
@@ -87,7 +94,13 @@ def softmax_attention(interest: Attention, seen: Seen) -> Tensor:
 
 def recent_attention(interest: Attention, seen: Seen) -> Tensor:
     last = slice(-interest.config.recent_window, None)
-    newest = Seen(seen.event_LS[last], seen.target_S, seen.value_LHd[last], seen.age_days[last])
+    newest = replace(
+        seen,
+        event_L=seen.event_L[last],
+        event_LS=seen.event_LS[last],
+        value_LHd=seen.value_LHd[last],
+        age_days=seen.age_days[last],
+    )
     return softmax_attention(interest, newest)
 
 

@@ -6,22 +6,27 @@ import functools
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.claims.variants import TRIALS
 from etl.stage.errors import StageError
-from tests.training.oracles import ORACLES, config, interests
+from tests.training.oracles import ORACLES, Seen, config, interests
 from training.config import ModelConfig
 from training.model import passes
 from training.model.blocks import Layout
 from training.model.history import Events, Items, Targets
 from training.model.interests import INTERESTS
 from training.model.interests.interface import Coded, Interest
+from training.model.passes import by_layout
 
 torch.set_num_threads(1)
 
 ITEMS, STATIC, NOW_MS, DAY_MS = 11, 5, 1_650_000_000_000, 86_400_000
+# One to two tags an item, of six; 0 is none.
+ROWS = {"item_id": torch.arange(ITEMS), "tags": torch.stack([1 + torch.arange(ITEMS) % 3, torch.arange(ITEMS) % 4], 1)}
 KINDS = [(kind, settings) for kind, (_, tried) in ORACLES.items() for settings in tried]
 # (events, targets) of each user: without history, without targets, and one longer than a block of the test's layouts.
 USERS = [(0, 3), (9, 4), (1, 2), (19, 4), (5, 0), (0, 1)]
@@ -56,7 +61,7 @@ def batch(seed: int, users=tuple(USERS), most: int | None = None) -> tuple[Items
     starts = [[0, *accumulate(user[i] for user in users)] for i in (0, 1)]
     events, targets = (start[-1] for start in starts)
     return (
-        Items(torch.randn(ITEMS, STATIC, generator=draw), {"item_id": torch.arange(ITEMS)}),
+        Items(torch.randn(ITEMS, STATIC, generator=draw), ROWS, {"item_id": "id", "tags": "categories"}),
         Events(whole(ITEMS, events), torch.randn(events, 2, 4, generator=draw), torch.cat(times), starts[0]),
         Targets(
             item_T=whole(ITEMS, targets),
@@ -127,6 +132,44 @@ def test_a_batch_without_events_or_without_targets_is_no_error(kind, settings):
         (found.sum() + auxiliary).backward() if (found.requires_grad or auxiliary.requires_grad) else None
         assert found.shape == (3, 2, 4) and not found.any()
         assert interest(*batch(0, users=[(4, 0)]))[0].shape == (0, 2, 4)
+
+
+class SharedTags(Interest):
+    """Mean of the values of visible events whose item shares one of its categories with the target."""
+
+    def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
+        tags_Nk = torch.cat([items.rows[name] for name, kind in items.kinds.items() if kind == "categories"], 1)
+
+        def attended(layout: Layout) -> Tensor:
+            event_NBk = layout.events(tags_Nk[events.item_E][:, None])[0]
+            target_NPk = layout.targets(tags_Nk[targets.item_T][:, None])[0]
+            same_NPBkk = (target_NPk[:, :, None, :, None] == event_NBk[:, None, :, None]) & (event_NBk > 0)[
+                :, None, :, None
+            ]
+            weight_NPB = (same_NPBkk.any((-2, -1)) & layout.visible(targets)).to(events.value_EHd.dtype)
+            total_TH1 = layout.summed(weight_NPB[None].sum(-1, keepdim=True))
+            return layout.summed(weight_NPB @ layout.events(events.value_EHd)) / total_TH1.clamp(min=1)
+
+        return by_layout(attended, events, targets), items.static_NS.new_zeros(())
+
+
+def shared_tags(_: Interest, seen: Seen) -> Tensor:
+    tags = lambda item: set(seen.items.rows["tags"][item].tolist()) - {0}  # noqa: E731
+    alike = [value for item, value in zip(seen.event_L, seen.value_LHd, strict=True) if tags(item) & tags(seen.target)]
+    return sum(alike) / len(alike) if alike else torch.zeros(seen.value_LHd.shape[1:])
+
+
+@torch.no_grad()
+def test_a_kind_that_reads_item_fields_is_one_class_and_a_line_of_the_registry(monkeypatch, loaded, make_model):
+    monkeypatch.setitem(INTERESTS, "shared_tags", SharedTags)
+    interest = made("shared_tags", {})
+    for seed, most in ((0, None), (3, 4)):
+        given = batch(seed, most=most)
+        assert (interest(*given)[0] - interests(shared_tags, interest, *given)).abs().max() <= 2e-5
+    sequences, _, batches = loaded
+    [given] = batches.all_of(np.arange(len(sequences.target_label)))
+    logits, _ = make_model("shared_tags")(given.to("cpu"))
+    assert len(logits) == len(sequences.target_label) and logits.isfinite().all()
 
 
 def test_a_configuration_that_a_kind_cannot_run_is_refused_with_a_remedy():

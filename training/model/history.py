@@ -23,10 +23,12 @@ class Items:
     Attributes:
         static_NS: float, the embedded static fields of each item.
         rows: field name -> int64 [N], or [N, k] of a field with several values: the embedding rows; 0 is "missing".
+        kinds: field name -> id, category, categories or number.
     """
 
     static_NS: Tensor
     rows: dict[str, Tensor]
+    kinds: dict[str, str]
 
 
 @dataclass(frozen=True)

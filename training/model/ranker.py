@@ -163,7 +163,7 @@ class Ranker(nn.Module):
         Raises:
             StageError: the interest has no codebooks.
         """
-        items = Items(self.items(batch.items), batch.items.rows)
+        items = self._items(batch)
         coded = self._needs_codes()
         interest_THd = coded.from_caches(items, _targets(batch), caches, lambda: self._events(items, batch))
         return self.predict(interest_THd, items, batch)
@@ -185,8 +185,12 @@ class Ranker(nn.Module):
         return self.coded
 
     def _read(self, batch: Batch) -> tuple[Items, Events]:
-        items = Items(self.items(batch.items), batch.items.rows)
+        items = self._items(batch)
         return items, self._events(items, batch)
+
+    def _items(self, batch: Batch) -> Items:
+        rows = batch.items.rows
+        return Items(self.items(batch.items), rows, dict(zip(rows, self.items.kinds, strict=True)))
 
     def _events(self, items: Items, batch: Batch) -> Events:
         """Values are the item's part and what the user did with it: each made once a distinct item or interaction."""
