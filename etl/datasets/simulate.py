@@ -179,14 +179,30 @@ def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.nda
 def _log(
     simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the columns of all log rows, and the probability of a click on each.
+
+    The order of the draws, in here and in what it calls, is part of the simulation: another gives other logs.
+    """
+    user, time_ms = _exposures(simulation, rng)
+    item = _shown(simulation, items["popularity"], user, rng)
+    taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
+    day = time_ms // MS_PER_DAY - day_number(simulation.first_dt)
+    logit = -0.6 + _taste_then(taste, user, items["topic"][item], day, simulation, rng) + items["quality"][item]
+    probability = 1 / (1 + np.exp(-logit))
+    click = rng.random(len(user)) < probability
+    return _log_columns(user, item, time_ms, click, items["duration_ms"][item], rng), probability
+
+
+def _exposures(simulation: Simulation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return user and time_ms of every exposure, by user and time; the exposures of one page share one time_ms."""
     wished = np.exp(rng.normal(LN_MEAN_HISTORY, LN_SD_HISTORY, simulation.users)) * simulation.length_scale
     lengths = wished.astype(np.int64).clip(5)
     total = int(lengths.sum())
     user = np.repeat(np.arange(simulation.users), lengths)
-    # Pages: the exposures of one page share one time_ms.
     page_size = rng.choice(PAGE_SIZES, total, p=(0.15, 0.15, 0.25, 0.25, 0.2))
     page_end = np.cumsum(page_size)
     page = np.searchsorted(page_end, np.arange(total), side="right")
+    # Pages were cut through the exposures of all users at once: numbered anew, none is shared by two users.
     first_of_user = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     page = (
         page
@@ -199,29 +215,35 @@ def _log(
     pages = int(page.max()) + 1
     page_user = np.zeros(pages, np.int64)
     page_user[page] = user
-    first_ms = day_number(simulation.first_dt) * MS_PER_DAY
     hour = rng.choice(24, pages, p=_hour_profile())
     page_time = (
-        first_ms
+        day_number(simulation.first_dt) * MS_PER_DAY
         + rng.integers(0, simulation.days, pages) * MS_PER_DAY
         + hour * 3_600_000
         + rng.integers(0, 3_600_000, pages)
     )
-    page_time = page_time[np.lexsort((page_time, page_user))]
-    time_ms = page_time[page]
-    item = rng.choice(simulation.items, total, p=items["popularity"])
-    repeats = np.flatnonzero(rng.random(total) < SHARE_REPEATS)
+    return user, page_time[np.lexsort((page_time, page_user))][page]
+
+
+def _shown(simulation: Simulation, popularity: np.ndarray, user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the item of every exposure; some are the user's last one once more."""
+    item = rng.choice(simulation.items, len(user), p=popularity)
+    repeats = np.flatnonzero(rng.random(len(user)) < SHARE_REPEATS)
     repeats = repeats[(repeats > 0) & (user[repeats] == user[repeats - 1])]
     item[repeats] = item[repeats - 1]
-    taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
-    logit = (
-        -0.6
-        + _taste_then(taste, user, items["topic"][item], (time_ms - first_ms) // MS_PER_DAY, simulation, rng)
-        + items["quality"][item]
-    )
-    probability = 1 / (1 + np.exp(-logit))
-    click = rng.random(total) < probability
-    duration = items["duration_ms"][item]
+    return item
+
+
+def _log_columns(
+    user: np.ndarray,
+    item: np.ndarray,
+    time_ms: np.ndarray,
+    click: np.ndarray,
+    duration: np.ndarray,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Return the published columns: what follows from a click, and what a server writes down."""
+    total = len(user)
     ratio = np.where(click, rng.gamma(4, 0.3, total), rng.gamma(1.2, 0.12, total))
     play = (ratio * np.where(duration > 0, duration, 5_000)).astype(np.int64)
     long_view = click & (play >= np.minimum(18_000, np.where(duration > 0, duration, 18_000)))
@@ -232,7 +254,7 @@ def _log(
     logged_ms = local_ms + np.where(rng.random(total) < 0.18, 3_600_000, 0)
     logged_day = logged_ms // MS_PER_DAY
     days, inverse = np.unique(logged_day, return_inverse=True)
-    columns = {
+    return {
         "user_id": user,
         "video_id": item,
         "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
@@ -253,7 +275,6 @@ def _log(
         "is_rand": np.zeros(total, np.int64),
         "tab": rng.choice([1, 0, 4, 2, 6], total, p=(0.67, 0.2, 0.08, 0.03, 0.02)),
     }
-    return columns, probability
 
 
 def _taste_then(

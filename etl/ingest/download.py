@@ -237,44 +237,51 @@ def download(definition: DatasetDefinition, to: Path, *, dry_run: bool = False, 
     if _finished(definition, to):
         return
     if dry_run:
-        _check_all_room(targets, _sizes(targets, source.page), to)
-        for target in targets:
-            log(
-                f"would {'unpack' if target.packed else 'take'} the files that match"
-                f" {', '.join(target.archive.members)}"
-            )
-        log("dry run: nothing was written")
+        _say_what_would_come(targets, source.page, to)
         return
     (to / ARCHIVES).mkdir(parents=True, exist_ok=True)
     with _locked(to):
         if _finished(definition, to):  # by a call that held the folder until now
             return
         _check_all_room(targets, _sizes(targets, source.page), to)
-        work = to / ARCHIVES / WORK
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            found = []
-            staged: dict[str, Path] = {}
-            for target in targets:
-                md5 = _fetch(target, source.page)
-                files = _unpack(target, work, set(staged))
-                staged |= files
-                found.append(
-                    {
-                        "url": target.archive.url,
-                        "bytes": target.whole.stat().st_size,
-                        "md5": md5,
-                        "last_modified": target.earlier().last_modified,
-                        "members": list(target.archive.members),
-                        "files": {name: path.stat().st_size for name, path in files.items()},
-                    }
-                )
-            _publish(definition, source, to, staged, found)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        files = _fetch_and_publish(definition, source, targets, to)
         _remove_archives([target for target in targets if not (keep_archives and target.packed)], to)
-    log(f"{len(staged)} files are in {to}")
+    log(f"{files} files are in {to}")
+
+
+def _say_what_would_come(targets: list[Target], page: str, to: Path) -> None:
+    _check_all_room(targets, _sizes(targets, page), to)
+    for target in targets:
+        log(f"would {'unpack' if target.packed else 'take'} the files that match {', '.join(target.archive.members)}")
+    log("dry run: nothing was written")
+
+
+def _fetch_and_publish(definition: DatasetDefinition, source: Download, targets: list[Target], to: Path) -> int:
+    """Fetch and unpack the archives into a folder of work, then move all files at once; return their number."""
+    work = to / ARCHIVES / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        found = []
+        staged: dict[str, Path] = {}
+        for target in targets:
+            md5 = _fetch(target, source.page)
+            files = _unpack(target, work, set(staged))
+            staged |= files
+            found.append(
+                {
+                    "url": target.archive.url,
+                    "bytes": target.whole.stat().st_size,
+                    "md5": md5,
+                    "last_modified": target.earlier().last_modified,
+                    "members": list(target.archive.members),
+                    "files": {name: path.stat().st_size for name, path in files.items()},
+                }
+            )
+        _publish(definition, source, to, staged, found)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return len(staged)
 
 
 def _by_hand(definition: DatasetDefinition, to: Path) -> StageError:

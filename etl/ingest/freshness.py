@@ -128,29 +128,9 @@ def judged(
     """
     if published is None:
         return Verdict(dt, Action.BUILD, "not published yet")
-    before, now = {f.name: f for f in published.files}, {f.name: f for f in files}
-    holding = {f.name for f in files if f.may_hold(dt)}
-    # A file that gave the day no row takes none along; a day without events has none to lose.
-    gone = [name for name, f in before.items() if name not in now and f.rows != 0] if published.rows else []
-    moved = {
-        name: f.name for name in gone for f in files if f.name not in before and _same_bytes(before[name], f, digest_of)
-    }
-    gone = [name for name in gone if name not in moved]
-    came = sorted(holding - before.keys() - set(moved.values()))
-    changed = [
-        name
-        for name, f in before.items()
-        if name in now and (name not in holding or _is_another(f, now[name], digest_of))
-    ]
-    other_definition = published.definition not in ("", definition)
-    because = "; ".join(
-        [
-            *(["the definition changed"] if other_definition else []),
-            *([f"raw files came: {_names(came)}"] if came else []),
-            *([f"raw files changed: {_names(changed)}"] if changed else []),
-        ]
-    )
-    if not gone:
+    changes = _changes(dt, published, files, definition, digest_of)
+    because, lost = changes.because, f"raw files are gone: {_names(changes.gone)}"
+    if not changes.gone:
         if not published.definition and not because:
             because = "the definition that it was built by is not known"
         return Verdict(
@@ -158,16 +138,65 @@ def judged(
             Action.BUILD if because or wanted else Action.FRESH,
             because or ("the partition itself" if wanted else "unchanged"),
         )
-    lost = f"raw files are gone: {_names(gone)}"
     if accept_loss:
         return Verdict(dt, Action.BUILD, "; ".join(filter(None, (because, lost, "the loss is accepted"))))
-    if other_definition or wanted:
+    if changes.other_definition or wanted:
         return Verdict(dt, Action.STOP, "; ".join(filter(None, (because, lost))))
     if because:
         return Verdict(
             dt, Action.KEEP, f"late rows may have come, but the day can no longer be rebuilt whole ({because}; {lost})"
         )
     return Verdict(dt, Action.FRESH, lost)
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What is not as it was when a day was built.
+
+    Attributes:
+        gone: raw files that gave it rows and are there under no name. came: new ones that may hold rows of it.
+        changed: others, under the name that they had.
+    """
+
+    other_definition: bool
+    gone: list[str]
+    came: list[str]
+    changed: list[str]
+
+    @property
+    def because(self) -> str:
+        """Why the day would be built again, '' if nothing asks for it."""
+        return "; ".join(
+            [
+                *(["the definition changed"] if self.other_definition else []),
+                *([f"raw files came: {_names(self.came)}"] if self.came else []),
+                *([f"raw files changed: {_names(self.changed)}"] if self.changed else []),
+            ]
+        )
+
+
+def _changes(
+    dt: str, published: Published, files: Sequence[RawFile], definition: str, digest_of: Callable[[RawFile], str]
+) -> _Changes:
+    before, now = {f.name: f for f in published.files}, {f.name: f for f in files}
+    holding = {f.name for f in files if f.may_hold(dt)}
+    # A file that gave the day no row takes none along; a day without events has none to lose.
+    gone = [name for name, f in before.items() if name not in now and f.rows != 0] if published.rows else []
+    # A file that was renamed is neither gone nor new.
+    moved = {
+        name: f.name for name in gone for f in files if f.name not in before and _same_bytes(before[name], f, digest_of)
+    }
+    changed = [
+        name
+        for name, f in before.items()
+        if name in now and (name not in holding or _is_another(f, now[name], digest_of))
+    ]
+    return _Changes(
+        other_definition=published.definition not in ("", definition),
+        gone=[name for name in gone if name not in moved],
+        came=sorted(holding - before.keys() - set(moved.values())),
+        changed=changed,
+    )
 
 
 def same_rows(manifest: Manifest) -> set[str]:

@@ -341,59 +341,19 @@ class RawLocation:
         Raises:
             StageError: the file cannot be read, is empty, or lacks a declared column.
         """
+        where = f"{file.name} in {self.uri}"
         schema = None
         try:
             if logs.format == "parquet":
                 schema = self._schema(file)
             found = self.column_names(file, logs) if schema is None else tuple(schema.names)
-        except (
-            OSError,
-            pa.ArrowInvalid,
-            DamagedError,
-        ) as error:  # an archive that is none, or that breaks off within the header
-            raise kind_of(error)(
-                f"{file.name} in {self.uri} cannot be read: {error}", "deliver the file again, or remove it"
-            ) from None
-        where = f"{file.name} in {self.uri}"
+        # Of an archive: it is none, or breaks off within the header.
+        except (OSError, pa.ArrowInvalid, DamagedError) as error:
+            raise kind_of(error)(f"{where} cannot be read: {error}", "deliver the file again, or remove it") from None
         if logs.format == "csv" and not logs.header:
-            if len(found) != len(logs.columns):
-                raise StageError(
-                    f"{where} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
-                    "correct logs.columns or logs.delimiter of the definition, or set header: true",
-                )
-            if found == tuple(logs.columns):
-                raise StageError(
-                    f"the first line of {where} holds the names of its columns: {', '.join(found)[:500]}",
-                    "set header: true in logs of the definition",
-                )
+            _check_unnamed(where, found, logs)
             return tuple(logs.columns)
-        missing = [
-            name
-            for name, column in logs.columns.items()
-            if name not in found and not (logs.format == "jsonl" and column.optional)
-        ]
-        if missing and logs.format == "csv" and found[0].lstrip().startswith("{"):
-            raise StageError(f"{where} holds objects of JSON: {found[0][:80]!r}", "set logs.format: jsonl")
-        if missing and logs.format == "csv" and len(missing) == len(logs.columns) and any(map(_is_number, found)):
-            raise StageError(
-                f"the first line of {where} holds values, not the names of columns: {', '.join(found)[:200]}",
-                "set header: false in logs of the definition, and give logs.columns in the order of the file",
-            )
-        if missing and len(found) == 1 and len(logs.columns) > 1:
-            raise StageError(
-                f"{where} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}",
-                "correct logs.delimiter of the definition",
-            )
-        if of_path := [name for name in missing if f"/{name}=" in f"/{file.name}"]:
-            raise StageError(
-                f"{where} lacks the column {', '.join(of_path)}: it is part of its folder's name alone",
-                "leave it out of logs.columns; logs.days_in_name may read a day from the folder's name",
-            )
-        if missing:
-            raise StageError(
-                f"{where} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
-                f"deliver the file with the columns {', '.join(logs.columns)}",
-            )
+        _refuse_missing(file, where, found, logs)
         if len(set(found)) < len(found):
             raise StageError(f"{where} has a column twice: {', '.join(found)[:500]}", "deliver the file again")
         if schema is not None:
@@ -1185,6 +1145,63 @@ def _ends_in_cr(text: bytes) -> bool:
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?[0-9]+([.:/-][0-9]+)*", text.strip()) is not None
+
+
+def _check_unnamed(where: str, found: Sequence[str], logs: Logs) -> None:
+    """Refuse a CSV file without a header whose first line cannot be a row of the definition's columns.
+
+    Raises:
+        StageError: it has more or fewer cells, or names the columns after all.
+    """
+    if len(found) != len(logs.columns):
+        raise StageError(
+            f"{where} has {len(found)} columns, its definition {len(logs.columns)}: {', '.join(logs.columns)}",
+            "correct logs.columns or logs.delimiter of the definition, or set header: true",
+        )
+    if tuple(found) == tuple(logs.columns):
+        raise StageError(
+            f"the first line of {where} holds the names of its columns: {', '.join(found)[:500]}",
+            "set header: true in logs of the definition",
+        )
+
+
+def _refuse_missing(file: RawFile, where: str, found: Sequence[str], logs: Logs) -> None:
+    """Refuse a file that lacks a declared column, by the likeliest reason: that decides the remedy.
+
+    Args:
+        found: the columns that it has.
+
+    Raises:
+        StageError: it lacks one.
+    """
+    missing = [
+        name
+        for name, column in logs.columns.items()
+        if name not in found and not (logs.format == "jsonl" and column.optional)
+    ]
+    if not missing:
+        return
+    if logs.format == "csv" and found[0].lstrip().startswith("{"):
+        raise StageError(f"{where} holds objects of JSON: {found[0][:80]!r}", "set logs.format: jsonl")
+    if logs.format == "csv" and len(missing) == len(logs.columns) and any(map(_is_number, found)):
+        raise StageError(
+            f"the first line of {where} holds values, not the names of columns: {', '.join(found)[:200]}",
+            "set header: false in logs of the definition, and give logs.columns in the order of the file",
+        )
+    if len(found) == 1 and len(logs.columns) > 1:
+        raise StageError(
+            f"{where} has one column, {found[0][:200]!r}, when it is split at {logs.delimiter!r}",
+            "correct logs.delimiter of the definition",
+        )
+    if of_path := [name for name in missing if f"/{name}=" in f"/{file.name}"]:
+        raise StageError(
+            f"{where} lacks the column {', '.join(of_path)}: it is part of its folder's name alone",
+            "leave it out of logs.columns; logs.days_in_name may read a day from the folder's name",
+        )
+    raise StageError(
+        f"{where} lacks the column {', '.join(missing)}; it has {', '.join(found)[:500]}",
+        f"deliver the file with the columns {', '.join(logs.columns)}",
+    )
 
 
 def _is_list(text: str) -> bool:

@@ -10,8 +10,7 @@ not known, and the manifest says which definition the rows were built by.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from etl.stage.spark import spark_session
 from etl.warehouse.buckets import MAX_BUCKETS, Layout, common_layout, files_by_remainder
 from etl.warehouse.partitions import days_between, parse_dt
 from etl.warehouse.schemas import EVENTS, schema_fingerprint
-from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
+from etl.warehouse.store import DataFile, Manifest, TableStore, Try, code_version
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,13 @@ class Conform:
     Attributes:
         bits: (bit of `feedback` before, bit now).
         schema: the columns that they get.
+        definition: digest of the definition that they conform to. signals: its signals, as a manifest has them.
     """
 
     bits: tuple[tuple[int, int], ...]
     schema: pa.Schema
+    definition: str
+    signals: str
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return rows with the columns of the schema: fields that they lack are null."""
@@ -97,6 +99,30 @@ def rebucket(
         StageError: no day is published, a day was made by another definition that cannot be adopted, or it was
             published anew meanwhile.
     """
+    published = _published(store, days)
+    layout = Layout(buckets or common_layout(published).buckets)
+    digest = rows_digest(definition)
+    adopting = {
+        m.dt: _conform(store, m, definition) for m in published if adopt and m.settings.get("definition") != digest
+    }
+    work = [m for m in published if m.dt in adopting or Layout.of(m) != layout]
+    if not work:
+        return []
+    log(f"cutting {len(work)} day(s) of {sum(m.rows for m in work):,} events into {layout.buckets} bucket(s)")
+    staging = store.begin_try(attempt, ["events"], [m.dt for m in work])
+    files = _cut_days(store, staging, work, layout, adopting)
+    for manifest in work:
+        staged = _staged_again(manifest, files[manifest.dt], layout, adopting.get(manifest.dt))
+        store.write_staged_manifest(staging, replace(staged, attempt=attempt))
+    return [_published_anew(store, attempt, manifest) for manifest in work]
+
+
+def _published(store: TableStore, days: list[str]) -> list[Manifest]:
+    """Return the manifests of the days that are published.
+
+    Raises:
+        StageError: there is none.
+    """
     published = [manifest for day in days if (manifest := store.manifest("events", day)) is not None]
     if not published:
         raise StageError(
@@ -107,93 +133,92 @@ def rebucket(
             ),
             "correct --first-dt, --last-dt or --warehouse",
         )
-    layout = Layout(buckets or common_layout(published).buckets)
-    digest, schema = rows_digest(definition), events_schema(definition)
-    adopting = {
-        m.dt: _conform(store, m, definition, schema)
-        for m in published
-        if adopt and m.settings.get("definition") != digest
-    }
-    work = [m for m in published if m.dt in adopting or Layout.of(m) != layout]
-    if not work:
-        return []
-    log(f"cutting {len(work)} day(s) of {sum(m.rows for m in work):,} events into {layout.buckets} bucket(s)")
+    return published
+
+
+def cut(rows: pa.Table, layout: Layout) -> list[tuple[int, pa.Table]]:
+    """Return (bucket, its rows) of rows of one day, buckets ascending, each sorted by user as a build sorts it."""
+    bucket = layout.bucket_of(rows["user_id"].to_numpy())
+    # Stable: a user lies in one file, whose order is that of a day.
+    order = np.lexsort((rows["user_id"].to_numpy(), bucket))
+    rows, bucket = rows.take(pa.array(order)), bucket[order]
+    distinct, start, count = np.unique(bucket, return_index=True, return_counts=True)
+    return [(b, rows.slice(s, c)) for b, s, c in zip(distinct.tolist(), start.tolist(), count.tolist(), strict=True)]
+
+
+def _cut_days(
+    store: TableStore, staging: Try, work: list[Manifest], layout: Layout, adopting: dict[str, Conform]
+) -> dict[str, tuple[DataFile, ...]]:
+    """Write the rows of days into files of a layout, one Spark task a group of files; return each day's, by bucket."""
     warehouse, dataset = store.warehouse, store.dataset
-    staging = store.begin_try(attempt, ["events"], [m.dt for m in work])
     # No two groups of a day hold users of the same new bucket.
     tasks = [(m.dt, found) for m in work for found in files_by_remainder(m, Layout.of(m).nested_in(layout)).values()]
-    spark = spark_session(attempt)
+    files: dict[str, list[DataFile]] = {m.dt: [] for m in work}
+    if not tasks:  # days without events
+        return {dt: () for dt in files}
+
+    def write(task: tuple[str, list[DataFile]]) -> tuple[str, list[DataFile]]:
+        dt, found = task
+        here = TableStore(warehouse, dataset)
+        rows = here.read_files(found)
+        rows = adopting[dt](rows) if dt in adopting else rows
+        return dt, [here.write_file(staging, "events", dt, bucket, part) for bucket, part in cut(rows, layout)]
+
+    spark = spark_session(staging.attempt)
     try:
-
-        def cut(task: tuple[str, list[DataFile]]) -> str:
-            dt, files = task
-            here = TableStore(warehouse, dataset)
-            rows = here.read_files(files)
-            if dt in adopting:
-                rows = adopting[dt](rows)
-            bucket = layout.bucket_of(rows["user_id"].to_numpy())
-            # Stable: a user lies in one file, whose order is that of a day.
-            order = np.lexsort((rows["user_id"].to_numpy(), bucket))
-            rows, bucket = rows.take(pa.array(order)), bucket[order]
-            distinct, start, count = np.unique(bucket, return_index=True, return_counts=True)
-            written = [
-                here.write_file(staging, "events", dt, b, rows.slice(s, c))
-                for b, s, c in zip(distinct.tolist(), start.tolist(), count.tolist(), strict=True)
-            ]
-            return json.dumps([dt, [asdict(file) for file in written]])
-
-        context = spark.sparkContext
-        results = (
-            [json.loads(text) for text in context.parallelize(tasks, len(tasks)).map(cut).collect()] if tasks else []
-        )
+        for dt, written in spark.sparkContext.parallelize(tasks, len(tasks)).map(write).collect():
+            files[dt] += written
     finally:
         spark.stop()
-    for manifest in work:
-        found = tuple(
-            sorted(
-                (DataFile(**file) for dt, files in results if dt == manifest.dt for file in files),
-                key=lambda file: file.bucket,
-            )
-        )
-        if sum(file.rows for file in found) != manifest.rows:
-            raise StageError(
-                f"dt={manifest.dt} has {manifest.rows:,} events, and {sum(f.rows for f in found):,} after cutting",
-                "this is a bug: report it; the days are untouched",
-            )
-        settings = {**manifest.settings, **layout.settings()}
-        if manifest.dt in adopting:
-            settings |= {
-                "definition": digest,
-                "signals": ",".join(definition.feedback_fields),
-                "adopted_from": str(manifest.settings.get("definition")),
-            }
-            settings.pop("same_rows_as", None)  # bits and fields may have changed
-        else:
-            settings["same_rows_as"] = ",".join(sorted(same_rows(manifest)))
-        store.write_staged_manifest(
-            staging,
-            replace(
-                manifest,
-                attempt=attempt,
-                files=found,
-                settings=settings,
-                code_version=code_version(),
-                schema=schema_fingerprint(schema) if manifest.dt in adopting else manifest.schema,
-            ),
-        )
-    done = []
-    for manifest in work:
-        current = store.require("events", manifest.dt)
-        if current.data_digest != manifest.data_digest:
-            raise TryAgainError(
-                f"dt={manifest.dt} was published anew by attempt {current.attempt} meanwhile; it stays as it is",
-                "run again",
-            )
-        done.append(store.publish(attempt, "events", manifest.dt))
-    return done
+    return {dt: tuple(sorted(found, key=lambda file: file.bucket)) for dt, found in files.items()}
 
 
-def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinition, schema: pa.Schema) -> Conform:
+def _staged_again(manifest: Manifest, files: tuple[DataFile, ...], layout: Layout, adopted: Conform | None) -> Manifest:
+    """Return the manifest of a day that was cut into these files, and perhaps adopted.
+
+    Raises:
+        StageError: they hold more or fewer rows than the day.
+    """
+    if (rows := sum(file.rows for file in files)) != manifest.rows:
+        raise StageError(
+            f"dt={manifest.dt} has {manifest.rows:,} events, and {rows:,} after cutting",
+            "this is a bug: report it; the days are untouched",
+        )
+    settings = {**manifest.settings, **layout.settings()}
+    if adopted is None:
+        settings["same_rows_as"] = ",".join(sorted(same_rows(manifest)))
+    else:
+        settings |= {
+            "definition": adopted.definition,
+            "signals": adopted.signals,
+            "adopted_from": str(manifest.settings.get("definition")),
+        }
+        settings.pop("same_rows_as", None)  # bits and fields may have changed
+    return replace(
+        manifest,
+        files=files,
+        settings=settings,
+        code_version=code_version(),
+        schema=manifest.schema if adopted is None else schema_fingerprint(adopted.schema),
+    )
+
+
+def _published_anew(store: TableStore, attempt: str, manifest: Manifest) -> Manifest:
+    """Publish a staged day in place of what its rows were read from; return its manifest.
+
+    Raises:
+        TryAgainError: somebody else has published the day since.
+    """
+    current = store.require("events", manifest.dt)
+    if current.data_digest != manifest.data_digest:
+        raise TryAgainError(
+            f"dt={manifest.dt} was published anew by attempt {current.attempt} meanwhile; it stays as it is",
+            "run again",
+        )
+    return store.publish(attempt, "events", manifest.dt)
+
+
+def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinition) -> Conform:
     """Return how the rows of a day become rows of a definition; say which signals are lost and which are new.
 
     Raises:
@@ -205,6 +230,7 @@ def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinitio
             "build the day again from its raw files",
         )
     before, now = str(manifest.settings["signals"]).split(","), definition.feedback_fields
+    schema = events_schema(definition)
     found = store.read_file(manifest.files[0]).schema if manifest.files else EVENTS
     for field in schema:
         if field.name in found.names and found.field(field.name).type != field.type:
@@ -221,7 +247,8 @@ def _conform(store: TableStore, manifest: Manifest, definition: DatasetDefinitio
     if new := [name for name in now if name not in before]:
         label = f"; the label {definition.targets.label} is 0 on all of them" if definition.targets.label in new else ""
         log(f"warning: dt={manifest.dt}: the signal(s) {', '.join(new)} have not happened in its rows{label}")
-    return Conform(tuple((bit, now.index(name)) for bit, name in enumerate(before) if name in now), schema)
+    bits = tuple((bit, now.index(name)) for bit, name in enumerate(before) if name in now)
+    return Conform(bits, schema, rows_digest(definition), ",".join(now))
 
 
 if __name__ == "__main__":

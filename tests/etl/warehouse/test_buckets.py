@@ -135,7 +135,25 @@ def test_a_layout_that_is_not_known_is_one_clear_error(settings):
         Layout.of(day)
 
 
-def test_rows_that_are_kept_under_another_definition_have_its_signals_and_columns():
+def test_rows_cut_into_buckets_are_each_users_in_the_order_that_they_had():
+    from etl.jobs.rebucket import cut
+
+    user = [5, 5, 2, 2, 2, 9, 4]
+    rows = pa.table({"user_id": pa.array(user, pa.int64()), "place": list(range(7))})
+    found = cut(rows, Layout(4))
+    assert [bucket for bucket, _ in found] == sorted({int(b) for b in Layout(4).bucket_of(np.array(user))})
+    for bucket, part in found:
+        assert set(Layout(4).bucket_of(part["user_id"].to_numpy()).tolist()) == {bucket}
+        assert part["user_id"].to_pylist() == sorted(part["user_id"].to_pylist())
+    of_user = {
+        u: [p for _, part in found for p in part.filter(pa.array(part["user_id"].to_numpy() == u))["place"].to_pylist()]
+        for u in set(user)
+    }
+    assert of_user == {5: [0, 1], 2: [2, 3, 4], 9: [5], 4: [6]}
+    assert cut(rows.slice(0, 0), Layout(4)) == []
+
+
+def test_rows_of_another_definition_get_its_signals_and_columns():
     from etl.jobs.rebucket import Conform
 
     old = pa.table(
@@ -146,13 +164,12 @@ def test_rows_that_are_kept_under_another_definition_have_its_signals_and_column
         "gone", pa.array(["a", "b"])
     )
     schema = pa.schema([*EVENTS, pa.field("new", pa.float64())])
-    kept = Conform(((0, 2), (2, 0)), schema)(
-        old
-    )  # the first signal became the third, the second is gone, the third became the first
-    assert kept["feedback"].to_pylist() == [0b100, 0b001]
-    assert kept.column_names == schema.names
-    assert kept["new"].to_pylist() == [None, None]
-    assert kept["user_id"].equals(old["user_id"])
+    # The first signal became the third, the second is gone, the third became the first.
+    now = Conform(((0, 2), (2, 0)), schema, "digest", "c,b,a")(old)
+    assert now["feedback"].to_pylist() == [0b100, 0b001]
+    assert now.column_names == schema.names
+    assert now["new"].to_pylist() == [None, None]
+    assert now["user_id"].equals(old["user_id"])
 
 
 @pytest.mark.spark
