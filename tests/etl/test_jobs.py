@@ -6,6 +6,7 @@ Reconciliation, equal bytes in any order, and failures that leave what is publis
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import shutil
@@ -198,6 +199,47 @@ def test_a_late_file_makes_its_days_stale_and_all_that_was_made_from_them(built,
     done = run_cli("etl.ingest.affected", "--dataset", NAME, "--warehouse", store.warehouse, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["backfill"] == [[DT, DT]]
+
+
+def test_days_that_a_neighbour_publishes_while_sequences_are_built_change_nothing_of_them(
+    built, raw, tmp_path, monkeypatch
+):
+    """The job reads the days that were published when it began, though their files have moved meanwhile."""
+    shutil.copytree(built[0].warehouse, tmp_path / "w")
+    store = TableStore(str(tmp_path / "w"), NAME)
+    days = Window(DT, 2, 3).event_days
+    before = {f"events/dt={day}": store.require("events", day).data_digest for day in days}
+
+    def staged(attempt: str) -> list[Manifest]:
+        build_sequences(store, dataset(NAME), RawLocation(str(raw)), Window(DT, 2, 3), attempt)
+        return [store.staged_manifest(attempt, table, DT) for table in ("items", "sequences")]
+
+    def publish_first(name: str, day: str) -> None:
+        """Let a neighbour publish another `day`, with a file less, right before the job calls a function."""
+        called = getattr(module, name)
+
+        def calls(*given):
+            work = store.begin_try(f"neighbour-{day}", ["events"], [day])
+            current = store.require("events", day)
+            store.write_staged_manifest(work, replace(current, attempt=work.attempt, files=current.files[1:]))
+            store.publish(work.attempt, "events", day)
+            return called(*given)
+
+        monkeypatch.setattr(module, name, calls)
+
+    module = importlib.import_module("etl.sequences.build_sequences")
+    calm = staged("calm")
+    publish_first("spark_session", EARLIER)  # what is published is known, and nothing read
+    publish_first("item_rows", DT)  # events are read once for the items, and once more for the rows
+    meanwhile = staged("meanwhile")
+    monkeypatch.undo()
+    assert [m.data_digest for m in meanwhile] == [m.data_digest for m in calm]
+    assert meanwhile[1].inputs == before
+    for table in ("items", "sequences"):
+        store.publish("meanwhile", table, DT)
+    stale = affected(store, dataset(NAME), None)
+    assert {(s.table, s.dt) for s in stale} == {("items", DT), ("sequences", DT)}
+    assert {*stale[0].because} == {f"events/dt={day} was built again" for day in (EARLIER, DT)}
 
 
 def broken_copy(raw: Path, folder: Path, every: int) -> int:
