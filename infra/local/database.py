@@ -207,9 +207,10 @@ def _start(data: Path, **other: str) -> int:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         written = log.stat().st_size if log.exists() else 0
-        (data / "postmaster.pid").unlink(
-            missing_ok=True
-        )  # `server_pid` found nobody behind it; its number may be another program's now
+        # `server_pid` found nobody behind them; their number may be another program's now, or that of a killed server
+        # whose parent has not asked for its end.
+        for lock in (data / "postmaster.pid", settings.postgres_socket() / ".s.PGSQL.5432.lock"):
+            lock.unlink(missing_ok=True)
         process = services.start(server, _environment())
         while services.alive(process.pid):
             if _answers():

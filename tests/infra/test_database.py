@@ -162,13 +162,13 @@ def test_what_was_committed_survives_kill_9_and_a_foreign_process_under_its_numb
     query("CREATE TABLE kept AS SELECT generate_series(1, 1000) AS n")
     os.kill(pid, signal.SIGKILL)
     wait_for("end of the server", lambda: not services.alive(pid))
-    foreign = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
+    foreign = subprocess.Popen(database._unprivileged("sleep", "900"))  # of the server's own user
     try:
-        file = settings.postgres_data() / "postmaster.pid"
-        lines = file.read_text().splitlines()
-        with file.open("r+") as number:  # as after a new start of the machine
-            number.truncate()
-            number.write("\n".join([str(foreign.pid), *lines[1:]]) + "\n")
+        for file in (settings.postgres_data() / "postmaster.pid", settings.postgres_socket() / ".s.PGSQL.5432.lock"):
+            lines = file.read_text().splitlines()
+            with file.open("r+") as number:  # as after a new start of the machine
+                number.truncate()
+                number.write("\n".join([str(foreign.pid), *lines[1:]]) + "\n")
         assert database.server_pid(settings.postgres_data()) is None
         assert database.stop() is False
         [(_, again)] = database.ensure(create=False).items()
