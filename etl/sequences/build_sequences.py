@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,13 @@ from etl.sequences.sequence_rows import sequence_rows
 from etl.stage.commands import log
 from etl.stage.errors import StageError
 from etl.stage.spark import spark_session
-from etl.warehouse.buckets import Part, common_layout, parts_by_bucket, read_bucket
+from etl.warehouse.buckets import Layout, Part, common_layout, parts_by_bucket, read_bucket
 from etl.warehouse.partitions import MS_PER_DAY, Window, add_days, day_number
 from etl.warehouse.schemas import SEQUENCES, schema_fingerprint
-from etl.warehouse.store import DataFile, Manifest, TableStore, code_version
+from etl.warehouse.store import DataFile, Manifest, TableStore, Try, code_version
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast, SparkContext
 
 
 @dataclass(frozen=True)
@@ -67,74 +70,129 @@ def build_sequences(
         raise StageError(f"events of dt={dt} are empty", "build events for that day first")
     if definition.targets.positions is None:
         _require_training_day(manifests, window)
+    layout, parts = _buckets(store, manifests)
+    users, item_files = _user_fields(raw, definition), _item_files(raw, definition)
+    task = _Task(store.warehouse, store.dataset, layout, window, definition)
+    spark = spark_session(attempt)
+    try:
+        log(
+            f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(parts)}"
+            f" bucket(s), {sum(map(len, parts.values())):,} file(s)"
+        )
+        buckets = spark.sparkContext.parallelize(sorted(parts.items()), len(parts))
+        # Two passes: an item's index is its place among all items, so a bucket's rows wait for every bucket's items.
+        counted_of = buckets.map(lambda bucket: _counted(task, *bucket)).collect()
+        totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counted_of])
+        items = item_rows(totals, item_files, definition, raw.uri)
+        item_file = store.write_file(staging, "items", dt, 0, items)
+        known = _Known.sent(spark.sparkContext, items, users)
+        measures = (measuring.columns, measuring.measured) if measuring is not None else None
+        built = buckets.map(lambda bucket: _built(task, *bucket, known, staging, measures)).collect()
+    finally:
+        spark.stop()
+    counts = {name: sum(of_bucket[name] for _, of_bucket, _ in built) for name in built[0][1]}
+    if measuring is not None:
+        measuring.take([measure for _, _, measure in built if measure is not None])
+    if counts["negatives_missing"]:
+        log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
+    inputs, settings = {store.input_name(m): m.data_digest for m in manifests}, _settings(window, definition)
+    for name, schema, files, figures in (
+        ("items", items.schema, (item_file,), _item_counts(items, item_files, definition)),
+        ("sequences", SEQUENCES, tuple(file for file, _, _ in built if file is not None), counts),
+    ):
+        made_by = (schema_fingerprint(schema), code_version())
+        manifest = Manifest(store.dataset, name, dt, attempt, *made_by, files, figures, inputs, settings)
+        store.write_staged_manifest(staging, manifest)
+    return counts
+
+
+def _buckets(store: TableStore, manifests: list[Manifest]) -> tuple[Layout, dict[int, list[Part]]]:
+    """Return the layout that the days are read in, and the parts of files of each of its buckets."""
     layout = common_layout(manifests)
     parts = parts_by_bucket(store.compacted(manifests), layout)
-    buckets = sorted(parts)
     if any(part.mixed for found in parts.values() for part in found):
         log(
             "days are cut into different buckets: some files are read more than once until `python -m"
             f" etl.jobs.rebucket --buckets {layout.buckets}` has run"
         )
-    users = _user_fields(raw, definition)
-    item_files = [read_features(raw, rule) for rule in definition.items]
-    for rule, table in zip(definition.items, item_files, strict=True):
-        if table is None:
-            log(f"no item file matches {rule.files} in {raw.uri}: its fields are empty")
-    warehouse, dataset = store.warehouse, store.dataset
-    # Positions of a leave-last protocol are of no day: every event counts as seen in training.
-    first_evaluation_ms = (
-        day_number(window.first_evaluation_dt if definition.targets.positions is None else "2200-01-01")
-    ) * MS_PER_DAY
-    spark = spark_session(attempt)
-    try:
-        context = spark.sparkContext
-        log(
-            f"window {window.event_days[0]} .. {dt}: {sum(m.rows for m in manifests):,} events in {len(buckets)}"
-            f" bucket(s), {sum(map(len, parts.values())):,} file(s)"
+    return layout, parts
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every task is of; it goes to the executors."""
+
+    warehouse: str
+    dataset: str
+    layout: Layout
+    window: Window
+    definition: DatasetDefinition
+
+    @property
+    def store(self) -> TableStore:
+        return TableStore(self.warehouse, self.dataset)
+
+    def read(self, bucket: int, parts: list[Part], columns: list[str] | None = None) -> pa.Table:
+        return read_bucket(self.store, parts, bucket, self.layout, columns)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the second pass knows, sent to each executor once.
+
+    Attributes:
+        item_ids: int64 [N], sorted. trained: int64 [N], events of each item before the evaluation days.
+        users: user id -> field values.
+    """
+
+    item_ids: Broadcast[np.ndarray]
+    trained: Broadcast[np.ndarray]
+    users: Broadcast[dict[int, list[str]]]
+
+    @staticmethod
+    def sent(context: SparkContext, items: pa.Table, users: dict[int, list[str]]) -> _Known:
+        return _Known(
+            context.broadcast(items["item_id"].to_numpy()),
+            context.broadcast(items["train_occurrences"].to_numpy()),
+            context.broadcast(users),
         )
 
-        def count(task: tuple[int, list[Part]]) -> dict[str, bytes]:
-            columns = ["item_id", "event_time_ms", *definition.events.item_fields]
-            events = read_bucket(TableStore(warehouse, dataset), task[1], task[0], layout, columns)
-            return {
-                name: _to_ipc(part)
-                for name, part in counted(events, first_evaluation_ms, definition.events.item_fields).items()
-            }
 
-        columns, measured = (measuring.columns, measuring.measured) if measuring is not None else ((), None)
+def _counted(task: _Task, bucket: int, parts: list[Part]) -> dict[str, bytes]:
+    """Return what a bucket's events say of each item, as `counted` has it, packed."""
+    window, fields = task.window, task.definition.events.item_fields
+    # Positions of a leave-last protocol are of no day: every event counts as seen in training.
+    by_day = task.definition.targets.positions is None
+    first_evaluation_ms = day_number(window.first_evaluation_dt if by_day else "2200-01-01") * MS_PER_DAY
+    events = task.read(bucket, parts, ["item_id", "event_time_ms", *fields])
+    return {name: _to_ipc(part) for name, part in counted(events, first_evaluation_ms, fields).items()}
 
-        def build(task: tuple[int, list[Part]]) -> tuple[DataFile | None, dict[str, int], Any]:
-            bucket, work = task
-            here = TableStore(warehouse, dataset)
-            rows, counts = sequence_rows(
-                read_bucket(here, work, bucket, layout),
-                known.value,
-                trained.value,
-                user_table.value,
-                window,
-                definition,
-            )
-            file = here.write_file(staging, "sequences", dt, bucket, rows) if rows.num_rows else None
-            if file is None or measured is None:
-                return file, counts, None
-            return file, counts, measured(here.read_file(file, columns), trained.value)
 
-        counts_of = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(count).collect()
-        totals = merged([{name: _from_ipc(body) for name, body in part.items()} for part in counts_of])
-        items = item_rows(totals, item_files, definition, raw.uri)
-        item_file = store.write_file(staging, "items", dt, 0, items)
-        known, user_table = context.broadcast(items["item_id"].to_numpy()), context.broadcast(users)
-        trained = context.broadcast(items["train_occurrences"].to_numpy())
-        results = context.parallelize([(b, parts[b]) for b in buckets], len(buckets)).map(build).collect()
-    finally:
-        spark.stop()
-    counts = {name: sum(counted[name] for _, counted, _ in results) for name in results[0][1]}
-    if measuring is not None:
-        measuring.take([found for _, _, found in results if found is not None])
-    if counts["negatives_missing"]:
-        log(f"{counts['negatives_missing']:,} negatives could not be drawn: their users had met nearly every item")
-    inputs = {store.input_name(m): m.data_digest for m in manifests}
-    settings = {
+def _built(
+    task: _Task,
+    bucket: int,
+    parts: list[Part],
+    known: _Known,
+    staging: Try,
+    measures: tuple[Sequence[str], Callable[[pa.Table, np.ndarray], Any]] | None,
+) -> tuple[DataFile | None, dict[str, int], Any]:
+    """Write a bucket's rows of `sequences`; return the file, None without a row, their counts and their measure."""
+    trained = known.trained.value
+    rows, counts = sequence_rows(
+        task.read(bucket, parts), known.item_ids.value, trained, known.users.value, task.window, task.definition
+    )
+    if not rows.num_rows:
+        return None, counts, None
+    file = task.store.write_file(staging, "sequences", task.window.dt, bucket, rows)
+    if measures is None:
+        return file, counts, None
+    columns, measured = measures
+    return file, counts, measured(task.store.read_file(file, columns), trained)
+
+
+def _settings(window: Window, definition: DatasetDefinition) -> dict[str, Any]:
+    """Return what the rows depend on besides their events: a manifest has it."""
+    return {
         "target_days": window.target_days,
         "lookback_days": window.lookback_days,
         "evaluation_days": window.evaluation_days,
@@ -142,23 +200,17 @@ def build_sequences(
         "user_fields": ",".join(definition.user_fields),
         "signals": ",".join(definition.feedback_fields),
     }
-    known_fields = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
-    item_counts = {
+
+
+def _item_counts(
+    items: pa.Table, item_files: Sequence[pa.Table | None], definition: DatasetDefinition
+) -> dict[str, int]:
+    known = [name for name in definition.item_fields if items[name].null_count < items.num_rows]
+    return {
         "items": items.num_rows,
         "item_files": sum(table is not None for table in item_files),
-        "without_fields": items.num_rows - (_with_any(items, known_fields) if known_fields else 0),
+        "without_fields": items.num_rows - (_with_any(items, known) if known else 0),
     }
-    for name, schema, found, figures in (
-        ("items", items.schema, (item_file,), item_counts),
-        ("sequences", SEQUENCES, tuple(file for file, _, _ in results if file is not None), counts),
-    ):
-        store.write_staged_manifest(
-            staging,
-            Manifest(
-                dataset, name, dt, attempt, schema_fingerprint(schema), code_version(), found, figures, inputs, settings
-            ),
-        )
-    return counts
 
 
 def _require_training_day(manifests: list[Manifest], window: Window) -> None:
@@ -185,6 +237,15 @@ def _with_any(items: pa.Table, fields: list[str]) -> int:
         there = pc.greater(pc.list_value_length(column), 0) if pa.types.is_list(column.type) else pc.is_valid(column)
         known |= there.to_numpy(zero_copy_only=False)
     return int(known.sum())
+
+
+def _item_files(raw: RawLocation, definition: DatasetDefinition) -> list[pa.Table | None]:
+    """Return the item file of each rule, None where none matches."""
+    files = [read_features(raw, rule) for rule in definition.items]
+    for rule, table in zip(definition.items, files, strict=True):
+        if table is None:
+            log(f"no item file matches {rule.files} in {raw.uri}: its fields are empty")
+    return files
 
 
 def _user_fields(raw: RawLocation, definition: DatasetDefinition) -> dict[int, list[str]]:

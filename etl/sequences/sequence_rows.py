@@ -1,16 +1,19 @@
 """Pure functions from one bucket's events to rows of `sequences`: histories once, every target with its cut-off.
 
-Legend: E events of the bucket (days in order, each sorted by user and time), U users with a target, T targets.
+Legend: U users with a target, E their events, T targets. A bucket's table has days in order, each sorted by user and
+time.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from etl.datasets.definition import DatasetDefinition, History, Positions
 from etl.sequences.items import TABLE_ENTRIES_PER_EVENT
-from etl.sequences.negatives import sample_negatives
+from etl.sequences.negatives import Met, Positives, Visible, sample_negatives
 from etl.warehouse.partitions import MS_PER_DAY, Window, day_number
 from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION, WATCH_RATIO_EDGES, history_first
 
@@ -34,111 +37,192 @@ def sequence_rows(
     Returns:
         the rows, sorted by user, and their counts.
     """
-    user = events["user_id"].to_numpy()
-    order = np.argsort(user, kind="stable")
-    user, time_ms, feedback = (
-        user[order],
-        events["event_time_ms"].to_numpy()[order],
-        events["feedback"].to_numpy()[order],
-    )
-    split = target_splits(user, time_ms, feedback, window, definition)
-    # Users without a target have no row.
-    owners = np.unique(user[split >= 0])
-    place = np.minimum(np.searchsorted(owners, user), max(len(owners) - 1, 0))
-    keep = owners[place] == user if len(owners) else np.zeros(len(user), dtype=bool)
-    order, owner, time_ms, feedback, split = order[keep], place[keep], time_ms[keep], feedback[keep], split[keep]
-    index = item_indices(events["item_id"].to_numpy()[order], item_ids)
+    owned = Owned.of(events, item_ids, window, definition)
+    logged = np.flatnonzero(owned.split >= 0)
+    histories, end = stored_histories(owned, logged, definition)
+    targets = _logged_targets(events, owned, logged, end, definition)
+    missing = 0
+    if (rule := definition.targets.negatives) is not None:
+        met = Met(owned.owner, owned.item, owned.time_ms)
+        visible = Visible(
+            owned.item[histories.event],
+            histories.start[targets.owner] + history_first(end, definition.history.max_events),
+            histories.start[targets.owner] + end,
+        )
+        drawn = sample_negatives(
+            rule, day_number(window.dt), train_occurrences, met, _positives(targets, owned.user_id), visible
+        )
+        targets, missing = targets.with_negatives(drawn), int((drawn < 0).sum())
+    sizes = np.bincount(targets.split, minlength=3) if len(targets.split) else np.zeros(3, int)
+    counts = {
+        "users": len(owned.user_id),
+        "targets": len(targets.split),
+        "train_targets": int(sizes[TRAIN]),
+        "validation_targets": int(sizes[VALIDATION]),
+        "eval_targets": int(sizes[EVALUATION]),
+        "history_events": int(histories.start[-1]),
+        "truncated_users": histories.truncated,
+        "negatives": len(targets.split) - len(logged),
+        "negatives_missing": missing,
+    }
+    return _table(events, owned, histories, targets, users, definition), counts
 
-    of_history = definition.bits(definition.history.of)
-    seen = np.arange(len(owner)) if of_history is None else np.flatnonzero(feedback & of_history)
-    start = np.searchsorted(owner[seen], np.arange(len(owners) + 1))
-    target = np.flatnonzero(split >= 0)
-    target_owner = owner[target]
-    target_start = np.searchsorted(target_owner, np.arange(len(owners) + 1))
-    end = visible_ends(owner[seen], time_ms[seen], start, target_owner, time_ms[target], definition.history)
-    # Stored is what any target of the user sees: from max_events before the first one on. `history_first` bounds the
-    # later ones.
-    most = definition.history.max_events
-    first_end, last_end = end[target_start[:-1]], end[target_start[1:] - 1]
+
+@dataclass(frozen=True)
+class Owned:
+    """The events of the users who have a target, by user and time: users without one have no row.
+
+    Attributes:
+        user_id: int64 [U], ascending.
+        row: int64 [E], place of the event in the bucket's table. owner: int64 [E], position of its user.
+        item: int32 [E], index of its item. time_ms: int64 [E]. feedback: int16 [E].
+        split: int8 [E], as `target_splits` gives it.
+    """
+
+    user_id: np.ndarray
+    row: np.ndarray
+    owner: np.ndarray
+    item: np.ndarray
+    time_ms: np.ndarray
+    feedback: np.ndarray
+    split: np.ndarray
+
+    @staticmethod
+    def of(events: pa.Table, item_ids: np.ndarray, window: Window, definition: DatasetDefinition) -> Owned:
+        user = events["user_id"].to_numpy()
+        # Stable: days stand in order, and a day's rows of a user in the order of time.
+        row = np.argsort(user, kind="stable")
+        user = user[row]
+        time_ms, feedback = events["event_time_ms"].to_numpy()[row], events["feedback"].to_numpy()[row]
+        split = target_splits(user, time_ms, feedback, window, definition)
+        user_id = np.unique(user[split >= 0])
+        owner = np.minimum(np.searchsorted(user_id, user), max(len(user_id) - 1, 0))
+        here = user_id[owner] == user if len(user_id) else np.zeros(len(user), dtype=bool)
+        row = row[here]
+        item = item_indices(events["item_id"].to_numpy()[row], item_ids)
+        return Owned(user_id, row, owner[here], item, time_ms[here], feedback[here], split[here])
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What is stored of the users' histories.
+
+    Attributes:
+        event: int64, positions among the E events, user after user.
+        start: int64 [U + 1], offsets of the users in `event`.
+        truncated: users whose last target sees only the newest of the events before it.
+    """
+
+    event: np.ndarray
+    start: np.ndarray
+    truncated: int
+
+
+def stored_histories(owned: Owned, target: np.ndarray, definition: DatasetDefinition) -> tuple[Histories, np.ndarray]:
+    """Return the histories, and how many stored events lie before each target's cut-off, int64 [T].
+
+    Stored is what any target of the user sees: from max_events before the first one on. `history_first` bounds the
+    later ones.
+
+    Args:
+        target: int64 [T], positions of the targets among the E events.
+    """
+    of_history, users = definition.bits(definition.history.of), np.arange(len(owned.user_id) + 1)
+    seen = np.arange(len(owned.owner)) if of_history is None else np.flatnonzero(owned.feedback & of_history)
+    start, owner = np.searchsorted(owned.owner[seen], users), owned.owner[target]
+    end = visible_ends(owned.owner[seen], owned.time_ms[seen], start, owner, owned.time_ms[target], definition.history)
+    of_user, most = np.searchsorted(owner, users), definition.history.max_events
+    first_end, last_end = end[of_user[:-1]], end[of_user[1:] - 1]
     trim = history_first(first_end, most)
     lengths = last_end - trim
-    history_start = np.concatenate([[0], np.cumsum(lengths)])
-    history = seen[np.repeat(start[:-1] + trim - history_start[:-1], lengths) + np.arange(history_start[-1])]
-    end = end - trim[target_owner]
+    stored = np.concatenate([[0], np.cumsum(lengths)])
+    event = seen[np.repeat(start[:-1] + trim - stored[:-1], lengths) + np.arange(stored[-1])]
+    return Histories(event, stored, int((last_end > most).sum())), end - trim[owner]
 
-    target_item, target_time, target_split = index[target], time_ms[target], split[target]
-    context = events["context"].to_numpy()[order][target]
-    label = (
-        np.ones(len(target), np.int8)
-        if definition.label_bit is None
-        else (feedback[target] >> definition.label_bit & 1).astype(np.int8)
-    )
-    negatives = missing = 0
-    if definition.targets.negatives is not None:
-        drawn = sample_negatives(
-            definition.targets.negatives,
-            day_number(window.dt),
-            train_occurrences,
-            owner,
-            index,
-            time_ms,
-            target_owner,
-            owners[target_owner],
-            np.arange(len(target)) - target_start[target_owner],
-            target_item,
-            target_time,
-            index[history],
-            history_start[target_owner] + history_first(end, most),
-            history_start[target_owner] + end,
-        )
-        wide = np.concatenate([target_item[:, None], drawn], 1)
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of all users, one after another.
+
+    Attributes:
+        owner: int64 [T], position of its user, ascending. item: int32 [T]. time_ms: int64 [T]. split: int8 [T].
+        context: int16 [T]. label: int8 [T]. end: int64 [T], stored events of the user that lie before its cut-off.
+    """
+
+    owner: np.ndarray
+    item: np.ndarray
+    time_ms: np.ndarray
+    split: np.ndarray
+    context: np.ndarray
+    label: np.ndarray
+    end: np.ndarray
+
+    def with_negatives(self, drawn: np.ndarray) -> Targets:
+        """Return each target with label 1, and what was drawn for it behind it with label 0.
+
+        Args:
+            drawn: int32 [T, per_positive], -1 where nothing was found.
+        """
+        wide = np.concatenate([self.item[:, None], drawn], 1)
         there = wide >= 0
-        repeat = there.sum(1)
-        negatives, missing = int((there[:, 1:]).sum()), int((~there).sum())
         label = (np.arange(wide.shape[1]) == 0).astype(np.int8) * np.ones((len(wide), 1), np.int8)
-        target_item, label = wide[there], label[there]
-        target_owner, target_time, target_split, context, end = (
-            np.repeat(v, repeat) for v in (target_owner, target_time, target_split, context, end)
+        owner, time_ms, split, context, end = (
+            np.repeat(v, there.sum(1)) for v in (self.owner, self.time_ms, self.split, self.context, self.end)
         )
-        target_start = np.searchsorted(target_owner, np.arange(len(owners) + 1))
+        return Targets(owner, wide[there], time_ms, split, context, label[there], end)
+
+
+def _logged_targets(
+    events: pa.Table, owned: Owned, target: np.ndarray, end: np.ndarray, definition: DatasetDefinition
+) -> Targets:
+    feedback, bit = owned.feedback[target], definition.label_bit
+    label = np.ones(len(target), np.int8) if bit is None else (feedback >> bit & 1).astype(np.int8)
+    context = events["context"].to_numpy()[owned.row][target]
+    owner, item, time_ms = owned.owner[target], owned.item[target], owned.time_ms[target]
+    return Targets(owner, item, time_ms, owned.split[target], context, label, end)
+
+
+def _positives(targets: Targets, user_id: np.ndarray) -> Positives:
+    start = np.searchsorted(targets.owner, np.arange(len(user_id) + 1))
+    number = np.arange(len(targets.owner)) - start[targets.owner]
+    return Positives(targets.owner, user_id[targets.owner], number, targets.item, targets.time_ms)
+
+
+def _table(
+    events: pa.Table,
+    owned: Owned,
+    histories: Histories,
+    targets: Targets,
+    users: dict[int, list[str]],
+    definition: DatasetDefinition,
+) -> pa.Table:
+    """Return a row a user with the SEQUENCES schema."""
 
     def lists(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
 
     none = [""] * len(definition.user_fields)
-    watch = watch_bucket(
-        events["watch_time_ms"].to_numpy()[order[history]], events["duration_ms"].to_numpy()[order[history]]
-    )
-    rows = pa.table(
+    event, start = histories.event, histories.start
+    target_start = np.searchsorted(targets.owner, np.arange(len(owned.user_id) + 1))
+    row = owned.row[event]
+    watch = watch_bucket(events["watch_time_ms"].to_numpy()[row], events["duration_ms"].to_numpy()[row])
+    return pa.table(
         {
-            "user_id": pa.array(owners, pa.int64()),
-            "user_fields": pa.array([users.get(int(u), none) for u in owners], pa.list_(pa.string())),
-            "history_item_index": lists(index[history], history_start, pa.int32()),
-            "history_time_ms": lists(time_ms[history], history_start, pa.int64()),
-            "history_feedback": lists(feedback[history], history_start, pa.int16()),
-            "history_watch_bucket": lists(watch, history_start, pa.int8()),
-            "target_item_index": lists(target_item, target_start, pa.int32()),
-            "target_time_ms": lists(target_time, target_start, pa.int64()),
-            "target_label": lists(label, target_start, pa.int8()),
-            "target_context": lists(context, target_start, pa.int16()),
-            "target_split": lists(target_split, target_start, pa.int8()),
-            "target_history_end": lists(end.astype(np.int32), target_start, pa.int32()),
+            "user_id": pa.array(owned.user_id, pa.int64()),
+            "user_fields": pa.array([users.get(int(u), none) for u in owned.user_id], pa.list_(pa.string())),
+            "history_item_index": lists(owned.item[event], start, pa.int32()),
+            "history_time_ms": lists(owned.time_ms[event], start, pa.int64()),
+            "history_feedback": lists(owned.feedback[event], start, pa.int16()),
+            "history_watch_bucket": lists(watch, start, pa.int8()),
+            "target_item_index": lists(targets.item, target_start, pa.int32()),
+            "target_time_ms": lists(targets.time_ms, target_start, pa.int64()),
+            "target_label": lists(targets.label, target_start, pa.int8()),
+            "target_context": lists(targets.context, target_start, pa.int16()),
+            "target_split": lists(targets.split, target_start, pa.int8()),
+            "target_history_end": lists(targets.end.astype(np.int32), target_start, pa.int32()),
         },
         schema=SEQUENCES,
     )
-    sizes = np.bincount(target_split, minlength=3) if len(target_split) else np.zeros(3, int)
-    counts = {
-        "users": len(owners),
-        "targets": len(target_split),
-        "train_targets": int(sizes[TRAIN]),
-        "validation_targets": int(sizes[VALIDATION]),
-        "eval_targets": int(sizes[EVALUATION]),
-        "history_events": int(history_start[-1]),
-        "truncated_users": int((last_end > most).sum()),
-        "negatives": negatives,
-        "negatives_missing": missing,
-    }
-    return rows, counts
 
 
 def target_splits(
