@@ -40,6 +40,7 @@ does not answer is asked again for minutes.
 Each later task is one command line, written first in its log; the same line runs outside Airflow (docs/stages.md).
 """
 NO_SCHEDULE = "none, as the definition of the data set has no `run: {hour: ...}`"
+HOURS_6 = dtm.timedelta(hours=6)
 # Airflow 3.3.2: the dialog shows the fields, and sends none of them without that tick.
 SENT = ' In a backfill: only with "Override parameters on existing runs" ticked.'
 
@@ -53,8 +54,6 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
     name, run = definition.name, definition.run
     last_day = definition.last_day.isoformat() if definition.last_day else None
     timetable = PartitionDays(definition.first_day.isoformat(), last_day, run.hour if settings.schedules() else None)
-    sequences_asset = Asset(name=f"vql_sequences_{name}", uri=f"longview://{name}/sequences")
-    champion_asset = Asset(name=f"vql_champion_{name}", uri=f"longview://{name}/champion")
     links = {"longview": definition.download.page} if definition.download else {}
     with DAG(
         dag_id=settings.dag_id(name),
@@ -79,95 +78,114 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         },
         params={option.name: _param(option, definition) for option in OPTIONS.values()},
     ) as dag:
-        stage = functools.partial(StageOperator, dataset=argument)
-        of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
-        runs = ["--runs", settings.runs()]
-        reports = str(settings.reports())
-        gate = functools.partial(GateOperator, dataset=argument, module="etl.quality.judge.audit", reports=reports)
-        hours_6 = dtm.timedelta(hours=6)
+        tasks = _Tasks(name, argument)
+        chain(
+            StartOperator(task_id=settings.START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5)),
+            tasks.ingest(),
+            tasks.sequences(),
+            tasks.train(),
+            tasks.evaluate(),
+            tasks.register(),
+            tasks.caches(),
+            tasks.stage(task_id="prune", module="evaluation.prune", arguments=[*tasks.runs, *tasks.to_reports]),
+        )
+    return dag
 
-        start = StartOperator(task_id=settings.START, dataset=argument, execution_timeout=dtm.timedelta(minutes=5))
 
-        with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as ingest:
-            wait_for_files = WaitForFiles(task_id="wait_for_files", dataset=argument)
+class _Tasks:
+    """Makes the tasks of a data set's DAG, a method a group of the graph; called within the DAG."""
+
+    def __init__(self, name: str, argument: str) -> None:
+        self.name, self.dataset = name, argument
+        self.reports = str(settings.reports())
+        self.runs, self.to_reports = ["--runs", settings.runs()], ["--reports", self.reports]
+        self.stage = functools.partial(StageOperator, dataset=argument)
+        self.of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
+        self.judged = functools.partial(GateOperator, dataset=argument, reports=self.reports)
+        self.gate = functools.partial(self.judged, module="etl.quality.judge.audit")
+
+    def ingest(self) -> TaskGroup:
+        with TaskGroup("ingest", tooltip="Raw logs to audited events, day by day") as group:
+            wait_for_files = WaitForFiles(task_id="wait_for_files", dataset=self.dataset)
             # Judges the raw files first: a day that they stop has its report here.
-            build_events = GateOperator(
+            build_events = self.judged(
                 task_id="build_events",
                 module="etl.jobs.events",
-                dataset=argument,
-                reports=reports,
                 only_stopped=True,
                 arguments=arguments("raw", "lookback_days"),
                 pool="spark",
-                execution_timeout=hours_6,
+                execution_timeout=HOURS_6,
             )
-            audit_events = gate(task_id="audit_events", arguments=["--stage", "events"])
+            audit_events = self.gate(task_id="audit_events", arguments=["--stage", "events"])
             wait_for_files >> build_events >> audit_events
+        return group
 
-        with TaskGroup("sequences", tooltip="One row a user: the history once, all targets beside it") as sequences:
-            build_sequences = stage(
+    def sequences(self) -> TaskGroup:
+        asset = Asset(name=f"vql_sequences_{self.name}", uri=f"longview://{self.name}/sequences")
+        with TaskGroup("sequences", tooltip="One row a user: the history once, all targets with it") as group:
+            build_sequences = self.stage(
                 task_id="build_sequences",
                 module="etl.jobs.sequences",
                 arguments=[
                     *arguments("raw", "target_days", "lookback_days", "evaluation_days", "max_history"),
-                    "--reports",
-                    reports,
+                    *self.to_reports,
                 ],
                 pool="spark",
-                execution_timeout=hours_6,
+                execution_timeout=HOURS_6,
             )
-            audit_sequences = gate(
-                task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[sequences_asset]
-            )
+            audit_sequences = self.gate(task_id="audit_sequences", arguments=["--stage", "sequences"], outlets=[asset])
             build_sequences >> audit_sequences
+        return group
 
+    def train(self) -> TaskGroup:
         with TaskGroup(
             "train", tooltip="Gate on the training input, a question when a gate warned, then Ray Train"
-        ) as train:
-            audit_input = gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
+        ) as group:
+            audit_input = self.gate(task_id="audit_training_input", arguments=["--stage", "training_input"])
             approve_warnings = WarningApproval(
-                task_id="approve_warnings", dataset=argument, reports=reports, gate=audit_input.task_id
+                task_id="approve_warnings", dataset=self.dataset, reports=self.reports, gate=audit_input.task_id
             )
-            train_models = of_model(
+            train_models = self.of_model(
                 task_id="train_models",
                 module="training.train",
                 pool="training",
-                execution_timeout=hours_6,
+                execution_timeout=HOURS_6,
                 arguments=arguments("workers", "config", "warm_start"),
             )
             audit_input >> approve_warnings >> train_models
+        return group
 
-        with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as evaluate:
-            GateOperator(
+    def evaluate(self) -> TaskGroup:
+        with TaskGroup("evaluate", tooltip="Models, baselines and the champion on the evaluation day") as group:
+            self.judged(
                 task_id="evaluate_models",
                 module="evaluation.evaluate",
-                dataset=argument,
-                reports=reports,
-                arguments=[*runs, *arguments("raw")],
+                arguments=[*self.runs, *arguments("raw")],
                 pool="training",
             )
+        return group
 
-        with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as register:
-            register_model = of_model(task_id="register_model", module="evaluation.release.register")
+    def register(self) -> TaskGroup:
+        with TaskGroup("register", tooltip="Register, check in a fresh process, promote when better") as group:
+            register_model = self.of_model(task_id="register_model", module="evaluation.release.register")
             # Backfills do not count against the DAG's max_active_runs; this counts every run that there is.
             promote_model = PromoteOperator(
                 task_id="promote_model",
                 module="evaluation.release.promote",
-                dataset=argument,
+                dataset=self.dataset,
                 runs=settings.runs(),
-                champion=champion_asset,
+                champion=Asset(name=f"vql_champion_{self.name}", uri=f"longview://{self.name}/champion"),
                 max_active_tis_per_dag=1,
             )
             register_model >> promote_model
+        return group
 
-        with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as caches:
-            stage(task_id="build_user_caches", module="evaluation.user_caches", arguments=runs, pool="training")
-
-        prune = stage(task_id="prune", module="evaluation.prune", arguments=[*runs, "--reports", reports])
-
-        chain(start, ingest, sequences, train, evaluate, register, caches, prune)
-
-    return dag
+    def caches(self) -> TaskGroup:
+        with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as group:
+            self.stage(
+                task_id="build_user_caches", module="evaluation.user_caches", arguments=self.runs, pool="training"
+            )
+        return group
 
 
 def _param(option: Option, definition: DatasetDefinition) -> Param:
