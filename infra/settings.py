@@ -354,6 +354,8 @@ def environment() -> dict[str, str]:
         "API__WORKERS": "1",
         "API__SECRET_KEY": secret("airflow_api_key"),
         "API_AUTH__JWT_SECRET": secret("airflow_jwt_key"),
+        # What a killed scheduler had at work is tried again so long after its last heartbeat counts no more (30 s).
+        "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "10",
         "DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "2",
         "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "15",

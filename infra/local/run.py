@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dtm
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,10 @@ from etl.stage.identity import report_page
 from etl.stage.uris import without_secrets
 from etl.warehouse.partitions import parse_dt
 from infra import settings
-from infra.airflow_api import AirflowApi, InfraError
+from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
 from infra.local import database, services
 from infra.local.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, Service
+from infra.local.supervisor import Watched
 from infra.options import OPTIONS
 
 WAITING = "awaiting_input"
@@ -35,6 +38,7 @@ FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
 LOG_LINES = 30
 MEMORY_EVERY_SECONDS = 6
 QUIET_SECONDS = 20
+GIVE_UP_AT_SECONDS = 10.0  # before a next start: the service has ended five times
 
 
 def say(message: str) -> None:
@@ -218,18 +222,22 @@ class Run:
         self.triggered = True
         self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
 
-    def follow(self, processes: dict[Service, int]) -> str:
-        """Print what happens until the run ends; return its final state."""
+    def follow(self, keep: Callable[[], None], measure: bool) -> str:
+        """Print what happens until the run ends; return its final state.
+
+        Args:
+            keep: keeps Airflow at work, or raises; called often.
+            measure: the memory of this process and all below it.
+        """
         shown: dict[str, tuple[str, int]] = {}
         last_line, quiet_since, next_memory = "", time.monotonic(), 0.0
         while True:
-            services.check_alive(processes)
-            if processes and time.monotonic() >= next_memory:
+            if measure and time.monotonic() >= next_memory:
                 self.peak_gb = max(self.peak_gb, services.memory_gb([os.getpid()]))
                 next_memory = time.monotonic() + MEMORY_EVERY_SECONDS
-            state = self.api.call("GET", self.path)["state"]
+            state = self._asked(self.path, keep)["state"]
             self.tasks = sorted(
-                self.api.call("GET", f"{self.path}/taskInstances")["task_instances"],
+                self._asked(f"{self.path}/taskInstances", keep)["task_instances"],
                 key=lambda task: task["start_date"] or "9",
             )
             for task in self.tasks:
@@ -251,11 +259,23 @@ class Run:
             if not self.attempt and any(
                 task["task_id"] == settings.START and task["state"] == "success" for task in self.tasks
             ):
-                self.attempt = self.api.call(
-                    "GET", f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true"
+                self.attempt = self._asked(
+                    f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true", keep
                 )["value"]["attempt"]
             if state in ("success", "failed"):
                 return state
+            time.sleep(1)
+
+    def _asked(self, path: str, keep: Callable[[], None]) -> Any:
+        """Ask Airflow, and again while its server or its database is away: they may be on their way back."""
+        deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
+        while True:
+            keep()
+            try:
+                return self.api.call("GET", path)
+            except (OSError, InfraError) as error:
+                if getattr(error, "status", 500) < 500 or time.monotonic() > deadline:
+                    raise
             time.sleep(1)
 
     def _report(self) -> Path | str:
@@ -379,6 +399,21 @@ def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
 
 
+def keep_at_work(watched: Iterable[Watched], children: dict[Service, int]) -> None:
+    """Start again what has ended on its own; note its new process.
+
+    Raises:
+        InfraError: it ends again and again, with the end of its log; or the database has ended.
+    """
+    for one in watched:
+        one.look(time.monotonic())
+        if one.process is not None:
+            children[one.service] = one.process.pid
+        elif one.wait_seconds > GIVE_UP_AT_SECONDS:
+            services.check_alive({one.service: children[one.service]})
+    services.check_alive({service: pid for service, pid in children.items() if service.name == services.POSTGRES})
+
+
 def run_partition(children: dict[Service, int]) -> int:
     """Run what RAW, DT, DATASET and the options choose; return 0, or 1 when the run failed.
 
@@ -395,7 +430,7 @@ def run_partition(children: dict[Service, int]) -> int:
     if not shared:
         services.end_left_behind()
         services.check_port(settings.airflow_port(), "LONGVIEW_AIRFLOW_PORT")
-    airflow = {} if shared else database.ensure(create=False)
+    airflow, watched = {} if shared else database.ensure(create=False), []
     children.update(airflow)
     # Of an Airflow of its own: one run, and no other by itself.
     env = settings.environment() | {"LONGVIEW_SCHEDULE": "0"}
@@ -408,7 +443,9 @@ def run_partition(children: dict[Service, int]) -> int:
         say("starting Airflow (api-server, scheduler, dag-processor) ...")
         services.migrate(env)
         for service in (API_SERVER, DAG_PROCESSOR, SCHEDULER):
-            airflow[service] = children[service] = services.start(service, env).pid
+            process = services.start(service, env)
+            airflow[service] = children[service] = process.pid
+            watched.append(Watched(service, env, stays=False, process=process, started=time.monotonic()))
     if simulator is not None and simulator.wait() != 0:
         raise InfraError(f"the simulator ended with code {simulator.returncode}", "read what it says above")
     services.wait_healthy(api, airflow, "scheduler", "dag_processor", since=0.0 if shared else started)
@@ -417,7 +454,7 @@ def run_partition(children: dict[Service, int]) -> int:
     try:
         run.trigger()
         say(f"Airflow is up after {time.monotonic() - began:.0f} s; triggered {run.run_id}")
-        state = run.follow(airflow)
+        state = run.follow(functools.partial(keep_at_work, watched, children), measure=not shared)
     finally:
         run.abandon()
     if state != "success":

@@ -192,15 +192,15 @@ def users_of_home() -> list[str]:
 
 
 def end_left_behind(names: Iterable[str] = ()) -> list[int]:
-    """End at once what outlived its service: all of a `make run` of this home that was killed or is this
-    process, and of the named services of `make up`.
+    """End at once what outlived its service: all of a `make run` of this home that was killed; of one that is this
+    process, and of `make up`, the named services; without names all of this process's.
 
     Returns what was ended.
     """
     names, ended = set(names), []
     for process, mark in _marked():
-        of = mark["of"]
-        if mark["service"] in names if of is None else of[0] == os.getpid() or started(of[0]) != of[1]:
+        of, named = mark["of"], mark["service"] in names
+        if named if of is None else (named or not names) if of[0] == os.getpid() else started(of[0]) != of[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()  # the very process whose environment was read: psutil compares its start
                 ended.append(process.pid)
@@ -336,7 +336,9 @@ def pid_file(service: Service) -> Path:
 
 def write_pid(service: Service, pid: int) -> None:
     pid_file(service).parent.mkdir(parents=True, exist_ok=True)
-    pid_file(service).write_text(f"{pid} {started(pid)}")
+    whole = pid_file(service).with_suffix(".new")  # others read it while it is written
+    whole.write_text(f"{pid} {started(pid)}")
+    whole.replace(pid_file(service))
 
 
 def running_pid(service: Service) -> int | None:

@@ -29,7 +29,8 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 STEADY_SECONDS = 300.0  # a service that worked so long had no trouble with its start
 ASK_EVERY_SECONDS = 15.0  # for a sign of life, which has as long to come
-HUNG_AFTER_SECONDS = float(HEALTHY_WITHIN_SECONDS)
+HUNG_AFTER_SECONDS = 180.0
+FIRST_SIGN_WITHIN_SECONDS = float(HEALTHY_WITHIN_SECONDS)  # of its start
 
 
 @dataclass
@@ -38,26 +39,31 @@ class Watched:
 
     Attributes:
         environment: what it is started with.
+        stays: it is one of `make up`, else it belongs to this process.
         lives: whether it has given a sign of life since it was last asked; None: nobody can know now, or ever asks.
         process: its process; None while there is none.
         wait_seconds: before its next start, from its end.
         started, due: when it was started, and when it is to be (monotonic seconds).
-        silent_seconds: since its last sign of life.
+        silent_seconds: since its last sign of life, or its start.
+        came: whether it has given one since its start.
     """
 
     service: Service
     environment: dict[str, str]
+    stays: bool = True
     lives: Callable[[], bool | None] | None = None
     process: subprocess.Popen[bytes] | None = None
     wait_seconds: float = 0.0
     started: float = 0.0
     due: float = 0.0
     silent_seconds: float = 0.0
+    came: bool = False
 
     def look(self, now: float) -> None:
         """Start the service when it is due; end it when it hangs; note its end."""
         name = self.service.name
-        if self.process is not None and self.silent_seconds >= HUNG_AFTER_SECONDS and self.process.poll() is None:
+        patience = HUNG_AFTER_SECONDS if self.came else FIRST_SIGN_WITHIN_SECONDS
+        if self.process is not None and self.silent_seconds >= patience and self.process.poll() is None:
             say(
                 f"{name} (process {self.process.pid}) has given no sign of life for {self.silent_seconds:.0f} s; killed"
             )
@@ -70,9 +76,10 @@ class Watched:
             services.end_left_behind([name])  # what was below it
             self.process = None
         if self.process is None and now >= self.due:
-            self.process = services.start(self.service, self.environment, stays=True)
-            self.started, self.silent_seconds = now, 0.0
-            services.write_pid(self.service, self.process.pid)
+            self.process = services.start(self.service, self.environment, self.stays)
+            self.started, self.silent_seconds, self.came = now, 0.0, False
+            if self.stays:
+                services.write_pid(self.service, self.process.pid)
             say(f"{name} started (process {self.process.pid})")
 
     def heard(self, process: subprocess.Popen[bytes] | None, lives: bool | None, seconds: float) -> None:
@@ -83,6 +90,7 @@ class Watched:
         if process is None or process is not self.process or lives is None:
             return
         self.silent_seconds = 0.0 if lives else self.silent_seconds + min(seconds, 2 * ASK_EVERY_SECONDS)
+        self.came = self.came or lives
 
     def listen(self) -> None:
         """Ask for signs of life for ever, in a thread of its own: a service that hangs lets one wait."""
@@ -213,7 +221,10 @@ def main() -> None:
 
     env, lives = dict(os.environ), signs_of_life()
     mine = {"mlflow": settings.stage_environment(env)}
-    watch([Watched(service, mine.get(service.name, env), lives[service.name]) for service in stack()], DatabaseWatch())
+    watch(
+        [Watched(service, mine.get(service.name, env), lives=lives[service.name]) for service in stack()],
+        DatabaseWatch(),
+    )
 
 
 if __name__ == "__main__":

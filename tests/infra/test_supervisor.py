@@ -33,7 +33,7 @@ import os
 from infra.local import services, supervisor
 from infra.local.services import Service
 supervisor.LOOK_EVERY_SECONDS, supervisor.FIRST_WAIT_SECONDS = 0.05, 0.1
-supervisor.ASK_EVERY_SECONDS, supervisor.HUNG_AFTER_SECONDS = 0.5, 3.0
+supervisor.ASK_EVERY_SECONDS, supervisor.HUNG_AFTER_SECONDS, supervisor.FIRST_SIGN_WITHIN_SECONDS = 0.5, 3.0, 10.0
 # Below it a process in a session of its own that ignores SIGTERM, as the executors of Airflow are.
 child = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     "print('child', flush=True); time.sleep(900)")
@@ -43,7 +43,7 @@ deaf = "import http.server as h; h.HTTPServer(('127.0.0.1', PORT), h.SimpleHTTPR
 programs = {"steady": steady, "broken": "raise SystemExit(3)", "deaf": deaf}
 lives = {"deaf": lambda: services.http_ok("http://127.0.0.1:PORT/", 0.5)}
 supervisor.watch(
-    supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ), lives.get(name))
+    supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ), lives=lives.get(name))
     for name, code in programs.items())
 """
 
@@ -59,12 +59,13 @@ def test_a_service_that_ends_soon_waits_twice_as_long_each_time_and_a_steady_one
 def test_silence_counts_as_long_as_it_was_listened_to():
     """A machine that was stopped for an hour has heard nothing, and nobody hangs; a process has its own silence."""
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    watched = Watched(services.Service("service", ()), {}, lambda: True, process)
+    watched = Watched(services.Service("service", ()), {}, lives=lambda: True, process=process)
     for lives, silent_seconds in ((False, 15), (None, 15), (False, 30), (True, 0), (False, 15)):
         watched.heard(process, lives, 15.0)
         assert watched.silent_seconds == silent_seconds
     watched.heard(process, False, 3_600.0)
     assert watched.silent_seconds == 15 + 2 * ASK_EVERY_SECONDS < HUNG_AFTER_SECONDS
+    assert watched.came
     watched.process = None
     watched.heard(process, False, 15.0)
     assert watched.silent_seconds == 45
