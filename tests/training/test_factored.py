@@ -5,6 +5,8 @@ Legend: L events, T targets, H heads, d head width, G groups.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from training.model.factored import (
     factored_attention,
     prefers_factored,
 )
+from training.model.fused_codes import preferred
 from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 
@@ -249,3 +252,24 @@ def test_the_pass_is_chosen_by_size():
     assert prefers_factored(length=4_096, targets=64, cut_offs=1, with_kernel=True)  # 23 / 9
     assert prefers_factored(length=16_384, targets=256, cut_offs=14, with_kernel=False)  # 111 / 29
     assert prefers_factored(length=16_384, targets=256, cut_offs=256, with_kernel=True)  # 1220 / 90
+
+
+def test_the_pass_on_a_gpu_is_chosen_by_size():
+    """Measured: 16,384 events pay from some hundred targets on, with sixteen cut-offs too; 2,048 hardly ever do."""
+    sizes = [  # events, targets, cut-offs, whether the factored pass was faster
+        (16_384, 64, 1, True),
+        (16_384, 64, 16, False),
+        (16_384, 256, 16, True),
+        (16_384, 256, 64, False),
+        (16_384, 1_024, 64, True),
+        (2_048, 64, 1, False),
+        (2_048, 1_024, 1, True),
+        (512, 256, 1, False),
+        (0, 5, 1, False),
+        (5, 0, 0, False),
+    ]
+    events, targets, cut_offs, faster = zip(*sizes, strict=True)
+    starts = ([0, *accumulate(counts)] for counts in (events, targets))
+    assert preferred(*starts, cut_offs, torch.Size((4, 128, 16)), 2).tolist() == list(faster)
+    # Tables of a head this wide would not fit.
+    assert not preferred([0, 10**6], [0, 10**4], [1], torch.Size((4, 128, 128)), 2).any()

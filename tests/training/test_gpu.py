@@ -5,11 +5,13 @@ python -m pytest --noconftest tests/training/test_gpu.py
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.train_step import make_batch
 from training.config import ModelConfig
+from training.model import fused_codes
 from training.model.attention import CodedKeys
 from training.model.factored import factored_attention
 from training.model.history import one_user
@@ -62,6 +64,16 @@ def step(model: Ranker, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_the_gpu_pass_over_all_users_is_the_cpu_pass_over_each(kind):
     model, batch = ranker(kind)
     on_cpu = step(model, batch)
+    on_gpu = step(model.cuda(), moved(batch, "cuda"))
+    assert (on_cpu[0] - on_gpu[0]).abs().max() < 1e-4
+    for one, other in zip(on_cpu[1], on_gpu[1], strict=True):
+        assert (one - other).abs().max() <= 1e-3 * max(1e-2, float(one.abs().max()))
+
+
+def test_users_of_the_factored_pass_and_others_in_one_batch(monkeypatch):
+    model, batch = ranker("vql")
+    on_cpu = step(model, batch)
+    monkeypatch.setattr(fused_codes, "preferred", lambda starts, *sizes: np.arange(len(starts) - 1) % 2 == 0)
     on_gpu = step(model.cuda(), moved(batch, "cuda"))
     assert (on_cpu[0] - on_gpu[0]).abs().max() < 1e-4
     for one, other in zip(on_cpu[1], on_gpu[1], strict=True):

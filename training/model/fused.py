@@ -63,27 +63,41 @@ class Work:
         tiles_X4: first target, end of targets, first piece, end of pieces, of each tile.
         blocks_N5: first event of the user, first and last place of the block, the user's first target and end of
             targets, of each block.
+        whole: all users of the batch are worked on; rows of others stay zeros.
     """
 
     pieces_W5: Tensor
     tiles_X4: Tensor
     blocks_N5: Tensor
+    whole: bool = True
 
     @staticmethod
-    def of(event_start: Sequence[int], target_start: Sequence[int], heads: int, device: torch.device) -> Work:
-        """Lay out users whose events and targets lie between neighbouring starts; the device is not waited for."""
+    def of(
+        event_start: Sequence[int],
+        target_start: Sequence[int],
+        heads: int,
+        device: torch.device,
+        chosen_U: np.ndarray | None = None,
+    ) -> Work:
+        """Lay out users whose events and targets lie between neighbouring starts; the device is not waited for.
+
+        Args:
+            chosen_U: bool, the users to work on; None: all.
+        """
         event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
         length_U, tiles_U = np.diff(event_U), -(-np.diff(target_U) // TILE)
-        user_X, tile_X = _expanded(tiles_U)
+        if chosen_U is not None:
+            length_U, tiles_U = length_U * chosen_U, tiles_U * chosen_U
+        user_X, tile_X = expanded(tiles_U)
         first_X = target_U[user_X] + TILE * tile_X
         stop_X = np.minimum(first_X + TILE, target_U[user_X + 1])
         even = int((length_U * tiles_U).sum()) * heads // PIECES
         chunk = -(-max(LEAST_CHUNK, even) // LEAST_CHUNK) * LEAST_CHUNK
         pieces_X = np.maximum(1, -(-length_U[user_X] // chunk))
-        tile_W, place_W = _expanded(pieces_X)
+        tile_W, place_W = expanded(pieces_X)
         user_W, place_W = user_X[tile_W], place_W * chunk
         ends_W = np.minimum(place_W + chunk, length_U[user_W])
-        user_N, low_N = _expanded(-(-length_U // BLOCK))
+        user_N, low_N = expanded(-(-length_U // BLOCK))
         low_N, last_X = low_N * BLOCK, pieces_X.cumsum()
         tables = [
             np.stack([first_X[tile_W], stop_X[tile_W], event_U[user_W], place_W, ends_W], 1),
@@ -101,7 +115,8 @@ class Work:
         ]
         flat = on_device(np.concatenate([table.ravel() for table in tables]), device)
         parts = flat.split([table.size for table in tables])
-        return Work(*(part.view(table.shape) for part, table in zip(parts, tables, strict=True)))
+        pieces, tiles, blocks = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
+        return Work(pieces, tiles, blocks, whole=chosen_U is None or bool(chosen_U.all()))
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -110,7 +125,7 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _expanded(count_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expanded(count_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return, for `count` rows of every x in turn, x and the row's number within it."""
     of = np.repeat(np.arange(len(count_X)), count_X)
     return of, np.arange(len(of)) - np.repeat(count_X.cumsum() - count_X, count_X)
@@ -151,12 +166,9 @@ def fused_attention(
             which is theirs, straight through.
 
     Returns:
-        [T, H, d], fp32; zeros for a target that sees no event.
+        [T, H, d], fp32; zeros for a target that sees no event, and for users who were not chosen.
     """
-    if torch.is_autocast_enabled(query_THd.device.type):
-        dtype, precision = torch.get_autocast_dtype(query_THd.device.type), "tf32"
-    else:
-        dtype, precision = torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    dtype, precision = precision_of(query_THd)
     query, key, value, exact = (
         rows if rows is None else rows.to(dtype).contiguous() for rows in (query_THd, key_EHd, value_EHd, exact_EHd)
     )
@@ -168,6 +180,13 @@ def fused_attention(
     return _Attention.apply(query, key, value, rate_HM, log_weight_HM, exact, work, seen, precision)
 
 
+def precision_of(like: Tensor) -> tuple[torch.dtype, str]:
+    """Return the precision of operands and that of the products of fp32 operands, by autocast and torch's setting."""
+    if torch.is_autocast_enabled(like.device.type):
+        return torch.get_autocast_dtype(like.device.type), "tf32"
+    return torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,9 +196,10 @@ class _Attention(torch.autograd.Function):
 
         launch = _Launch(query, key, value, exact, rate_HM, log_weight_HM, work, seen, precision)
         targets, heads, width = query.shape
-        out_THd = query.new_empty(targets, heads, width, dtype=torch.float32)
+        make = query.new_empty if work.whole else query.new_zeros
+        out_THd = make(targets, heads, width, dtype=torch.float32)
         lse_TH = out_THd.new_empty(targets, heads)
-        if targets:
+        if len(work.pieces_W5):
             part_out = out_THd.new_empty(len(work.pieces_W5), heads, TILE, launch.padded)
             part_lse = out_THd.new_empty(part_out.shape[:3])
             launch(
@@ -209,11 +229,11 @@ class _Attention(torch.autograd.Function):
         (targets, heads, width), components = query.shape, rate_HM.shape[1]
         grad_THd = grad_THd.contiguous()
         rounded_THd, base_TH = torch.empty_like(query), torch.empty_like(lse_TH)
-        grad_query_THd = torch.empty_like(out_THd)
-        grad_key_EHd, grad_value_EHd = (rows.new_empty(len(key), heads, width) for rows in (key, value))
+        make = torch.empty_like if work.whole else torch.zeros_like
+        grad_query_THd, grad_key_EHd, grad_value_EHd = make(out_THd), make(key), make(value)
         columns = max(2, 1 << (2 * components - 1).bit_length())
         part_sums = out_THd.new_empty(len(work.pieces_W5), heads, columns)
-        if targets:
+        if len(work.pieces_W5):
             part_query = out_THd.new_empty(len(work.pieces_W5), heads, TILE, launch.padded)
             kernels.base_kernel[(-(-targets * heads // TILE),)](
                 grad_THd,
@@ -241,7 +261,7 @@ class _Attention(torch.autograd.Function):
             kernels.sum_kernel[(heads * len(work.tiles_X4),)](
                 part_query, work.tiles_X4, grad_query_THd, HEADS=heads, D=width, DP=launch.padded, P=TILE
             )
-        if len(key):
+        if len(work.blocks_N5):
             given = rounded_THd, lse_TH, base_TH
             launch(
                 kernels.event_kernel,

@@ -81,7 +81,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad = grad.contiguous()
         found = [
-            None if places is None or not needed else _summed(grad, places, shape).to(dtype)
+            None if places is None or not needed else summed(grad, places, shape).to(dtype)
             for places, shape, dtype, needed in zip(
                 ctx.places, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, strict=False
             )
@@ -89,7 +89,7 @@ class _Gathered(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
+def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
     """Sum the rows of a gather's gradient into a table, fp32."""
     from training.model.fused_kernels import scatter_kernel
 

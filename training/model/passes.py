@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from training.model import fused
+from training.model import fused, fused_codes
 from training.model.attention import Attended, CodedKeys, combine, event_attention, event_part, window_part
 from training.model.blocks import Layout, block_attention
 from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
@@ -118,7 +119,9 @@ def has_kernels(query_THd: Tensor, softmax: Softmax) -> bool:
 
 
 def in_kernels(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, softmax: Softmax) -> Tensor:
-    """Return the interests [T, H, d] of all users at once by the fused kernels (fused.py)."""
+    """Return the interests [T, H, d] of all users at once by the fused kernels: over events (fused.py) or, for users
+    with many targets for their cut-offs, over codes (fused_codes.py).
+    """
     first_T, exact_from_T, exact_EHd = targets.bound_T, None, None
     by_item = events.by_item or Places(events.item_E)
     recent_T = (targets.end_T - softmax.recent_window).clamp(min=0) if softmax.recent_window else None
@@ -126,15 +129,21 @@ def in_kernels(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, 
         first_T = recent_T if first_T is None else torch.maximum(recent_T, first_T)
     elif keys.codes_NG is not None and recent_T is not None:
         exact_from_T, exact_EHd = recent_T, gathered(keys.exact_NHd, by_item)
-    return fused.fused_attention(
-        fused.Work.of(events.start, targets.start, query_THd.shape[1], query_THd.device),
-        query_THd,
-        gathered(keys.hard_NHd, by_item),
-        events.value_EHd,
-        fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T),
-        softmax.kernel,
-        exact_EHd,
-    )
+    seen = fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T)
+    factored_U, parts = np.zeros(len(events.start) - 1, bool), []
+    if keys.codes_NG is not None and keys.codebook_HCd is not None and first_T is None and exact_EHd is None:
+        components = softmax.kernel.weight_HM.shape[1] if softmax.kernel else 1
+        sizes = events.start, targets.start, targets.cut_offs
+        factored_U = fused_codes.preferred(*sizes, keys.codebook_HCd.shape, components)
+        if factored_U.any():
+            coded = fused_codes.Coded(keys.hard_NHd, keys.codebook_HCd, keys.codes_NG, by_item)
+            given = fused_codes.CodeWork.of(*sizes, factored_U, query_THd.device), query_THd, coded
+            parts.append(fused_codes.coded_attention(*given, events.value_EHd, seen, softmax.kernel))
+    if not parts or not factored_U.all():
+        work = fused.Work.of(events.start, targets.start, query_THd.shape[1], query_THd.device, ~factored_U)
+        key_EHd = gathered(keys.hard_NHd, by_item)
+        parts.append(fused.fused_attention(work, query_THd, key_EHd, events.value_EHd, seen, softmax.kernel, exact_EHd))
+    return sum(parts[1:], parts[0])
 
 
 def by_layout(attend: Callable[[Layout], Tensor], events: Events, targets: Targets) -> Tensor:

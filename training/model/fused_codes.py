@@ -1,0 +1,350 @@
+"""The factored pass of quantized attention for many users at once, in fused kernels (Triton, on a GPU).
+
+What `training.model.factored` does for one user on a CPU (its equations are there): events meet the codes of their
+prefix and targets meet codes, and nothing costs events x targets. Outputs and gradients are, to rounding, those of
+`training.model.fused` on keys at their codewords.
+
+Every user's events are split at his targets' distinct cut-offs. Events are sorted by (group, segment, code) once; a
+program a code sums its runs over the prefixes, a tile of targets reads the prefix that each target sees, and backward
+the other way round. No atomics: equal inputs give equal bits. Sizes come from lists that the host has; the device is
+not waited for.
+
+Legend: V users of this pass, Y their segments, N distinct items, E events (flat), T targets (flat), H heads, d head
+width, G groups, C codes, M kernel components, X tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from training.model.fused import TILE, Seen, expanded, on_device, precision_of
+from training.model.fused_rows import Places, summed
+from training.model.kernel import MixtureKernel
+
+BLOCK = 256  # events of a program that looks up their runs
+# Fastest on an H100 of those tried (benchmarks/LOG.md).
+BY_CODE = {"B": 32, "num_warps": 1}
+BY_EVENT = BY_CODE | {"num_stages": 1, "maxnreg": 128}
+BY_TARGET = {"P": 16, "num_warps": 1}
+BY_BORDER = {"P": 16, "CB": 64, "num_warps": 4}
+MOST_CODES, WIDEST = 512, 128  # codes; columns of a code's events, a head's width for each component
+MOST_BYTES = 2**31  # of tables
+# Costs of an event, a number of a segment's table and a target, in pairs of an event and a target in the other pass.
+EVENT_PAIRS, TABLE_PAIRS, TARGET_PAIRS = 27, 1.5, 1_000
+
+
+@dataclass(frozen=True)
+class CodeWork:
+    """What the programs work on, int64 tables on the device.
+
+    Attributes:
+        users_V5: first event, first target, end of targets, first segment, segments.
+        blocks_N3: user (of V), first and last place, of each block of events.
+        tiles_X3: user, first target, end of targets, of each tile.
+        segments: Y.
+        whole: all users of the batch are among the V.
+    """
+
+    users_V5: Tensor
+    blocks_N3: Tensor
+    tiles_X3: Tensor
+    segments: int
+    whole: bool
+
+    @staticmethod
+    def of(
+        event_start: Sequence[int],
+        target_start: Sequence[int],
+        cut_offs: Sequence[int],
+        chosen_U: np.ndarray,
+        device: torch.device,
+    ) -> CodeWork:
+        """Lay out the chosen users.
+
+        Args:
+            cut_offs: distinct ends of each user's targets; more than there are cost time alone.
+        """
+        event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
+        segments_V = np.asarray(cut_offs, np.int64)[chosen_U]
+        event_V, first_V, last_V = event_U[:-1][chosen_U], target_U[:-1][chosen_U], target_U[1:][chosen_U]
+        length_V = np.diff(event_U)[chosen_U]
+        tile = BY_TARGET["P"]
+        user_N, block_N = expanded(-(-length_V // BLOCK))
+        user_X, tile_X = expanded(-(-(last_V - first_V) // tile))
+        low_N, low_X = block_N * BLOCK, first_V[user_X] + tile_X * tile
+        tables = [
+            np.stack([event_V, first_V, last_V, segments_V.cumsum() - segments_V, segments_V], 1),
+            np.stack([user_N, low_N, np.minimum(low_N + BLOCK, length_V[user_N])], 1),
+            np.stack([user_X, low_X, np.minimum(low_X + tile, last_V[user_X])], 1),
+        ]
+        flat = on_device(np.concatenate([table.ravel() for table in tables]), device)
+        parts = flat.split([table.size for table in tables])
+        users, blocks, tiles = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
+        return CodeWork(users, blocks, tiles, int(segments_V.sum()), whole=bool(chosen_U.all()))
+
+
+def preferred(
+    event_start: Sequence[int], target_start: Sequence[int], cut_offs: Sequence[int], words: torch.Size, components: int
+) -> np.ndarray:
+    """Say for which users this pass is the cheaper one, bool [U], by costs fitted to the table in benchmarks/LOG.md.
+
+    Args:
+        words: [H, C, d] of the codewords.
+    """
+    heads, codes, width = words
+    length_U, targets_U, segments_U = np.diff(event_start), np.diff(target_start), np.asarray(cut_offs, np.int64)
+    table = components * codes * width * (width + 2)  # numbers a segment and head
+    pairs_U = length_U * (-(-targets_U // TILE) * TILE)
+    cost_U = EVENT_PAIRS * length_U + TABLE_PAIRS * table * segments_U + TARGET_PAIRS * targets_U
+    fits = codes <= MOST_CODES and _power(components) * _power(width) <= WIDEST
+    chosen_U = (pairs_U > cost_U) & fits
+    return chosen_U & ((4 * heads * table * segments_U * chosen_U).cumsum() <= MOST_BYTES)
+
+
+class Coded(NamedTuple):
+    """The keys of a batch and their codes.
+
+    Attributes:
+        hard_NHd: keys of the items at their codewords; what is used is where their gradient goes.
+        codebook_HCd, codes_NG: each head's slice of the codewords, int64 codes.
+        places: the item of each event.
+    """
+
+    hard_NHd: Tensor
+    codebook_HCd: Tensor
+    codes_NG: Tensor
+    places: Places
+
+
+def coded_attention(
+    work: CodeWork, query_THd: Tensor, keys: Coded, value_EHd: Tensor, seen: Seen, kernel: MixtureKernel | None
+) -> Tensor:
+    """Softmax attention of the targets of the chosen users over the events before their ends, keys at codewords.
+
+    The codebook gets no gradient. `seen` has neither first places nor exact keys.
+
+    Returns:
+        [T, H, d], fp32; zeros for a target that sees no event, and for users who were not chosen.
+    """
+    heads = query_THd.shape[1]
+    if kernel is None:  # one component of no rate: every event weighs 1
+        rate_HM = log_weight_HM = torch.zeros(heads, 1, device=query_THd.device)
+    else:
+        rate_HM, log_weight_HM = kernel.rate_HM().float(), kernel.log_weight_HM().float()
+    precision = precision_of(query_THd)[1]
+    rows = query_THd.float().contiguous(), keys.hard_NHd, value_EHd.contiguous()
+    codes = _Codes(keys.codebook_HCd.detach().float().contiguous(), keys.codes_NG.contiguous(), keys.places)
+    return _CodeAttention.apply(*rows, rate_HM, log_weight_HM, _Pass(work, codes, seen, precision))
+
+
+class _Codes(NamedTuple):
+    codebook_HCd: Tensor
+    codes_NG: Tensor
+    places: Places
+
+
+class _Pass(NamedTuple):
+    """What has no gradient."""
+
+    work: CodeWork
+    codes: _Codes
+    seen: Seen
+    precision: str
+
+
+class _Runs(NamedTuple):
+    """Events in the order of their (group, segment, code).
+
+    Attributes:
+        borders_Y4: cut-off, first target and end of targets that have it, time of the newest event before it.
+        order: events of all groups.
+        starts: where each run begins in `order`, and behind the last one where the events that nobody sees begin.
+    """
+
+    borders_Y4: Tensor
+    order: Tensor
+    starts: Tensor
+
+
+def _runs(given: _Pass) -> _Runs:
+    from training.model import fused_code_kernels as kernels
+
+    work, codes = given.work, given.codes
+    groups, count = codes.codes_NG.shape[1], codes.codebook_HCd.shape[1]
+    events, segments = len(codes.places.row_E), work.segments
+    borders_Y4 = work.users_V5.new_empty(segments, 4)
+    kernels.border_kernel[(len(work.users_V5),)](
+        work.users_V5, given.seen.end_T, given.seen.event_ms_E, borders_Y4, P=1024
+    )
+    last = groups * segments * count
+    shape, device = (groups * events,), borders_Y4.device
+    make = torch.empty if work.whole else torch.zeros
+    run_R = make(shape, dtype=torch.int32, device=device)
+    if not work.whole:
+        run_R.fill_(last)
+    if len(work.blocks_N3):
+        kernels.run_kernel[(len(work.blocks_N3),)](
+            work.users_V5,
+            work.blocks_N3,
+            borders_Y4,
+            codes.places.row_E,
+            codes.codes_NG,
+            run_R,
+            events,
+            segments,
+            C=count,
+            G=groups,
+            B=BLOCK,
+        )
+    sorted_R, order = run_R.sort()
+    each = torch.arange(last + 1, dtype=torch.int32, device=device)
+    return _Runs(borders_Y4, order, torch.searchsorted(sorted_R, each, out_int32=True))
+
+
+class _CodeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, hard, value, rate_HM, log_weight_HM, given: _Pass) -> Tensor:
+        from training.model import fused_code_kernels as kernels
+
+        (targets, heads, width), components = query.shape, rate_HM.shape[1]
+        work, seen, sizes = given.work, given.seen, _Sizes(query, rate_HM, given)
+        runs = _runs(given)
+        make = query.new_empty if work.whole else query.new_zeros
+        out_THd, lse_TH = make(targets, heads, width), query.new_empty(targets, heads)
+        segments, codes = work.segments, sizes.by_code["C"]
+        sums = query.new_empty(segments, heads, components, 2, codes, sizes.padded)
+        counts = query.new_empty(segments, heads, components, 2, codes)
+        if segments:
+            kernels.prefix_kernel[(len(work.users_V5) * heads * codes,)](
+                work.users_V5,
+                runs.borders_Y4,
+                runs.order,
+                runs.starts,
+                seen.event_ms_E,
+                value,
+                rate_HM,
+                sums,
+                counts,
+                len(value),
+                segments,
+                **sizes.by_code,
+            )
+            kernels.code_forward_kernel[(len(work.tiles_X3) * heads,)](
+                work.users_V5,
+                work.tiles_X3,
+                runs.borders_Y4,
+                query,
+                given.codes.codebook_HCd,
+                sums,
+                counts,
+                seen.target_ms_T,
+                seen.end_T,
+                rate_HM,
+                log_weight_HM,
+                out_THd,
+                lse_TH,
+                **sizes.by_target,
+            )
+        ctx.save_for_backward(query, value, rate_HM, log_weight_HM, out_THd, lse_TH, sums, counts, *runs)
+        ctx.given, ctx.shape, ctx.dtype = given, hard.shape, hard.dtype
+        return out_THd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_THd: Tensor):
+        from training.model import fused_code_kernels as kernels
+        from training.model.fused_kernels import base_kernel
+
+        query, value, rate_HM, log_weight_HM, out_THd, lse_TH, sums, counts, *found = ctx.saved_tensors
+        given: _Pass = ctx.given
+        runs, work, seen, sizes = _Runs(*found), given.work, given.seen, _Sizes(query, rate_HM, given)
+        (targets, heads, width), components = query.shape, rate_HM.shape[1]
+        segments, codes = work.segments, sizes.by_code["C"]
+        grad_key_EHd, grad_value_EHd = torch.zeros_like(value), torch.zeros_like(value)
+        grad_query_THd = (torch.empty_like if work.whole else torch.zeros_like)(query)
+        columns = max(2, 1 << (2 * components - 1).bit_length())
+        part_sums = query.new_empty(len(work.tiles_X3), heads, columns)
+        if segments:
+            rounded_THd, base_TH = torch.empty_like(query), torch.empty_like(lse_TH)
+            base_kernel[(-(-targets * heads // TILE),)](
+                grad_THd.contiguous(),
+                out_THd,
+                rounded_THd,
+                base_TH,
+                targets * heads,
+                D=width,
+                DP=sizes.padded,
+                P=TILE,
+                PRECISION=given.precision,
+            )
+            pairs = seen.target_ms_T, seen.end_T, rate_HM, log_weight_HM, rounded_THd, lse_TH, base_TH
+            kernels.code_query_kernel[(len(work.tiles_X3) * heads,)](
+                work.users_V5,
+                work.tiles_X3,
+                runs.borders_Y4,
+                query,
+                given.codes.codebook_HCd,
+                sums,
+                counts,
+                *pairs,
+                grad_query_THd,
+                part_sums,
+                W=columns,
+                **sizes.by_target,
+            )
+            tables = query.new_empty(segments, heads, components, codes, sizes.padded * (sizes.padded + 2))
+            parts = -(-width // sizes.by_border["Q"]) * -(-codes // sizes.by_border["CB"])
+            kernels.code_gradient_kernel[(segments * heads * components * parts,)](
+                runs.borders_Y4,
+                query,
+                given.codes.codebook_HCd,
+                *pairs,
+                tables,
+                **sizes.by_border,
+            )
+            kernels.code_event_kernel[(len(work.users_V5) * heads * codes,)](
+                work.users_V5,
+                runs.borders_Y4,
+                runs.order,
+                runs.starts,
+                seen.event_ms_E,
+                value,
+                rate_HM,
+                tables,
+                grad_key_EHd,
+                grad_value_EHd,
+                len(value),
+                segments,
+                **sizes.by_event,
+            )
+        sums_HMk = part_sums.sum(0)[:, : 2 * components].unflatten(1, (components, 2))
+        grad_hard_NHd = summed(grad_key_EHd, given.codes.places, ctx.shape).to(ctx.dtype)
+        return grad_query_THd, grad_hard_NHd, grad_value_EHd, -sums_HMk[..., 1], sums_HMk[..., 0], None
+
+
+class _Sizes:
+    """What the kernels are compiled for."""
+
+    def __init__(self, query: Tensor, rate_HM: Tensor, given: _Pass) -> None:
+        (_, heads, width), components = query.shape, rate_HM.shape[1]
+        codes, groups = given.codes.codebook_HCd.shape[1], given.codes.codes_NG.shape[1]
+        self.padded = max(16, _power(width))
+        alike: dict[str, Any] = {"HEADS": heads, "C": codes, "D": width, "DP": self.padded, "M": components}
+        self.by_code = alike | {"G": groups, "MP": _power(components)} | BY_CODE
+        alike["PRECISION"] = given.precision
+        self.by_event = self.by_code | alike | BY_EVENT
+        self.by_target = alike | {"CP": max(16, _power(codes))} | BY_TARGET
+        self.by_border = alike | BY_BORDER | {"Q": min(self.padded, 256 // self.padded)}
+        self.by_border["CB"] = min(BY_BORDER["CB"], max(16, _power(codes)))
+
+
+def _power(count: int) -> int:
+    """Return the next power of 2."""
+    return 1 << (count - 1).bit_length()
