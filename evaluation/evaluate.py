@@ -90,6 +90,7 @@ def evaluate(
         "attempt": args.attempt,
         "simulated": simulated,
         "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
+        "auc_seed_sd": training["config"].get("auc_seed_sd"),
         **compare(targets, scores, training["primary"], champion),
         "rows": _ingested(store, sequences_manifest),
     }

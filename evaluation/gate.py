@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -12,13 +13,25 @@ class Thresholds:
 
     Attributes:
         first_auc_low: without a champion, the lower bound of the AUC must lie above this.
-        auc_margin: the lower bound of the paired AUC difference to the champion must lie above minus this.
+        least_auc_margin: the margin (see `auc_margin`) is at least this. The bound lies below the difference by half
+            the width of its interval over users, which two equal models have, too: about .002 with 1,000 of them.
+        seed_deviations: a difference of so many standard deviations is what other seeds come to.
         logloss_ratio: the log loss must be at most this times the champion's.
     """
 
     first_auc_low: float = 0.5
-    auc_margin: float = 0.005
+    least_auc_margin: float = 0.005
+    seed_deviations: float = 3.0
     logloss_ratio: float = 1.02
+
+    def auc_margin(self, seed_sd: float | None) -> float:
+        """Return the margin: the lower bound of the AUC difference to the champion must lie above minus this.
+
+        Args:
+            seed_sd: standard deviation of the AUC between trainings that differ by their seed alone; that of the
+                difference of two is sqrt(2) times as much. None: not measured.
+        """
+        return max(self.least_auc_margin, self.seed_deviations * math.sqrt(2) * (seed_sd or 0.0))
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Decision:
 
 
 def quality_gate(evaluation: Mapping, primary: str, thresholds: Thresholds = Thresholds()) -> Decision:
-    """Decide from `evaluation.json`.
+    """Decide from `evaluation.json`, which holds the configuration's seed noise.
 
     A comparison that cannot be made never passes: a champion of a later partition has seen the challenger's evaluation
     day, and one that could not be loaded has no scores. nan fails every comparison.
@@ -50,11 +63,12 @@ def quality_gate(evaluation: Mapping, primary: str, thresholds: Thresholds = Thr
     if champion.get("warning"):
         return Decision(False, f"not comparable with champion version {champion['version']}: {champion['warning']}")
     difference = evaluation["paired"][f"{primary}_minus_champion"]["auc"]
-    if not _number(difference["low"]) > -thresholds.auc_margin:
+    margin = thresholds.auc_margin(evaluation.get("auc_seed_sd"))
+    if not _number(difference["low"]) > -margin:
         return Decision(
             False,
             f"AUC minus champion's {_show(difference['value'])} has lower bound {_show(difference['low'])}, "
-            f"which is not above -{thresholds.auc_margin}",
+            f"which is not above -{_show(margin)}",
         )
     if not _number(challenger["logloss"]) <= thresholds.logloss_ratio * _number(champion["logloss"]):
         return Decision(
@@ -65,7 +79,7 @@ def quality_gate(evaluation: Mapping, primary: str, thresholds: Thresholds = Thr
     return Decision(
         True,
         f"AUC minus champion's {_show(difference['value'])}, lower bound {_show(difference['low'])} >"
-        f" -{thresholds.auc_margin}; log loss {_show(challenger['logloss'])} against {_show(champion['logloss'])}",
+        f" -{_show(margin)}; log loss {_show(challenger['logloss'])} against {_show(champion['logloss'])}",
     )
 
 

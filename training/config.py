@@ -85,35 +85,43 @@ class TrainConfig:
 
     Attributes:
         models: name -> model; the first is the one that is registered.
-        users_per_step: users in the batch of one step, all workers together: more workers do not change the batch.
-        targets_per_user: targets of a user drawn each time that user is visited.
-        epochs: at most so many; an epoch is a pass over the users, or several where a pass has fewer steps than
-            `min_epoch_steps`: few users with many targets each are no small data set.
+        users_per_step: users visited in one step, all workers together: more workers do not change the batch.
+        targets_per_visit: targets of a user in one visit at most; who has more is visited several times in an epoch.
+        epochs: at most so many; an epoch has every training target once, or several times where there would be fewer
+            steps than `min_epoch_steps`.
         patience: epochs without a better validation log loss before the early stop.
-        validation_share: share of training targets held out for the early stop.
-        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most half of the
-            epochs.
+        validation_share: share of training targets held out for the early stop where they are all of one day; else
+            it is the last training day.
+        warmup_steps: steps of unquantized attention before the codebooks start from k-means; at most half of the steps
+            of all epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
-        seed: of weights, order and draws.
+        learning_rate_warmup_steps: the rate rises linearly over so many steps, then falls by a cosine until the last
+            step of `epochs`.
+        learning_rate_end: share of the rate that is left there; 1 = it does not fall.
+        seed: of weights, order and parts.
         bf16: matrix products in bfloat16 (autocast); loss, softmax, code search and codebooks stay in fp32.
         compiled: torch.compile the attention over all users and the head.
         deterministic: only algorithms that give the same bits every time, on a GPU too (a CPU always has them); slower.
         checkpoint_every_steps, checkpoint_every_seconds: a checkpoint is written after so many steps or seconds,
             whichever comes first.
+        auc_seed_sd: standard deviation of the first model's evaluation AUC between trainings that differ by their seed
+            alone, measured; the promotion gate's margin follows from it. None: not measured.
     """
 
     models: dict[str, ModelConfig] = field(default_factory=dict)
     vocabulary: VocabularyConfig = VocabularyConfig()
-    users_per_step: int = 16
-    targets_per_user: int = 64
-    epochs: int = 6
-    min_epoch_steps: int = 50
+    users_per_step: int = 4
+    targets_per_visit: int = 128
+    epochs: int = 1
+    min_epoch_steps: int = 300
     patience: int = 2
     validation_share: float = 0.05
     warmup_steps: int = 300
     revive_every_steps: int = 50
     learning_rate: float = 3e-3
+    learning_rate_warmup_steps: int = 50
+    learning_rate_end: float = 0.0
     weight_decay: float = 1e-2
     gradient_clip: float = 1.0
     seed: int = 7
@@ -122,6 +130,7 @@ class TrainConfig:
     deterministic: bool = False
     checkpoint_every_steps: int = 10_000
     checkpoint_every_seconds: float = 30.0
+    auc_seed_sd: float | None = None
 
     @property
     def digest(self) -> str:
@@ -130,7 +139,8 @@ class TrainConfig:
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the weights, as nested dicts."""
-        return {name: value for name, value in asdict(self).items() if not name.startswith("checkpoint_every")}
+        others = ("checkpoint_every_steps", "checkpoint_every_seconds", "auc_seed_sd")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def load_config(name: str) -> TrainConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
 from training.vocabulary import Array, ItemFeatures, Vocabulary
 
@@ -201,24 +202,40 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of targets in the flat target arrays."""
+    """Positions of targets in the flat target arrays.
+
+    Attributes:
+        held_out: how the validation targets were chosen, in words.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     evaluation: np.ndarray
+    held_out: str
 
 
 def split_targets(sequences: Sequences, validation_share: float, seed: int) -> Split:
     """Split as the partition says.
 
-    Where it has no validation targets, a random share of the training ones is held out.
+    Where it has no validation targets, those of the last training day are held out, as the evaluation's are of a later
+    day than all others.
+
+    Args:
+        validation_share: held out at random where all training targets are of one UTC day.
+        seed: of that draw.
     """
     split = sequences.target_split
     train, validation = np.flatnonzero(split == TRAIN), np.flatnonzero(split == VALIDATION)
-    if not len(validation):
-        held = np.random.default_rng(seed).random(len(train)) < validation_share
+    held_out = "those that the partition holds out"
+    if not len(validation) and len(train):
+        day = sequences.target_time_ms[train] // MS_PER_DAY
+        last, name = day.max(), f"{np.datetime64(int(day.max()), 'D')}"
+        held, held_out = day == last, f"those of the last training day, {name}"
+        if held.all():
+            held = np.random.default_rng(seed).random(len(train)) < validation_share
+            held_out = f"a random {validation_share:.0%}, since {name} is the only training day"
         train, validation = train[~held], train[held]
-    return Split(train, validation, np.flatnonzero(split == EVALUATION))
+    return Split(train, validation, np.flatnonzero(split == EVALUATION), held_out)
 
 
 def trained_rows(joined: Joined, targets: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray], np.ndarray]:
@@ -244,8 +261,8 @@ class UserBatches:
     """Batches of one worker: its part of global batches that do not depend on how many workers share them.
 
     Args:
-        users_per_step: users of a global batch, of all workers together.
-        seed: of order and draws.
+        users_per_step: visits of users in a global batch, of all workers together.
+        seed: of the order of visits, and of the parts of a user's targets.
     """
 
     def __init__(self, joined: Joined, rank: int, world: int, users_per_step: int, seed: int) -> None:
@@ -258,9 +275,9 @@ class UserBatches:
         users, first = np.unique(owner, return_index=True)
         return users, np.split(targets, first[1:])
 
-    def epoch(self, targets: np.ndarray, epoch: int, targets_per_user: int, min_steps: int = 1) -> Epoch:
-        """Return the batches of an epoch: passes over the users that have targets, until there are `min_steps`."""
-        return Epoch(self, *self.by_user(targets), epoch, targets_per_user, min_steps)
+    def epoch(self, targets: np.ndarray, epoch: int, targets_per_visit: int, min_steps: int = 1) -> Epoch:
+        """Return the batches of an epoch: passes over the targets until there are `min_steps`."""
+        return Epoch(self, *self.by_user(targets), epoch, targets_per_visit, min_steps)
 
     def all_of(self, targets: np.ndarray) -> Iterator[Batch]:
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
@@ -273,10 +290,12 @@ class UserBatches:
 
 
 class Epoch:
-    """This worker's batches of one epoch, by their number; None where the global batch has no user for this worker.
+    """This worker's batches of one epoch, by their number; None where the global batch has no visit for this worker.
 
-    Order and draws are keyed by seed, epoch, pass and user: any number of workers sees the same global batches, and a
-    training that goes on in the middle of an epoch sees those that it had not seen.
+    A pass over the targets has each of them once: a user with more than `targets_per_visit` is visited several times,
+    with random parts of nearly equal size. The parts are keyed by seed, epoch, pass and user, the order of all visits
+    by seed, epoch and pass: any number of workers sees the same global batches, and a training that goes on in the
+    middle of an epoch sees those that it had not seen.
     """
 
     def __init__(
@@ -285,47 +304,50 @@ class Epoch:
         users: np.ndarray,
         positions: list[np.ndarray],
         number: int,
-        targets_per_user: int,
+        targets_per_visit: int,
         min_steps: int,
     ) -> None:
-        self.batches, self.users, self.positions, self.targets_per_user = batches, users, positions, targets_per_user
-        self.steps_per_pass = -(-len(users) // batches.users_per_step)
+        self.batches, self.users, self.positions = batches, users, positions
+        self.visits = np.array([-(-len(targets) // targets_per_visit) for targets in positions], np.int64)  # a user
+        self.steps_per_pass = -(-int(self.visits.sum()) // batches.users_per_step)
         self.passes = max(1, -(-min_steps // max(1, self.steps_per_pass)))
         self.key = [batches.seed, number]
-        self._ordered = -1, np.zeros(0, np.int64)  # the last pass that was asked for, and its order
+        self._ordered = -1, np.zeros((0, 2), np.int64)  # the last pass that was asked for, and its order
 
     def __len__(self) -> int:
         return self.passes * self.steps_per_pass
 
     def __getitem__(self, number: int) -> Batch | None:
-        users, targets = self._drawn(number, self.batches.rank, self.batches.world)
+        users, targets = self._visited(number, self.batches.rank, self.batches.world)
         return make_batch(self.batches.joined, users, targets) if len(users) else None
 
     def items(self, number: int) -> ItemFeatures:
         """Return the features of the distinct items of the whole global batch, in the partition's order."""
-        return make_batch(self.batches.joined, *self._drawn(number, 0, 1)).items
+        return make_batch(self.batches.joined, *self._visited(number, 0, 1)).items
 
-    def _drawn(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the users of a worker's part of a global batch, and the target positions drawn for each."""
+    def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the users of a worker's part of a global batch, and the target positions of each visit."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         turn, place = divmod(number, self.steps_per_pass)
         start = place * self.batches.users_per_step
         mine = self._order(turn)[start : start + self.batches.users_per_step][rank::world]
-        return self.users[mine], [self._draw(turn, index) for index in mine]
+        return self.users[mine[:, 0]], [self._part(turn, int(index), int(part)) for index, part in mine]
 
     def _order(self, turn: int) -> np.ndarray:
+        """Return the visits of a pass in their order: rows of (index of the user, number of the part)."""
         if self._ordered[0] != turn:
-            self._ordered = turn, np.random.default_rng([*self.key, turn]).permutation(len(self.users))
+            index = np.repeat(np.arange(len(self.users)), self.visits)
+            part = np.arange(len(index)) - np.repeat(np.cumsum(self.visits) - self.visits, self.visits)
+            order = np.random.default_rng([*self.key, turn]).permutation(len(index))
+            self._ordered = turn, np.stack([index, part], axis=1)[order]
         return self._ordered[1]
 
-    def _draw(self, turn: int, index: int) -> np.ndarray:
-        positions = self.positions[index]
-        if len(positions) <= self.targets_per_user:
+    def _part(self, turn: int, index: int, part: int) -> np.ndarray:
+        positions, parts = self.positions[index], int(self.visits[index])
+        if parts == 1:
             return positions
-        user = (
-            int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
-        )  # an id may be negative, a key may not
-        return np.sort(
-            np.random.default_rng([*self.key, turn, user]).choice(positions, self.targets_per_user, replace=False)
-        )
+        # An id may be negative, a key may not.
+        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
+        shuffled = np.random.default_rng([*self.key, turn, user]).permutation(positions)
+        return np.sort(shuffled[part::parts])

@@ -114,7 +114,8 @@ class _Trainings:
         data, hashed = self.data, self.data.hashed_event_share()
         self.say(
             f"{data.joined.sequences.users} users, {len(data.joined.sequences.history_item):,} history events, "
-            f"{len(data.split.train):,} training targets, {len(data.split.validation):,} for the early stop; "
+            f"{len(data.split.train):,} training targets, {len(data.split.validation):,} for the early stop: "
+            f"{data.split.held_out}; "
             f"{self.worker.world} worker(s) on {self.worker.device}"
         )
         rows = self.config.vocabulary.hashed_rows

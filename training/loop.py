@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -160,10 +161,7 @@ def train_model(
         if result.finished:
             break
     if run.best_model is None:
-        warmup = run.warmup_steps(run.order(0))
-        raise FloatingPointError(
-            f"{name} has no epoch after the {warmup} warm-up steps of its codebooks: train longer or warm up less"
-        )
+        raise FloatingPointError(f"the validation loss of {name} is not finite")
     run.model.load_state_dict(run.best_model)
     if start.warm_start is None:  # rows that this partition does not show were trained by an earlier one
         _fill_unseen_rows(run.model, data)
@@ -213,10 +211,10 @@ class _Training:
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
         config = self.config
-        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_user, config.min_epoch_steps)
+        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_visit, config.min_epoch_steps)
 
     def warmup_steps(self, order: Epoch) -> int:
-        return min(self.config.warmup_steps, len(order) * max(1, self.config.epochs // 2))
+        return min(self.config.warmup_steps, self.config.epochs * len(order) // 2)
 
     def run_epoch(self, on_step: Callable[[int, Callable[[], TrainingState]], None] | None) -> EpochResult:
         """Take the steps that the epoch still has, and judge it.
@@ -253,6 +251,9 @@ class _Training:
         self.sums.of(batch, self.config.bf16)
         self.totals += self.sums.totals
         nn.utils.clip_grad_norm_(self.sums.parameters, self.config.gradient_clip)
+        rate = learning_rate(self.config, self.step, self.config.epochs * len(order))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
@@ -276,6 +277,20 @@ class _Training:
         self.totals.zero_()
         self.epoch, self.position = epoch + 1, 0
         return EpochResult(epoch, metrics, self.best_logloss, self.best_epoch, finished, warnings)
+
+
+def learning_rate(config: TrainConfig, step: int, planned: int) -> float:
+    """Return the rate of a step, which hangs on nothing else: a training that goes on needs no state for it.
+
+    Args:
+        step: from 0; planned: steps of all epochs.
+    """
+    rising = config.learning_rate_warmup_steps
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    gone = min(1.0, (step - rising) / max(1, planned - rising))
+    share = config.learning_rate_end + (1 - config.learning_rate_end) * (1 + math.cos(math.pi * gone)) / 2
+    return config.learning_rate * share
 
 
 def _make_repeatable(config: TrainConfig, worker: Worker) -> None:

@@ -29,7 +29,7 @@ from training.model.probe import probe_by_length, probe_warnings
 from training.model.ranker import Ranker
 
 LENGTHS_OF = ("vql", "vql_16_codes", "vql_256_codes")  # variants whose attention error is measured against the length
-EPOCHS = {"simulated": 8, "drifting": 8, "kuairand": 6, "movielens": 6, "buildroot": 2}
+EPOCHS = {"simulated": 1, "drifting": 1, "kuairand": 2, "movielens": 2, "buildroot": 1}
 
 
 @dataclass(frozen=True)

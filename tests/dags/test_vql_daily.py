@@ -520,7 +520,7 @@ def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
     ("conf", "says"),
     [
         ({"confg": "tiny"}, "confg: no parameter of this DAG.*did you mean config"),
-        ({"config": "tinny"}, "config: 'tinny' is no training configuration; there are default, tiny"),
+        ({"config": "tinny"}, "config: 'tinny' is no training configuration; there are default, kuairand_1k, .*tiny"),
         ({"raw": "data/logs"}, rf"raw: 'data/logs' is relative.*{settings.ROOT}/data/logs"),
         ({"raw": "/a b;c"}, "raw: "),
         ({"raw": "s3://key:s3cret@bucket"}, "raw: .*credentials"),

@@ -79,9 +79,9 @@ def small_config(**changes) -> TrainConfig:
             name: dataclasses.replace(model, interest=name) for name in ("vql", "softmax_attention", "mean_pooling")
         },
         warmup_steps=10,
-        epochs=6,
+        epochs=2,
         users_per_step=8,
-        targets_per_user=32,
+        targets_per_visit=32,
     )
     return dataclasses.replace(config, **changes)
 
@@ -186,7 +186,7 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
         warmup_steps=5,
         revive_every_steps=4,
         min_epoch_steps=10,
-        targets_per_user=16,
+        targets_per_visit=48,
         deterministic=True,
     )
     seen: list[bytes] = []
@@ -308,7 +308,7 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
         epochs=1,
         min_epoch_steps=50,
         users_per_step=7,
-        targets_per_user=16,
+        targets_per_visit=64,
         warmup_steps=6,
         revive_every_steps=3,
     )
@@ -329,7 +329,7 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
 
 
 def test_a_worker_whose_users_have_no_history_does_not_stop_the_others(tmp_path):
-    config = small_config(epochs=1, users_per_step=3, targets_per_user=16, warmup_steps=4)
+    config = small_config(epochs=1, users_per_step=3, targets_per_visit=16, warmup_steps=4)
     config = dataclasses.replace(config, models={"vql": config.models["vql"]})
     ranks = trained_by([3], tmp_path, config, silent=20)("vql", 3)  # every worker has steps without a single event
     assert len({rank["bits"] for rank in ranks}) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from etl.datasets.definition import History
 from etl.sequences.sequence_rows import visible_ends
 from etl.warehouse.schemas import EVALUATION, SEQUENCES, TRAIN, VALIDATION
 from tests.training.conftest import DAY_MS, vocabulary_of
-from training.data import Epoch, Joined, Sequences, UserBatches, make_batch, split_targets
+from training.data import Sequences, make_batch, split_targets
 from training.model.blocks import Layout
 from training.package import Cutoff, load_package, save_package
 from training.scoring import load_scorer, request_of
@@ -284,40 +283,3 @@ def test_validation_targets_of_the_partition_are_taken_as_they_are(partition):
         assert np.array_equal(positions, np.flatnonzero(marks == code))
     # Contexts of targets that are not for training stay unknown.
     assert set(vocabulary_of(items, sequences).contexts) == set(sequences.target_context[marks == TRAIN].tolist())
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_any_number_of_workers_shares_the_same_global_batches(partition, loaded, world):
-    items, _ = partition
-    sequences, vocabulary, _ = loaded
-    targets, joined = _all_targets(sequences), Joined.of(sequences, items, vocabulary)
-
-    def epoch(rank: int, workers: int, number: int = 0, draws: int = 5) -> Epoch:
-        return UserBatches(joined, rank, workers, users_per_step=4, seed=5).epoch(targets, number, draws, min_steps=4)
-
-    def drawn(batch) -> list[tuple]:
-        return (
-            []
-            if batch is None
-            else list(
-                zip(
-                    batch.target_time_ms.tolist(),
-                    batch.target_label.tolist(),
-                    batch.user_rows[:, 0].tolist(),
-                    strict=True,
-                )
-            )
-        )
-
-    whole = [drawn(batch) for batch in epoch(0, 1)]
-    parts = [list(epoch(rank, world)) for rank in range(world)]
-    assert [len(part) for part in parts] == [len(whole)] * world == [4] * world
-    for step, batch in enumerate(whole):
-        assert sorted(row for part in parts for row in drawn(part[step])) == sorted(batch)
-        assert np.array_equal(
-            epoch(world - 1, world).items(step).rows["item_id"], epoch(0, 1)[step].items.rows["item_id"]
-        )
-    first, second = whole[:2], whole[2:]  # two passes: every user once in each, other targets
-    assert len(first[0]) + len(first[1]) == len(second[0]) + len(second[1]) == 5 * sequences.users
-    assert whole != [drawn(batch) for batch in epoch(0, 1, number=1)]
-    assert sorted(itertools.chain(*first)) != sorted(itertools.chain(*second))

@@ -17,6 +17,6 @@ def config() -> TrainConfig:
         min_epoch_steps=2,
         warmup_steps=2,
         users_per_step=4,
-        targets_per_user=8,
+        targets_per_visit=8,
         checkpoint_every_steps=3,
     )

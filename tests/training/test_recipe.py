@@ -1,0 +1,101 @@
+"""What a training sees, and when: every target once an epoch, the last day held out, a rate by the step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etl.warehouse.partitions import MS_PER_DAY
+from etl.warehouse.schemas import EVALUATION, TRAIN
+from tests.training.conftest import DAY_MS, random_partition, vocabulary_of
+from training.config import TrainConfig
+from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
+from training.loop import learning_rate
+
+ITEMS, ROWS = random_partition(users=11, longest=30, seed=3)
+SEQUENCES = Sequences.from_arrow(ROWS)
+# Every target is told from all others by its time.
+SEQUENCES = dataclasses.replace(SEQUENCES, target_time_ms=DAY_MS + np.arange(len(SEQUENCES.target_item)))
+JOINED = Joined.of(SEQUENCES, ITEMS, vocabulary_of(ITEMS, SEQUENCES))
+
+
+def epoch(targets, rank=0, world=1, number=0, at_once=3, most=5, min_steps=1) -> Epoch:
+    return UserBatches(JOINED, rank, world, at_once, seed=5).epoch(targets, number, most, min_steps)
+
+
+def seen(batch) -> list[int]:
+    return [] if batch is None else (batch.target_time_ms - DAY_MS).tolist()
+
+
+@settings(max_examples=60)
+@given(
+    chosen=st.sets(st.integers(0, len(SEQUENCES.target_item) - 1), min_size=1),
+    world=st.integers(1, 3),
+    at_once=st.integers(1, 5),
+    most=st.integers(1, 9),
+    number=st.integers(0, 3),
+    data=st.data(),
+)
+def test_an_epoch_has_every_target_once_for_any_workers_and_from_any_point(chosen, world, at_once, most, number, data):
+    targets = np.array(sorted(chosen))
+    one = epoch(targets, number=number, at_once=at_once, most=most)
+    whole = [seen(batch) for batch in one]
+    assert Counter(target for batch in whole for target in batch) == Counter(targets.tolist())
+    assert all(max(np.diff(batch.target_start)) <= most and len(batch.cut_offs) <= at_once for batch in one)
+    # Workers, and whoever goes on in the middle, see the same global batches: with epochs of their own, asked afresh.
+    start = data.draw(st.integers(0, len(one) - 1))
+    for step in range(start, len(one)):
+        parts = [epoch(targets, rank, world, number, at_once, most) for rank in range(world)]
+        assert sorted(target for part in parts for target in seen(part[step])) == sorted(whole[step])
+        assert np.array_equal(parts[-1].items(step).rows["item_id"], one[step].items.rows["item_id"])
+
+
+def test_parts_and_their_order_differ_by_epoch_and_pass_and_a_pass_is_whole():
+    targets = np.arange(len(SEQUENCES.target_item))
+    batches = [seen(batch) for batch in epoch(targets, min_steps=9)]
+    assert len(batches) == 16  # 11 users in two visits each, three a step: passes of 8 steps
+    passes = batches[:8], batches[8:]
+    for found in passes:
+        assert sorted(target for batch in found for target in batch) == targets.tolist()
+    assert passes[0] != passes[1]
+    assert passes[0] != [seen(batch) for batch in epoch(targets, number=1)]
+    parts = [{tuple(batch[i : i + 4]) for batch in found for i in range(0, len(batch), 4)} for found in passes]
+    assert parts[0] != parts[1]
+
+
+@given(days=st.lists(st.integers(-3, 3), min_size=1, max_size=88), share=st.sampled_from([0.2, 0.5]))
+def test_validation_is_the_last_training_day_and_never_before_training(days, share):
+    day = np.resize(days, len(SEQUENCES.target_item))
+    sequences = dataclasses.replace(
+        SEQUENCES,
+        target_time_ms=DAY_MS + day * MS_PER_DAY + np.arange(len(day)),
+        target_split=np.where(day >= 2, EVALUATION, TRAIN).astype(np.int8),
+    )
+    split = split_targets(sequences, share, seed=1)
+    assert np.array_equal(np.sort(np.concatenate([split.train, split.validation, split.evaluation])), np.arange(88))
+    trained = set(day[day < 2])
+    if len(trained) > 1:
+        assert set(day[split.validation]) == {max(trained)}
+        assert set(day[split.train]) == trained - {max(trained)}
+        assert split.held_out.startswith("those of the last training day, 2022-04-")
+    elif trained:
+        assert split.held_out.startswith(f"a random {share:.0%}")
+
+
+@pytest.mark.parametrize("end", [0.0, 0.1, 1.0])
+def test_the_learning_rate_rises_falls_by_a_cosine_and_hangs_on_the_step_alone(end):
+    config = TrainConfig(learning_rate=2.0, learning_rate_warmup_steps=10, learning_rate_end=end)
+    rates = [learning_rate(config, step, 110) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0 + end)
+    assert rates[110] == pytest.approx(2.0 * end)
+    assert all(late <= early + 1e-12 for early, late in itertools.pairwise(rates[10:]))
+    assert learning_rate(config, 500, 110) == pytest.approx(2.0 * end)
+    assert learning_rate(dataclasses.replace(config, learning_rate_warmup_steps=0), 0, 110) == 2.0
