@@ -13,15 +13,17 @@ class Thresholds:
 
     Attributes:
         first_auc_low: without a champion, the lower bound of the AUC must lie above this.
-        least_auc_margin: the margin (see `auc_margin`) is at least this. The bound lies below the difference by half
-            the width of its interval over users, which two equal models have, too: about .002 with 1,000 of them.
+        interval_margin: the bound lies below the difference by half the width of its interval over users; between equal
+            models this is .0013 to .0020 with 1,000 of them.
         seed_deviations: a difference of so many standard deviations is what other seeds come to.
+        least_auc_margin: the margin (see `auc_margin`) is at least this, where no noise of seeds is known, too.
         logloss_ratio: the log loss must be at most this times the champion's.
     """
 
     first_auc_low: float = 0.5
-    least_auc_margin: float = 0.005
+    interval_margin: float = 0.002
     seed_deviations: float = 3.0
+    least_auc_margin: float = 0.005
     logloss_ratio: float = 1.02
 
     def auc_margin(self, seed_sd: float | None) -> float:
@@ -31,7 +33,8 @@ class Thresholds:
             seed_sd: standard deviation of the AUC between trainings that differ by their seed alone; that of the
                 difference of two is sqrt(2) times as much. None: not measured.
         """
-        return max(self.least_auc_margin, self.seed_deviations * math.sqrt(2) * (seed_sd or 0.0))
+        of_seeds = self.seed_deviations * math.sqrt(2) * (seed_sd or 0.0)
+        return max(self.least_auc_margin, self.interval_margin + of_seeds)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ REFUSED = frozenset(
         "RESOURCE_ALREADY_EXISTS",
     )
 )
-METRICS_PER_REQUEST = 500
+METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 500, 100  # MLflow takes no more
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -181,6 +181,24 @@ def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
         for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
             if run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, status)
+
+
+def log_parameters(run_id: str | None, values: Mapping[str, str]) -> None:
+    """Log the parameters of a run; a retry logs the same again. A server that does not take them costs a line.
+
+    Args:
+        run_id: None when MLflow did not answer.
+    """
+    if run_id is None:
+        return
+    from mlflow.entities import Param
+
+    rows = [Param(key, value) for key, value in values.items()]
+    try:
+        for start in range(0, len(rows), PARAMETERS_PER_REQUEST):
+            _client().log_batch(run_id, params=rows[start : start + PARAMETERS_PER_REQUEST])
+    except Exception as error:
+        log(f"warning: MLflow takes no parameters: {_first_line(error)}")
 
 
 class MetricsBuffer:

@@ -19,8 +19,9 @@ from training.config import TrainConfig, load_config
 from training.job import Job, train_all, warm_start_package
 from training.loop import Worker
 from training.ray_workers import train_with_ray
+from training.resume import flat
 from training.run_folder import run_folder
-from training.tracking import attempt_run
+from training.tracking import attempt_run, log_parameters
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def main() -> None:
     run_dir = run_folder(args.runs, args.definition, args.dt, args.attempt, config.digest)
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
+        log_parameters(run.info.run_id, flat(config.deciding))
         warm_start = warm_start_package(args.warm_start, args.dataset, args.dt)
         job = Job(
             args.warehouse,

@@ -79,6 +79,7 @@ def small_config(**changes) -> TrainConfig:
             name: dataclasses.replace(model, interest=name) for name in ("vql", "softmax_attention", "mean_pooling")
         },
         warmup_steps=10,
+        min_epoch_steps=50,
         epochs=2,
         users_per_step=8,
         targets_per_visit=32,

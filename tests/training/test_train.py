@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
+from mlflow import MlflowClient
 
 import training.ray_workers
 from etl.stage.errors import StageError, TryAgainError
@@ -25,9 +26,11 @@ from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, runs, start
 from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for
+from training.configs import tiny
 from training.loop import WorkerLostError
 from training.package import Cutoff
 from training.ray_workers import _cause_of
+from training.resume import flat
 from training.scoring import load_scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +150,8 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     assert first["mlflow_run_id"] == second["mlflow_run_id"]
     assert first["models"] == second["models"] and weights == bits(tmp_path)
     assert again.stdout.count("epoch 2/2") == 0  # all is done
+    parameters = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(first["mlflow_run_id"]).data.params
+    assert parameters == flat(tiny.config().deciding)
     other = train(tmp_path, warehouse, "--workers", "0", "--seed", "8")
     assert other.returncode == 2
     assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr

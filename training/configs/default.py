@@ -1,10 +1,11 @@
 """The daily run: VQL, softmax target attention and mean pooling on the same rows, sized for two CPU cores.
 
 Command: `python -m training.train --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --runs RUNS --config default`
-Time: some 3 minutes of one core for each attention model on a simulated partition of 490,000 events, shared by the
-workers.
-Expected there (`make run`, 1,000 users), AUC of the evaluation day: see tests/pipeline; VQL minus softmax attention
-+.0036 +- .0012 over 5 simulated partitions with the recipe of 2026-11-24 (docs/claims.md, 8 epochs).
+Time: 75 s of one core for each attention model on a simulated partition of 490,000 events, 20 s for mean pooling; the
+workers share it.
+Expected there (1,000 users, 452,230 training targets), AUC of the evaluation day, mean and standard deviation over the
+seeds 7 to 11: VQL .7877, .0012 (.7860 to .7894); softmax attention .7884, .0023 (.7844 to .7905). A VQL outside of
+.7877 +- .005 is no noise.
 """
 
 from training.config import ModelConfig, TrainConfig
@@ -16,5 +17,6 @@ def config() -> TrainConfig:
             "vql": ModelConfig(interest="vql"),
             "softmax_attention": ModelConfig(interest="softmax_attention"),
             "mean_pooling": ModelConfig(interest="mean_pooling"),
-        }
+        },
+        auc_seed_sd=0.0012,
     )
