@@ -413,7 +413,7 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}" if value >= 10 else f"{value:.4g}"
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rows", type=int, default=20_000_000, help="distinct rows within the days (default: %(default)s)"
@@ -434,13 +434,16 @@ def main() -> None:
         action="store_true",
         help=f"{QUICK_ROWS:,} rows and one round; the figures say nothing and are not stored",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
     rows, rounds = (QUICK_ROWS, 1) if args.quick else (args.rows, args.rounds)
     users = args.users or max(MIN_USERS, round(rows / MEAN_HISTORY))
     if args.days < 3 or rounds < 1 or rows < args.days * users:
         raise StageError("at least 3 days, 1 round and a row per user and day are needed", "give larger numbers")
     plan = Plan(rows, users, args.days, items=max(1_000, rows // ROWS_PER_ITEM))
-    began, load = time.perf_counter(), os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         work = (
             Path(args.work).resolve()
@@ -448,21 +451,31 @@ def main() -> None:
             else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longview-bench-")))
         )
         work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(plan, work, rounds, args.buckets)
-        log(
-            f"{rows:,} rows of {users:,} users over {args.days} days in {work}; load {load:.1f} on"
-            f" {len(os.sched_getaffinity(0))} cores"
-        )
-        bench.write_raw()
-        found: dict[str, Any] = {**bench.publish_earlier_days(), **bench.time_events(), **bench.time_sequences()}
-        stored = stored_bytes.measure(8 if args.quick else 64, 200 if args.quick else 1_000, work, log)
+        result = measure(Bench(plan, work, rounds, args.buckets), args.quick)
+    print(table(result))
+    if not args.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"etl-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+
+
+def measure(bench: Bench, quick: bool) -> dict[str, Any]:
+    """Run all steps; return what was measured, with the plan, the machine and the bars that were missed."""
+    began, load, plan = time.perf_counter(), os.getloadavg()[0], bench.plan
+    log(
+        f"{plan.rows:,} rows of {plan.users:,} users over {plan.days} days in {bench.work}; load {load:.1f} on"
+        f" {len(os.sched_getaffinity(0))} cores"
+    )
+    bench.write_raw()
+    found: dict[str, Any] = {**bench.publish_earlier_days(), **bench.time_events(), **bench.time_sequences()}
+    stored = stored_bytes.measure(8 if quick else 64, 200 if quick else 1_000, bench.work, log)
     validation_s, jobs_s = (
         sum(found[f"{stage}_{what}_s"] for stage in ("events", "sequences")) for what in ("validation", "process")
     )
     result = {
         "benchmark": "etl",
         "date": time.strftime("%Y-%m-%d"),
-        "quick": args.quick,
+        "quick": quick,
         **{key: found[key] for key in ("rows_per_s", "rows_per_s_vs_duckdb")},
         "bytes_per_impression": round(stored["bytes_per_impression"], 2),
         "bytes_ratio_vs_fat_rows": round(stored["ratio"], 5),
@@ -471,7 +484,7 @@ def main() -> None:
         "peak_rss_gb_of": {name: round(peak / 1e9, 2) for name, peak in bench.peaks.items()},
         "validation_share": round(validation_s / jobs_s, 3),
         "stored": {name: round(value, 5) for name, value in stored.items()},
-        "rounds": rounds,
+        "rounds": bench.rounds,
         "plan": dataclasses.asdict(plan),
         "buckets": bench.buckets,
         "machine": machine(),
@@ -480,11 +493,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - began),
     }
     result["missed"] = missed(result)
-    print(table(result))
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"etl-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result), flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ SETS = {
     "movielens": "MovieLens small",
     "buildroot": "git log of Buildroot",
 }
+
+Claim = tuple[str, str, str]  # what is claimed, what was measured, the verdict
 
 
 @dataclass(frozen=True)
@@ -124,85 +127,93 @@ def write_page(results: Path, out: Path) -> Path:
 
 
 def _verdicts(r: Results) -> str:
+    """Return a row of the table for each claim of which something was measured."""
     rows = []
+    for claims in (_on_exact_attention, _on_other_kinds, _on_length, _on_parts, _on_context, _on_cost):
+        for claim, measured, verdict in claims(r):
+            kind = {"holds": "good", "fails": "bad"}.get(verdict.split(":")[0].split(",")[0], "open")
+            rows.append(f'<tr><td>{claim}</td><td>{measured}</td><td class="{kind}">{verdict}</td></tr>')
+    return "\n".join(rows)
 
-    def judge(claim: str, measured: str, verdict: str) -> None:
-        kind = {"holds": "good", "fails": "bad"}.get(verdict.split(":")[0].split(",")[0], "open")
-        rows.append(f'<tr><td>{claim}</td><td>{measured}</td><td class="{kind}">{verdict}</td></tr>')
 
+def _decided(difference: Difference) -> str:
+    """Return the verdict on a claim that something is better, by the interval of its difference."""
+    return "holds" if difference.above else "fails" if difference.below else "not decided"
+
+
+def _on_exact_attention(r: Results) -> Iterator[Claim]:
     vql, refined = r.difference("simulated", "vql"), r.difference("simulated", "vql_refined_64")
-    if vql and refined:
-        judge(
-            "Plain VQL is within .010 AUC of exact softmax attention with the same head",
-            f"{vql} (simulated)",
-            "holds" if vql.mean - vql.half > -0.010 else "fails",
+    if not vql or not refined:
+        return
+    yield (
+        "Plain VQL is within .010 AUC of exact softmax attention with the same head",
+        f"{vql} (simulated)",
+        "holds" if vql.mean - vql.half > -0.010 else "fails",
+    )
+    yield (
+        "Refined VQL is within .003 of exact attention, or above it",
+        f"{refined} (simulated)",
+        "holds" if refined.mean - refined.half > -0.003 else "fails",
+    )
+    gain = r.difference("simulated", "vql_refined_64", "vql")
+    yield (
+        "Refining the 64 heaviest events improves plain VQL at 64 codes",
+        f"{gain}",
+        "holds" if gain and gain.above else "not seen: what it would recover is not lost here",
+    )
+    small = r.difference("simulated", "vql_16_codes_refined_64", "vql_16_codes")
+    if small:
+        yield (
+            "Refining improves VQL whose codebook is too small (16 codes)",
+            f"{small}",
+            "holds" if small.above else "not decided",
         )
-        judge(
-            "Refined VQL is within .003 of exact attention, or above it",
-            f"{refined} (simulated)",
-            "holds" if refined.mean - refined.half > -0.003 else "fails",
-        )
-        gain = r.difference("simulated", "vql_refined_64", "vql")
-        judge(
-            "Refining the 64 heaviest events improves plain VQL at 64 codes",
-            f"{gain}",
-            "holds" if gain and gain.above else "not seen: what it would recover is not lost here",
-        )
-        small = r.difference("simulated", "vql_16_codes_refined_64", "vql_16_codes")
-        if small:
-            judge(
-                "Refining improves VQL whose codebook is too small (16 codes)",
-                f"{small}",
-                "holds" if small.above else "not decided",
-            )
+
+
+def _on_other_kinds(r: Results) -> Iterator[Claim]:
     for other in ("recent_200", "sdim", "mean_pooling"):
-        ours = r.difference("simulated", "vql", other)
-        if ours:
-            judge(
-                f"VQL beats {_name(other)}",
-                f"{ours} (simulated)",
-                "holds" if ours.above else "fails" if ours.below else "not decided",
-            )
+        if ours := r.difference("simulated", "vql", other):
+            yield f"VQL beats {_name(other)}", f"{ours} (simulated)", _decided(ours)
     for data_set in ("kuairand", "movielens", "buildroot"):
-        ours = r.difference(data_set, "vql", "mean_pooling")
-        if ours:
-            judge(
+        if ours := r.difference(data_set, "vql", "mean_pooling"):
+            yield (
                 f"VQL beats mean pooling on {SETS[data_set]}",
                 f"{ours}; intervals are over seeds of one small set",
-                "holds" if ours.above else "fails" if ours.below else "not decided",
+                _decided(ours),
             )
+
+
+def _on_length(r: Results) -> Iterator[Claim]:
     lengths = [by for run in r.runs("simulated", "vql") if (by := run.get("by_length"))]
-    if lengths:
-        first, last = (np.mean([by[i]["error"] for by in lengths]) for i in (1, -1))
-        judge(
-            "The error of attention does not grow with the length of the history",
-            f"L1 {first:.3f} at 1,000 events, {last:.3f} at 100,000",
-            "holds" if last < 1.15 * first else "fails",
-        )
-        judge(
-            "The bound of the theorem is never exceeded",
-            f"{sum(len(by) for by in lengths)} sets of histories",
-            "holds" if all(row["holds"] for by in lengths for row in by) else "fails",
-        )
-    groups = r.difference("simulated", "vql", "vql_1_groups_64_codes")
-    if groups:
-        judge(
-            "Groups of heads lower the error at the same cache size (4 groups against 1)",
-            f"AUC {groups}",
-            "holds" if groups.above else "fails" if groups.below else "not decided",
-        )
+    if not lengths:
+        return
+    first, last = (np.mean([by[i]["error"] for by in lengths]) for i in (1, -1))
+    yield (
+        "The error of attention does not grow with the length of the history",
+        f"L1 {first:.3f} at 1,000 events, {last:.3f} at 100,000",
+        "holds" if last < 1.15 * first else "fails",
+    )
+    yield (
+        "The bound of the theorem is never exceeded",
+        f"{sum(len(by) for by in lengths)} sets of histories",
+        "holds" if all(row["holds"] for by in lengths for row in by) else "fails",
+    )
+
+
+def _on_parts(r: Results) -> Iterator[Claim]:
+    if groups := r.difference("simulated", "vql", "vql_1_groups_64_codes"):
+        claim = "Groups of heads lower the error at the same cache size (4 groups against 1)"
+        yield claim, f"AUC {groups}", _decided(groups)
     for a, b, claim in (
         ("vql", "vql_no_kernel", "A kernel inside the softmax helps where tastes change"),
         ("vql", "vql_kernel_outside", "Inside the softmax is better than outside"),
         ("vql", "vql_1_exponential", "A mixture is better than one exponential"),
     ):
-        ours = r.difference("drifting", a, b)
-        if ours:
-            judge(
-                claim,
-                f"{ours} (tastes that change)",
-                "holds" if ours.above else "fails" if ours.below else "not decided",
-            )
+        if ours := r.difference("drifting", a, b):
+            yield claim, f"{ours} (tastes that change)", _decided(ours)
+
+
+def _on_context(r: Results) -> Iterator[Claim]:
     worst = [
         (how, ours)
         for how in ("missing", "shuffled")
@@ -211,21 +222,22 @@ def _verdicts(r: Results) -> str:
     ]
     if worst:
         how, ours = min(worst, key=lambda pair: pair[1].mean)
-        judge(
+        yield (
             "Missing or wrong context costs VQL no more than it costs exact attention",
             f"at worst {ours} against exact attention ({how})",
             "holds" if not ours.below else f"fails: where all of it is {how}",
         )
+
+
+def _on_cost(r: Results) -> Iterator[Claim]:
     if r.latency:
-        rows_ = r.latency["rows"]
-        first, last = rows_[0], rows_[-1]
-        judge(
+        first, last = r.latency["rows"][0], r.latency["rows"][-1]
+        yield (
             "Scoring from caches does not depend on the length",
             f"{first['vql']:.1f} ms at {first['length']:,} events, {last['vql']:.1f} ms at {last['length']:,}; exact"
             f" {first['exact']:.0f} and {last['exact']:,.0f} ms",
             "holds" if last["vql"] < 2 * first["vql"] else "fails",
         )
-    return "\n".join(rows)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -268,58 +280,52 @@ def _accuracy(r: Results) -> str:
 
 
 def _codebooks(r: Results) -> str:
-    codes = [4, 8, 16, 32, 64, 128, 256, 512]
-    named = lambda c: "vql" if c == 64 else f"vql_{c}_codes"  # noqa: E731
+    text = (
+        "Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of"
+        " the history; here histories have about 490 events; a cache has at most one entry a code, head and component,"
+        " so at 10,000 events the same cache compresses twenty times more."
+    )
+    figure = _figure(functools.partial(_draw_codebooks, r), 3)
+    return _section("Codebook size, groups, compression", text, figure, _codebook_table(r))
 
-    def draw(axes) -> None:
-        for data_set in SETS:
-            known = [(c, d) for c in codes if (d := r.difference(data_set, named(c)))]
-            if len(known) > 1:
-                axes[0].errorbar(
-                    [c for c, _ in known],
-                    [d.mean for _, d in known],
-                    [d.half for _, d in known],
-                    marker="o",
-                    ms=3,
-                    capsize=2,
-                    label=SETS[data_set],
-                )
-        axes[0].axhline(0, color="0.6", lw=0.8)
-        axes[0].set(xscale="log", xlabel="codes a group (4 groups)", ylabel="AUC minus exact attention")
-        _legend(axes[0])
-        axes[1].plot(
-            codes,
-            [r.mean("simulated", named(c), "key_error") for c in codes],
-            marker="o",
-            ms=3,
-            label="key error / key variance",
-        )
-        axes[1].plot(
-            codes,
-            [r.mean("simulated", named(c), "attention_error") for c in codes],
-            marker="o",
-            ms=3,
-            label="L1 error of the weights",
-        )
-        axes[1].set(xscale="log", xlabel="codes a group", ylabel="mean over users")
-        _legend(axes[1])
-        ratio = [
-            r.mean("simulated", named(c), "cache_bytes") / r.mean("simulated", named(c), "key_value_bytes")
-            for c in codes
-        ]
-        axes[2].plot(
-            ratio,
-            [math.nan if (found := r.difference("simulated", named(c))) is None else found.mean for c in codes],
-            marker="o",
-            ms=3,
-        )
-        for c, x in zip(codes, ratio, strict=True):
-            if not math.isnan(x) and (difference := r.difference("simulated", named(c))):
-                axes[2].annotate(f"{c}", (x, difference.mean), fontsize=7, xytext=(3, -9), textcoords="offset points")
-        axes[2].set(
-            xscale="log", xlabel="cache bytes / bytes of fp16 keys and values", ylabel="AUC minus exact attention"
-        )
 
+def _draw_codebooks(r: Results, axes) -> None:
+    """Draw, by codes a group: AUC of every data set, the errors, and AUC by the size of the cache."""
+    codes = {c: "vql" if c == 64 else f"vql_{c}_codes" for c in (4, 8, 16, 32, 64, 128, 256, 512)}
+    for data_set in SETS:
+        known = [(c, d) for c, name in codes.items() if (d := r.difference(data_set, name))]
+        if len(known) > 1:
+            axes[0].errorbar(
+                [c for c, _ in known],
+                [d.mean for _, d in known],
+                [d.half for _, d in known],
+                marker="o",
+                ms=3,
+                capsize=2,
+                label=SETS[data_set],
+            )
+    axes[0].axhline(0, color="0.6", lw=0.8)
+    axes[0].set(xscale="log", xlabel="codes a group (4 groups)", ylabel="AUC minus exact attention")
+    _legend(axes[0])
+    for field, label in (("key_error", "key error / key variance"), ("attention_error", "L1 error of the weights")):
+        errors = [r.mean("simulated", name, field) for name in codes.values()]
+        axes[1].plot(list(codes), errors, marker="o", ms=3, label=label)
+    axes[1].set(xscale="log", xlabel="codes a group", ylabel="mean over users")
+    _legend(axes[1])
+    auc, ratio = [], []
+    for c, name in codes.items():
+        difference = r.difference("simulated", name)
+        auc.append(difference.mean if difference else math.nan)
+        ratio.append(r.mean("simulated", name, "cache_bytes") / r.mean("simulated", name, "key_value_bytes"))
+        if difference and not math.isnan(ratio[-1]):
+            place = {"xytext": (3, -9), "textcoords": "offset points"}
+            axes[2].annotate(f"{c}", (ratio[-1], difference.mean), fontsize=7, **place)
+    axes[2].plot(ratio, auc, marker="o", ms=3)
+    axes[2].set(xscale="log", xlabel="cache bytes / bytes of fp16 keys and values", ylabel="AUC minus exact attention")
+
+
+def _codebook_table(r: Results) -> str:
+    head = "model,groups,codes,AUC minus exact,key error,L1 error,perplexity / C,KiB a user,compression".split(",")
     rows = []
     for name in [n for n in VARIANTS if re.fullmatch(r"vql|vql_\d+_codes|vql_\d_groups_\d+_codes|vql_uneven_codes", n)]:
         if r.runs("simulated", name):
@@ -338,26 +344,7 @@ def _codebooks(r: Results) -> str:
                     f"{compression:.1f}",
                 ]
             )
-    table = _table(
-        [
-            "model",
-            "groups",
-            "codes",
-            "AUC minus exact",
-            "key error",
-            "L1 error",
-            "perplexity / C",
-            "KiB a user",
-            "compression",
-        ],
-        rows,
-    )
-    text = (
-        "Compression is of the user's cache (sparse, fp16 means, two kernel components) against fp16 keys and values of"
-        " the history; here histories have about 490 events; a cache has at most one entry a code, head and component,"
-        " so at 10,000 events the same cache compresses twenty times more."
-    )
-    return _section("Codebook size, groups, compression", text, _figure(draw, 3), table)
+    return _table(head, rows)
 
 
 def _length(r: Results) -> str:
