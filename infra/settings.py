@@ -333,39 +333,7 @@ def environment() -> dict[str, str]:
     env = dict(os.environ)
     for name in [name for name in env if name.startswith("AIRFLOW__")]:
         del env[name]  # another installation's settings
-    airflow = {
-        "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
-        "CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "CORE__PLUGINS_FOLDER": str(ROOT / "dags" / "plugins"),
-        "CORE__LOAD_EXAMPLES": "False",
-        "CORE__PARALLELISM": "4",
-        "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",
-        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(
-            not login()
-        ),  # else no login page; the server listens on the loopback only
-        "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{AIRFLOW_USER}:admin",
-        "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file()),
-        "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
-        "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "5",
-        "DATABASE__SQL_ALCHEMY_CONN": airflow_database(),
-        "API__HOST": "127.0.0.1",
-        "API__PORT": str(airflow_port()),
-        "API__BASE_URL": airflow_url(),
-        "API__WORKERS": "1",
-        "API__SECRET_KEY": secret("airflow_api_key"),
-        "API_AUTH__JWT_SECRET": secret("airflow_jwt_key"),
-        # What a killed scheduler had at work is tried again so long after its last heartbeat counts no more (30 s).
-        "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
-        "DAG_PROCESSOR__REFRESH_INTERVAL": "10",
-        "DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "2",
-        "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "15",
-        "DAG_PROCESSOR__PARSING_PROCESSES": "1",
-        "LOGGING__BASE_LOG_FOLDER": str(airflow_home() / "logs"),
-        "LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(airflow_home() / "logs" / "dag_processor"),
-        # A cleared or reprocessed task must do its work again, not find the job of its first pass finished.
-        "STATE_STORE__CLEAR_ON_SUCCESS": "True",
-    }
-    env.update({f"AIRFLOW__{name}": value for name, value in airflow.items()})
+    env.update({f"AIRFLOW__{name}": value for name, value in airflow_options().items()})
     env.update(
         AIRFLOW_HOME=str(airflow_home()),
         MLFLOW_TRACKING_URI=tracking_uri(),
@@ -389,6 +357,41 @@ def environment() -> dict[str, str]:
     )
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env
+
+
+def airflow_options() -> dict[str, str]:
+    """Return what Airflow is set to: SECTION__OPTION -> value."""
+    return {
+        "CORE__EXECUTOR": os.environ.get("AIRFLOW__CORE__EXECUTOR", "LocalExecutor"),
+        "CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "CORE__PLUGINS_FOLDER": str(ROOT / "dags" / "plugins"),
+        "CORE__LOAD_EXAMPLES": "False",
+        "CORE__PARALLELISM": "4",
+        "CORE__MAX_ACTIVE_TASKS_PER_DAG": "4",
+        # Without a login there is no login page; the server listens on the loopback only.
+        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(not login()),
+        "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{AIRFLOW_USER}:admin",
+        "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file()),
+        "CORE__EXECUTION_API_SERVER_URL": f"{airflow_url()}/execution/",
+        "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "5",
+        "DATABASE__SQL_ALCHEMY_CONN": airflow_database(),
+        "API__HOST": "127.0.0.1",
+        "API__PORT": str(airflow_port()),
+        "API__BASE_URL": airflow_url(),
+        "API__WORKERS": "1",
+        "API__SECRET_KEY": secret("airflow_api_key"),
+        "API_AUTH__JWT_SECRET": secret("airflow_jwt_key"),
+        # What a killed scheduler had at work is tried again so long after its last heartbeat counts no more (30 s).
+        "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
+        "DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "2",
+        "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "15",
+        "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "LOGGING__BASE_LOG_FOLDER": str(airflow_home() / "logs"),
+        "LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(airflow_home() / "logs" / "dag_processor"),
+        # A cleared or reprocessed task must do its work again, not find the job of its first pass finished.
+        "STATE_STORE__CLEAR_ON_SUCCESS": "True",
+    }
 
 
 def stage_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:

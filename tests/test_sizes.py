@@ -1,6 +1,7 @@
 """A function is at most 60 lines, and has at most seven parameters: what is longer has parts that want names.
 
-Constructors of records take what the record holds; kernels and what autograd calls take their tensors one by one.
+Constructors of records take what the record holds. Kernels take their tensors one by one, and so do the two halves
+of an autograd function, which are lists of launches: of these nothing is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ MOST_LINES, MOST_PARAMETERS = 60, 7
 EXCEPT = {
     "training.model.blocks.block_attention": "torch.compile builds it: loose tensors, no record between",
     "training.model.refined.refined_cache_part": "the serving form, which has no batch",
-    "training.model.factored._CodeAttention.forward": "autograd hands it its tensors one by one, and saves from it",
 }
 
 
@@ -39,17 +39,16 @@ def too_large(source: str) -> dict[str, str]:
     """Return the functions of a source that are longer or take more than they may, and by how much."""
     found = {}
     for name, function in functions(source):
-        decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
         given = function.args
         names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-        parameters = len([name for name in names if name not in ("self", "cls", "ctx")])
-        lines = (function.end_lineno or 0) - function.lineno + 1
-        if any(decorator.startswith("triton.jit") for decorator in decorators):
+        kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+        if kernel or "ctx" in names:
             continue
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        parameters = len([name for name in names if name not in ("self", "cls")])
         if lines > MOST_LINES:
             found[name] = f"{lines} lines"
-        # What autograd calls gets what `apply` was given; it takes no record of tensors.
-        elif parameters > MOST_PARAMETERS and function.name != "__init__" and "ctx" not in names:
+        elif parameters > MOST_PARAMETERS and function.name != "__init__":
             found[name] = f"{parameters} parameters"
     return found
 
