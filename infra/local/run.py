@@ -83,14 +83,8 @@ def choose_data() -> Choice:
     if not os.environ.get("DT") and definition.last_day is None:
         raise InfraError(f"the data set {definition.name} goes on, so DT has no default", "give DT=YYYY-MM-DD")
     dt = parse_dt(os.environ.get("DT") or last)
-    if not definition.first_day.isoformat() <= dt or (
-        definition.last_day is not None and dt > definition.last_day.isoformat()
-    ):
-        raise InfraError(
-            f"DT={dt} is outside the data set {definition.name}: {definition.first_day} .."
-            f" {definition.last_day or 'today'}",
-            "choose a day in between",
-        )
+    if outside := definition.outside(dt, dtm.datetime.now(dtm.UTC).date().isoformat()):
+        raise InfraError(f"DT={dt} {outside}", "choose a day in between")
     if not raw:
         return Choice(definition, own, dt, _remembered_raw(definition, own), definition.simulated)
     without_secrets(raw, "RAW")

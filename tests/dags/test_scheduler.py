@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 from infra import settings
 from infra.airflow_api import AirflowApi, InfraError
 from infra.local import services
+from tests.processes import free_port
 from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
@@ -135,11 +135,7 @@ class Project:
 
     def __init__(self, root) -> None:
         self.root = root
-        ports = []
-        for _ in range(2):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                ports.append(str(probe.getsockname()[1]))
+        ports = [str(free_port()), str(free_port())]
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dtm
 import os
 import socket
 import stat
@@ -254,12 +255,14 @@ def test_an_own_definition_is_given_by_its_path(monkeypatch, tmp_path):
         )
     monkeypatch.setenv("RAW", "")
     assert run.choose_data().raw == settings.raw("shop")
-    # It has a first day and no last one.
-    monkeypatch.setenv("DT", "2030-01-01")
-    assert run.choose_data().dt == "2030-01-01"
-    monkeypatch.setenv("DT", "2023-01-01")
-    with pytest.raises(InfraError, match=r"DT=2023-01-01 is outside the data set shop: 2023-01-02 .. today"):
-        run.choose_data()
+    # It has a first day and goes on until today: a later day would be refused by the first task of its run.
+    today = dtm.datetime.now(dtm.UTC).date()
+    monkeypatch.setenv("DT", str(today))
+    assert run.choose_data().dt == str(today)
+    for dt in ("2023-01-01", str(today + dtm.timedelta(days=2))):
+        monkeypatch.setenv("DT", dt)
+        with pytest.raises(InfraError, match=rf"DT={dt} is outside the data set shop: 2023-01-02 .. today"):
+            run.choose_data()
     monkeypatch.setenv("DT", "")
     with pytest.raises(InfraError, match=r"DT has no default(.|\n)*DT=YYYY-MM-DD"):
         run.choose_data()
@@ -549,7 +552,7 @@ def test_no_index_address_is_written_down():
     ("name", "value", "says"),
     [
         ("WORKERS", "x", "WORKERS=x is not a whole number"),
-        ("CONFIG", "nope", "use one of: default, tiny"),
+        ("CONFIG", "nope", "use one of: default, .*tiny"),
         ("ON_WARNING", "ask", "is not continue or approve"),
     ],
 )
