@@ -21,8 +21,9 @@ from etl.stage.commands import log
 from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
-from training.data import Sequences
+from training.data import Sequences, UserBatches
 from training.loop import EpochResult, Start, TrainingData, TrainingState, Worker, from_first, train_model
+from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
 from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import Checkpoint, Checkpoints, flat
@@ -134,7 +135,10 @@ class _Trainings:
         def on_epoch(result: EpochResult) -> None:
             self._log_epoch(name, result)
 
+        pace = self._pace(name)
+
         def on_step(step: int, state: Callable[[], TrainingState]) -> None:
+            pace.at(step)
             self.checkpoints.offer(step, lambda: Checkpoint(dict(done), name, state()))
 
         # The first is the one that is registered, hence the one that the older model was.
@@ -158,6 +162,14 @@ class _Trainings:
             "validation_logloss": result.best_logloss,
             "train_seconds": round(time.perf_counter() - began, 1),
         }
+
+    def _pace(self, name: str) -> Pace:
+        config, data = self.config, self.data
+        batches = UserBatches(data.joined, 0, 1, config.users_per_step, config.seed)
+        epoch = batches.epoch(data.split.train, 0, config.targets_per_visit, config.min_epoch_steps)
+        targets_a_step = epoch.passes * len(data.split.train) / max(1, len(epoch))
+        log_figures = self.metrics.log if self.metrics is not None else lambda figures, step: None
+        return Pace(name, len(epoch) * config.epochs, targets_a_step, self.worker.device, self.say, log_figures)
 
     def _log_epoch(self, name: str, result: EpochResult) -> None:
         figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())

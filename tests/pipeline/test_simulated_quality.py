@@ -56,6 +56,7 @@ def test_vql_beats_mean_pooling_by_more_than_the_intervals(tmp_path, seed):
     widths = (vql["auc_high"] - vql["auc_low"]) + (pooling["auc_high"] - pooling["auc_low"])
     assert vql["auc"] - pooling["auc"] > widths
     assert vql["auc"] < result["best_auc"] + 0.01
-    # Measured on 2026-11-24 over these seeds; a drop below is a regression of the model, not noise.
-    assert vql["auc"] > 0.74
-    assert vql["auc"] > models["softmax_attention"]["auc"] - 0.03
+    # Five seeds of the training came to .7860 to .7894, exact attention to .7844 to .7905, on one simulation
+    # (training/configs/default.py); simulations differ by some .01. Below is a regression of the model, not noise.
+    assert vql["auc"] > 0.765
+    assert vql["auc"] > models["softmax_attention"]["auc"] - 0.015

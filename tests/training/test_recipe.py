@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION, TRAIN
 from tests.training.conftest import DAY_MS, random_partition, vocabulary_of
-from training.config import TrainConfig
+from training.config import TrainConfig, load_config
 from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
-from training.loop import learning_rate
+from training.loop import TrainingData, Worker, learning_rate, train_model
 
 ITEMS, ROWS = random_partition(users=11, longest=30, seed=3)
 SEQUENCES = Sequences.from_arrow(ROWS)
@@ -99,3 +99,13 @@ def test_the_learning_rate_rises_falls_by_a_cosine_and_hangs_on_the_step_alone(e
     assert all(late <= early + 1e-12 for early, late in itertools.pairwise(rates[10:]))
     assert learning_rate(config, 500, 110) == pytest.approx(2.0 * end)
     assert learning_rate(dataclasses.replace(config, learning_rate_warmup_steps=0), 0, 110) == 2.0
+
+
+@pytest.mark.parametrize("name", ["kuairand_1k", "large"])
+def test_a_configuration_for_gpus_trains_what_fits_here(name):
+    config = dataclasses.replace(load_config(name), min_epoch_steps=1, epochs=1, users_per_step=4, targets_per_visit=4)
+    data = TrainingData.of(Sequences.from_arrow(ROWS), ITEMS, config)
+    for model in config.models:
+        ended = train_model(model, data, config, Worker(), lambda result: None)[1]
+        assert np.isfinite(ended.best_logloss)
+    assert config.auc_seed_sd is None  # not measured
