@@ -28,10 +28,8 @@ readme: setup ## every command that README.md and docs/datasets.md show, as far 
 	@$(PY) -m pytest -m slow --durations=0 tests/test_readme.py
 
 # Those of Airflow wait for its scheduler most of the time: they run beside the others, and are shown after them.
-test-slow: setup ## the other tests: a real scheduler, a browser, a cluster, killed processes, whole trainings; SEEDS=11,12,13 trains more
-	@mkdir -p var && { $(PY) -m pytest -m slow --durations=0 tests/dags > var/test_slow_dags.log 2>&1 & } && dags=$$!; \
-		$(PY) -m pytest -m slow --durations=0 --ignore=tests/test_readme.py --ignore=tests/dags; rest=$$?; \
-		wait $$dags; dags=$$?; cat var/test_slow_dags.log; [ $$rest = 0 ] && [ $$dags = 0 ]
+test-slow: setup ## the other tests: real schedulers, browser, cluster, killed processes, trainings, every command of README; SEEDS=11,12,13 trains more
+	@$(PY) -m pytest -m slow --numprocesses 3 --dist loadfile --durations=0
 
 bench-train: setup ## time of a training step, GPU or CPU; on a GPU ARGS=--plain measures it without the fused kernels, too
 	@$(PY) -m benchmarks.train_step $(ARGS)

@@ -7,6 +7,7 @@ says which.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
+import torch
 
 from etl.stage.commands import log
 from etl.stage.errors import StageError
@@ -178,6 +180,11 @@ class _Trainings:
             self.say(f"{name} warning: {warning}")
         if self.metrics is not None:
             self.metrics.log({f"{name}/{key}": value for key, value in result.metrics.items()}, result.epoch)
+
+
+def take_share_of_cores(workers: int) -> None:
+    """Let torch use this process's share of the machine's cores, which so many workers share."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers)))
 
 
 def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:

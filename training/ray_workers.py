@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.local_files import replace_text
-from training.job import PROGRESS_FILE, Job, train_all
+from training.job import PROGRESS_FILE, Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
 PLACEMENT_SECONDS = 50
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("etl", "infra", "training")  # what a worker imports: nodes of a cluster need the packages of requirements.txt
+HEAD_CHECK_SECONDS = 5.0
+HEAD_SILENCES = 3  # checks in a row without an answer: well before the 60 s after which Ray ends this process by itself
 
 
 def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
@@ -33,17 +42,7 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
     from ray.train.torch import TorchTrainer
 
     run_dir = Path(job.run_dir)
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-    else:
-        # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
-        ray.init(
-            num_cpus=workers + 2,
-            include_dashboard=False,
-            log_to_driver=False,
-            namespace=job.attempt,
-            object_store_memory=256 << 20,
-        )
+    _start_ray(job, workers)
     # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
     following = threading.Event()
     follower = threading.Thread(target=_follow, args=(run_dir / PROGRESS_FILE, following), daemon=True)
@@ -65,7 +64,7 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
                 ),
             )
             try:
-                trainer.fit()
+                _fit(trainer)
                 break
             except (TrainingFailedError, ray.exceptions.RayActorError) as error:
                 cause = _cause_of(error)
@@ -78,6 +77,92 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
         ray.shutdown()
     done = run_dir / "models" / "summaries.json"
     return json.loads(done.read_text())
+
+
+def _start_ray(job: Job, workers: int) -> None:
+    """Join the cluster of RAY_ADDRESS, which gets this code, or start one in this machine that ends with this
+    process."""
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        _join_cluster(os.environ["RAY_ADDRESS"])
+        return
+    # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
+    ray.init(
+        num_cpus=workers + 2,
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace=job.attempt,
+        object_store_memory=256 << 20,
+    )
+
+
+def _join_cluster(address: str) -> None:
+    """Join a cluster; its workers get the code of this checkout.
+
+    Raises:
+        StageError: the address is that of Ray Client, not of a head.
+        TryAgainError: no cluster answers there.
+    """
+    import ray
+
+    if "://" in address:
+        raise StageError(
+            f"RAY_ADDRESS {address} is an address of Ray Client", "set HOST:PORT of the cluster's head, as HOST:6379"
+        )
+    remedy = "start it, or correct RAY_ADDRESS or the cluster's RAY_AUTH_TOKEN, and run the same command again"
+    if address != "auto" and not _answers(address):
+        raise TryAgainError(f"no Ray cluster answers at RAY_ADDRESS {address}", remedy)
+    code = [str(ROOT / name) for name in CODE]
+    try:
+        ray.init(log_to_driver=False, runtime_env={"py_modules": code, "excludes": ["__pycache__"]})
+    except ConnectionError as error:
+        raise TryAgainError(f"the Ray cluster at RAY_ADDRESS {address} lets nobody in: {error}", remedy) from error
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Train, for as long as the head of the cluster answers.
+
+    Without a head Ray waits, and after a minute ends the process from within, with neither a message nor an exit code
+    of ours; hence this thread watches and another one trains.
+
+    Raises:
+        TryAgainError: the head is gone.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    outcome: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="ray train", daemon=True).start()
+    silences = 0
+    while True:
+        with suppress(TimeoutError):
+            return outcome.result(HEAD_CHECK_SECONDS)
+        if outcome.done():  # the training's own TimeoutError
+            return outcome.result()
+        silences = 0 if _answers(address) else silences + 1
+        if silences == HEAD_SILENCES:
+            raise TryAgainError(
+                f"the head of the Ray cluster, {address}, no longer answers",
+                "run the same command again: it goes on from the last checkpoint",
+            )
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_CHECK_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def _wait_for_workers(workers: int, gpus: bool) -> None:
@@ -159,7 +244,7 @@ def _ray_worker(config: dict[str, Job]) -> None:
     job = config["job"]
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
+    take_share_of_cores(context.get_local_world_size())
     summaries = train_all(job, worker)
     if worker.rank == 0:
         replace_text(Path(job.run_dir) / "models" / "summaries.json", json.dumps(summaries))

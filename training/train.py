@@ -2,12 +2,14 @@
 
 With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are
 any); --workers 0 trains in this very process, for a debugger, from the same modules.
+`training.torchrun` does it without Ray in several processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
@@ -25,12 +27,20 @@ from training.tracking import attempt_run, log_parameters
 
 
 def main() -> None:
-    parser = partition_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
-    parser.add_argument("--config", default="default", help="name of a file in training/configs/")
+    parser = training_parser(__doc__)
     parser.add_argument(
         "--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray"
     )
+    args = parser.parse_args()
+    workers = args.workers
+    train(args, lambda job: train_with_ray(job, workers) if workers else train_all(job, Worker()), prints=workers == 0)
+
+
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of what every way to train has in common."""
+    parser = partition_parser(description)
+    parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
+    parser.add_argument("--config", default="default", help="name of a file in training/configs/")
     parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
     parser.add_argument(
         "--warm-start",
@@ -41,7 +51,16 @@ def main() -> None:
         ),
     )
     parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
-    args = parser.parse_args()
+    return parser
+
+
+def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], prints: bool) -> None:
+    """Train in the attempt's MLflow run, and write what came of it.
+
+    Args:
+        trained: trains a job and returns what `train_all` does.
+        prints: as of `Job`.
+    """
     definition_of(args)
     store_of(args)
     config = _narrowed(load_config(args.config), args.models, args.seed)
@@ -59,12 +78,9 @@ def main() -> None:
             config,
             run.info.run_id,
             warm_start,
-            prints=args.workers == 0,
+            prints,
         )
-        if args.workers == 0:
-            summaries = train_all(job, Worker())
-        else:
-            summaries = train_with_ray(job, args.workers)
+        summaries = trained(job)
     summary = {
         "config": asdict(config),
         "config_digest": config.digest,

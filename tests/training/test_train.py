@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
+import secrets
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -23,7 +29,7 @@ import training.ray_workers
 from etl.stage.errors import StageError, TryAgainError
 from etl.warehouse.schemas import schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
-from tests.processes import Started, runs, start
+from tests.processes import Started, free_port, runs, start
 from tests.training.conftest import DT, random_partition
 from tests.waiting import wait_for
 from training.configs import tiny
@@ -37,8 +43,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def warehouse(tmp_path) -> str:
-    items, sequences = random_partition(users=24, longest=40)
+def warehouse(tmp_path, request) -> str:
+    users = getattr(request, "param", 24)
+    items, sequences = random_partition(users=users, longest=40)
     store = TableStore(str(tmp_path / "warehouse"), "kuairand")
     settings = {"cutoff": "day_start", "availability_lag_ms": 60_000, "max_events": 30}
     for table, rows in (("items", items), ("sequences", sequences)):
@@ -128,6 +135,13 @@ def killed(
     """Start a training and SIGKILL some of its processes once a checkpoint newer than a number is there."""
     words, env = command(tmp_path, warehouse, "--workers", workers)
     running = start(words, tmp_path / "log", ROOT, env)
+    kill_when_newer(tmp_path, running, newer_than, whom)
+    return running
+
+
+def kill_when_newer(
+    tmp_path: Path, running: Started, newer_than: int, whom: Callable[[Started], list[psutil.Process]]
+) -> None:
     wait_for(
         "checkpoint",
         lambda: (
@@ -136,10 +150,9 @@ def killed(
         ),
         every=0.01,
     )
-    for process in whom(running):
+    for process in wait_for("process to kill", functools.partial(whom, running)):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    return running
 
 
 def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by_side(tmp_path, warehouse):
@@ -183,20 +196,47 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, ware
     assert bits(tmp_path) == bits(whole)
 
 
+def newest(tmp_path: Path) -> int:
+    """Return the number of the newest checkpoint, 0 before the first."""
+    return max((int(path.stem.split("-")[0]) for path in checkpoints(tmp_path)), default=0)
+
+
+def driver(running: Started) -> list[psutil.Process]:
+    return [psutil.Process(running.process.pid)]
+
+
+def ended(running: Started, what: str) -> bool:
+    return not of_ray(what)(running)
+
+
+def of_ray(what: str) -> Callable[[Started], list[psutil.Process]]:
+    """Return what finds one process of Ray that a training started."""
+    return lambda running: [process for process in running.family() if runs(process, what)][:1]
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_ray_worker_costs_nothing_of_the_training(tmp_path, warehouse):
+@pytest.mark.parametrize("warehouse", [200], ids=["200 users"], indirect=True)
+def test_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed_torchrun(tmp_path, warehouse):
     whole = tmp_path / "whole"
     whole.mkdir()
-    done = train(whole, warehouse, "--workers", "2")
+    words, env = command(whole, warehouse)
+    words[1:3] = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "training.torchrun"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     summary = check_run(whole, done)
     assert "2 worker(s)" in done.stdout
     assert all(model["epochs"] == 2 for model in summary["models"].values())
-
-    def a_worker(running: Started) -> list[psutil.Process]:
-        return [process for process in running.family() if runs(process, "RayTrainWorker")][:1]
-
-    running = killed(tmp_path, warehouse, "2", 0, a_worker)
+    after = iter(np.random.default_rng(0).integers(0, 4, 9).tolist())  # checkpoints that are new when a kill comes
+    for _ in range(3):
+        running = killed(tmp_path, warehouse, "2", next(after) + newest(tmp_path), of_ray("RayTrainWorker"))
+        kill_when_newer(tmp_path, running, next(after) + newest(tmp_path), driver)
+        assert running.finish()[0] == -signal.SIGKILL
+        wait_for("end of what the driver had started", functools.partial(ended, running, "RayTrainWorker"))
+        running = killed(tmp_path, warehouse, "2", next(after) + newest(tmp_path), of_ray("gcs_server"))
+        code, said = running.finish()
+        assert code == 75 and "error: the head of the Ray cluster, " in said and "Traceback" not in said, said
+        wait_for("end of what the head had started", functools.partial(ended, running, "RayTrainWorker"))
+    running = killed(tmp_path, warehouse, "2", newest(tmp_path), of_ray("RayTrainWorker"))
     code, said = running.finish()
     assert code == 0 and "training lost worker" in said and "going on with" in said, said
     check_same_models(tmp_path, whole)
@@ -252,6 +292,46 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
             training.ray_workers._wait_for_workers(2, gpus=True)
     finally:
         ray.shutdown()
+
+
+@pytest.mark.ray
+def test_a_ray_address_without_a_cluster_is_said_at_once():
+    with pytest.raises(TryAgainError, match=r"no Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:1\b"):
+        training.ray_workers._join_cluster("127.0.0.1:1")
+    with pytest.raises(StageError, match="an address of Ray Client\n  remedy: set HOST:PORT of the cluster's head"):
+        training.ray_workers._join_cluster("ray://127.0.0.1:10001")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(
+    not shutil.which("unshare") or os.geteuid() != 0, reason="hides the code from the cluster by a mount"
+)
+def test_a_cluster_that_has_none_of_this_code_trains_for_who_knows_its_token(tmp_path, warehouse):
+    (tmp_path / "hidden").mkdir()
+    port, hide = free_port(), f"mount --bind {tmp_path / 'hidden'} {ROOT}"
+    head = f"start --head --block --port={port} --num-cpus=4 --include-dashboard=false --object-store-memory=200000000"
+    words, env = command(tmp_path, warehouse, "--workers", "2")
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+    # A socket's path has at most 107 characters.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        ray = f"{Path(sys.executable).resolve()} -m ray.scripts.scripts {head} --temp-dir={short}"
+        without_code = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        site = {"PYTHONPATH": str(Path(psutil.__file__).parents[1])}
+        cluster = start(
+            ["unshare", "--mount", "sh", "-c", f"{hide} && exec {ray}"],
+            tmp_path / "ray.log",
+            Path("/"),
+            without_code | site,
+        )
+        try:
+            wait_for("cluster", lambda: training.ray_workers._answers(f"127.0.0.1:{port}"))
+            joined = env | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+            done = subprocess.run(words, cwd=ROOT, env=joined, capture_output=True, text=True, check=False)
+            summary = check_run(tmp_path, done)
+            assert "2 worker(s)" in done.stdout and summary["primary"] == "vql"
+        finally:
+            cluster.stop()
 
 
 @pytest.mark.parametrize(
