@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from etl.warehouse.partitions import MS_PER_DAY
-from etl.warehouse.schemas import SEQUENCES, TRAIN, WATCH_BUCKETS
-from training.config import TrainConfig, load_config
+from etl.warehouse.schemas import SEQUENCES, TRAIN, VALIDATION, WATCH_BUCKETS
+from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
 from training.loop import EpochResult, TrainingData, Worker, train_model
 
@@ -83,6 +84,43 @@ def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, flo
     }
 
 
+def loop_figures(name: str, targets: int, precision: str, users: int, length: int = 4_096) -> dict[str, float | str]:
+    """Train on one GPU from a Parquet file, and return samples a second and the share of time that the GPU waits.
+
+    The best of the epochs after the first; the time of the kernels is that of later steps of the same training.
+
+    Args:
+        targets: of a visit. users: of a batch. length: events of a user.
+    """
+    epochs, profiled = 4, 20
+    config = dataclasses.replace(
+        load_config("default"), models={name: ModelConfig(interest=name, codes=128)}, users_per_step=users,
+        targets_per_visit=targets, epochs=epochs, patience=epochs, warmup_steps=10, bf16=precision == "bf16",
+    )  # fmt: skip
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    with tempfile.TemporaryDirectory() as folder:
+        write_partition(Path(folder) / "sequences.parquet", 8 * users, length, 16 * targets)
+        rows = pq.read_table(Path(folder) / "sequences.parquet")
+    data = TrainingData.of(Sequences.from_arrow(rows), items_table(20_000), config)
+    last = len(data.split.train) // (users * targets) * (epochs - 1)  # steps before the last epoch
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def look(step: int, state: object) -> None:
+        if step in (last + 5, last + 5 + profiled):
+            torch.cuda.synchronize()
+            (profile.start if step == last + 5 else profile.stop)()
+
+    speeds: list[float] = []
+    note = lambda result: speeds.append(result.metrics["samples_per_s"])  # noqa: E731
+    train_model(name, data, config, Worker(device="cuda"), note, look)
+    rate = max(speeds[1:-1])
+    busy_ms = sum(event.self_device_time_total for event in profile.key_averages()) / 1_000 / profiled
+    idle = 1 - busy_ms * rate / (1_000 * users * targets)
+    print(f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s, idle {idle:.1%}", flush=True)
+    case: dict[str, float | str] = {"model": name, "length": length, "targets": targets, "precision": precision}
+    return case | {"loop_samples_per_s": rate, "device_idle_share": idle, "gpu_ms": busy_ms}
+
+
 def _work(rank: int, name: str, workers: int, port: int, args: argparse.Namespace, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -130,18 +168,49 @@ def make_data(users: int, length: int, items: int, config: TrainConfig) -> Train
         }
         for user in range(users)
     ]
+    sequences = Sequences.from_arrow(pa.Table.from_pylist(rows, schema=SEQUENCES))
+    return TrainingData.of(sequences, items_table(items), config)
+
+
+def items_table(items: int) -> pa.Table:
+    """Return items with an author, a category and a length each."""
     index = np.arange(items)
-    table = pa.table(
+    return pa.table(
         {
             "item_index": index.astype(np.int32),
             "item_id": index,
             "train_occurrences": np.full(items, 9),
             "author_id": index // 3,
             "categories": [[str(i % 16)] for i in index],
-            "duration_ms": rng.random(items),
+            "duration_ms": np.random.default_rng(1).random(items),
         }
     )
-    return TrainingData.of(Sequences.from_arrow(pa.Table.from_pylist(rows, schema=SEQUENCES)), table, config)
+
+
+def write_partition(path: Path, users: int, length: int, targets: int, items: int = 20_000) -> None:
+    """Write users of equal length, whose targets lie on the last tenth of their histories, the last one held out."""
+    rng = np.random.default_rng(0)
+    times = np.sort(rng.integers(0, 30 * MS_PER_DAY, (users, length)), 1)
+    ends = np.sort(rng.integers(int(0.9 * length), length + 1, (users, targets)), 1)
+    split = np.where(np.arange(targets) < targets - 1, TRAIN, VALIDATION)
+    columns = {
+        "history_item_index": rng.integers(0, items, (users, length)),
+        "history_time_ms": times,
+        "history_feedback": rng.integers(0, 2, (users, length)),
+        "history_watch_bucket": rng.integers(0, WATCH_BUCKETS, (users, length)),
+        "target_item_index": rng.integers(0, items, (users, targets)),
+        "target_time_ms": np.take_along_axis(times, ends - 1, 1) + 1,
+        "target_label": rng.integers(0, 2, (users, targets)),
+        "target_context": np.ones((users, targets)),
+        "target_split": np.broadcast_to(split, (users, targets)),
+        "target_history_end": ends,
+    }
+    rows = {"user_id": pa.array(np.arange(users)), "user_fields": pa.array([["a"]] * users)}
+    for name, values in columns.items():
+        flat = pa.array(values.ravel()).cast(SEQUENCES.field(name).type.value_type)
+        starts = np.arange(users + 1, dtype=np.int32) * values.shape[1]
+        rows[name] = pa.ListArray.from_arrays(pa.array(starts), flat)
+    pq.write_table(pa.table(rows).cast(SEQUENCES), path)
 
 
 if __name__ == "__main__":

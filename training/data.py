@@ -5,15 +5,17 @@ Legend: U users, E events (flat over users), T targets (flat), N distinct items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION, TRAIN, VALIDATION, WATCH_BUCKETS, history_first
-from training.vocabulary import Array, ItemFeatures, Vocabulary
+from training.vocabulary import Array, ItemFeatures, Vocabulary, moved
 
 FEEDBACK_BITS = 8
 INTERACTIONS = (1 << FEEDBACK_BITS) * WATCH_BUCKETS  # every (feedback, watch bucket) pair
@@ -92,6 +94,24 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Which part of a batch of a fixed size is real, as tensors: a recorded step reads them anew, and no list.
+
+    Attributes:
+        count: float32 [2], the targets and the events that count; they come first.
+        event_weight: float32 [E], target_weight: float32 [T]; 1, or 0 for padding.
+        event_begin: int64 [T], the place among the E events of each target's user's first one.
+        work: what the fused pass works on (`training.model.fused.Work`), None where it does not run.
+    """
+
+    count: Array
+    event_weight: Array
+    target_weight: Array
+    event_begin: Array
+    work: Any = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one step reads; numpy here, tensors after `Batch.to`.
 
@@ -105,6 +125,7 @@ class Batch:
         shared_from: python list [U], the largest target_first of each user; 0: all of them see the user's part from its
             beginning.
         user_rows: int64 [T, F].
+        padding: of a batch of a fixed size.
     """
 
     items: ItemFeatures
@@ -122,19 +143,11 @@ class Batch:
     target_start: list[int]
     cut_offs: list[int]
     shared_from: list[int]
+    padding: Padding | None = None
 
     def to(self, device: str) -> Batch:
         """Return the same batch as tensors on `device`."""
-        import torch
-
-        def move(value):
-            return (
-                torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True)
-                if isinstance(value, np.ndarray)
-                else value
-            )
-
-        rest = {name: move(getattr(self, name)) for name in self.__dataclass_fields__ if name != "items"}
+        rest = {name: moved(getattr(self, name), device) for name in self.__dataclass_fields__ if name != "items"}
         return Batch(items=self.items.to(device), **rest)
 
 
@@ -161,43 +174,121 @@ class Joined:
         )
 
 
-def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
-    """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user).
+@dataclass(frozen=True)
+class Chosen:
+    """Users of a batch and the targets drawn for each, one after another.
 
     A history is cut to the events that any of the chosen targets may see.
+
+    Attributes:
+        users: int64 [U]; target: int64 [T], positions in the flat target arrays.
+        target_start, event_start: int64 [U + 1], offsets into the batch's targets and events.
+        first: int64 [U], the first event of each user that the batch holds, counted in the user's history.
+        source: int64 [U], the same event's position in the flat history arrays.
+        cut_offs, shared_from: int64 [U], as in `Batch`.
     """
+
+    users: np.ndarray
+    target: np.ndarray
+    target_start: np.ndarray
+    event_start: np.ndarray
+    first: np.ndarray
+    source: np.ndarray
+    cut_offs: np.ndarray
+    shared_from: np.ndarray
+
+    @staticmethod
+    def of(sequences: Sequences, users: np.ndarray, targets: list[np.ndarray]) -> Chosen:
+        """Lay out users with the given targets (positions in the flat target arrays, one array a user)."""
+        count_U = np.array([len(chosen) for chosen in targets], np.int64)
+        target_T = np.concatenate([np.zeros(0, np.int64), *targets])
+        first_T, end_T = sequences.target_first[target_T], sequences.target_end[target_T].astype(np.int64)
+        start_U = np.concatenate([[0], count_U.cumsum()])
+        some_U, begins = count_U > 0, start_U[:-1][count_U > 0]
+        first_U, last_first_U, end_U = (np.zeros(len(users), np.int64) for _ in range(3))
+        if len(begins):
+            first_U[some_U] = np.minimum.reduceat(first_T, begins)
+            last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
+            end_U[some_U] = np.maximum.reduceat(end_T, begins)
+        width = int(end_U.max(initial=0)) + 1
+        cut_off_T = np.sort(np.repeat(np.arange(len(users)) * width, count_U) + end_T)
+        distinct = cut_off_T[np.diff(cut_off_T, prepend=-1) > 0] // width
+        return Chosen(
+            users=users,
+            target=target_T,
+            target_start=start_U,
+            event_start=np.concatenate([[0], (end_U - first_U).cumsum()]),
+            first=first_U,
+            source=sequences.history_start[users] + first_U,
+            cut_offs=np.bincount(distinct, minlength=len(users)),
+            shared_from=last_first_U - first_U,
+        )
+
+    def padded(self, users: int, events: int, targets: int) -> Chosen:
+        """Return the same with empty users up to `users`, and two more, up to `events` and `targets` of all users.
+
+        One has events that no target sees, one has targets (number 0, whatever that is) that may see no event.
+        """
+        more = users - len(self.users) + 2
+        ends = self.event_start[-1:], self.target_start[-1:]
+        empty = np.zeros(more, np.int64)
+        return Chosen(
+            users=np.concatenate([self.users, empty]),
+            target=np.concatenate([self.target, np.zeros(targets - len(self.target), np.int64)]),
+            target_start=np.concatenate([self.target_start, ends[1].repeat(more - 1), [targets]]),
+            event_start=np.concatenate([self.event_start, ends[0].repeat(more - 2), [events, events]]),
+            first=np.concatenate([self.first, empty]),
+            source=np.concatenate([self.source, empty]),
+            cut_offs=np.concatenate([self.cut_offs, empty]),
+            shared_from=np.concatenate([self.shared_from, empty]),
+        )
+
+    def events(self) -> np.ndarray:
+        """Return the positions of the batch's events in the flat history arrays, int64 [E]."""
+        return np.arange(self.event_start[-1]) + np.repeat(
+            self.source - self.event_start[:-1], np.diff(self.event_start)
+        )
+
+
+def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
+    """Gather the rows of `users` with the given targets (positions in the flat target arrays, one array a user)."""
     sequences = joined.sequences
-    firsts = [int(sequences.target_first[chosen].min()) if len(chosen) else 0 for chosen in targets]
-    ends = [int(sequences.target_end[chosen].max(initial=0)) for chosen in targets]
-    spans = [
-        np.arange(sequences.history_start[user] + first, sequences.history_start[user] + end)
-        for user, first, end in zip(users, firsts, ends, strict=True)
-    ]
-    events = np.concatenate(spans) if spans else np.zeros(0, np.int64)
-    chosen = np.concatenate(targets)
-    history_items = sequences.history_item[events]
-    distinct, inverse = np.unique(np.concatenate([history_items, sequences.target_item[chosen]]), return_inverse=True)
-    counts = [len(c) for c in targets]
-    begin = np.repeat(firsts, counts).astype(np.int64)
+    chosen = Chosen.of(sequences, users, targets)
+    events, target, counts = chosen.events(), chosen.target, np.diff(chosen.target_start)
+    distinct, inverse = _distinct(_items_read(sequences, chosen), joined.items.count)
+    begin = np.repeat(chosen.first, counts)
     return Batch(
         items=joined.items.take(distinct),
-        event_item=inverse[: len(events)].astype(np.int64),
+        event_item=inverse[: len(events)],
         event_interaction=sequences.history_interaction[events].astype(np.int64),
         event_time_ms=sequences.history_time_ms[events],
-        event_start=[0, *np.cumsum([len(span) for span in spans]).tolist()],
-        target_item=inverse[len(events) :].astype(np.int64),
-        target_time_ms=sequences.target_time_ms[chosen],
-        target_context=joined.context_row[chosen],
-        target_first=sequences.target_first[chosen].astype(np.int64) - begin,
-        target_end=sequences.target_end[chosen].astype(np.int64) - begin,
-        target_label=sequences.target_label[chosen].astype(np.float32),
+        event_start=chosen.event_start.tolist(),
+        target_item=inverse[len(events) :],
+        target_time_ms=sequences.target_time_ms[target],
+        target_context=joined.context_row[target],
+        target_first=sequences.target_first[target].astype(np.int64) - begin,
+        target_end=sequences.target_end[target].astype(np.int64) - begin,
+        target_label=sequences.target_label[target].astype(np.float32),
         user_rows=np.repeat(joined.user_rows[users], counts, axis=0),
-        target_start=[0, *np.cumsum(counts).tolist()],
-        cut_offs=[len(np.unique(sequences.target_end[c])) for c in targets],
-        shared_from=[
-            int(sequences.target_first[c].max(initial=0)) - first for c, first in zip(targets, firsts, strict=True)
-        ],
+        target_start=chosen.target_start.tolist(),
+        cut_offs=chosen.cut_offs.tolist(),
+        shared_from=chosen.shared_from.tolist(),
     )
+
+
+def _items_read(sequences: Sequences, chosen: Chosen) -> np.ndarray:
+    """Return the items of a batch's events and targets, int32 [E + T]."""
+    return np.concatenate([sequences.history_item[chosen.events()], sequences.target_item[chosen.target]])
+
+
+def _distinct(read: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct of some of a partition's `items`, in order, and the place of each among them."""
+    if items > 8 * len(read):  # a table of all items would be most of the work
+        distinct, place = np.unique(read, return_inverse=True)
+        return distinct, place.astype(np.int64)
+    is_read = np.zeros(items, np.bool_)
+    is_read[read] = True
+    return np.flatnonzero(is_read), (is_read.cumsum() - 1)[read]
 
 
 @dataclass(frozen=True)
@@ -263,11 +354,15 @@ class UserBatches:
     Args:
         users_per_step: visits of users in a global batch, of all workers together.
         seed: of the order of visits, and of the parts of a user's targets.
+
+    Attributes:
+        make: returns the batch of users and of the targets of each.
     """
 
     def __init__(self, joined: Joined, rank: int, world: int, users_per_step: int, seed: int) -> None:
         self.joined = joined
         self.rank, self.world, self.users_per_step, self.seed = rank, world, users_per_step, seed
+        self.make: Callable[[np.ndarray, list[np.ndarray]], Batch] = functools.partial(make_batch, joined)
 
     def by_user(self, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Group sorted target positions by user: the users that have any, and their positions."""
@@ -286,7 +381,7 @@ class UserBatches:
         at_once = -(-self.users_per_step // self.world)
         for start in range(0, len(mine), at_once):
             part = mine[start : start + at_once]
-            yield make_batch(self.joined, users[part], [positions[i] for i in part])
+            yield self.make(users[part], [positions[i] for i in part])
 
 
 class Epoch:
@@ -313,17 +408,24 @@ class Epoch:
         self.passes = max(1, -(-min_steps // max(1, self.steps_per_pass)))
         self.key = [batches.seed, number]
         self._ordered = -1, np.zeros((0, 2), np.int64)  # the last pass that was asked for, and its order
+        self._parted: tuple[int, dict[int, list[np.ndarray]]] = -1, {}  # and the parts of its users so far
 
     def __len__(self) -> int:
         return self.passes * self.steps_per_pass
 
     def __getitem__(self, number: int) -> Batch | None:
-        users, targets = self._visited(number, self.batches.rank, self.batches.world)
-        return make_batch(self.batches.joined, users, targets) if len(users) else None
+        users, targets = self.visited(number)
+        return self.batches.make(users, targets) if len(users) else None
+
+    def visited(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the users of this worker's part of a global batch, and the target positions of each visit."""
+        return self._visited(number, self.batches.rank, self.batches.world)
 
     def items(self, number: int) -> ItemFeatures:
         """Return the features of the distinct items of the whole global batch, in the partition's order."""
-        return make_batch(self.batches.joined, *self._visited(number, 0, 1)).items
+        joined = self.batches.joined
+        chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
+        return joined.items.take(_distinct(_items_read(joined.sequences, chosen), joined.items.count)[0])
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""
@@ -336,18 +438,24 @@ class Epoch:
 
     def _order(self, turn: int) -> np.ndarray:
         """Return the visits of a pass in their order: rows of (index of the user, number of the part)."""
-        if self._ordered[0] != turn:
+        ordered = self._ordered  # another thread may ask for another pass
+        if ordered[0] != turn:
             index = np.repeat(np.arange(len(self.users)), self.visits)
             part = np.arange(len(index)) - np.repeat(np.cumsum(self.visits) - self.visits, self.visits)
             order = np.random.default_rng([*self.key, turn]).permutation(len(index))
-            self._ordered = turn, np.stack([index, part], axis=1)[order]
-        return self._ordered[1]
+            ordered = self._ordered = turn, np.stack([index, part], axis=1)[order]
+        return ordered[1]
 
     def _part(self, turn: int, index: int, part: int) -> np.ndarray:
         positions, parts = self.positions[index], int(self.visits[index])
         if parts == 1:
             return positions
-        # An id may be negative, a key may not.
-        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
-        shuffled = np.random.default_rng([*self.key, turn, user]).permutation(positions)
-        return np.sort(shuffled[part::parts])
+        parted = self._parted
+        if parted[0] != turn:
+            parted = self._parted = turn, {}
+        if index not in parted[1]:  # shuffled once, not for every visit
+            # An id may be negative, a key may not.
+            user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
+            shuffled = np.random.default_rng([*self.key, turn, user]).permutation(positions)
+            parted[1][index] = [np.sort(shuffled[number::parts]) for number in range(parts)]
+        return parted[1][index][part]

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from etl.warehouse.schemas import TRAIN
 from training.config import TrainConfig
-from training.data import Batch, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
+from training.data import Batch, Chosen, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
+from training.device_batches import DeviceRows, ahead
+from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
+from training.recorded_steps import RecordedSteps
 from training.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -186,8 +189,13 @@ class _Training:
             self.model.compile()
         self.sums = _StepSums(self.model, worker)
         groups = _parameter_groups(self.model, config)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=worker.device != "cpu")
+        self.optimizer = torch.optim.AdamW(groups, fused=worker.device != "cpu")
+        self._fit_optimizer()
         self.batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
+        self.rows = DeviceRows.where_they_fit(data.joined, torch.device(worker.device))
+        if self.rows is not None:
+            self.batches.make = self.rows.make_batch
+        self.recorded = self._recorded(self.rows)
         self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
         self.best_model: dict | None = None
         self.best_logloss, self.best_epoch = float("inf"), -1
@@ -195,9 +203,35 @@ class _Training:
         if start.resume is not None:
             self._go_on_from(start.resume)
 
+    def _recorded(self, rows: DeviceRows | None) -> RecordedSteps | None:
+        """Return what records steps, where that is possible: on one GPU that holds the rows, if nothing is compiled and
+        no bit has to be the same in every run."""
+        config, model = self.config, self.model
+        if rows is None or self.worker.world > 1 or config.compiled or config.deterministic:
+            return None
+        if not model.interest.reads_tensors_alone():
+            return None
+        return RecordedSteps(rows, config.users_per_step, model.config.heads, self._learn)
+
+    def _fit_optimizer(self) -> None:
+        """Let the optimizer's groups, which may be of another kind of device, suit this one; its rate is set anew."""
+        on_gpu = self.worker.device != "cpu"
+        for group in self.optimizer.param_groups:
+            group["fused"] = group["capturable"] = on_gpu
+            group["lr"] = torch.zeros((), device=self.worker.device) if on_gpu else 0.0
+
+    def _set_rate(self, rate: float) -> None:
+        """Set the learning rate, on a GPU in its memory: a recorded step reads it there."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def _go_on_from(self, state: TrainingState) -> None:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
+        self._fit_optimizer()
         self.totals.copy_(state.totals)
         self.best_model, self.best_logloss, self.best_epoch = state.best_model, state.best_logloss, state.best_epoch
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
@@ -225,11 +259,8 @@ class _Training:
         order, began, before = self.order(self.epoch), time.perf_counter(), float(self.totals[1])
         waited = 0.0
         self.model.train()
-        while self.position < len(order):
-            mark = time.perf_counter()
-            batch = order[self.position]
-            batch = batch.to(self.worker.device) if batch is not None else None
-            waited += time.perf_counter() - mark
+        for batch, seconds in self._upcoming(order):
+            waited += seconds
             self._take_step(batch, order)
             if on_step is not None:
                 on_step(self.step, self.state)
@@ -245,20 +276,47 @@ class _Training:
         }
         return self._judged({"train_loss": train_loss}, speed)
 
-    def _take_step(self, batch: Batch | None, order: Epoch) -> None:
+    def _upcoming(self, order: Epoch) -> Iterator[tuple[Batch | Chosen | None, float]]:
+        """Yield what the epoch's steps are still to read, and the seconds that each was waited for."""
+        sequences, device = self.data.joined.sequences, self.worker.device
+
+        def made(number: int) -> Batch | Chosen | None:
+            if self.recorded is not None:
+                return Chosen.of(sequences, *order.visited(number))
+            batch = order[number]
+            return batch.to(device) if batch is not None else None
+
+        # Rows that lie on the device, and those of a CPU, whose steps need its cores, are read when they are wanted.
+        elsewhere = device != "cpu" and self.rows is None
+        numbers = range(self.position, len(order))
+        batches = ahead(made, numbers) if elsewhere else map(made, numbers)
+        mark = time.perf_counter()
+        for batch in batches:
+            yield batch, time.perf_counter() - mark
+            mark = time.perf_counter()
+
+    def _take_step(self, batch: Batch | Chosen | None, order: Epoch) -> None:
         # The stream of dropout: each worker's own, the same after a restart.
         torch.manual_seed(_stream(self.config.seed, self.step, self.worker.rank))
-        self.sums.of(batch, self.config.bf16)
-        self.totals += self.sums.totals
-        nn.utils.clip_grad_norm_(self.sums.parameters, self.config.gradient_clip)
-        rate = learning_rate(self.config, self.step, self.config.epochs * len(order))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
+        if self.recorded is not None and isinstance(batch, Chosen):
+            self.recorded(batch, self.model.coded is not None and self.model.coded.quantizer.is_started())
+        else:
+            assert not isinstance(batch, Chosen)
+            self._learn(batch)
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
         _tend_codebooks(self.model, order, self.position, self.step, warmed_up, self.config, self.worker)
         self.position += 1
+
+    def _learn(self, batch: Batch | None) -> None:
+        """Move the weights by this worker's part of a global batch; of the host nothing but the batch is read."""
+        self.sums.of(batch, self.config.bf16)
+        self.totals += self.sums.totals
+        nn.utils.clip_grad_norm_(self.sums.parameters, self.config.gradient_clip)
+        self.optimizer.step()
+        if self.model.coded is not None and self.model.coded.quantizer.is_started():
+            self.model.coded.quantizer.move_averages()
 
     def _judged(self, metrics: dict[str, float], speed: dict[str, float]) -> EpochResult:
         """Return the result of the epoch whose last step was taken, and go to the next one."""
@@ -360,15 +418,16 @@ class _StepSums:
     def of(self, batch: Batch | None, bf16: bool) -> None:
         """Run forward and backward pass on this worker's part of the global batch, and sum over the workers."""
         self.flat.zero_()
-        targets, events = (len(batch.target_label), len(batch.event_item)) if batch is not None else (0, 0)
-        counts = _summed(torch.tensor([targets, events], dtype=torch.float32, device=self.flat.device), self.worker)
+        mine = _counted(batch, self.flat.device)
+        counts = _summed(mine.clone(), self.worker)
         quantizer = self.quantizer
         if batch is not None:
             with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
                 logits, auxiliary = self.model(batch)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, reduction="sum")
+            weight = None if batch.padding is None else batch.padding.target_weight
+            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, weight, reduction="sum")
             # The auxiliary loss is a mean over the events of this part.
-            (loss / counts[0] + auxiliary * (events / counts[1].clamp(min=1))).backward()
+            (loss / counts[0] + auxiliary * (mine[1] / counts[1].clamp(min=1))).backward()
             self.loss.copy_(loss.detach())
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
@@ -376,6 +435,14 @@ class _StepSums:
         if quantizer is not None:
             quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
         self.totals = torch.stack([self.loss[0], counts[0]]).double()
+
+
+def _counted(batch: Batch | None, device: torch.device) -> Tensor:
+    """Return the targets and the events of a batch that count, float32 [2]."""
+    if batch is not None and batch.padding is not None:
+        return batch.padding.count
+    sizes = (len(batch.target_label), len(batch.event_item)) if batch is not None else (0, 0)
+    return on_device(np.array(sizes, np.float32), device)
 
 
 def _summed(tensor: Tensor, worker: Worker) -> Tensor:
@@ -425,7 +492,7 @@ def _on_cpu(tree):
 def _tend_codebooks(
     model: Ranker, order: Epoch, position: int, step: int, warmed_up: bool, config: TrainConfig, worker: Worker
 ) -> None:
-    """Move averages, start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
+    """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
     Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
     """
@@ -433,9 +500,7 @@ def _tend_codebooks(
     if coded is None:
         return
     quantizer = coded.quantizer
-    started = bool(quantizer.started)
-    if started:
-        quantizer.move_averages()
+    started = quantizer.is_started()
     starting = not started and warmed_up
     if not starting and not (started and step % config.revive_every_steps == 0):
         return

@@ -27,6 +27,16 @@ NOT_FIELDS = ("item_index", "train_occurrences")
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
+def moved(value: Any, device: str) -> Any:
+    """Return an array as a tensor on a device, which is not waited for; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class ItemFeatures:
     """Embedding rows of the N items of a partition (or of a request), joined once.
@@ -37,19 +47,16 @@ class ItemFeatures:
 
     rows: dict[str, Array]
 
-    def take(self, index: np.ndarray) -> ItemFeatures:
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+    def take(self, index: Array) -> ItemFeatures:
         return ItemFeatures({name: rows[index] for name, rows in self.rows.items()})
 
     def to(self, device: str) -> ItemFeatures:
         """Return the same rows as tensors on `device`."""
-        import torch
-
-        return ItemFeatures(
-            {
-                name: torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True)
-                for name, rows in self.rows.items()
-            }
-        )
+        return ItemFeatures({name: moved(rows, device) for name, rows in self.rows.items()})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from training.model.fused import Work
 from training.model.fused_rows import Places
 
 
@@ -41,6 +42,8 @@ class Events:
         time_ms_E: int64, milliseconds since the epoch.
         start: U + 1 offsets; user u has the events start[u] to start[u + 1].
         by_item: the same items, once ordered for all that is summed by item.
+        weight_E: float, 0 for an event that no statistic may count; None: all count.
+        work: what the fused pass works on, if it is on the device already.
     """
 
     item_E: Tensor
@@ -48,6 +51,8 @@ class Events:
     time_ms_E: Tensor
     start: list[int]
     by_item: Places | None = None
+    weight_E: Tensor | None = None
+    work: Work | None = None
 
     def of(self, events: slice) -> Events:
         """Return some events of one user, as a batch of that user alone."""

@@ -130,6 +130,9 @@ def in_kernels(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, 
     elif keys.codes_NG is not None and recent_T is not None:
         exact_from_T, exact_EHd = recent_T, gathered(keys.exact_NHd, by_item)
     seen = fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T)
+    if events.work is not None:
+        key_EHd = gathered(keys.hard_NHd, by_item)
+        return fused.fused_attention(events.work, query_THd, key_EHd, events.value_EHd, seen, softmax.kernel, exact_EHd)
     factored_U, parts = np.zeros(len(events.start) - 1, bool), []
     if keys.codes_NG is not None and keys.codebook_HCd is not None and first_T is None and exact_EHd is None:
         components = softmax.kernel.weight_HM.shape[1] if softmax.kernel else 1

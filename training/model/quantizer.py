@@ -59,7 +59,7 @@ class GroupedQuantizer(nn.Module):
         self.codebook_GCw = nn.Parameter(words_GCw, requires_grad=ema_decay is None)
         self.register_buffer("usage_GC", self._even_usage())
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
-        self._known_started = False
+        self._known_started: bool | None = None
         if ema_decay is not None:
             self.register_buffer("average_GCk", torch.cat([words_GCw, torch.ones_like(words_GCw[..., :1])], -1))
         self.register_buffer("step_GCk", torch.zeros(groups, self.codes, group_width + 1), persistent=False)
@@ -82,13 +82,13 @@ class GroupedQuantizer(nn.Module):
         return self.codebook_GCw.flatten(0, 1).index_select(0, row_GN.flatten()).unflatten(0, row_GN.shape)
 
     def is_started(self) -> bool:
-        """Say whether codes have begun; a device is asked until they have, and not in every step after."""
-        if not self._known_started:
+        """Say whether codes have begun; a device is asked once, and not in every step."""
+        if self._known_started is None:
             self._known_started = bool(self.started)
         return self._known_started
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._known_started = False
+        self._known_started = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, keys_NHd: Tensor, weight_N: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,6 +141,7 @@ class GroupedQuantizer(nn.Module):
         self.usage_GC.copy_(self._even_usage())
         self._restart_averages(torch.ones_like(self.usage_GC, dtype=torch.bool))
         self.started.fill_(1)
+        self._known_started = True
 
     @torch.no_grad()
     def move_averages(self) -> None:

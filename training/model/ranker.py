@@ -197,7 +197,8 @@ class Ranker(nn.Module):
         value_NHd, interaction_IHd = self._heads(self.to_value(items.static_NS)), self._heads(self.interactions.table())
         by_item = Places(batch.event_item)
         value_EHd = gathered(value_NHd, by_item, interaction_IHd, Places(batch.event_interaction))
-        return Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start, by_item)
+        weight_E, work = (None, None) if batch.padding is None else (batch.padding.event_weight, batch.padding.work)
+        return Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start, by_item, weight_E, work)
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], self.config.heads, self.config.head_width)
@@ -217,8 +218,12 @@ def _targets(batch: Batch) -> Targets:
 
 def _recency(batch: Batch) -> Tensor:
     """log(1 + visible events) and log(1 + days since the last visible event), [T, 2]."""
-    starts_T = np.repeat(np.asarray(batch.event_start[:-1], np.int64), np.diff(batch.target_start))
-    last = (on_device(starts_T, batch.target_end.device) + batch.target_end - 1).clamp(min=0)
+    if batch.padding is None:
+        of_users = np.repeat(np.asarray(batch.event_start[:-1], np.int64), np.diff(batch.target_start))
+        begin_T = on_device(of_users, batch.target_end.device)
+    else:
+        begin_T = batch.padding.event_begin
+    last = (begin_T + batch.target_end - 1).clamp(min=0)
     last_ms = batch.event_time_ms[last] if len(batch.event_time_ms) else batch.target_time_ms
     visible = batch.target_end - batch.target_first
     gap = torch.where(visible > 0, age_days(batch.target_time_ms, last_ms), torch.full_like(batch.target_label, 30.0))

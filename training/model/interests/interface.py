@@ -59,6 +59,10 @@ class Interest(nn.Module):
         """Let torch.compile build the pass over all users; what depends on a batch's lists stays as it is."""
         self.always_at_once = True
 
+    def reads_tensors_alone(self) -> bool:
+        """Say whether the pass over a padded batch reads no list of it, so that a training step may be recorded."""
+        return False
+
     def at_once(self, events: Events) -> bool:
         """Say whether all users are read in one pass: a GPU would wait for the launches of a loop, a CPU has caches."""
         return self.always_at_once or events.value_EHd.device.type != "cpu"
@@ -110,6 +114,9 @@ class Attention(Interest):
         if self.at_once(events):
             return in_blocks(query_THd, keys, events, targets, self.softmax(), self.block_attention)
         return user_by_user(query_THd, keys, events, targets, self.softmax())
+
+    def reads_tensors_alone(self) -> bool:
+        return has_kernels(self.heads(self.to_query.weight.T), self.softmax())
 
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         keys = Keys.exact(self.keys(items.static_NS))

@@ -59,7 +59,7 @@ class Vql(Coded):
             # Items are searched once, but the loss is the theorem's: a mean over events, so an item counts as often as
             # it occurs.
             # A device is not asked for the largest item, as bincount would.
-            once_E = key_NHd.new_ones(len(events.item_E))
+            once_E = key_NHd.new_ones(len(events.item_E)) if events.weight_E is None else events.weight_E
             weight_N = key_NHd.new_zeros(len(key_NHd)).index_add_(0, events.item_E, once_E)
             hard_NHd, loss, codes_NG = self.quantizer(key_NHd, weight_N, self.config.commitment)
             loss = self.config.codebook_weight * loss

@@ -1,0 +1,82 @@
+"""Batches gathered on a device hold what `make_batch` holds, and padding changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.training.conftest import random_partition
+from training.data import Chosen, Joined, Sequences, make_batch
+from training.device_batches import DeviceRows, Sizes
+
+DRAWS = [([3, 1, 0, 5], [3, 8, 2, 1]), ([0, 2], [0, 4]), ([0], [3]), ([], [])]  # users, targets of each; user 0 is new
+
+
+def drawn(joined: Joined, users: list[int], counts: list[int], seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    rng, start = np.random.default_rng(seed), joined.sequences.target_start
+    draw = lambda user, count: np.sort(rng.choice(np.arange(start[user], start[user + 1]), count, False))  # noqa: E731
+    return np.array(users, np.int64), [draw(user, count) for user, count in zip(users, counts, strict=True)]
+
+
+@pytest.fixture(params=[40, 4_000], ids=["all items are read", "few of many items are read"])
+def joined(request, loaded) -> Joined:
+    items, rows = random_partition(items=request.param)
+    sequences = Sequences.from_arrow(rows, max_events=25)
+    return Joined.of(sequences, items, loaded[1])
+
+
+@pytest.mark.parametrize(("users", "counts"), DRAWS, ids=str)
+def test_a_batch_gathered_on_the_device_is_the_one_made_on_the_host(users, counts, joined):
+    rows = DeviceRows(joined, torch.device("cpu"))
+    for seed in range(3):
+        draw = drawn(joined, users, counts, seed)
+        host, device = make_batch(joined, *draw).to("cpu"), rows.make_batch(*draw)
+        for name in set(host.__dataclass_fields__) - {"items", "event_item", "target_item"}:
+            one, other = getattr(host, name), getattr(device, name)
+            assert torch.equal(one, other) and one.dtype == other.dtype if torch.is_tensor(one) else one == other, name
+        for place in ("event_item", "target_item"):
+            for field, column in host.items.rows.items():
+                theirs = device.items.rows[field][getattr(device, place)]
+                assert torch.equal(column[getattr(host, place)], theirs.long()), (place, field)
+
+
+def test_the_bytes_of_an_event_and_of_a_target_are_as_said(joined):
+    held = DeviceRows(joined, torch.device("cpu")).nbytes
+    fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
+    assert held == 14 * len(joined.sequences.history_item) + 25 * len(joined.sequences.target_item) + 4 * fields
+
+
+def step(model, batch) -> dict[str, torch.Tensor]:
+    """Loss, gradients and codebook statistics of a training step."""
+    model.zero_grad()
+    logits, auxiliary = model.train()(batch)
+    weight = None if batch.padding is None else batch.padding.target_weight
+    loss = F.binary_cross_entropy_with_logits(logits, batch.target_label, weight, reduction="sum")
+    (loss + auxiliary).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    if model.coded is not None:
+        found["statistics"] = model.coded.quantizer.step_GCk.clone()
+    return found | {"loss": loss.detach(), "auxiliary": auxiliary.detach()}
+
+
+KINDS = [{}, {"ema_decay": 0.9}, {"recent_window": 4}, {"interest": "softmax_attention"}, {"interest": "mean_pooling"}]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_padding_changes_no_loss_no_gradient_and_no_statistic(kind, at_once, joined, make_model):
+    model = make_model(**kind, dropout=0.0)
+    model.interest.always_at_once = at_once
+    rows = DeviceRows(joined, torch.device("cpu"))
+    for seed, (users, counts) in enumerate(DRAWS[:2]):
+        chosen = Chosen.of(joined.sequences, *(draw := drawn(joined, users, counts, seed)))
+        exact = step(model, make_batch(joined, *draw).to("cpu"))
+        for more_events, more_targets in ((0, 0), (300, 3)):
+            sizes = Sizes.of(chosen)
+            sizes = Sizes(sizes.users + 2 + seed, sizes.events + more_events, sizes.targets + more_targets)
+            padded = step(model, rows.padded_batch(chosen, sizes))
+            assert exact.keys() == padded.keys()
+            for name, value in exact.items():
+                assert (value - padded[name]).abs().max() <= 2e-6 * max(1.0, float(value.abs().max())), name

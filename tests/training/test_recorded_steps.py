@@ -1,0 +1,118 @@
+"""A recorded step is the step itself. Most of it needs a GPU:
+
+python -m pytest --noconftest tests/training/test_recorded_steps.py
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.train_loop import make_data
+from training.config import ModelConfig, TrainConfig
+from training.data import Chosen
+from training.loop import COLD, TrainingData, Worker, _Training, train_model
+from training.model import fused
+from training.recorded_steps import RecordedSteps, budget, rounded_up, work_tables
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+VQL, EXACT = ModelConfig(codes=16), ModelConfig(interest="softmax_attention")
+MODELS = {
+    "vql": VQL,
+    "averages": dataclasses.replace(VQL, ema_decay=0.9),
+    "window": dataclasses.replace(VQL, recent_window=7),
+    "exact": EXACT,
+    "no kernel": dataclasses.replace(EXACT, kernel_components=0),
+}
+
+
+def test_sizes_are_few_and_little_of_them_is_padding():
+    sizes = [rounded_up(count) for count in range(1, 70_000)]
+    assert all(count <= size <= max(count + 63, count * 9 / 8) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 90 and rounded_up(0) > 0
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_every_batch_fits_the_tables_of_its_budget(heads):
+    rng, shapes_of = np.random.default_rng(heads), {}
+    for users in (1, 5, 40):
+        lengths, counts = rng.integers(0, [[9], [90_000]], (2, users)), rng.integers(0, [[4], [200]], (2, users))
+        for length_U, count_U in itertools.product(lengths, counts):
+            starts = [np.concatenate([[0], of.cumsum()]) for of in (count_U, length_U)]
+            none = np.zeros(users, np.int64)
+            chosen = Chosen(none, np.zeros(starts[0][-1], np.int64), *starts, none, none, none, none)
+            sizes = budget(chosen, users)
+            padded = chosen.padded(users, sizes.events, sizes.targets)
+            tables = work_tables(padded, sizes, heads)
+            exact = fused.Work.of(padded.event_start.tolist(), padded.target_start.tolist(), heads, torch.device("cpu"))
+            for table, real in zip(tables, (exact.pieces_W5, exact.tiles_X4, exact.blocks_N5), strict=True):
+                assert np.array_equal(table[: len(real)], real)
+            shapes = [table.shape for table in tables]
+            assert shapes_of.setdefault(sizes, shapes) == shapes
+
+
+def loaded(model: ModelConfig, **changes) -> tuple[TrainingData, TrainConfig]:
+    config = dataclasses.replace(
+        TrainConfig(models={"it": model}, users_per_step=6, targets_per_visit=20, epochs=2, warmup_steps=5), **changes
+    )
+    return make_data(users=40, length=130, items=60, config=config), config
+
+
+def step_of(run: _Training, chosen: Chosen, recorded: RecordedSteps | None) -> list[torch.Tensor]:
+    """Gradients, loss and codebook counts of a step that moves no weight."""
+    torch.manual_seed(5)
+    run.sums.flat.fill_(torch.nan)
+    if recorded is not None:
+        recorded(chosen, run.model.coded is not None and run.model.coded.quantizer.is_started())
+    else:
+        targets = np.split(chosen.target, chosen.target_start[1:-1])
+        run._learn(run.batches.make(chosen.users, targets))
+    return [part.clone() for part in (run.sums.flat, run.totals, *run.model.buffers())]
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recorded_step_has_the_gradients_of_the_step(name, bf16):
+    model = dataclasses.replace(MODELS[name], dropout=0.0)
+    data, config = loaded(model, bf16=bf16, learning_rate=0.0, weight_decay=0.0)
+    run = _Training("it", data, config, Worker(device="cuda"), COLD)
+    if run.model.coded is not None:
+        run.model.coded.quantizer.start_from_keys(
+            run.model.coded.keys(run.model.items(run.rows.items)), torch.Generator().manual_seed(0)
+        )
+    state = copy.deepcopy(run.model.state_dict())
+    order = run.order(0)
+    for number in (0, 1, 0, 2, 3, 4):
+        chosen, found = Chosen.of(data.joined.sequences, *order.visited(number)), []
+        for recorded in (None, run.recorded):
+            run.model.load_state_dict(state)
+            run.totals.zero_()
+            found.append(step_of(run, chosen, recorded))
+        for one, other in zip(*found, strict=True):
+            error = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-9)
+            assert error < (2e-2 if bf16 else 2e-3), (number, error)
+    assert len(run.recorded.recordings) >= 1
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("name", ["vql", "exact"])
+def test_a_training_of_recorded_steps_comes_to_where_the_plain_one_does(name, monkeypatch):
+    data, config = loaded(MODELS[name], min_epoch_steps=25, revive_every_steps=6)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    taken = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: taken.append(graph) or replay(graph))
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(_Training, "_recorded", lambda *_: None)
+        train_model(
+            "it", data, config, Worker(device="cuda"), lambda r, p=plain: losses[p].append(r.metrics["train_loss"])
+        )
+    assert len(taken) > 30
+    assert losses[True] == pytest.approx(losses[False], abs=0.01)
