@@ -24,6 +24,7 @@ from infra import settings
 
 KILL_AFTER_SECONDS = 15
 ENDED_WITHIN_SECONDS = 60
+NOTED_LENGTH = 300  # of what a line in the note of a run says
 
 
 def partition_of(context: Mapping[str, Any]) -> str:
@@ -147,6 +148,15 @@ def run_path(run: Any) -> str:
     return f"/api/v2/dags/{run.dag_id}/dagRuns/{urllib.parse.quote(run.run_id)}"
 
 
+def note_failure(context: Any) -> None:
+    """Say in the note of the run which task has failed for good, and what it said of it."""
+    from dags._notes import append_note  # which takes the path of a run from here
+
+    task = context["task"]
+    if said := getattr(task, "said", ""):
+        append_note(context, f"{task.task_id} failed: {said.removeprefix('error: ')}"[:NOTED_LENGTH])
+
+
 def _end_mlflow_run(context: Any) -> None:
     context["task"].end_mlflow_run()
 
@@ -169,7 +179,7 @@ class StageOperator(BaseOperator):
     ui_color = "#e8f0fe"
 
     def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(on_failure_callback=_end_mlflow_run, **kwargs)
+        super().__init__(on_failure_callback=[_end_mlflow_run, note_failure], **kwargs)
         self.module = module
         self.arguments = list(arguments)
         self.dataset = dataset
@@ -212,12 +222,14 @@ class StageOperator(BaseOperator):
         )
         try:
             assert self._process.stdout is not None
-            log_lines(self.log, self._process.stdout)
+            said = log_lines(self.log, self._process.stdout)
             code = self._process.wait()
         finally:
             self._end_stage()
         if code != 0:
-            self.log.error(f"{self.module} {explained(code)}")
+            ended = f"{self.module} {explained(code)}"
+            self.log.error(ended)
+            self.said = said or ended
             raise SystemExit(code)
         outcome = {"dataset": definition_name(self.dataset), "dt": self._run["dt"], "attempt": self._run["attempt"]}
         for outlet in self.outlets or ():

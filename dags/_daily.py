@@ -10,7 +10,7 @@ import functools
 
 from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 
-from dags._common import StageOperator, end_failed_run
+from dags._common import StageOperator, end_failed_run, note_failure
 from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from dags._release import ModelOperator, PromoteOperator
@@ -74,6 +74,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
             "retry_policy": StageRetries(),
             "retry_delay": WAIT_AFTER_CRASH,
             "execution_timeout": dtm.timedelta(hours=1),
+            "on_failure_callback": note_failure,
             "pool": "default_pool",
         },
         params={option.name: _param(option, definition) for option in OPTIONS.values()},

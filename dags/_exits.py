@@ -62,15 +62,18 @@ def with_levels(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield line, telling
 
 
-def log_lines(log: Any, lines: Iterable[str]) -> None:
-    """Log what a stage says, each line as it comes and at its level."""
+def log_lines(log: Any, lines: Iterable[str]) -> str:
+    """Log what a stage says, each line as it comes and at its level; return the first of an error, '' without one."""
+    first = ""
     for line, is_error in with_levels(lines):
         (log.error if is_error else log.info)(line)
+        first = first or (line if is_error else "")
+    return first
 
 
 def ends_as_a_stage(method: Callable[..., Any]) -> Callable[..., Any]:
     """Let a StageError that a method of a task raises end the task as it ends a stage: `error:` and `remedy:` in its
-    log, and its exit code.
+    log, and its exit code. The first line stays as `said` of the task, for the note of its run.
 
     Of all ways to fail, SystemExit is the one that Airflow puts no trace behind.
     """
@@ -80,7 +83,7 @@ def ends_as_a_stage(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         except StageError as error:
-            log_lines(self.log, f"error: {error}".splitlines())
+            self.said = log_lines(self.log, f"error: {error}".splitlines())
             raise SystemExit(error.exit_code) from None
 
     return ended

@@ -14,6 +14,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments, require_done, start_ending
 from dags._exits import ends_as_a_stage, explained, log_lines
 from dags._links import ReportLink
+from dags._notes import append_note
 from etl.stage.errors import StageError
 from infra import settings
 
@@ -162,6 +163,7 @@ class WarningApproval(ApprovalOperator):
         if self.APPROVE in answer["chosen_options"]:
             return {**answer, "attempt": run["attempt"]}
         start_ending(partition_arguments(run, self.dataset), "KILLED")  # nothing that follows will
+        append_note(context, "rejected by a person before training: nothing was trained")
         return answer
 
     def process_trigger_event_error(self, event: dict[str, Any]) -> None:

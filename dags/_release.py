@@ -11,13 +11,11 @@ from typing import Any
 
 from airflow.sdk import Asset, AssetAlias
 
-from dags._common import StageOperator
+from dags._common import NOTED_LENGTH, StageOperator
 from dags._links import MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
 from evaluation.release.outcomes import PROMOTED, sentence
 from infra import settings
-
-REASON_LENGTH = 300  # of what stands in the run's note
 
 
 class ModelOperator(StageOperator):
@@ -80,7 +78,7 @@ class PromoteOperator(ModelOperator):
         decision, reason = registration["outcome"], registration["gate"]["reason"]
         line = sentence(decision, registration["model_name"], registration["version"], reason)
         self.log.info(line)
-        append_note(context, line[:REASON_LENGTH])
+        append_note(context, line[:NOTED_LENGTH])
         details = {
             "outcome": decision,
             "reason": reason,

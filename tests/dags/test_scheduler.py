@@ -665,6 +665,9 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
     def now() -> str:
         return dtm.datetime.now(dtm.UTC).isoformat()
 
+    def note_of(run: str) -> str | None:
+        return project.api.call("GET", run)["note"]
+
     project.fault("etl.jobs.events", 2, once=False)  # it has come to its work: that is all that is asked here
 
     # As the form is prefilled, with dt filled in; dt counts, whatever the logical date.
@@ -688,6 +691,7 @@ def test_a_run_of_any_logical_date_does_its_work_or_says_why_not(stack):
         assert project.ended(run) == "failed"
         assert project.states(run)["start"] == "failed"
         assert reason in project.error(run, "start")
+        wait_for("the reason on the run", lambda run=run, reason=reason: reason in (note_of(run) or ""), every=1)
     assert project.calls() == []
 
     # A backfill over the end of the data set: the days that it has are built, the others say so; a misspelt parameter

@@ -535,9 +535,16 @@ def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
     ],
 )
 def test_the_first_task_refuses_by_the_fields_name(dag, monkeypatch, conf, says):
+    notes: list[str] = []
+    monkeypatch.setattr("dags._notes.append_note", lambda context, line: notes.append(line))
     with ended_as_a_stage(says) as lines:
         started(dag, monkeypatch, {"dt": "2022-04-21", **conf})
     assert not any("s3cret" in line for line in lines)
+    task = dag.get_task(START)
+    for callback in task.on_failure_callback:
+        callback({"task": task})
+    assert re.search(rf"^start failed: this run cannot be done: .*{says.split('.*')[0]}", notes[0])
+    assert "s3cret" not in notes[0]
 
 
 def test_a_day_that_has_not_ended_is_built_only_by_name(own, monkeypatch):
@@ -894,6 +901,26 @@ def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path,
     assert said["stage found something to correct and is not tried again (exit code 2)"] == "error"
 
 
+@pytest.mark.parametrize(
+    ("says", "code", "noted"),
+    [
+        ("error: no raw rows\\n  remedy: give RAW", 2, "stage failed: no raw rows"),
+        ("", 9, "stage failed: stage crashed (exit code 9)"),
+        ("error: " + 500 * "x", 75, "stage failed: " + 286 * "x"),
+    ],
+)
+def test_a_task_that_has_failed_says_why_in_the_note_of_its_run(tmp_path, monkeypatch, says, code, noted):
+    notes: list[str] = []
+    monkeypatch.setattr("dags._notes.append_note", lambda context, line: notes.append(line))
+    monkeypatch.setattr("dags._common.ending", lambda partition, status: [sys.executable, "-S", "-c", ""])
+    operator, execute = run_code(tmp_path, monkeypatch, f"import sys\nprint('{says}')\nsys.exit({code})")
+    with pytest.raises(SystemExit):
+        execute()
+    for callback in operator.on_failure_callback:
+        callback({"task": operator})
+    assert notes == [noted]
+
+
 def test_what_may_pass_by_itself_is_retried_for_ten_minutes_a_crash_once_and_the_rest_never():
     from airflow.sdk import RetryAction
 
@@ -1095,7 +1122,7 @@ def test_the_mlflow_run_of_a_task_that_failed_or_was_killed_ends(tmp_path, monke
         with pytest.raises(SystemExit):
             execute()
         operator.on_kill()  # of a task whose stage has ended: says nothing
-    [callback] = operator.on_failure_callback
+    callback, _ = operator.on_failure_callback
     callback({"task": operator})
     wait_for("end of the run", lambda: said.exists() and said.read_text())
     assert said.read_text() == status
