@@ -27,7 +27,7 @@ GATES = ("events", "sequences", "training_input")  # stages whose outcomes a que
 class GateOperator(StageOperator):
     """Run a gate; then log its report, which it writes well or not, to MLflow, and say where it is.
 
-    MLflow is loaded beside the gate, and nothing of it fails the task.
+    MLflow is loaded while the gate runs, and nothing of it fails the task.
 
     Args:
         reports: folder of the reports.

@@ -1,4 +1,4 @@
-"""The note of a run, which Airflow shows beside it: its partition and attempt, and what became of them."""
+"""The note of a run, which Airflow shows with it: its partition and attempt, and what became of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
 
 def with_line(lines: list[str], line: str) -> str:
     """Return the note with one more line, as far as it may be long."""
-    kept = [*lines, line[:LONGEST_NOTE]]
-    while len("\n".join(kept)) > LONGEST_NOTE:
-        del kept[0]
-    return "\n".join(kept)
+    shown = [*lines, line[:LONGEST_NOTE]]
+    while len("\n".join(shown)) > LONGEST_NOTE:
+        del shown[0]
+    return "\n".join(shown)

@@ -121,8 +121,8 @@ def judge_again(
 
     Return the new evaluation, written and logged.
     """
-    kept, names = pq.read_table(run_dir / "scores.parquet"), list(training["models"])
-    columns = {name: kept[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
+    scored, names = pq.read_table(run_dir / "scores.parquet"), list(training["models"])
+    columns = {name: scored[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
     scores = {name: columns[name] for name in names}
     items, sequences = store.read(store.require("items", dt)), store.read(store.require("sequences", dt))

@@ -315,7 +315,7 @@ def login() -> bool:
 
 
 def other_logins() -> list[str]:
-    """Return the people, beside this process's user, who have a login shell here."""
+    """Return the people, besides this process's user, who have a login shell here."""
     first = 501 if sys.platform == "darwin" else 1_000  # lower ids are the system's
     return [
         user.pw_name

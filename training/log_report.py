@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--when-input-ends",
         action="store_true",
-        help="load MLflow, then wait for standard input to end: a gate is at work beside it",
+        help="load MLflow, then wait for standard input to end: a gate is at work meanwhile",
     )
     args = parser.parse_args(argv)
     page = report_page(Path(args.reports).resolve(), store_of(args).dataset, args.dt, args.attempt)

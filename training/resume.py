@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside the steps, found again after whatever ended it, refused by any other training.
+"""Checkpoints of a run: written while steps go on, found again after whatever ended it, refused by any other training.
 
     <run>/checkpoints/NNNNNNNN-<first half of the sha256 of its bytes>.pt
 
@@ -24,7 +24,7 @@ from etl.stage.local_files import sync
 from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
-KEPT = 2
+NEWEST = 2
 FORMAT = "2"
 SHOWN_CHARACTERS = 80
 
@@ -117,7 +117,7 @@ class Checkpoints:
             number = 1 + (int(files[0].stem.partition("-")[0]) if files else 0)
             os.replace(temporary, self.folder / f"{number:08d}-{_digest(temporary)}.pt")
             sync(self.folder)
-            for old in self._files()[KEPT:]:
+            for old in self._files()[NEWEST:]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             self.say(f"warning: no checkpoint could be written, a restart would begin at the one before it: {error}")

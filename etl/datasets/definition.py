@@ -436,7 +436,7 @@ class History(_Model):
 
 
 class Negatives(_Model):
-    """Items that stand as targets with label 0 beside each logged target, for logs that hold no exposures.
+    """Items that stand behind each logged target with label 0, for logs that hold no exposures.
 
     Attributes:
         per_positive: how many.

@@ -1,7 +1,7 @@
 """`make data`: brings the published files of a data set into its raw folder.
 
 Archives come into `archives/` below that folder, a `.part` file until they are whole and checked, with what the server
-said about them in a `.json` beside; so a later call goes on where an earlier one was cut off. Their members are
+said about them in a `.json` next to them; so a later call goes on where an earlier one was cut off. Their members are
 unpacked there too, and renamed into the raw folder only when every archive has been read to its end. `DOWNLOADED.json`
 is written
 last: where it stands and its files are as it says, there is nothing to do. `docs/downloads.md` has more.
@@ -730,14 +730,14 @@ def _unpack(target: Target, work: Path, taken: set[str]) -> dict[str, Path]:
                         file.write(chunk)
                         progress.add(len(chunk))
     except DAMAGED as error:
-        kept = target.archive.md5 is not None  # it is what was published
-        if not kept:
+        as_published = target.archive.md5 is not None
+        if not as_published:
             _set_aside(target, target.whole)
         raise StageError(
             f"{target.name} cannot be unpacked: {_reason(error)}",
             (
                 f"see whether {target.archive.url} is that file"
-                if kept
+                if as_published
                 else f"repeat to download it anew (this one is {target.bad})"
             ),
         ) from None

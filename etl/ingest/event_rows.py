@@ -76,6 +76,7 @@ def parse_split(
         refused = [(_filed(r, split.file, fallback_dt), r) for r in chunk.refused]
         yield _refused_rows(refused, split.file, needed, schema)
         yield _elsewhere_rows(refused, split.file, needed, schema)
+        # Rows of other days are counted, too: what was read has to be what was written, refused or left out.
         days = np.concatenate([chunk.time_ms // MS_PER_DAY, np.array([day for day, _ in refused], dtype=np.int64)])
         yield _count_rows(days, split.file, schema)
         for what, code in CLOCK_CHANGES.items():
@@ -96,11 +97,12 @@ def write_day_bucket(
     )
     order = ["user_id", "event_time_ms", "item_id", "row_hash"]
     events = rows.filter(pa.array(kind == EVENT)).select([*schema.names, "row_hash"])
-    # The hash comes last: the order of a file does not hang on raw columns that no table keeps.
+    # The hash comes last: the order of a file does not hang on raw columns that are in no table.
     keys = [*order[:3], *[name for name in schema.names if name not in order], "row_hash"]
     events = events.take(pc.sort_indices(events, [(name, "ascending") for name in keys])).combine_chunks()
     read = events.num_rows
     if read > 1 and definition.logs.repeats == "drop":
+        # Sorted, equal rows are neighbours; the hash speaks for the raw columns that the table does not have.
         same = np.ones(read - 1, dtype=bool)
         for name in order:
             values = events[name].to_numpy()
@@ -144,6 +146,7 @@ def write_rows(
     ):
         results.append({"elsewhere": row["row_number"], "where": f"{row['source_file']}: {row['reason']}"})
     rows = rows.filter(pc.less(rows["kind"], COUNTED))
+    # One sort for all days and buckets of the task; a filter for each would read all rows as many times.
     keys = rows["day"].to_numpy().astype(np.int64) * buckets + rows["bucket"].to_numpy()
     rows = rows.take(pa.array(np.argsort(keys, kind="stable")))
     distinct, counts = np.unique(keys, return_counts=True)
@@ -160,13 +163,9 @@ def _event_rows(
     chunk: Chunk, definition: DatasetDefinition, needed: frozenset[int], layout: Layout, schema: pa.Schema
 ) -> pa.Table:
     day = chunk.time_ms // MS_PER_DAY
-    kept = np.isin(day, np.fromiter(needed, np.int64, len(needed)))
-    rows, day, time_ms, row_hash = (
-        chunk.rows.filter(pa.array(kept)),
-        day[kept],
-        chunk.time_ms[kept],
-        chunk.row_hash[kept],
-    )
+    here = np.isin(day, np.fromiter(needed, np.int64, len(needed)))
+    rows, day = chunk.rows.filter(pa.array(here)), day[here]
+    time_ms, row_hash = chunk.time_ms[here], chunk.row_hash[here]
     events = definition.events
     feedback = np.zeros(rows.num_rows, dtype=np.int16)
     for bit, condition in enumerate(events.signals.values()):
@@ -224,6 +223,8 @@ def _milliseconds(rows: pa.Table, span: Span | None) -> np.ndarray:
         return np.zeros(rows.num_rows, np.int64)
     values = rows[span.column].fill_null(0).to_numpy()
     factor = MILLISECONDS[span.unit]
+    # Clipped, as a cast of what does not fit into int64 gives any number; beyond 2**53 a float
+    # cannot tell neighbours apart.
     return (
         values
         if factor == 1 and values.dtype == np.int64
@@ -254,18 +255,18 @@ def _filed(refused: Refused, file: RawFile, fallback_dt: str) -> int:
 def _refused_rows(
     refused: list[tuple[int, Refused]], file: RawFile, needed: frozenset[int], schema: pa.Schema
 ) -> pa.Table:
-    kept = [(day, r) for day, r in refused if day in needed]
+    mine = [(day, r) for day, r in refused if day in needed]
     return _parsed(
         {
-            "kind": [REFUSED] * len(kept),
-            "day": [day for day, _ in kept],
-            "bucket": [0] * len(kept),
-            "source_file": [file.name] * len(kept),
-            "row_number": [r.row_number for _, r in kept],
-            "reason": [r.reason for _, r in kept],
-            "raw_text": [r.raw_text.decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for _, r in kept],
+            "kind": [REFUSED] * len(mine),
+            "day": [day for day, _ in mine],
+            "bucket": [0] * len(mine),  # its user may be what is wrong with the line
+            "source_file": [file.name] * len(mine),
+            "row_number": [r.row_number for _, r in mine],
+            "reason": [r.reason for _, r in mine],
+            "raw_text": [r.raw_text.decode("utf-8", "backslashreplace").replace("\x00", "\\x00") for _, r in mine],
         },
-        len(kept),
+        len(mine),
         schema,
     )
 

@@ -186,11 +186,11 @@ def _parquet_table(location: RawLocation, file: RawFile, rule: FeatureFile, wher
 def _lists(values: pa.Array, rule: FeatureFile, name: str, where: str) -> pa.Array:
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
         return _text(values, f"{where}: column {name}")
-    kept = values.fill_null(pa.scalar([], values.type))
-    lengths = pc.list_value_length(kept).to_numpy(zero_copy_only=False)
+    lists = values.fill_null(pa.scalar([], values.type))
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
     return pa.ListArray.from_arrays(
         pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()),
-        _text(kept.flatten(), f"{where}: column {name}"),
+        _text(lists.flatten(), f"{where}: column {name}"),
     )
 
 

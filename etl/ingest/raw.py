@@ -171,7 +171,7 @@ class RawLocation:
     def hidden(self, globs: Sequence[str]) -> list[str]:
         """Return the names of files that match and are left out.
 
-        Those that macOS, Spark and editors put beside the ones they are about.
+        Those that macOS, Spark and editors put next to the ones that they are about.
         """
         return sorted(
             {
@@ -293,6 +293,7 @@ class RawLocation:
                 if b"\n" in text and len(text) >= size:
                     break
         except DamagedError:
+            # What breaks off behind its first line has a header: the break is reported with its row, by whoever reads.
             if b"\n" not in text:
                 raise
         text = text.removeprefix(BOM)
@@ -482,6 +483,7 @@ class RawLocation:
         with pq.ParquetFile(file.path, filesystem=self.fs) as parquet:
             groups = [parquet.metadata.row_group(g) for g in range(parquet.num_row_groups)]
         first, row, size = 0, 1, 0
+        # Small groups are read together: a task costs more than such a group.
         for g, group in enumerate(groups):
             size += group.total_byte_size
             if size >= SPLIT_BYTES or g == len(groups) - 1:
@@ -517,6 +519,8 @@ class RawLocation:
             return
         with self.fs.open_input_file(split.file.path) as stream:
             body = stream.read_at(split.end - split.start, split.start)
+            # A line belongs to the split that it begins in: this one reads on to the end of its last line, and drops
+            # the line that the split before has read to its end.
             if split.end < split.file.size and not body.endswith(b"\n"):
                 body += _to_newline(stream, split.end)
             cut_line = split.start > 0 and stream.read_at(1, split.start - 1) != b"\n"
@@ -610,6 +614,7 @@ def parse_lines(
         body, parsed = body.replace(logs.delimiter.encode(), mark.encode()), logs.model_copy(update={"delimiter": mark})
     lines = pc.split_pattern(pa.array([body], pa.large_binary()), b"\n")[0].values
     good = _matching(lines, line_pattern(header, parsed))
+    # The pattern takes any bytes; only a body that is not UTF-8 as a whole is worth a look at each line.
     if not _is_utf8(body):
         good &= np.fromiter((_is_utf8(line) for line in lines.to_pylist()), dtype=bool, count=len(lines))
     good[list(undecodable)] = False
@@ -626,12 +631,14 @@ def parse_lines(
         left = left[~blank[left] & ~np.isin(left, list(undecodable))]
         more, found = _read_cells(lines.take(pa.array(left)), header, parsed)
         if len(found):
+            # Back in the order of the file: a row's number is that of its line.
             order = np.argsort(np.concatenate([number, left[found]]), kind="stable")
             good[left[found]], number = True, np.concatenate([number, left[found]])[order]
             rows = pa.concat_tables([rows, more]).take(pa.array(order))
     refused = []
     for place in np.flatnonzero(~good & ~blank).tolist():
         line = lines[place].as_py()
+        # With its own delimiter: whoever delivers the file has to find the line in it.
         line = line if parsed is logs else line.replace(parsed.delimiter.encode(), logs.delimiter.encode())
         refused.append(Refused(first_row + place, undecodable.get(place) or reason_for(line, header, logs), line))
     if parsed is not logs and logs.quoting:
@@ -900,6 +907,7 @@ def clocked_times_ms(values: pa.ChunkedArray | pa.Array, time: Time) -> tuple[np
             there,
             np.full(len(number), SINGLE, np.int8),
         )
+    # A text is parsed once however many rows have it: events of one page or one second share theirs.
     encoded = pc.dictionary_encode(values.cast(pa.string()))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     texts = pd.Series(encoded.dictionary.to_pylist(), dtype=object).astype(str)
@@ -949,6 +957,7 @@ def hashed_ids(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Return int64 ids: whole numbers as they are, texts as 63-bit hashes that are the same everywhere and always."""
     if pa.types.is_integer(values.type):
         return values.to_numpy()
+    # Without the lowest bit an id is never negative as int64.
     return (_text_hash(values) >> np.uint64(1)).astype(np.int64)
 
 
@@ -961,6 +970,7 @@ def row_hashes(rows: pa.Table) -> np.ndarray:
         else:
             numbers = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
             known = numbers.fill_null(0).to_numpy()
+            # A null must not have the hash of the 0 that fills it.
             bits = (
                 known.view(np.uint64) ^ (column.is_null().to_numpy().astype(np.uint64) * np.uint64(0x5BD1E995))
                 if column.null_count
@@ -974,6 +984,7 @@ def row_hashes(rows: pa.Table) -> np.ndarray:
 def _text_hash(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     import pandas as pd
 
+    # Each distinct text is hashed once: the hash takes Python objects, which are slow to make.
     encoded = pc.dictionary_encode(values.fill_null(""))
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     distinct = np.array(encoded.dictionary.to_pylist(), dtype=object)
@@ -999,13 +1010,14 @@ def checked_batch(batch: pa.RecordBatch, first_row: int, definition: DatasetDefi
     if not reasons:
         return _checked(rows, np.arange(first_row, first_row + batch.num_rows), [], None, definition)
     places = np.array(sorted(reasons))
+    # A refused row is filed under its day, so its time is looked for even here.
     time_ms, there = _known_times(rows.take(places), definition)
     refused = [
         Refused(first_row + place, reasons[place], row_text(batch, place), ms if ok else None)
         for place, ms, ok in zip(places.tolist(), time_ms.tolist(), there.tolist(), strict=True)
     ]
-    kept = np.setdiff1d(np.arange(batch.num_rows), places)
-    return _checked(rows.take(kept), first_row + kept, refused, None, definition)
+    typed = np.setdiff1d(np.arange(batch.num_rows), places)
+    return _checked(rows.take(typed), first_row + typed, refused, None, definition)
 
 
 def _known_times(rows: pa.Table, definition: DatasetDefinition) -> tuple[np.ndarray, np.ndarray]:
@@ -1047,7 +1059,7 @@ def _checked(
         reasons[int(row)] = f"{code}: {'+'.join(time.columns)}={' '.join(cells) if len(cells) > 1 else cells[0]!r:.60}"
     for name, column in definition.logs.columns.items():
         for code, wrong in _value_checks(rows[name], column):
-            wrong &= ~bad
+            wrong &= ~bad  # a row has one reason, the first that was found
             for row in np.flatnonzero(wrong):
                 reasons[int(row)] = f"{code}: {name}={rows[name][int(row)].as_py()!r:.60}"
             bad |= wrong

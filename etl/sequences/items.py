@@ -201,7 +201,7 @@ def _lists(values: pa.Array, rule: FieldRule) -> pa.Array:
     else:
         lists = pc.split_pattern(pc.utf8_trim(values.fill_null(""), rule.strip), rule.split)
     flat = pc.utf8_trim(lists.flatten(), rule.strip)
-    kept = pc.not_equal(flat, "")
-    before = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))])
+    filled = pc.not_equal(flat, "")
+    before = np.concatenate([[0], np.cumsum(filled.to_numpy(zero_copy_only=False))])
     offsets = lists.offsets.to_numpy()
-    return pa.ListArray.from_arrays(pa.array(before[offsets - offsets[0]], pa.int32()), flat.filter(kept))
+    return pa.ListArray.from_arrays(pa.array(before[offsets - offsets[0]], pa.int32()), flat.filter(filled))

@@ -1,5 +1,5 @@
-"""Sampled negatives for logs that hold no exposures: items that stand as targets with label 0 beside each logged
-target.
+"""Sampled negatives for logs that hold no exposures: items that stand as targets behind each logged target
+with label 0.
 
 Every draw is a hash of (seed, partition, user, target, slot, round): no state, so buckets, re-runs and neighbours
 agree.

@@ -4,7 +4,7 @@ it.
 Two ages count. Of a partition: how long ago it was last published, so nobody who began to read it later can hold
 anything else. Of the folder of an attempt: how long ago anything in it changed.
 
-Removing is safe beside a publication: a partition is looked at under the lock of its pointer (where there is no lock:
+Removing is safe during a publication: a partition is looked at under the lock of its pointer (where there is no lock:
 its pointer is read once more right before), and nothing that was published since is touched. A removal that was killed
 goes on in the next one.
 """
@@ -169,8 +169,8 @@ def _pruned_partition(
         if cutoffs.history_ms is not None and published_ms < cutoffs.history_ms and remembered:
             old["history"] = [info for info, manifest in history if manifest.data_digest not in digests]
         if cutoffs.superseded_ms is not None and published_ms < cutoffs.superseded_ms:
-            kept = {f"{store.root}/{SUPERSEDED}/{path}" for path in files}
-            there = [info for info in _files(store, f"{SUPERSEDED}/{table}/dt={dt}") if info.path not in kept]
+            needed_paths = {f"{store.root}/{SUPERSEDED}/{path}" for path in files}
+            there = [info for info in _files(store, f"{SUPERSEDED}/{table}/dt={dt}") if info.path not in needed_paths]
             # One that came just now may be a publisher's whom another one overtook, and who takes it back.
             old["superseded"] = [info for info in there if _changed_ms(info) < cutoffs.superseded_ms]
         removed = []

@@ -494,14 +494,14 @@ class TableStore:
     def manifest(self, table: str, dt: str) -> Manifest | None:
         """Return the current manifest of a published partition, else None."""
         text = self.read_text(pointer_path(table, dt))
-        if text is None and (kept := self._history(table, dt)):
+        if text is None and (history := self._history(table, dt)):
             text = self.read_text(
                 pointer_path(table, dt)
             )  # published just now: the history is written behind the pointer
             if text is None:
                 raise StageError(
                     f"{self.root}/{pointer_path(table, dt)} is gone, yet the partition was published:"
-                    f" {self.root}/_manifests/{table}/dt={dt}/history holds {len(kept)} manifest(s)",
+                    f" {self.root}/_manifests/{table}/dt={dt}/history holds {len(history)} manifest(s)",
                     "copy the newest good one of them over it; to withdraw a partition for good, remove its whole"
                     " folder below _manifests",
                 )
@@ -522,8 +522,8 @@ class TableStore:
     def _remember(self, manifest: Manifest) -> None:
         """Write a manifest that is published into its partition's history, under a name that nothing else has."""
         text = manifest.to_json()
-        kept = hashlib.sha256(text.encode()).hexdigest()[:8]
-        name = f"{manifest.data_digest}.{manifest.attempt}.{kept}.json"
+        own = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{manifest.data_digest}.{manifest.attempt}.{own}.json"
         path = f"_manifests/{manifest.table}/dt={manifest.dt}/history/{name}"
         if self.fs.get_file_info(f"{self.root}/{path}").type != pafs.FileType.File:
             self.write_text(path, text, durable=True)

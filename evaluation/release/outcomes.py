@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-PROMOTED, KEPT, REFUSED = "promoted", "kept", "refused"  # kept: the champion is the same model
+PROMOTED, UNCHANGED, REFUSED = "promoted", "unchanged", "refused"  # unchanged: the champion is the same model
 _SAID = {
     PROMOTED: "promoted",
-    KEPT: "NOT promoted, it is the champion's equal",
+    UNCHANGED: "NOT promoted, it is the champion's equal",
     REFUSED: "NOT promoted, stays challenger",
 }
 

@@ -28,7 +28,7 @@ from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
 from evaluation.evaluate import judge_again, read_training, write_json
 from evaluation.gate import Decision, quality_gate
-from evaluation.release.outcomes import KEPT, PROMOTED, REFUSED, sentence
+from evaluation.release.outcomes import PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.release.register import read_evaluation, request_frame
 from training.data import Sequences
 from training.registry import CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
@@ -129,7 +129,7 @@ class _Promotion:
             decision = quality_gate(evaluation, self.training["primary"])
             if decision.passed and champion is not None and self._same_as(champion):
                 return self._write(
-                    KEPT, Decision(True, f"the same model as the champion, version {champion}: no alias moves")
+                    UNCHANGED, Decision(True, f"the same model as the champion, version {champion}: no alias moves")
                 )
             if decision.passed:
                 mechanical = mechanical or self._mechanical()

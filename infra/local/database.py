@@ -279,7 +279,7 @@ def _lock() -> Path:
 
 
 def _create(data: Path) -> None:
-    """Make the cluster with its databases in a folder beside, and move it in place when all is there.
+    """Make the cluster with its databases in a folder next to it, and move it in place when all is there.
 
     Half of one is none.
     """

@@ -34,7 +34,7 @@ S3_RAW = "s3://bucket/logs?region=us-east-1&scheme=http&endpoint_override=127.0.
 START = "start"
 GOLDEN = Path(__file__).parent / "golden" / "vql_daily_kuairand.json"
 HEAVY = ("torch", "pyspark", "mlflow", "ray", "pandas", "great_expectations", "pyarrow")
-MOST_MODULES = 100  # that a DAG file may import beside Airflow itself, which parses it every 15 seconds
+MOST_MODULES = 100  # that a DAG file may import besides Airflow itself, which parses it every 15 seconds
 EXPECTED_COMMANDS = {
     "ingest.build_events": "etl.jobs.events --raw /raw --lookback-days LOOKBACK --reports REPORTS",
     "ingest.audit_events": "etl.quality.judge.audit --stage events --reports REPORTS",
@@ -1057,7 +1057,7 @@ def promote_task(tmp_path, monkeypatch, outcome: str, aliases: list[str], code: 
     [
         ("promoted", ["challenger", "champion"], True),
         ("promoted", ["previous_champion"], False),
-        ("kept", ["challenger"], False),
+        ("unchanged", ["challenger"], False),
         ("refused", ["challenger"], False),
     ],
 )
@@ -1074,7 +1074,7 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
     assert {"outcome": outcome, "reason": "the reason", "version": "3", "dt": "2022-04-21"}.items() <= found.items()
     said = {
         "promoted": "promoted",
-        "kept": "NOT promoted, it is the champion's equal",
+        "unchanged": "NOT promoted, it is the champion's equal",
         "refused": "NOT promoted, stays challenger",
     }[outcome]
     assert notes == [f"vql_kuairand version 3 {said}: the reason"]

@@ -89,7 +89,7 @@ def test_a_home_has_sqlite_until_make_up_and_a_given_address_wins(home, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("folder", "beside"),
+    ("folder", "near"),
     [
         ("/srv/vql/var", True),
         ("/srv/" + "v" * 90, False),
@@ -98,10 +98,10 @@ def test_a_home_has_sqlite_until_make_up_and_a_given_address_wins(home, monkeypa
         ("/srv/50%", False),
     ],
 )
-def test_the_socket_has_a_short_and_plain_path(monkeypatch, folder, beside):
+def test_the_socket_has_a_short_and_plain_path(monkeypatch, folder, near):
     monkeypatch.setenv("LONGVIEW_HOME", folder)
     socket = settings.postgres_socket()
-    assert (socket == Path(folder) / "postgres") is beside
+    assert (socket == Path(folder) / "postgres") is near
     assert len(os.fsencode(socket / ".s.PGSQL.5432")) <= settings.SOCKET_PATH_BYTES
     assert sa.make_url(settings.postgres_address("mlflow")).query["host"] == str(socket)
 

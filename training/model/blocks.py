@@ -177,6 +177,7 @@ def block_attention(
     if bias_HNPB is not None:
         logit_HNPB = logit_HNPB + bias_HNPB
     logit_HNPB = logit_HNPB.masked_fill(hidden_NPB, float("-inf"))
+    # The largest logit over all blocks of a user, so that their sums can be added; it cancels, and needs no gradient.
     with torch.no_grad():
         index_HNP = layout.tile_N[None, :, None].expand(logit_HNPB.shape[:3])
         empty_HXP = logit_HNPB.new_full((len(logit_HNPB), layout.tiles, logit_HNPB.shape[2]), float("-inf"))

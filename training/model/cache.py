@@ -119,6 +119,7 @@ def rebase(cache: UserCache, reference_time_ms: int, kernel: MixtureKernel | Non
 @torch.no_grad()
 def merge(left: UserCache, right: UserCache, kernel: MixtureKernel | None) -> UserCache:
     """Return the cache of two disjoint sets of events, at the later of the two reference times."""
+    # The later one: no event then lies after the reference time, where its weight would exceed 1.
     reference = max(left.reference_time_ms, right.reference_time_ms)
     left, right = rebase(left, reference, kernel), rebase(right, reference, kernel)
     log_count_HMC, mean_HMCd, *_ = joined(

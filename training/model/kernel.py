@@ -25,6 +25,7 @@ class MixtureKernel(nn.Module):
 
     def __init__(self, heads: int, half_life_days: tuple[float, ...]) -> None:
         super().__init__()
+        # Logs: no step of the optimizer makes a rate negative, and a step is a share of the rate, fast or slow.
         log_rates = torch.log(math.log(2) / torch.tensor(half_life_days))
         self.log_rate_HM = nn.Parameter(log_rates.repeat(heads, 1))  # per day
         self.weight_HM = nn.Parameter(torch.zeros(heads, len(half_life_days)))

@@ -49,7 +49,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Softmax:
-    """What decides the logits, beside queries and keys.
+    """What decides the logits, besides queries and keys.
 
     Attributes:
         kernel: of the ages, inside the softmax; None: age does not matter.

@@ -1,4 +1,4 @@
-"""How far quantized attention is from exact attention, beside what the theorem promises, by length of history.
+"""How far quantized attention is from exact attention, and what the theorem promises, by length of history.
 
 With delta_i the error of event i's logit, Delta its range over the history, eps_i = ||k_i - e_i|| and alpha the exact
 weights:

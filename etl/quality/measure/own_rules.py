@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 500_000
 ROWS_AT_ONCE = 4_096  # of a table with lists
 EXAMPLES = 3
-KEYS = ("user_id", "item_id", "event_time_ms")  # of an example, beside the columns that a condition names
+KEYS = ("user_id", "item_id", "event_time_ms")  # of an example, besides the columns that a condition names
 AT_FAULT = "correct quality.{kind} of the definition; docs/datasets.md explains it"
 
 

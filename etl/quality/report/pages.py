@@ -55,7 +55,7 @@ class Partition:
 
     Attributes:
         outcomes: of the gates that ran, in their order.
-        stopped_by: why a gate stopped before or beside its expectations, '' when nothing did.
+        stopped_by: why a gate stopped before or apart from its expectations, '' when nothing did.
         stats: what is kept of the day and of the days before it.
         quarantine: None where no table of refused rows is at hand.
         data_docs: path as in an outcome -> address relative to the page; None: the page is no longer kept.

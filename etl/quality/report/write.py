@@ -45,7 +45,7 @@ def write(
     """Write the page and its summary, then the index; return the summary.
 
     Args:
-        stopped_by: what stopped the gate beside a failed expectation; '' for nothing.
+        stopped_by: what stopped the gate apart from a failed expectation; '' for nothing.
     """
     from etl.quality.judge.data_docs import index_lock
     from etl.quality.judge.outcomes import read_outcomes

@@ -86,7 +86,7 @@ class Fault:
         plant: spoils the feed.
         gate, severity: where it must be found, and how severe.
         metric: what must have failed there.
-        names: texts that the message must hold, beside the metric.
+        names: texts that the message must hold, besides the metric.
     """
 
     name: str

@@ -14,7 +14,7 @@ import pytest
 
 CODE = """
 import importlib, sys, threading, time
-import pyspark.sql  # as a job has, before its gate begins beside it
+import pyspark.sql  # as a job has, before its gate begins in it
 from etl.quality.judge.gx import great_expectations
 
 failed = []

@@ -21,7 +21,7 @@ from tests.etl.quality.test_faults import MS_PER_HOUR, changed, half_written_to_
 
 pytestmark = pytest.mark.spark
 
-ATTEMPT = "beside"
+ATTEMPT = "in-job"
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ EXPECTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["gate", "beside the job"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["gate", "in the job"])
 def test_own_conditions_and_expectations_are_judged_by_day(
     store: TableStore, tmp_path: Path, reports: Path, ahead: bool
 ) -> None:

@@ -104,7 +104,7 @@ class Attention(Interest):
         return flat_ND.view(*flat_ND.shape[:-1], self.config.heads, self.config.head_width)
 
     def softmax(self) -> Softmax:
-        """What this kind's softmax is over, beside queries and keys."""
+        """What this kind's softmax is over, besides queries and keys."""
         return Softmax(self.kernel)
 
     def attend(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets) -> Tensor:

@@ -101,7 +101,7 @@ class Vql(Coded):
         return torch.cat([self._opened(query_THd[mine], keys, e, t, cache).out_THd for (e, t, mine), cache in users])
 
     def _opened(self, query_THd: Tensor, keys: Keys, events: Events, targets: Targets, cache: UserCache) -> Attended:
-        """Return the attention of one user's targets, of which some events are read beside the cache."""
+        """Return the attention of one user's targets, of which some events are read besides the cache."""
         assert keys.codes_NG is not None and keys.codebook_HCd is not None
         window, time_ms_T = self.config.recent_window, targets.time_ms_T
         split = max(0, len(events.item_E) - window)
