@@ -131,10 +131,10 @@ def built(definition, folder: Path, days: tuple[str, ...], warehouse: Path) -> t
         read_features(place, rule)
     store = TableStore(str(warehouse), definition.name)
     work = store.begin_try("field", ["events", "quarantine"], list(days))
-    kept = rows.filter(pa.array((kind == EVENT) | (kind == REFUSED)))
+    written = rows.filter(pa.array((kind == EVENT) | (kind == REFUSED)))
     for day in numbers:
         figures = write_day_bucket(
-            kept.filter(pa.array(kept["day"].to_numpy() == day)), store, definition, work, day, 0
+            written.filter(pa.array(written["day"].to_numpy() == day)), store, definition, work, day, 0
         )
         counts = {
             name: counts.get(name, 0) + figures.get(name, 0) for name in ("read", "events", "duplicates", "quarantined")

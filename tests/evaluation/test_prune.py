@@ -91,20 +91,20 @@ def test_nothing_that_a_model_may_need_goes_while_nobody_knows(stages, monkeypat
     published_again(stages, "items")
     published_again(stages, "user_caches", {"model_version": "vql_kuairand_simulated/3"})
     rest = {("superseded", f"items/dt={DT}"), ("runs", "old")}
-    kept = {("staging", "setup"), ("staging", "later")}
-    assert pruned(stages, 31, dry_run=True) == kept
+    staying = {("staging", "setup"), ("staging", "later")}
+    assert pruned(stages, 31, dry_run=True) == staying
     assert (
         "has no version of vql_kuairand_simulated, yet user caches of one are published; is MLFLOW_TRACKING_URI"
         in capsys.readouterr().out
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert pruned(stages, 31) == kept
+    assert pruned(stages, 31) == staying
     assert (
         "superseded files, histories and runs stay, since models may need them: MLflow at http"
         in capsys.readouterr().out
     )
-    assert not rest & kept
+    assert not rest & staying
 
 
 def test_a_definition_says_how_long_and_never_is_never(stages):

@@ -159,7 +159,7 @@ def test_only_its_owner_reaches_it_and_only_by_its_socket(home):
 def test_what_was_committed_survives_kill_9_and_a_foreign_process_under_its_number(home):
     [(_, pid)] = database.ensure(create=True).items()
     assert database.ensure(create=True) == database.ensure(create=False)  # it runs: the same one
-    query("CREATE TABLE kept AS SELECT generate_series(1, 1000) AS n")
+    query("CREATE TABLE saved AS SELECT generate_series(1, 1000) AS n")
     os.kill(pid, signal.SIGKILL)
     wait_for("end of the server", lambda: not services.alive(pid))
     foreign = subprocess.Popen(database._unprivileged("sleep", "900"))  # of the server's own user
@@ -173,7 +173,7 @@ def test_what_was_committed_survives_kill_9_and_a_foreign_process_under_its_numb
         assert database.stop() is False
         [(_, again)] = database.ensure(create=False).items()
         assert again not in (pid, foreign.pid)
-        assert query("SELECT count(*) FROM kept") == [(1000,)]
+        assert query("SELECT count(*) FROM saved") == [(1000,)]
         assert foreign.poll() is None
     finally:
         foreign.kill()
@@ -399,18 +399,18 @@ def days() -> list[list[str]]:
 
 def test_backup_and_restore_bring_back_what_was(kind, home):
     ran = database.server_pid(settings.postgres_data())
-    kept = database.back_up(keep=3)
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(file.stat().st_mode) for file in kept.iterdir()} == {0o600}
+    saved = database.back_up(keep=3)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in saved.iterdir()} == {0o600}
     write("INSERT INTO days VALUES ('2022-04-21')", "CREATE TABLE later (n INTEGER)")
-    database.restore(kept)
+    database.restore(saved)
     assert days() == [["2022-04-20"]] * 2
     for address in (settings.airflow_database(), settings.tracking_uri()):
         assert not sa.inspect(sa.create_engine(address, poolclass=sa.NullPool)).has_table("later")
     assert database.server_pid(settings.postgres_data()) == ran  # it goes on where it ran
     # What was there before the restore is a backup, too; and a server that was off is off again.
     database.stop()
-    [undo] = [path for path in database.backups().iterdir() if path != kept]
+    [undo] = [path for path in database.backups().iterdir() if path != saved]
     database.restore(undo)
     assert database.server_pid(settings.postgres_data()) is None
     database.ensure(create=False)
@@ -427,23 +427,23 @@ def test_the_newest_backups_are_kept_and_other_folders_left_alone(kind, home):
 
 
 def test_a_damaged_backup_replaces_nothing(kind, home):
-    kept = database.back_up(keep=3)
+    saved = database.back_up(keep=3)
     write("INSERT INTO days VALUES ('2022-04-21')")
-    for file in kept.iterdir():
+    for file in saved.iterdir():
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(InfraError):
-        database.restore(kept)
+        database.restore(saved)
     assert days() == [["2022-04-20", "2022-04-21"]] * 2
 
 
 def test_nothing_is_restored_below_a_service_that_runs(kind, home):
-    kept = database.back_up(keep=3)
+    saved = database.back_up(keep=3)
     process = services.start(
         services.Service("scheduler", ("-c", "import time; time.sleep(900)")), dict(os.environ), stays=True
     )
     try:
         with pytest.raises(InfraError, match=r"scheduler of this home runs(.|\n)*make down"):
-            database.restore(kept)
+            database.restore(saved)
     finally:
         process.kill()
         process.wait()

@@ -163,9 +163,9 @@ def test_expired_periods_leave_nothing_behind():
     periods = PeriodCaches(7 * MS_PER_DAY, 8, kernel)
     periods.append(*events)
     periods.expire(NOW_MS - 14 * MS_PER_DAY)
-    kept = (events[2] // (7 * MS_PER_DAY) + 1) * 7 * MS_PER_DAY > NOW_MS - 14 * MS_PER_DAY
-    assert 0 < kept.sum() < 200
-    _assert_equal(periods.live(), build_cache(*_slice(events, kept), NOW_MS, 8, kernel), kernel, 1e-12)
+    lasting = (events[2] // (7 * MS_PER_DAY) + 1) * 7 * MS_PER_DAY > NOW_MS - 14 * MS_PER_DAY
+    assert 0 < lasting.sum() < 200
+    _assert_equal(periods.live(), build_cache(*_slice(events, lasting), NOW_MS, 8, kernel), kernel, 1e-12)
     periods.expire(NOW_MS + 8 * MS_PER_DAY)
     assert periods.live() is None
 

@@ -27,10 +27,10 @@ def checkpoints(folder, said: list[str], every_steps: int = 1, **identity: str) 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_two_are_kept(tmp_path):
     said: list[str] = []
-    kept = checkpoints(tmp_path / "c", said)
-    assert kept.newest() == Checkpoint()
+    saved = checkpoints(tmp_path / "c", said)
+    assert saved.newest() == Checkpoint()
     for step in range(1, 6):
-        kept.write(Checkpoint({"a": {"epochs": 1}}, "b", state(step)))
+        saved.write(Checkpoint({"a": {"epochs": 1}}, "b", state(step)))
     files = sorted((tmp_path / "c").iterdir())
     assert len(files) == 2
     os.truncate(files[-1], 500)
@@ -71,7 +71,7 @@ def test_another_training_is_refused_with_both_values(tmp_path):
 
 def test_a_step_does_not_wait_for_the_disk_and_a_full_one_is_told(tmp_path, monkeypatch):
     said: list[str] = []
-    kept, go_on = checkpoints(tmp_path / "c", said, every_steps=2), threading.Event()
+    saved, go_on = checkpoints(tmp_path / "c", said, every_steps=2), threading.Event()
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: go_on.wait() and save(*args))
     copies: list[int] = []
@@ -81,19 +81,19 @@ def test_a_step_does_not_wait_for_the_disk_and_a_full_one_is_told(tmp_path, monk
         return Checkpoint({}, "vql", state(step))
 
     for step in range(1, 8):
-        kept.offer(step, lambda step=step: at(step))
+        saved.offer(step, lambda step=step: at(step))
     assert copies == [2]  # that of step 2 is being written
     go_on.set()
     wait_for("checkpoint", lambda: list((tmp_path / "c").glob("*.pt")))
-    wait_for("the end of writing", lambda: kept.offer(8, lambda: at(8)) or 8 in copies)
-    kept.write(at(9))
+    wait_for("the end of writing", lambda: saved.offer(8, lambda: at(8)) or 8 in copies)
+    saved.write(at(9))
     assert checkpoints(tmp_path / "c", said).newest().state.step == 9
 
     def full(*args: object) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    kept.write(at(10))
+    saved.write(at(10))
     assert said == [
         "warning: no checkpoint could be written, a restart would begin at the one before it: No space left on device"
     ]

@@ -651,10 +651,10 @@ def test_item_files_that_describe_few_items_are_ordinary_and_such_that_describe_
 def test_repeats_that_the_data_set_keeps_are_no_fault(tmp_path: Path, reports: Path) -> None:
     definition = own_definition(tmp_path, "logs: {repeats: keep}")
     store = TableStore(str(tmp_path / "warehouse"), "own")
-    staged = stage_events(store, "kept", table=hour_twice())
-    run(store, "events", "kept", reports, definition)
+    staged = stage_events(store, "repeating", table=hour_twice())
+    run(store, "events", "repeating", reports, definition)
     assert store.require("events", DT).data_digest == staged.data_digest
-    assert result(store, "kept", "events").max_severity is None
+    assert result(store, "repeating", "events").max_severity is None
 
 
 def test_sampled_negatives_have_no_label_rate_to_judge(tmp_path: Path, reports: Path) -> None:

@@ -26,12 +26,12 @@ def test_trailing_statistics_are_of_passed_days_only(store: TableStore) -> None:
         write_stats(store, "events", dt, "a", {"rows": value, "label_rate": float("nan")})
     write_stats(store, "events", "2022-04-10", "stopped", {"rows": 99}, rejected=True)
     write_stats(store, "sequences", "2022-04-10", "a", {"rows": 98})
-    kept = read_stats(store, "events", "2022-04-11", 3).to_pylist()
-    assert [(row["dt"], row["value"]) for row in kept if row["metric"] == "rows"] == [
+    stored = read_stats(store, "events", "2022-04-11", 3).to_pylist()
+    assert [(row["dt"], row["value"]) for row in stored if row["metric"] == "rows"] == [
         ("2022-04-09", 1.0),
         ("2022-04-11", 2.0),
     ]
-    assert [row["value"] for row in kept if row["metric"] == "label_rate"] == [None, None]
+    assert [row["value"] for row in stored if row["metric"] == "label_rate"] == [None, None]
     assert read_rejected(store, "events", "2022-04-10").to_pylist() == [
         {"dt": "2022-04-10", "stage": "events", "metric": "rows", "value": 99.0, "attempt": "stopped"}
     ]

@@ -509,7 +509,7 @@ def test_what_breaks_the_contract_of_the_tables_nobody_lets_through(
                 ]
             )
     assert read_decisions(store, DT, stage) == []
-    # Nor does a decision that was kept before such were refused.
+    # Nor does a decision that was made before such were refused.
     [outcome] = [one for one in read_outcomes(store, DT, "first") if one.stage == stage]
     write_decision(
         store, Decision(DT, stage, "first", "Ada", 1, "old", tuple(map(Failing.of, outcome.failed("critical"))))

@@ -173,7 +173,7 @@ def test_a_share_of_duplicates_needs_rows() -> None:
 
 def test_sampled_negatives_have_no_label_rate_and_kept_repeats_are_no_fault() -> None:
     events = pa.concat_tables([events_of(40, 4)] * 2)
-    row, kept = row_of(events), row_of(events, label_bit=None, repeats_kept=True)
+    row, repeating = row_of(events), row_of(events, label_bit=None, repeats_kept=True)
     assert (row["repeated_key_share"], row["worst_hour_repeated_key_share"], row["label_rate"]) == (0.5, 0.5, 0.5)
-    assert (kept["repeated_key_share"], kept["worst_hour_repeated_key_share"]) == (0, 0)
-    assert np.isnan(kept["label_rate"])
+    assert (repeating["repeated_key_share"], repeating["worst_hour_repeated_key_share"]) == (0, 0)
+    assert np.isnan(repeating["label_rate"])

@@ -289,8 +289,8 @@ def test_a_damaged_pointer_names_its_path_and_the_history_that_mends_it(tmp_path
         StageError, match=rf"{path} {says}[\s\S]*remedy: copy the newest good manifest of .*/history over it"
     ):
         store.require("quarantine", DT)
-    [kept] = (path.parent / "history").iterdir()  # and that repairs it
-    path.write_text(kept.read_text())
+    [remembered] = (path.parent / "history").iterdir()  # and that repairs it
+    path.write_text(remembered.read_text())
     assert texts(store, store.require("quarantine", DT)) == {"one"}
 
 
@@ -318,12 +318,12 @@ def test_history_keeps_every_manifest_of_every_attempt(store):
     for attempt, text in (("a", "one"), ("b", "two"), ("c", "one")):
         stage(store, attempt, text)
         store.publish(attempt, "quarantine", DT)
-    kept = [
+    remembered = [
         json.loads(store.read_text(info.path[len(store.root) + 1 :]))
         for info in files_of(store, f"_manifests/quarantine/dt={DT}/history")
     ]
-    assert sorted(manifest["attempt"] for manifest in kept) == ["a", "b", "c"]
-    for manifest in kept:  # all of them can still be read
+    assert sorted(manifest["attempt"] for manifest in remembered) == ["a", "b", "c"]
+    for manifest in remembered:  # all of them can still be read
         read = Manifest.from_json(json.dumps(manifest), "history", "")
         assert texts(store, read) == {"two" if read.attempt == "b" else "one"}
 

@@ -180,9 +180,9 @@ def test_a_pointer_that_was_lost_is_no_day_that_was_never_published(store):
         ) as stopped:
             ask()
         assert "copy the newest good one" in stopped.value.remedy
-    [kept] = (pointer.parent / "history").glob("*.json")
-    assert kept.read_text() == text
-    pointer.write_text(kept.read_text())
+    [remembered] = (pointer.parent / "history").glob("*.json")
+    assert remembered.read_text() == text
+    pointer.write_text(remembered.read_text())
     assert store.require("quarantine", DT) == published
 
 
