@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError, kind_of
 from etl.stage.identity import RUN_URL_VARIABLE
 from etl.stage.uris import without_secrets
-from etl.warehouse.store import code_version
+from etl.warehouse.store import Manifest, TableStore, code_version
 from infra import settings
 
 ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"
@@ -40,7 +40,7 @@ REFUSED = frozenset(
         "RESOURCE_ALREADY_EXISTS",
     )
 )
-METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 500, 100  # MLflow takes no more
+METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST, DIGEST_LENGTH = 500, 100, 36  # MLflow takes no more
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -183,22 +183,30 @@ def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
                 client.set_terminated(run.info.run_id, status)
 
 
-def log_parameters(run_id: str | None, values: Mapping[str, str]) -> None:
-    """Log the parameters of a run; a retry logs the same again. A server that does not take them costs a line.
+def log_origin(
+    run_id: str | None, parameters: Mapping[str, str], store: TableStore, inputs: Sequence[Manifest]
+) -> None:
+    """Log what a run is made from; a retry logs the same again. A server that does not take it costs a line.
 
     Args:
         run_id: None when MLflow did not answer.
+        inputs: the tables that it reads, of `store`.
     """
     if run_id is None:
         return
-    from mlflow.entities import Param
+    from mlflow.entities import Dataset, DatasetInput, Param
 
-    rows = [Param(key, value) for key, value in values.items()]
+    rows = [Param(key, value) for key, value in parameters.items()]
+    read = [
+        Dataset(f"{store.dataset} {store.input_name(m)}", m.data_digest[:DIGEST_LENGTH], "longview", store.root)
+        for m in inputs
+    ]
     try:
         for start in range(0, len(rows), PARAMETERS_PER_REQUEST):
             _client().log_batch(run_id, params=rows[start : start + PARAMETERS_PER_REQUEST])
+        _client().log_inputs(run_id, [DatasetInput(one, []) for one in read])
     except Exception as error:
-        log(f"warning: MLflow takes no parameters: {_first_line(error)}")
+        log(f"warning: MLflow takes no parameters and inputs: {_first_line(error)}")
 
 
 class MetricsBuffer:

@@ -23,7 +23,9 @@ from training.loop import Worker
 from training.ray_workers import train_with_ray
 from training.resume import flat
 from training.run_folder import run_folder
-from training.tracking import attempt_run, log_parameters
+from training.tracking import attempt_run, log_origin
+
+TABLES = "sequences", "items"  # that a training reads
 
 
 def main() -> None:
@@ -62,12 +64,12 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
         prints: as of `Job`.
     """
     definition_of(args)
-    store_of(args)
+    store = store_of(args)
     config = _narrowed(load_config(args.config), args.models, args.seed)
     run_dir = run_folder(args.runs, args.definition, args.dt, args.attempt, config.digest)
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
-        log_parameters(run.info.run_id, flat(config.deciding))
+        log_origin(run.info.run_id, flat(config.deciding), store, [store.require(table, args.dt) for table in TABLES])
         warm_start = warm_start_package(args.warm_start, args.dataset, args.dt)
         job = Job(
             args.warehouse,

@@ -163,12 +163,14 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     assert first["mlflow_run_id"] == second["mlflow_run_id"]
     assert first["models"] == second["models"] and weights == bits(tmp_path)
     assert again.stdout.count("epoch 2/2") == 0  # all is done
-    parameters = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(first["mlflow_run_id"]).data.params
-    assert parameters == flat(tiny.config().deciding)
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(first["mlflow_run_id"])
+    assert run.data.params == flat(tiny.config().deciding)
+    store = TableStore(warehouse, "kuairand")
+    digests = {store.require(table, DT).data_digest[:36] for table in ("sequences", "items")}
+    assert len(run.inputs.dataset_inputs) == 2 and {one.dataset.digest for one in run.inputs.dataset_inputs} == digests
     other = train(tmp_path, warehouse, "--workers", "0", "--seed", "8")
     assert other.returncode == 2
     assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr
-    store = TableStore(warehouse, "kuairand")
     publish(
         store, "sequences", random_partition(users=24, longest=40, seed=1)[1], store.require("sequences", DT).settings
     )
