@@ -154,7 +154,13 @@ def note_failure(context: Any) -> None:
 
     task = context["task"]
     if said := getattr(task, "said", ""):
-        append_note(context, f"{task.task_id} failed: {said.removeprefix('error: ')}"[:NOTED_LENGTH])
+        day = getattr(task, "_run", {}).get("dt", "")
+        append_note(context, outcome_line(day, f"{task.task_id} failed: {said.removeprefix('error: ')}"))
+
+
+def outcome_line(dt: str, outcome: str) -> str:
+    """Return what became of a run as a line of its note, behind its day, '' where it has none."""
+    return (f"dt={dt}: {outcome}" if dt else outcome)[:NOTED_LENGTH]
 
 
 def _end_mlflow_run(context: Any) -> None:

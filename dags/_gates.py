@@ -10,8 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk.exceptions import DownstreamTasksSkipped
 
-from dags._common import StageOperator, end_with_parent, handed_on, partition_arguments, require_done, start_ending
+from dags._common import (
+    StageOperator,
+    end_with_parent,
+    handed_on,
+    outcome_line,
+    partition_arguments,
+    require_done,
+    start_ending,
+)
 from dags._exits import ends_as_a_stage, explained, log_lines
 from dags._links import ReportLink
 from dags._notes import append_note
@@ -159,12 +168,14 @@ class WarningApproval(ApprovalOperator):
     @ends_as_a_stage
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         self.report_url = self._find_report_url(context)
-        run, answer = handed_on(context), super().execute_complete(context, event)
-        if self.APPROVE in answer["chosen_options"]:
-            return {**answer, "attempt": run["attempt"]}
-        start_ending(partition_arguments(run, self.dataset), "KILLED")  # nothing that follows will
-        append_note(context, "rejected by a person before training: nothing was trained")
-        return answer
+        run = handed_on(context)
+        try:
+            answer = super().execute_complete(context, event)
+        except DownstreamTasksSkipped:  # a rejection
+            start_ending(partition_arguments(run, self.dataset), "KILLED")  # nothing that follows will
+            append_note(context, outcome_line(run["dt"], "rejected by a person before training: nothing was trained"))
+            raise
+        return {**answer, "attempt": run["attempt"]}
 
     def process_trigger_event_error(self, event: dict[str, Any]) -> None:
         if event["error_type"] == "timeout":  # asking the same once more would hold the next days back as long again

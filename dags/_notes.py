@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 
 
 def append_note(context: Mapping[str, Any], line: str) -> None:
-    """Add a line to the note of the task's run; of a note that gets too long the oldest lines go.
+    """Add a line to the top of the note of the task's run: Airflow's pages show the first, and the others on demand.
+
+    Of a note that gets too long the oldest lines go.
 
     A task has no way to the note but the REST API, with the login of `make up`. Where it does not answer, or refuses,
     the line is in the task's log only; it costs the task nothing.
@@ -37,7 +39,7 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
 
 def with_line(lines: list[str], line: str) -> str:
     """Return the note with one more line, as far as it may be long."""
-    shown = [*lines, line[:LONGEST_NOTE]]
+    shown = [line[:LONGEST_NOTE], *lines]
     while len("\n".join(shown)) > LONGEST_NOTE:
-        del shown[0]
+        del shown[-1]
     return "\n".join(shown)

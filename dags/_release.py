@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.sdk import Asset, AssetAlias
 
-from dags._common import NOTED_LENGTH, StageOperator
+from dags._common import StageOperator, outcome_line
 from dags._links import MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
 from evaluation.release.outcomes import PROMOTED, sentence
@@ -78,7 +78,7 @@ class PromoteOperator(ModelOperator):
         decision, reason = registration["outcome"], registration["gate"]["reason"]
         line = sentence(decision, registration["model_name"], registration["version"], reason)
         self.log.info(line)
-        append_note(context, line[:NOTED_LENGTH])
+        append_note(context, outcome_line(outcome["dt"], line))
         details = {
             "outcome": decision,
             "reason": reason,

@@ -734,17 +734,26 @@ def test_what_only_waits_may_be_marked_as_success(dag):
 
 
 @pytest.mark.parametrize(("option", "ends"), [("Reject", ["KILLED"]), ("Approve", [])])
-def test_a_rejected_run_ends_in_mlflow_too(dag, monkeypatch, option, ends):
+def test_a_rejected_run_ends_in_mlflow_too_and_says_so(dag, monkeypatch, option, ends):
     from airflow.providers.standard.operators.hitl import HITLOperator
+    from airflow.sdk.exceptions import DownstreamTasksSkipped
 
     ended: list[str] = []
+    notes: list[str] = []
     monkeypatch.setattr("dags._gates.start_ending", lambda partition, status: ended.append(status))
+    monkeypatch.setattr("dags._gates.append_note", lambda context, line: notes.append(line))
     monkeypatch.setattr(HITLOperator, "execute_complete", lambda self, context, event: {"chosen_options": [option]})
     task = dag.get_task("train.approve_warnings").prepare_for_execution()
-    monkeypatch.setattr(type(task), "skip", lambda self, ti, tasks: None)
-    context = context_of(ti=ti_of("a")) | {"task": task}
-    assert task.execute_complete(context, {}).get("attempt") == ("a" if option == "Approve" else None)
+    ti = ti_of("a")
+    ti.map_index, ti.xcom_push = -1, lambda **_: None  # the real `skip` leaves by an exception
+    context = context_of(ti=ti) | {"task": task}
+    if option == "Approve":
+        assert task.execute_complete(context, {})["attempt"] == "a"
+    else:
+        with pytest.raises(DownstreamTasksSkipped):  # Airflow skips what follows
+            task.execute_complete(context, {})
     assert ended == ends
+    assert notes == ["dt=2022-04-21: rejected by a person before training: nothing was trained"][: len(ends)]
 
 
 # ---- the note of a run -----------------------------------------------------------------------------------------------
@@ -758,7 +767,7 @@ def test_of_a_note_that_gets_too_long_the_oldest_lines_go():
     for number in range(200):
         note = with_line(note.splitlines(), f"line {number}")
     assert len(note) <= LONGEST_NOTE
-    assert note.splitlines()[-1] == "line 199"
+    assert note.splitlines()[:2] == ["line 199", "line 198"]  # a page shows the first
     assert len(with_line(["old"], "x" * 5_000)) == LONGEST_NOTE
 
 
@@ -904,9 +913,9 @@ def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path,
 @pytest.mark.parametrize(
     ("says", "code", "noted"),
     [
-        ("error: no raw rows\\n  remedy: give RAW", 2, "stage failed: no raw rows"),
-        ("", 9, "stage failed: stage crashed (exit code 9)"),
-        ("error: " + 500 * "x", 75, "stage failed: " + 286 * "x"),
+        ("error: no raw rows\\n  remedy: give RAW", 2, "dt=2022-04-21: stage failed: no raw rows"),
+        ("", 9, "dt=2022-04-21: stage failed: stage crashed (exit code 9)"),
+        ("error: " + 500 * "x", 75, "dt=2022-04-21: stage failed: " + 271 * "x"),
     ],
 )
 def test_a_task_that_has_failed_says_why_in_the_note_of_its_run(tmp_path, monkeypatch, says, code, noted):
@@ -1077,7 +1086,7 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
         "unchanged": "NOT promoted, it is the champion's equal",
         "refused": "NOT promoted, stays challenger",
     }[outcome]
-    assert notes == [f"vql_kuairand version 3 {said}: the reason"]
+    assert notes == [f"dt=2022-04-21: vql_kuairand version 3 {said}: the reason"]
     events = context["outlet_events"][task.alias].asset_alias_events
     assert [one.dest_asset_key.uri for one in events] == ["longview://c/champion"] * event
     for one in events:
