@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.training.test_fused import DAY_MS, DEVICE, NOW_MS, SEED, apart, pytestmark
+from tests.training.test_fused import DAY_MS, DEVICE, NOW_MS, SEED, apart, on_gpu, pytestmark
 from training.model.blocks import Layout, block_attention
 from training.model.fused import Seen, Work, fused_attention
 from training.model.fused_codes import Coded, CodeWork, coded_attention
@@ -190,3 +190,33 @@ def test_equal_inputs_give_equal_bits_and_no_user_sees_another():
             first[name][high:], other[name][high:]
         ), name
         assert other[name][low:high].isnan().any()
+
+
+@on_gpu
+def test_a_recording_of_it_reads_new_inputs():
+    made = case()
+    work = CodeWork.of(*made.starts, made.cut_offs, np.ones(len(USERS), bool), DEVICE)
+    leaves = [rows.float().requires_grad_() for rows in made.rows]
+    codebook, kernel = made.codebook.float(), made.kernel.float()
+    places = Places(made.item)
+
+    def run() -> list[torch.Tensor]:
+        keys = Coded(leaves[1], codebook, made.codes, places)
+        out = coded_attention(work, leaves[0], keys, leaves[2], made.seen, kernel)
+        return [out.detach(), *torch.autograd.grad((out * made.weight.float()).sum(), leaves)]
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # refuses whatever waits for the device
+        held = run()
+    with torch.no_grad():
+        leaves[0].neg_()
+        leaves[2].normal_()
+        made.seen.end_T.copy_(torch.where(made.seen.end_T == made.seen.end_T.max(), 0, made.seen.end_T))
+    graph.replay()
+    for recorded, now in zip(held, run(), strict=True):
+        assert now.any() and apart(recorded, now) < 1e-6

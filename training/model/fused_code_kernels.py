@@ -90,6 +90,34 @@ def run_kernel(
 
 
 @triton.jit
+def unseen_kernel(
+    order,
+    starts,
+    grad_key,
+    grad_value,
+    events,
+    runs,
+    HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Write zeros as the gradients of the events that no target sees: those behind the last run."""
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    seen = tl.load(starts + runs)
+    if (tl.program_id(0) + 1) * B > seen:
+        at_B = tl.load(order + place_B, place_B < G * events, other=0)
+        column = tl.arange(0, DP)
+        inside = ((place_B >= seen) & (place_B < G * events))[:, None] & (column < D)[None, :]
+        for h in tl.static_range(HEADS // G):
+            row_B = at_B % events * HEADS + at_B // events * (HEADS // G) + h
+            to = row_B[:, None] * D + column[None, :]
+            tl.store(grad_key + to, 0.0, inside)
+            tl.store(grad_value + to, 0.0, inside)
+
+
+@triton.jit
 def _events(order, event_ms, newest, at, stop, offset, B: tl.constexpr):
     """Return some events of a run, which of them there are, and their ages in days at the segment's newest event."""
     place_B = at + tl.arange(0, B)
@@ -332,17 +360,19 @@ def code_query_kernel(
                 w = tl.exp2(tl.minimum(logit + near_P[:, None], 100.0, tl.PropagateNan.ALL))
                 w = tl.where(mine_P[:, None], w, 0.0)
                 at_dC = code[None, :] * DP + column[:, None]
-                inside = (code < C)[None, :]
-                sum_dC = _operand(tl.load(sums + row * DP + at_dC, inside, other=0.0), PRECISION)
-                count_C = tl.load(counts + row + code, code < C, other=0.0)
+                inside_C = code < C
+                sum_dC = _operand(tl.load(sums + row * DP + at_dC, inside_C[None, :], other=0.0), PRECISION)
+                count_C = tl.load(counts + row + code, inside_C, other=0.0)
                 pull = w * (tl.dot(g, sum_dC, input_precision=PRECISION) - base_P[:, None] * count_C[None, :])
-                sum_dC = _operand(tl.load(sums + row * DP + C * DP + at_dC, inside, other=0.0), PRECISION)
-                age_C = tl.load(counts + row + C + code, code < C, other=0.0)
-                aged = w * (tl.dot(g, sum_dC, input_precision=PRECISION) - base_P[:, None] * age_C[None, :])
                 pull_P = tl.sum(pull, 1)
                 total += pull
+                at_Cd = code[:, None] * DP + column[None, :]
+                sum_Cd = _operand(tl.load(sums + row * DP + C * DP + at_Cd, inside_C[:, None], other=0.0), PRECISION)
+                age_C = tl.load(counts + row + C + code, inside_C, other=0.0)
+                aged_Pd = tl.dot(_operand(w, PRECISION), sum_Cd, input_precision=PRECISION)
+                aged_P = tl.sum(g * aged_Pd, 1) - base_P * tl.sum(w * age_C[None, :], 1)
                 pulls = _put(pulls, 2 * m, pull_P, W)
-                pulls = _put(pulls, 2 * m + 1, since_P * pull_P + tl.sum(aged, 1), W)
+                pulls = _put(pulls, 2 * m + 1, since_P * pull_P + aged_P, W)
     grad = tl.dot(_operand(total, PRECISION), words, input_precision=PRECISION)
     tl.store(grad_query + place_P[:, None] * D + column[None, :], grad, real_P[:, None] & (column < D)[None, :])
     tl.store(part_sums + (x * HEADS + h) * W + tl.arange(0, W), tl.sum(pulls, 0))

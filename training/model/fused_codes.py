@@ -34,7 +34,7 @@ BY_CODE = {"B": 32, "num_warps": 1}
 BY_EVENT = BY_CODE | {"num_stages": 1, "maxnreg": 128}
 BY_TARGET = {"P": 16, "num_warps": 1}
 BY_BORDER = {"P": 16, "CB": 64, "num_warps": 4}
-MOST_CODES, WIDEST = 512, 128  # codes; columns of a code's events, a head's width for each component
+MOST_CODES, WIDEST = 256, 128  # codes; columns of a code's events, a head's width for each component
 MOST_BYTES = 2**31  # of tables
 # Costs of an event, a number of a segment's table and a target, in pairs of an event and a target in the other pass.
 EVENT_PAIRS, TABLE_PAIRS, TARGET_PAIRS = 27, 1.5, 1_000
@@ -179,16 +179,13 @@ def _runs(given: _Pass) -> _Runs:
     work, codes = given.work, given.codes
     groups, count = codes.codes_NG.shape[1], codes.codebook_HCd.shape[1]
     events, segments = len(codes.places.row_E), work.segments
-    borders_Y4 = work.users_V5.new_empty(segments, 4)
+    borders_Y4 = work.users_V5.new_zeros(segments, 4)
     kernels.border_kernel[(len(work.users_V5),)](
         work.users_V5, given.seen.end_T, given.seen.event_ms_E, borders_Y4, P=1024
     )
     last = groups * segments * count
-    shape, device = (groups * events,), borders_Y4.device
-    make = torch.empty if work.whole else torch.zeros
-    run_R = make(shape, dtype=torch.int32, device=device)
-    if not work.whole:
-        run_R.fill_(last)
+    device = borders_Y4.device
+    run_R = torch.full((groups * events,), last, dtype=torch.int32, device=device)
     if len(work.blocks_N3):
         kernels.run_kernel[(len(work.blocks_N3),)](
             work.users_V5,
@@ -259,74 +256,99 @@ class _CodeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THd: Tensor):
-        from training.model import fused_code_kernels as kernels
-        from training.model.fused_kernels import base_kernel
-
-        query, value, rate_HM, log_weight_HM, out_THd, lse_TH, sums, counts, *found = ctx.saved_tensors
+        *kept, borders_Y4, order, starts = ctx.saved_tensors
         given: _Pass = ctx.given
-        runs, work, seen, sizes = _Runs(*found), given.work, given.seen, _Sizes(query, rate_HM, given)
-        (targets, heads, width), components = query.shape, rate_HM.shape[1]
-        segments, codes = work.segments, sizes.by_code["C"]
-        grad_key_EHd, grad_value_EHd = torch.zeros_like(value), torch.zeros_like(value)
-        grad_query_THd = (torch.empty_like if work.whole else torch.zeros_like)(query)
-        columns = max(2, 1 << (2 * components - 1).bit_length())
-        part_sums = query.new_empty(len(work.tiles_X3), heads, columns)
-        if segments:
-            rounded_THd, base_TH = torch.empty_like(query), torch.empty_like(lse_TH)
-            base_kernel[(-(-targets * heads // TILE),)](
-                grad_THd.contiguous(),
-                out_THd,
-                rounded_THd,
-                base_TH,
-                targets * heads,
-                D=width,
-                DP=sizes.padded,
-                P=TILE,
-                PRECISION=given.precision,
-            )
-            pairs = seen.target_ms_T, seen.end_T, rate_HM, log_weight_HM, rounded_THd, lse_TH, base_TH
-            kernels.code_query_kernel[(len(work.tiles_X3) * heads,)](
-                work.users_V5,
-                work.tiles_X3,
-                runs.borders_Y4,
-                query,
-                given.codes.codebook_HCd,
-                sums,
-                counts,
-                *pairs,
-                grad_query_THd,
-                part_sums,
-                W=columns,
-                **sizes.by_target,
-            )
-            tables = query.new_empty(segments, heads, components, codes, sizes.padded * (sizes.padded + 2))
-            parts = -(-width // sizes.by_border["Q"]) * -(-codes // sizes.by_border["CB"])
-            kernels.code_gradient_kernel[(segments * heads * components * parts,)](
-                runs.borders_Y4,
-                query,
-                given.codes.codebook_HCd,
-                *pairs,
-                tables,
-                **sizes.by_border,
-            )
-            kernels.code_event_kernel[(len(work.users_V5) * heads * codes,)](
-                work.users_V5,
-                runs.borders_Y4,
-                runs.order,
-                runs.starts,
-                seen.event_ms_E,
-                value,
-                rate_HM,
-                tables,
-                grad_key_EHd,
-                grad_value_EHd,
-                len(value),
-                segments,
-                **sizes.by_event,
-            )
+        forward = _Forward._make((*kept, _Runs(borders_Y4, order, starts)))
+        sizes, components = _Sizes(forward.query, forward.rate_HM, given), forward.rate_HM.shape[1]
+        grad_query_THd, part_sums, tables = _by_target(given, forward, sizes, grad_THd)
+        grad_key_EHd, grad_value_EHd = _by_event(given, forward, sizes, tables)
         sums_HMk = part_sums.sum(0)[:, : 2 * components].unflatten(1, (components, 2))
         grad_hard_NHd = summed(grad_key_EHd, given.codes.places, ctx.shape).to(ctx.dtype)
         return grad_query_THd, grad_hard_NHd, grad_value_EHd, -sums_HMk[..., 1], sums_HMk[..., 0], None
+
+
+class _Forward(NamedTuple):
+    """What the forward pass leaves to the backward pass; `sums` and `counts` are the tables of the prefixes."""
+
+    query: Tensor
+    value: Tensor
+    rate_HM: Tensor
+    log_weight_HM: Tensor
+    out_THd: Tensor
+    lse_TH: Tensor
+    sums: Tensor
+    counts: Tensor
+    runs: _Runs
+
+
+def _by_target(given: _Pass, forward: _Forward, sizes: _Sizes, grad_THd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, the tiles' sums for rates and weights, and the tables of the borders."""
+    from training.model import fused_code_kernels as kernels
+    from training.model.fused_kernels import base_kernel
+
+    query, work, runs = forward.query, given.work, forward.runs
+    (targets, heads, width), (_, components) = query.shape, forward.rate_HM.shape
+    codes, padded = sizes.by_code["C"], sizes.padded
+    grad_query_THd = (torch.empty_like if work.whole else torch.zeros_like)(query)
+    columns = max(2, _power(2 * components))
+    part_sums = query.new_empty(len(work.tiles_X3), heads, columns)
+    tables = query.new_empty(work.segments, heads, components, codes, padded * (padded + 2))
+    if not work.segments:
+        return grad_query_THd, part_sums, tables
+    rounded_THd, base_TH = torch.empty_like(query), torch.empty_like(forward.lse_TH)
+    constants = {"D": width, "DP": padded, "P": TILE, "PRECISION": given.precision}
+    rows = targets * heads
+    base_kernel[(-(-rows // TILE),)](grad_THd.contiguous(), forward.out_THd, rounded_THd, base_TH, rows, **constants)
+    weights = forward.rate_HM, forward.log_weight_HM
+    pairs = given.seen.target_ms_T, given.seen.end_T, *weights, rounded_THd, forward.lse_TH, base_TH
+    what = runs.borders_Y4, query, given.codes.codebook_HCd
+    kernels.code_query_kernel[(len(work.tiles_X3) * heads,)](
+        work.users_V5,
+        work.tiles_X3,
+        *what,
+        forward.sums,
+        forward.counts,
+        *pairs,
+        grad_query_THd,
+        part_sums,
+        W=columns,
+        **sizes.by_target,
+    )
+    parts = -(-width // sizes.by_border["Q"]) * -(-codes // sizes.by_border["CB"])
+    kernels.code_gradient_kernel[(work.segments * heads * components * parts,)](
+        *what, *pairs, tables, **sizes.by_border
+    )
+    return grad_query_THd, part_sums, tables
+
+
+def _by_event(given: _Pass, forward: _Forward, sizes: _Sizes, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of keys and values."""
+    from training.model import fused_code_kernels as kernels
+
+    work, runs, value = given.work, forward.runs, forward.value
+    events, heads, width = value.shape
+    codes, groups = sizes.by_code["C"], sizes.by_code["G"]
+    grads = torch.empty_like(value), torch.empty_like(value)
+    if events:
+        constants = {"HEADS": heads, "G": groups, "D": width, "DP": sizes.padded, "B": BLOCK}
+        last = groups * work.segments * codes
+        kernels.unseen_kernel[(-(-groups * events // BLOCK),)](
+            runs.order, runs.starts, *grads, events, last, **constants
+        )
+    if work.segments:
+        kernels.code_event_kernel[(len(work.users_V5) * heads * codes,)](
+            work.users_V5,
+            *runs,
+            given.seen.event_ms_E,
+            value,
+            forward.rate_HM,
+            tables,
+            *grads,
+            events,
+            work.segments,
+            **sizes.by_event,
+        )
+    return grads
 
 
 class _Sizes:

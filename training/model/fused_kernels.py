@@ -889,3 +889,31 @@ def scatter_kernel(grad, order, ids, table, rows, D: tl.constexpr, DP: tl.conste
     tl.atomic_add(
         table + id_R[:, None].to(tl.int64) * D + column[None, :], sums_Rd, (id_R >= 0)[:, None] & wide, sem="relaxed"
     )
+
+
+@triton.jit
+def normalise_kernel(x, out, scale, rows, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Rows [D] less their mean, over their standard deviation, whose inverse is written, too."""
+    row_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    column = tl.arange(0, DP)
+    wide = (column < D)[None, :]
+    inside = (row_B < rows)[:, None] & wide
+    place = row_B[:, None] * D + column[None, :]
+    x_Bd = tl.load(x + place, inside, other=0.0).to(tl.float32)
+    x_Bd = tl.where(wide, x_Bd - tl.sum(x_Bd, 1)[:, None] / D, 0.0)
+    scale_B = tl.rsqrt(tl.sum(x_Bd * x_Bd, 1) / D + 1e-5)
+    tl.store(scale + row_B, scale_B, row_B < rows)
+    tl.store(out + place, x_Bd * scale_B[:, None], inside)
+
+
+@triton.jit
+def normalise_backward_kernel(grad, out, scale, found, rows, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Gradients of the rows from those of the normalised ones."""
+    row_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    column = tl.arange(0, DP)
+    inside = (row_B < rows)[:, None] & (column < D)[None, :]
+    place = row_B[:, None] * D + column[None, :]
+    g = tl.load(grad + place, inside, other=0.0).to(tl.float32)
+    y = tl.load(out + place, inside, other=0.0).to(tl.float32)
+    g = g - tl.sum(g, 1)[:, None] / D - y * tl.sum(g * y, 1)[:, None] / D
+    tl.store(found + place, g * tl.load(scale + row_B, row_B < rows, other=0.0)[:, None], inside)

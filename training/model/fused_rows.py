@@ -8,15 +8,15 @@ Legend: E events, N rows of a table, D their width (flattened).
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from training.model import fused
 
 ROWS = 64  # events of a program
+NARROW = (2**8, torch.uint8), (2**15, torch.int16)
 
 
 class Places:
@@ -29,11 +29,19 @@ class Places:
     def __init__(self, row_E: Tensor) -> None:
         self.row_E = row_E
 
-    @cached_property
-    def ordered(self) -> tuple[Tensor, Tensor]:
-        """(order, ids): the events in the order of their rows, and these rows, int64 and int32 [E]."""
-        ids, order = self.row_E.int().sort()
-        return order, ids
+        self._ordered: tuple[Tensor, Tensor] | None = None
+
+    def ordered(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return (order, ids): the events in the order of their rows, and these rows, int64 and int32 [E].
+
+        Args:
+            rows: of the table: with few of them a sort has few digits to look at.
+        """
+        if self._ordered is None:
+            narrow = next((kind for most, kind in NARROW if rows <= most), torch.int32)
+            ids, order = self.row_E.to(narrow).sort()
+            self._ordered = order, ids.int()
+        return self._ordered
 
 
 def gathered(table: Tensor, places: Places, other: Tensor | None = None, other_places: Places | None = None) -> Tensor:
@@ -48,6 +56,48 @@ def gathered(table: Tensor, places: Places, other: Tensor | None = None, other_p
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     return _Gathered.apply(table, other, places, other_places, dtype)
+
+
+def gathered_exactly(table: Tensor, places: Places) -> Tensor:
+    """Return table[row] of every event in the table's own precision."""
+    with torch.autocast(table.device.type, enabled=False):
+        return gathered(table, places)
+
+
+def normalised(rows: Tensor) -> Tensor:
+    """Return LayerNorm without gain of every [..., d]."""
+    if not fused.available(rows):
+        return F.layer_norm(rows, rows.shape[-1:])
+    return _Normalised.apply(rows.contiguous())
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        from training.model.fused_kernels import normalise_kernel
+
+        width, out = rows.shape[-1], torch.empty_like(rows)
+        count = rows.numel() // width
+        scale = rows.new_empty(count, dtype=torch.float32)
+        if count:
+            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            normalise_kernel[(-(-count // ROWS),)](rows, out, scale, count, **sizes)
+        ctx.save_for_backward(out, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        from training.model.fused_kernels import normalise_backward_kernel
+
+        out, scale = ctx.saved_tensors
+        found, width = torch.empty_like(out), out.shape[-1]
+        if len(scale):
+            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            normalise_backward_kernel[(-(-len(scale) // ROWS),)](
+                grad.contiguous(), out, scale, found, len(scale), **sizes
+            )
+        return found
 
 
 class _Gathered(torch.autograd.Function):
@@ -98,7 +148,7 @@ def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         return table.index_add_(0, places.row_E, grad.float())
     if events:
-        order, ids = places.ordered
+        order, ids = places.ordered(len(table))
         scatter_kernel[(-(-events // ROWS),)](grad, order, ids, table, events, D=width, DP=_padded(width), B=ROWS)
     return table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -80,6 +81,11 @@ class Targets:
     start: list[int]
     cut_offs: list[int]
     shared_from: list[int]
+
+    @cached_property
+    def by_item(self) -> Places:
+        """The items, once ordered for all that is summed by item."""
+        return Places(self.item_T)
 
     @property
     def bound_T(self) -> Tensor | None:

@@ -24,7 +24,7 @@ from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.cache import UserCache
 from training.model.fused import on_device
-from training.model.fused_rows import Places, gathered
+from training.model.fused_rows import Places, gathered, gathered_exactly
 from training.model.history import Events, Items, Targets
 from training.model.interests import interest_class
 from training.model.interests.interface import Coded
@@ -72,8 +72,10 @@ class ItemEncoder(nn.Module):
     def forward(self, items: ItemFeatures) -> Tensor:
         parts = []
         for kind, table, rows in zip(self.kinds, self.tables, items.rows.values(), strict=True):
-            part = table(rows)
-            if kind == "categories":
+            if kind != "categories":
+                part = gathered_exactly(table.get_parameter("weight"), Places(rows))
+            else:
+                part = table(rows)
                 part = part.sum(1) / (rows > 0).sum(1, keepdim=True).clamp(min=1)
             parts.append(self.id_dropout(part) if kind == "id" else part)
         return torch.cat(parts, -1)
@@ -94,7 +96,8 @@ class InteractionEncoder(nn.Module):
 
     def table(self) -> Tensor:
         """Return the values' parts of all pairs, [INTERACTIONS, D]."""
-        return self.to_value(F.relu(self.feedback(self.bits) + self.watch(self.bucket)))
+        watch = gathered_exactly(self.watch.weight, Places(self.get_buffer("bucket")))
+        return self.to_value(F.relu(self.feedback(self.bits) + watch))
 
 
 class Ranker(nn.Module):
@@ -127,20 +130,22 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits float [T] and the interest's own loss, weighted (0 for kinds without one)."""
         items, events = self._read(batch)
-        interest_THd, auxiliary = self.interest(items, events, _targets(batch))
-        return self.predict(interest_THd, items, batch), auxiliary
+        targets = _targets(batch)
+        interest_THd, auxiliary = self.interest(items, events, targets)
+        return self.predict(interest_THd, items, targets, batch), auxiliary
 
     def compile(self) -> None:  # type: ignore[override]
         """Let torch.compile build the pass over all users and the head; what depends on a batch's lists stays eager."""
         self.interest.compile_pass()
         self.head.compile(dynamic=True)
 
-    def predict(self, interest_THd: Tensor, items: Items, batch: Batch) -> Tensor:
+    def predict(self, interest_THd: Tensor, items: Items, targets: Targets, batch: Batch) -> Tensor:
         """Head: interest, target, their product, user fields and request context -> logit [T]."""
         interest = interest_THd.flatten(1)
-        target = self.to_target(items.static_NS)[batch.target_item]
+        target = gathered(self.to_target(items.static_NS), targets.by_item)
+        context = gathered_exactly(self.context.weight, Places(batch.target_context))
         fields = [table(batch.user_rows[:, column]) for column, table in enumerate(self.user_fields)]
-        parts = [interest, target, interest * target, *fields, self.context(batch.target_context), _recency(batch)]
+        parts = [interest, target, interest * target, *fields, context, _recency(batch)]
         return self.head(torch.cat(parts, -1)).squeeze(-1)
 
     @torch.no_grad()
@@ -164,9 +169,9 @@ class Ranker(nn.Module):
             StageError: the interest has no codebooks.
         """
         items = self._items(batch)
-        coded = self._needs_codes()
-        interest_THd = coded.from_caches(items, _targets(batch), caches, lambda: self._events(items, batch))
-        return self.predict(interest_THd, items, batch)
+        coded, targets = self._needs_codes(), _targets(batch)
+        interest_THd = coded.from_caches(items, targets, caches, lambda: self._events(items, batch))
+        return self.predict(interest_THd, items, targets, batch)
 
     @torch.no_grad()
     def probe(self, batch: Batch) -> list[tuple[int, AttentionErrors]]:

@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import ModelConfig
 from training.model.blocks import block_attention
 from training.model.cache import UserCache
+from training.model.fused_rows import gathered_exactly, normalised
 from training.model.history import Events, Items, Targets
 from training.model.kernel import MixtureKernel
 from training.model.passes import Keys, Softmax, has_kernels, in_blocks, in_kernels, user_by_user
@@ -98,7 +98,7 @@ class Attention(Interest):
         width = self.config.head_width
         # Autocast must not round what the codes are searched by.
         flat_ND = flat_ND.to(self.log_scale_H.dtype)
-        return F.layer_norm(self.heads(flat_ND), (width,)) * width**-0.25
+        return normalised(self.heads(flat_ND)) * width**-0.25
 
     def heads(self, flat_ND: Tensor) -> Tensor:
         return flat_ND.view(*flat_ND.shape[:-1], self.config.heads, self.config.head_width)
@@ -120,7 +120,7 @@ class Attention(Interest):
 
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         keys = Keys.exact(self.keys(items.static_NS))
-        query_THd = self.queries(items.static_NS)[targets.item_T]
+        query_THd = gathered_exactly(self.queries(items.static_NS), targets.by_item)
         return self.attend(query_THd, keys, events, targets), query_THd.new_zeros(())
 
     def compile_pass(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from training.config import ModelConfig
 from training.model.attention import Attended, cache_part, combine, window_part
 from training.model.cache import UserCache, build_cache
+from training.model.fused_rows import gathered_exactly
 from training.model.history import Events, Items, Targets, each_user, one_user
 from training.model.interests.interface import Coded
 from training.model.passes import Keys, Softmax
@@ -44,7 +45,7 @@ class Vql(Coded):
 
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         keys, loss = self.coded_keys(self.keys(items.static_NS), events)
-        query_THd = self.queries(items.static_NS)[targets.item_T]
+        query_THd = gathered_exactly(self.queries(items.static_NS), targets.by_item)
         return self.attend(query_THd, keys, events, targets), loss
 
     def coded_keys(self, key_NHd: Tensor, events: Events) -> tuple[Keys, Tensor]:
