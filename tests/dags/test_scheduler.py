@@ -552,8 +552,8 @@ def test_a_warning_waits_for_a_person_before_training(stack):
         "end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1
     )
     assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences"}
-    wait_for("end of the run in MLflow", lambda: (project.root / "ended").exists())
-    assert (project.root / "ended").read_text().endswith("--status KILLED\n")
+    ended = project.root / "ended"
+    wait_for("end in MLflow", lambda: ended.exists() and ended.read_text().endswith("--status KILLED\n"))
     assert "rejected by a person before training" in project.api.call("GET", run)["note"].splitlines()[0]
     states = project.states(run)
     assert {task for task, state in states.items() if state == "skipped"} == {
