@@ -32,7 +32,7 @@ BLOCK = 256  # events of a program that looks up their runs
 # Fastest on an H100 of those tried (benchmarks/LOG.md).
 BY_CODE = {"B": 32, "num_warps": 1}
 BY_EVENT = BY_CODE | {"num_stages": 1, "maxnreg": 128}
-BY_TARGET = {"P": 16, "num_warps": 1}
+BY_TARGET = {"P": 32, "num_warps": 2}
 BY_BORDER = {"P": 16, "CB": 64, "num_warps": 4}
 MOST_CODES, WIDEST = 256, 128  # codes; columns of a code's events, a head's width for each component
 MOST_BYTES = 2**31  # of tables
