@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl bench-train claims validate let-through prune lint up down backup restore lock clean
+.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu claims validate let-through prune lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-slow: setup ## the other tests: real schedulers, browser, cluster, killed p
 
 bench-train: setup ## time of a training step, GPU or CPU; on a GPU ARGS=--plain measures it without the fused kernels, too
 	@$(PY) -m benchmarks.train_step $(ARGS)
+
+bench-multigpu: setup ## training on several GPUs of this machine against one; ARGS="--gpus 1,2 --items 20000,4000000"
+	@$(PY) -m benchmarks.multi_gpu $(ARGS)
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)

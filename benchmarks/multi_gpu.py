@@ -1,0 +1,173 @@
+"""Training on several GPUs of one machine against one: speed at a fixed batch a GPU, equality at a fixed batch.
+
+    make bench-multigpu ARGS="--gpus 1,2 --items 20000,4000000"
+
+Random users from a Parquet file (benchmarks/train_loop.py), exact attention and VQL, the whole loop over NCCL. A table,
+and one JSON line last. Efficiency is the samples a second of N GPUs over N times those of one; the share of the
+communication is the time of a step's exchange alone over the time of a step. On a machine without a GPU the workers
+are processes of the CPU over gloo, which tries the code and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.train_loop import items_table, write_partition
+from training.config import ModelConfig, TrainConfig, load_config
+from training.data import Sequences
+from training.loop import TrainingData, Worker, train_model
+
+WARM_STEPS, EXCHANGES = 20, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--gpus", default=",".join(str(n) for n in (1, 2, 4, 8) if n == 1 or n <= gpus))
+    parser.add_argument("--items", default="20000")
+    parser.add_argument("--models", default="softmax_attention,vql")
+    parser.add_argument("--users", type=int, default=32, help="of a batch of one GPU")
+    parser.add_argument("--length", type=int, default=4_096)
+    parser.add_argument("--targets", type=int, default=64, help="of a visit")
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    counts = [int(count) for count in args.gpus.split(",")]
+    found = []
+    print(
+        f"{'model':<20}{'items':>10}{'gpus':>6}{'step ms':>9}{'samples/s':>12}{'efficiency':>12}{'exchange':>10}"
+        f"{'equal':>7}{'loss off by':>13}"
+    )
+    for items in args.items.split(","):
+        for name in args.models.split(","):
+            found += compared(name, int(items), counts, args)
+    device = torch.cuda.get_device_name() if gpus else "CPU"
+    best = [run for run in found if run["gpus"] == max(counts)]
+    figures = {
+        "gpus": max(counts),
+        "scaling_efficiency": min(run["scaling_efficiency"] for run in best),
+        "communication_share": max(run["communication_share"] for run in best),
+        "ranks_equal": all(run["ranks_equal"] for run in found),
+        "loss_difference": max(run["loss_difference"] for run in found),
+    }
+    print(json.dumps({"benchmark": "multi_gpu", "device": device, "items": args.items, **figures, "runs": found}))
+
+
+def compared(name: str, items: int, counts: list[int], args: argparse.Namespace) -> list[dict]:
+    """Train one model with each number of GPUs; print and return what was seen."""
+    found: list[dict] = []
+    for count in counts:
+        speed = trained(name, items, count, args.users * count, args)
+        equal = trained(name, items, count, args.users, args) if count > 1 else speed
+        one = found[0] if found else speed
+        run = {
+            "model": name,
+            "items": items,
+            "gpus": count,
+            "step_ms": speed["step_ms"],
+            "samples_per_s": count * args.users * args.targets / speed["step_ms"] * 1_000,
+            "scaling_efficiency": one["step_ms"] / speed["step_ms"],
+            "communication_share": speed["exchange_ms"] / speed["step_ms"],
+            "ranks_equal": speed["ranks_equal"] and equal["ranks_equal"],
+            "train_loss": equal["train_loss"],
+            "loss_difference": abs(equal["train_loss"] - one["train_loss"]),
+        }
+        found.append(run)
+        print(
+            f"{name:<20}{items:>10}{count:>6}{run['step_ms']:>9.2f}{run['samples_per_s']:>12,.0f}"
+            f"{run['scaling_efficiency']:>12.3f}{run['communication_share']:>10.1%}{run['ranks_equal']!s:>7}"
+            f"{run['loss_difference']:>13.2e}",
+            flush=True,
+        )
+    return found
+
+
+def trained(name: str, items: int, count: int, users_per_step: int, args: argparse.Namespace) -> dict:
+    """Train with so many GPUs and so many users of a global batch; return what the first worker measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, args=(name, items, count, users_per_step, args, folder), nprocs=count)
+        figures = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
+    return figures[0] | {"ranks_equal": len({each["bits"] for each in figures}) == 1}
+
+
+def _work(
+    rank: int, name: str, items: int, count: int, users_per_step: int, args: argparse.Namespace, folder: str
+) -> None:
+    worker = _join(rank, count, folder)
+    config = dataclasses.replace(
+        load_config("default"), models={name: ModelConfig(interest=name, dropout=0.0)}, users_per_step=users_per_step,
+        targets_per_visit=args.targets, epochs=1, warmup_steps=WARM_STEPS // 2, min_epoch_steps=args.steps,
+    )  # fmt: skip
+    data = _data(items, args, config, Path(folder) / f"{rank}.parquet")
+    marks: dict[int, float] = {}
+    bits = hashlib.sha256()
+
+    def look(step: int, state) -> None:
+        if step in (WARM_STEPS, args.steps):
+            if worker.device != "cpu":
+                torch.cuda.synchronize()
+            marks[step] = time.perf_counter()
+        if step == args.steps:
+            for tensor in state().model.values():
+                bits.update(tensor.numpy().tobytes())
+
+    losses: list[float] = []
+    note = lambda result: losses.append(result.metrics["train_loss"])  # noqa: E731
+    model, _ = train_model(name, data, config, worker, note, look)
+    figures = {
+        "step_ms": (marks[args.steps] - marks[WARM_STEPS]) / (args.steps - WARM_STEPS) * 1_000,
+        "exchange_ms": _exchange_ms(sum(p.numel() for p in model.parameters()), worker),
+        "train_loss": losses[-1],
+        "bits": bits.hexdigest(),
+    }
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def _join(rank: int, count: int, folder: str) -> Worker:
+    on_gpu = torch.cuda.is_available()
+    torch.set_float32_matmul_precision("high")
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    if count > 1:
+        meeting = f"file://{folder}/meeting"
+        dist.init_process_group("nccl" if on_gpu else "gloo", meeting, rank=rank, world_size=count)
+    return Worker(rank, count, f"cuda:{rank}" if on_gpu else "cpu")
+
+
+def _data(items: int, args: argparse.Namespace, config: TrainConfig, path: Path) -> TrainingData:
+    """Return a partition of as many users as four batches of two GPUs."""
+    write_partition(path, 8 * args.users, args.length, 8 * args.targets + 1, items)
+    return TrainingData.of(Sequences.from_arrow(pq.read_table(path)), items_table(items), config)
+
+
+def _exchange_ms(parameters: int, worker: Worker) -> float:
+    """Return the time of summing the gradients of so many parameters over the workers, alone."""
+    if worker.world == 1:
+        return 0.0
+    flat = torch.zeros(parameters, device=worker.device)
+    wait = torch.cuda.synchronize if worker.device != "cpu" else lambda: None
+    for turn in range(EXCHANGES + 3):
+        if turn == 3:  # those before it connect the workers
+            wait()
+            began = time.perf_counter()
+        dist.all_reduce(flat)
+    wait()
+    return (time.perf_counter() - began) / EXCHANGES * 1_000
+
+
+if __name__ == "__main__":
+    main()
