@@ -101,7 +101,7 @@ class Padding:
         count: float32 [2], the targets and the events that count; they come first.
         event_weight: float32 [E], target_weight: float32 [T]; 1, or 0 for padding.
         event_begin: int64 [T], the place among the E events of each target's user's first one.
-        work: what the fused pass works on (`training.model.fused.Work`), None where it does not run.
+        work, codes: what the fused passes work on (`Work`, `CodeWork` of training/model/), None where they do not run.
     """
 
     count: Array
@@ -109,6 +109,7 @@ class Padding:
     target_weight: Array
     event_begin: Array
     work: Any = None
+    codes: Any = None
 
 
 @dataclass(frozen=True)

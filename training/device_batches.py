@@ -106,15 +106,12 @@ class DeviceRows:
         table = on_device(np.concatenate(table_of(chosen, real)), self.device)
         return self.gathered(table, sizes, lists_of(chosen), padded=True)
 
-    def gathered(
-        self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False, work: Any = None
-    ) -> Batch:
+    def gathered(self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False) -> Batch:
         """Gather the batch of a `table_of`, which the host does not read.
 
         Args:
             lists: the fields of `Batch` that are lists.
             padded: a part of the batch does not count.
-            work: of the batch's `Padding`.
         """
         count, event_start, target_start, source, first, user, target = table.split(sizes.lengths)
         place_E, place_T = (torch.arange(size, device=self.device) for size in (sizes.events, sizes.targets))
@@ -129,7 +126,7 @@ class DeviceRows:
             source_E = source_E.clamp(max=len(self.history_item) - 1)
             real_E, real_T = place_E < count[1], place_T < count[0]
             bounds = [bound * real_T for bound in bounds]
-            padding = Padding(count.float(), real_E.float(), real_T.float(), event_start[user_T], work)
+            padding = Padding(count.float(), real_E.float(), real_T.float(), event_start[user_T])
         items, place_R = self._distinct(torch.cat([self.history_item[source_E], self.target_item[target]]).long())
         return Batch(
             items=items,

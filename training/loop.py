@@ -211,7 +211,7 @@ class _Training:
             return None
         if not model.interest.reads_tensors_alone():
             return None
-        return RecordedSteps(rows, config.users_per_step, model.config.heads, self._learn)
+        return RecordedSteps(rows, config.users_per_step, model.interest, self._learn)
 
     def _fit_optimizer(self) -> None:
         """Let the optimizer's groups, which may be of another kind of device, suit this one; its rate is set anew."""

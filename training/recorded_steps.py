@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +18,27 @@ from torch import Tensor
 
 from training.data import Batch, Chosen
 from training.device_batches import DeviceRows, Sizes, table_of
-from training.model import fused
+from training.model import fused, fused_codes
+from training.model.fused_codes import CodeWork
+from training.model.interests.interface import Interest
 
 STEPS_AHEAD = 3  # that the host prepares while the device works
+
+
+class Told(NamedTuple):
+    """What a step is told of a batch in the device's memory, and what its Python code decides by.
+
+    Attributes:
+        sizes: of the batch. bound: some targets do not see their user's events from the first on.
+        shapes: of the tables of `fused.Work` and `fused_codes.CodeWork`, () for a pass that does not run.
+        segments: of the pass over codes. whole: it is the only pass.
+    """
+
+    sizes: Sizes
+    bound: bool
+    shapes: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
+    segments: int
+    whole: bool
 
 
 class RecordedSteps:
@@ -26,12 +46,12 @@ class RecordedSteps:
 
     Args:
         users: of a batch at most.
-        heads: of the attention.
+        interest: of the model that learns.
         step: what a step does with a batch, on the device alone.
     """
 
-    def __init__(self, rows: DeviceRows, users: int, heads: int, step: Callable[[Batch], None]) -> None:
-        self.rows, self.users, self.heads, self.step = rows, users, heads, step
+    def __init__(self, rows: DeviceRows, users: int, interest: Interest, step: Callable[[Batch], None]) -> None:
+        self.rows, self.users, self.interest, self.step = rows, users, interest, step
         self.recordings: dict[Hashable, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.seen: set[Hashable] = set()
         self.stream, self.pool = torch.cuda.Stream(rows.device), torch.cuda.graph_pool_handle()
@@ -43,40 +63,42 @@ class RecordedSteps:
         Args:
             phase: what else the step's Python code decides by.
         """
-        sizes = budget(chosen, self.users)
-        padded = chosen.padded(self.users, sizes.events, sizes.targets)
-        work = work_tables(padded, sizes, self.heads)
-        sent = np.concatenate([part.ravel() for part in (*table_of(padded, Sizes.of(chosen)), *work)])
-        shapes = [table.shape for table in work]
-        bound = bool(chosen.shared_from.any())
-        name = sizes, bound, phase
+        told, sent = tell(chosen, self.users, self.interest)
         self._stay_near()
-        table = fused.on_device(sent, self.rows.device)
+        table, name = fused.on_device(sent, self.rows.device), (told, phase)
         if name not in self.seen:
             self.seen.add(name)
-            self._beside(lambda: self.step(self._batch(table, sizes, shapes, bound)))
+            self._beside(lambda: self.step(self._batch(table, told)))
             return
         if name not in self.recordings:
-            self.recordings[name] = self._recorded(table, sizes, shapes, bound)
+            self.recordings[name] = self._recorded(table, told)
         held, graph = self.recordings[name]
         held.copy_(table)
         graph.replay()
 
-    def _recorded(
-        self, table: Tensor, sizes: Sizes, shapes: list[tuple[int, ...]], bound: bool
-    ) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+    def _recorded(self, table: Tensor, told: Told) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         """Record a step that reads the table that is returned; nothing runs."""
         held, graph = torch.empty_like(table), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            self.step(self._batch(held, sizes, shapes, bound))
+            self.step(self._batch(held, told))
         return held, graph
 
-    def _batch(self, table: Tensor, sizes: Sizes, shapes: list[tuple[int, ...]], bound: bool) -> Batch:
-        told, *tables = table.split([sum(sizes.lengths), *(int(np.prod(shape)) for shape in shapes)])
-        work = fused.Work(*(part.view(shape) for part, shape in zip(tables, shapes, strict=True)))
+    def _batch(self, table: Tensor, told: Told) -> Batch:
+        shapes = [shape for tables in told.shapes for shape in tables]
+        rows, *parts = table.split([sum(told.sizes.lengths), *(int(np.prod(shape)) for shape in shapes)])
+        tables = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        work = codes = None
+        if told.shapes[0]:
+            pieces, tiles, blocks = tables[:3]
+            work = fused.Work(pieces, tiles, blocks, whole=not told.shapes[1])
+        if told.shapes[1]:
+            of_users, blocks, tiles = tables[-3:]
+            codes = CodeWork(of_users, blocks, tiles, told.segments, told.whole)
         # A list that the step reads would be that of the recorded batch for ever: there is none to be read.
-        lists = {"event_start": None, "target_start": None, "cut_offs": None, "shared_from": [int(bound)]}
-        return self.rows.gathered(told, sizes, lists, padded=True, work=work)
+        lists = {"event_start": None, "target_start": None, "cut_offs": None, "shared_from": [int(told.bound)]}
+        batch = self.rows.gathered(rows, told.sizes, lists, padded=True)
+        assert batch.padding is not None
+        return replace(batch, padding=replace(batch.padding, work=work, codes=codes))
 
     def _beside(self, run: Callable[[], None]) -> None:
         """Run on the stream that is recorded, so that what autograd keeps between steps is of one stream."""
@@ -95,10 +117,30 @@ class RecordedSteps:
         self.ahead.append(event)
 
 
-def budget(chosen: Chosen, users: int) -> Sizes:
+def tell(chosen: Chosen, users: int, interest: Interest) -> tuple[Told, np.ndarray]:
+    """Return what a step is told of a batch, padded to a budget of at most so many users, and its table, int64."""
+    real, bound, heads = Sizes.of(chosen), bool(chosen.shared_from.any()), interest.config.heads
+    none = np.zeros(len(chosen.users), bool)
+    coded_U = none if bound else interest.by_codes(chosen.event_start, chosen.target_start, chosen.cut_offs)
+    whole, some = bool(coded_U.all()), bool(coded_U.any())
+    # Segments that are left over go to the user of the targets that see nothing, who has one target at least.
+    sizes = budget(chosen, users, more_targets=fused.TILE if some else 0)
+    padded = chosen.padded(users, sizes.events, sizes.targets)
+    coded_U = np.concatenate([coded_U, np.full(sizes.users - len(coded_U), whole)])
+    coded_U[-1] = some
+    segments = int(padded.cut_offs[coded_U].sum())
+    padded.cut_offs[-1] = rounded_up(segments) - segments if some else 0
+    work = () if some and whole else work_tables(padded, sizes, heads, ~coded_U)
+    codes = code_tables(padded, sizes, coded_U) if some else ()
+    sent = np.concatenate([part.ravel() for part in (*table_of(padded, real), *work, *codes)])
+    shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
+    return Told(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent
+
+
+def budget(chosen: Chosen, users: int, more_targets: int = 0) -> Sizes:
     """Return the sizes that a batch of at most so many users is padded to: few for many batches."""
     real = Sizes.of(chosen)
-    return Sizes(users + 2, rounded_up(real.events), rounded_up(real.targets))
+    return Sizes(users + 2, rounded_up(real.events), rounded_up(real.targets) + more_targets)
 
 
 def rounded_up(count: int) -> int:
@@ -107,17 +149,32 @@ def rounded_up(count: int) -> int:
     return max(1, -(-count // unit)) * unit
 
 
-def work_tables(padded: Chosen, sizes: Sizes, heads: int) -> list[np.ndarray]:
+def work_tables(padded: Chosen, sizes: Sizes, heads: int, chosen_U: np.ndarray | None = None) -> list[np.ndarray]:
     """Return the tables of `fused.Work` for a padded batch, with idle rows up to what such sizes may need."""
-    work = fused.Work.of(padded.event_start.tolist(), padded.target_start.tolist(), heads, torch.device("cpu"))
+    starts = padded.event_start.tolist(), padded.target_start.tolist()
+    work = fused.Work.of(*starts, heads, torch.device("cpu"), chosen_U)
     tiles = -(-sizes.targets // fused.TILE) + sizes.users
     # A chunk is at least so long that pieces beyond the first of a tile are PIECES in all, and their rounding.
     pieces = tiles + -(-fused.PIECES // heads) + 8
     blocks = -(-sizes.events // fused.BLOCK) + sizes.users
     # A block of no event: its program reads the row before its first one.
     idle = [[0] * 5, [0] * 4, [1, 0, 0, 0, 0]]
-    tables = [table.numpy() for table in (work.pieces_W5, work.tiles_X4, work.blocks_N5)]
+    return _filled([work.pieces_W5, work.tiles_X4, work.blocks_N5], idle, [pieces, tiles, blocks])
+
+
+def code_tables(padded: Chosen, sizes: Sizes, chosen_U: np.ndarray) -> list[np.ndarray]:
+    """Return the tables of `fused_codes.CodeWork` for a padded batch, with idle rows."""
+    lists = padded.event_start.tolist(), padded.target_start.tolist(), padded.cut_offs.tolist()
+    work = CodeWork.of(*lists, chosen_U, torch.device("cpu"))
+    blocks = -(-sizes.events // fused_codes.BLOCK) + sizes.users
+    tiles = -(-sizes.targets // fused_codes.BY_TARGET["P"]) + sizes.users
+    idle = [[0] * 5, [0] * 3, [0] * 3]
+    return _filled([work.users_V5, work.blocks_N3, work.tiles_X3], idle, [sizes.users, blocks, tiles])
+
+
+def _filled(tables: list[Tensor], idle: list[list[int]], counts: list[int]) -> list[np.ndarray]:
+    """Return tables with idle rows up to their counts."""
     return [
-        np.concatenate([table, np.tile(np.array(row, np.int64), (count - len(table), 1))])
-        for table, row, count in zip(tables, idle, (pieces, tiles, blocks), strict=True)
+        np.concatenate([table.numpy(), np.tile(np.array(row, np.int64), (count - len(table), 1))])
+        for table, row, count in zip(tables, idle, counts, strict=True)
     ]

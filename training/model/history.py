@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from training.model.fused import Work
+from training.model.fused_codes import CodeWork
 from training.model.fused_rows import Places
 
 
@@ -44,7 +45,7 @@ class Events:
         start: U + 1 offsets; user u has the events start[u] to start[u + 1].
         by_item: the same items, once ordered for all that is summed by item.
         weight_E: float, 0 for an event that no statistic may count; None: all count.
-        work: what the fused pass works on, if it is on the device already.
+        work, codes: what the pass over events and the one over codes work on, if that is on the device already.
     """
 
     item_E: Tensor
@@ -54,6 +55,7 @@ class Events:
     by_item: Places | None = None
     weight_E: Tensor | None = None
     work: Work | None = None
+    codes: CodeWork | None = None
 
     def of(self, events: slice) -> Events:
         """Return some events of one user, as a batch of that user alone."""

@@ -130,20 +130,20 @@ def in_kernels(query_THd: Tensor, keys: Keys, events: Events, targets: Targets, 
     elif keys.codes_NG is not None and recent_T is not None:
         exact_from_T, exact_EHd = recent_T, gathered(keys.exact_NHd, by_item)
     seen = fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T)
-    if events.work is not None:
-        key_EHd = gathered(keys.hard_NHd, by_item)
-        return fused.fused_attention(events.work, query_THd, key_EHd, events.value_EHd, seen, softmax.kernel, exact_EHd)
-    factored_U, parts = np.zeros(len(events.start) - 1, bool), []
-    if keys.codes_NG is not None and keys.codebook_HCd is not None and first_T is None and exact_EHd is None:
-        components = softmax.kernel.weight_HM.shape[1] if softmax.kernel else 1
-        sizes = events.start, targets.start, targets.cut_offs
-        factored_U = fused_codes.preferred(*sizes, keys.codebook_HCd.shape, components)
-        if factored_U.any():
-            coded = fused_codes.Coded(keys.hard_NHd, keys.codebook_HCd, keys.codes_NG, by_item)
-            given = fused_codes.CodeWork.of(*sizes, factored_U, query_THd.device), query_THd, coded
-            parts.append(fused_codes.coded_attention(*given, events.value_EHd, seen, softmax.kernel))
-    if not parts or not factored_U.all():
-        work = fused.Work.of(events.start, targets.start, query_THd.shape[1], query_THd.device, ~factored_U)
+    work, codes, parts = events.work, events.codes, []
+    if work is None and codes is None:
+        sizes, device = (events.start, targets.start, targets.cut_offs), query_THd.device
+        factored_U = np.zeros(len(events.start) - 1, bool)
+        if keys.codes_NG is not None and keys.codebook_HCd is not None and first_T is None and exact_EHd is None:
+            components = softmax.kernel.weight_HM.shape[1] if softmax.kernel else 1
+            factored_U = fused_codes.preferred(*sizes, keys.codebook_HCd.shape, components)
+        codes = fused_codes.CodeWork.of(*sizes, factored_U, device) if factored_U.any() else None
+        if codes is None or not factored_U.all():
+            work = fused.Work.of(events.start, targets.start, query_THd.shape[1], device, ~factored_U)
+    if codes is not None and keys.codes_NG is not None and keys.codebook_HCd is not None:
+        coded = fused_codes.Coded(keys.hard_NHd, keys.codebook_HCd, keys.codes_NG, by_item)
+        parts.append(fused_codes.coded_attention(codes, query_THd, coded, events.value_EHd, seen, softmax.kernel))
+    if work is not None:
         key_EHd = gathered(keys.hard_NHd, by_item)
         parts.append(fused.fused_attention(work, query_THd, key_EHd, events.value_EHd, seen, softmax.kernel, exact_EHd))
     return sum(parts[1:], parts[0])

@@ -11,7 +11,7 @@ S width of an item's static embedding.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -202,8 +202,10 @@ class Ranker(nn.Module):
         value_NHd, interaction_IHd = self._heads(self.to_value(items.static_NS)), self._heads(self.interactions.table())
         by_item = Places(batch.event_item)
         value_EHd = gathered(value_NHd, by_item, interaction_IHd, Places(batch.event_interaction))
-        weight_E, work = (None, None) if batch.padding is None else (batch.padding.event_weight, batch.padding.work)
-        return Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start, by_item, weight_E, work)
+        events = Events(batch.event_item, value_EHd, batch.event_time_ms, batch.event_start, by_item)
+        if (padding := batch.padding) is None:
+            return events
+        return replace(events, weight_E=padding.event_weight, work=padding.work, codes=padding.codes)
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], self.config.heads, self.config.head_width)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +63,10 @@ class Interest(nn.Module):
     def reads_tensors_alone(self) -> bool:
         """Say whether the pass over a padded batch reads no list of it, so that a training step may be recorded."""
         return False
+
+    def by_codes(self, event_start: np.ndarray, target_start: np.ndarray, cut_offs: np.ndarray) -> np.ndarray:
+        """Say which users of a batch, all of whose targets see its events from the first on, meet codes on a GPU."""
+        return np.zeros(len(cut_offs), bool)
 
     def at_once(self, events: Events) -> bool:
         """Say whether all users are read in one pass: a GPU would wait for the launches of a loop, a CPU has caches."""

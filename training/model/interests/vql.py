@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.config import ModelConfig
 from training.model.attention import Attended, cache_part, combine, window_part
 from training.model.cache import UserCache, build_cache
+from training.model.fused_codes import preferred
 from training.model.fused_rows import gathered_exactly
 from training.model.history import Events, Items, Targets, each_user, one_user
 from training.model.interests.interface import Coded
@@ -47,6 +49,13 @@ class Vql(Coded):
         keys, loss = self.coded_keys(self.keys(items.static_NS), events)
         query_THd = gathered_exactly(self.queries(items.static_NS), targets.by_item)
         return self.attend(query_THd, keys, events, targets), loss
+
+    def by_codes(self, event_start: np.ndarray, target_start: np.ndarray, cut_offs: np.ndarray) -> np.ndarray:
+        if not self.quantizer.is_started() or self.config.recent_window or self.config.refine_k:
+            return np.zeros(len(cut_offs), bool)
+        words = torch.Size((self.config.heads, self.quantizer.codes, self.config.head_width))
+        sizes = event_start.tolist(), target_start.tolist(), cut_offs.tolist()
+        return preferred(*sizes, words, max(1, self.config.kernel_components))
 
     def coded_keys(self, key_NHd: Tensor, events: Events) -> tuple[Keys, Tensor]:
         """Return the keys of the batch's items with their codes, and the weighted quantization loss."""
