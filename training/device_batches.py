@@ -154,7 +154,7 @@ class DeviceRows:
         if items <= len(read_R):
             return self.items, read_R
         is_read = torch.zeros(items, dtype=torch.int8, device=self.device)
-        is_read[read_R] = 1
+        is_read.index_fill_(0, read_R, 1)  # an assignment would copy its 1 from the host, which no recording may
         rank = is_read.cumsum(0, dtype=torch.int32)
         wanted_N = torch.arange(1, len(read_R) + 1, dtype=torch.int32, device=self.device)
         item_N = torch.searchsorted(rank, wanted_N).clamp(max=items - 1)
