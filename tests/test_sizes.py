@@ -17,7 +17,6 @@ MOST_LINES, MOST_PARAMETERS = 60, 7
 # Module and name of those that may have more, with the reason.
 EXCEPT = {
     "training.model.blocks.block_attention": "torch.compile builds it: loose tensors, no record between",
-    "training.model.refined.refined_cache_part": "the serving form, which has no batch",
 }
 
 

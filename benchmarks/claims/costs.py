@@ -22,7 +22,7 @@ from training.model.blocks import Layout, block_attention
 from training.model.cache import build_cache, stored, to_sparse
 from training.model.history import one_user
 from training.model.kernel import MixtureKernel
-from training.model.refined import index_events, refined_cache_part
+from training.model.refined import CodedHistory, index_events, refined_cache_part
 
 HEADS, WIDTH, CODES, CANDIDATES, ROUNDS = 4, 16, 128, 500, 5
 LENGTHS = (1_000, 4_000, 16_000, 64_000)
@@ -83,12 +83,10 @@ def _scorers(length: int) -> tuple[dict[str, Callable[[], object]], int]:
         1: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, one),
         2: build_cache(codes_LG, value_LHd, times, NOW_MS, CODES, two),
     }
-    index = index_events(codes_LG, CODES)
+    history = CodedHistory(caches[2], index_events(codes_LG, CODES), key_LHd, value_LHd, times)
 
     def refined(count: int) -> Callable[[], object]:
-        return lambda: refined_cache_part(
-            query_THd, codebook_HCd, caches[2], index, key_LHd, value_LHd, times, at, two, count
-        )
+        return lambda: refined_cache_part(query_THd, codebook_HCd, history, at, two, count)
 
     runs: dict[str, Callable[[], object]] = {
         "exact": lambda: event_attention(query_THd, key_LHd, *one_user(value_LHd, times, at, ends), two),

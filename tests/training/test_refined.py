@@ -15,7 +15,7 @@ from training.model.attention import CodedKeys, cache_attention, combine, event_
 from training.model.cache import build_cache
 from training.model.history import one_user
 from training.model.kernel import MixtureKernel
-from training.model.refined import index_events, refined_cache_part, refined_event_part
+from training.model.refined import CodedHistory, index_events, refined_cache_part, refined_event_part
 
 torch.set_num_threads(1)
 
@@ -62,18 +62,9 @@ class Problem:
     def serving(self, kernel, refine, until=None):
         seen = slice(0, until)
         cache = build_cache(self.codes_LG[seen], self.values[seen], self.times[seen], NOW_MS, self.codes, kernel)
-        return refined_cache_part(
-            self.queries,
-            self.codebook,
-            cache,
-            index_events(self.codes_LG[seen], self.codes),
-            self.keys[seen],
-            self.values[seen],
-            self.times[seen],
-            self.target_times,
-            kernel,
-            refine,
-        )
+        index = index_events(self.codes_LG[seen], self.codes)
+        history = CodedHistory(cache, index, self.keys[seen], self.values[seen], self.times[seen])
+        return refined_cache_part(self.queries, self.codebook, history, self.target_times, kernel, refine)
 
 
 @pytest.mark.parametrize("half_lives", KERNELS)
@@ -224,18 +215,8 @@ def test_serving_reads_as_many_keys_for_a_long_history_as_for_a_short_one():
         Counting.read = 0
         problem.keys, index = problem.keys.as_subclass(Counting), index_events(problem.codes_LG, 8)
         cache = build_cache(problem.codes_LG, problem.values, problem.times, NOW_MS, 8, None)
-        refined_cache_part(
-            problem.queries,
-            problem.codebook,
-            cache,
-            index,
-            problem.keys,
-            problem.values,
-            problem.times,
-            problem.target_times,
-            None,
-            16,
-        )
+        history = CodedHistory(cache, index, problem.keys, problem.values, problem.times)
+        refined_cache_part(problem.queries, problem.codebook, history, problem.target_times, None, 16)
         reads.append(Counting.read)
     assert reads[0] == reads[1] == 5 * HEADS * 16 * WIDTH
 

@@ -83,39 +83,48 @@ def index_events(codes_LG: Tensor, codes: int) -> CodeIndex:
     return CodeIndex(order.indices, torch.searchsorted(order.values.contiguous(), starts_GX))
 
 
+@dataclass(frozen=True)
+class CodedHistory:
+    """A user's history in serving: its cache, and the events behind the codes.
+
+    Attributes:
+        index: of the very events that are in the cache.
+        key_LHd, value_LHd, time_ms_L: of these events, read at the opened ones only.
+    """
+
+    cache: UserCache
+    index: CodeIndex
+    key_LHd: Tensor
+    value_LHd: Tensor
+    time_ms_L: Tensor
+
+
 def refined_cache_part(
     query_THd: Tensor,
     codebook_HCd: Tensor,
-    cache: UserCache,
-    index: CodeIndex,
-    key_LHd: Tensor,
-    value_LHd: Tensor,
-    event_time_ms_L: Tensor,
+    history: CodedHistory,
     target_time_ms_T: Tensor,
     kernel: MixtureKernel | None,
     refine: int,
 ) -> Attended:
-    """Serving form: attention over the codes of `cache`, its `refine` best events taken out of their codes and scored
+    """Serving form: attention over the codes of a history, its `refine` best events taken out of their codes and scored
     exactly.
-
-    Args:
-        index: of the very events that are in the cache. key_LHd, value_LHd, event_time_ms_L: read at the opened events
-            only.
     """
+    cache, time_ms_L = history.cache, history.time_ms_L
     logit_HTMC = code_logits(
         query_THd, codebook_HCd, cache.log_count_HMC, target_time_ms_T, cache.reference_time_ms, kernel
     )
     mean_HKd = cache.mean_HMCd.to(query_THd.dtype).flatten(1, 2)
-    if len(key_LHd) == 0:
+    if len(time_ms_L) == 0:
         return softmax_part(logit_HTMC.flatten(2), mean_HKd)
     query_HTd = query_THd.transpose(0, 1)
     score_HTC = query_HTd @ codebook_HCd.transpose(1, 2)
     event_HTK, coarse_HTK, keeps_HTK, keeps_HTC = _best_events(
-        score_HTC, index, event_time_ms_L, target_time_ms_T, kernel, refine
+        score_HTC, history.index, time_ms_L, target_time_ms_T, kernel, refine
     )
     head_H11 = torch.arange(len(query_HTd), device=query_THd.device)[:, None, None]
-    key_HTKd, value_HTKd = key_LHd[event_HTK, head_H11], value_LHd[event_HTK, head_H11]
-    log_kernel_HTK = _log_kernel(event_HTK, event_time_ms_L, target_time_ms_T, kernel).to(coarse_HTK.dtype)
+    key_HTKd, value_HTKd = history.key_LHd[event_HTK, head_H11], history.value_LHd[event_HTK, head_H11]
+    log_kernel_HTK = _log_kernel(event_HTK, time_ms_L, target_time_ms_T, kernel).to(coarse_HTK.dtype)
     exact_HTK = (query_HTd[:, :, None] * key_HTKd).sum(-1) + log_kernel_HTK
     coarse_HTK = coarse_HTK + log_kernel_HTK
     # A code all of whose events are chosen leaves the softmax; from others the chosen are subtracted. Subtracting all

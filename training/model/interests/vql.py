@@ -28,7 +28,7 @@ from training.model.interests.interface import Coded
 from training.model.passes import Keys, Softmax
 from training.model.probe import AttentionErrors, attention_errors
 from training.model.quantizer import GroupedQuantizer
-from training.model.refined import index_events, refined_cache_part
+from training.model.refined import CodedHistory, index_events, refined_cache_part
 
 
 class Vql(Coded):
@@ -119,9 +119,10 @@ class Vql(Coded):
         if self.config.refine_k:
             item_L = events.item_E[old]
             index = index_events(keys.codes_NG[item_L], self.quantizer.codes)
-            history = keys.exact_NHd[item_L], events.value_EHd[old], events.time_ms_E[old]
+            exact_LHd, value_LHd = keys.exact_NHd[item_L], events.value_EHd[old]
+            history = CodedHistory(cache, index, exact_LHd, value_LHd, events.time_ms_E[old])
             part = refined_cache_part(
-                query_THd, keys.codebook_HCd, cache, index, *history, time_ms_T, self.kernel, self.config.refine_k
+                query_THd, keys.codebook_HCd, history, time_ms_T, self.kernel, self.config.refine_k
             )
         else:
             part = cache_part(query_THd, keys.codebook_HCd, cache, time_ms_T, self.kernel)
