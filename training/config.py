@@ -89,6 +89,7 @@ class TrainConfig:
         targets_per_visit: targets of a user in one visit at most; who has more is visited several times in an epoch.
         epochs: at most so many; an epoch has every training target once, or several times where there would be fewer
             steps than `min_epoch_steps`.
+        max_epoch_steps: an epoch ends after so many steps, whatever targets it has not had: for a first look.
         patience: epochs without a better validation log loss before the early stop.
         validation_share: share of training targets held out for the early stop where they are all of one day; else
             it is the last training day.
@@ -115,6 +116,7 @@ class TrainConfig:
     targets_per_visit: int = 128
     epochs: int = 1
     min_epoch_steps: int = 300
+    max_epoch_steps: int | None = None
     patience: int = 2
     validation_share: float = 0.05
     warmup_steps: int = 300

@@ -371,9 +371,11 @@ class UserBatches:
         users, first = np.unique(owner, return_index=True)
         return users, np.split(targets, first[1:])
 
-    def epoch(self, targets: np.ndarray, epoch: int, targets_per_visit: int, min_steps: int = 1) -> Epoch:
-        """Return the batches of an epoch: passes over the targets until there are `min_steps`."""
-        return Epoch(self, *self.by_user(targets), epoch, targets_per_visit, min_steps)
+    def epoch(
+        self, targets: np.ndarray, epoch: int, targets_per_visit: int, min_steps: int = 1, max_steps: int | None = None
+    ) -> Epoch:
+        """Return the batches of an epoch: passes over the targets until there are `min_steps`; of those `max_steps`."""
+        return Epoch(self, *self.by_user(targets), epoch, targets_per_visit, min_steps, max_steps)
 
     def all_of(self, targets: np.ndarray) -> Iterator[Batch]:
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
@@ -402,17 +404,19 @@ class Epoch:
         number: int,
         targets_per_visit: int,
         min_steps: int,
+        max_steps: int | None,
     ) -> None:
         self.batches, self.users, self.positions = batches, users, positions
         self.visits = np.array([-(-len(targets) // targets_per_visit) for targets in positions], np.int64)  # a user
         self.steps_per_pass = -(-int(self.visits.sum()) // batches.users_per_step)
-        self.passes = max(1, -(-min_steps // max(1, self.steps_per_pass)))
+        steps = max(1, -(-min_steps // max(1, self.steps_per_pass))) * self.steps_per_pass
+        self.steps = steps if max_steps is None else min(steps, max_steps)
         self.key = [batches.seed, number]
         self._ordered = -1, np.zeros((0, 2), np.int64)  # the last pass that was asked for, and its order
         self._parted: tuple[int, dict[int, list[np.ndarray]]] = -1, {}  # and the parts of its users so far
 
     def __len__(self) -> int:
-        return self.passes * self.steps_per_pass
+        return self.steps
 
     def __getitem__(self, number: int) -> Batch | None:
         users, targets = self.visited(number)

@@ -168,8 +168,9 @@ class _Trainings:
     def _pace(self, name: str) -> Pace:
         config, data = self.config, self.data
         batches = UserBatches(data.joined, 0, 1, config.users_per_step, config.seed)
-        epoch = batches.epoch(data.split.train, 0, config.targets_per_visit, config.min_epoch_steps)
-        targets_a_step = epoch.passes * len(data.split.train) / max(1, len(epoch))
+        bounds = config.min_epoch_steps, config.max_epoch_steps
+        epoch = batches.epoch(data.split.train, 0, config.targets_per_visit, *bounds)
+        targets_a_step = len(data.split.train) / max(1, epoch.steps_per_pass)
         log_figures = self.metrics.log if self.metrics is not None else lambda figures, step: None
         return Pace(name, len(epoch) * config.epochs, targets_a_step, self.worker.device, self.say, log_figures)
 

@@ -245,7 +245,8 @@ class _Training:
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
         config = self.config
-        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_visit, config.min_epoch_steps)
+        bounds = config.min_epoch_steps, config.max_epoch_steps
+        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_visit, *bounds)
 
     def warmup_steps(self, order: Epoch) -> int:
         return min(self.config.warmup_steps, self.config.epochs * len(order) // 2)

@@ -33,6 +33,15 @@ def seen(batch) -> list[int]:
     return [] if batch is None else (batch.target_time_ms - DAY_MS).tolist()
 
 
+def test_a_first_look_takes_seconds_of_any_partition():
+    config = load_config("tiny")
+    assert config.max_epoch_steps is not None and config.max_epoch_steps * config.epochs <= 200
+    targets = np.arange(len(SEQUENCES.target_item))
+    batches = UserBatches(JOINED, 0, 1, 3, seed=5)
+    whole, cut = batches.epoch(targets, 0, 5, 1), batches.epoch(targets, 0, 5, 1, 4)
+    assert len(whole) > len(cut) == 4 and [seen(batch) for batch in cut] == [seen(whole[step]) for step in range(4)]
+
+
 @settings(max_examples=60)
 @given(
     chosen=st.sets(st.integers(0, len(SEQUENCES.target_item) - 1), min_size=1),

@@ -1,4 +1,6 @@
-"""Seconds on a laptop: for tests and for a first look in a debugger (`--workers 0`); the figures mean nothing."""
+"""Seconds on a laptop, whatever the partition: for tests and for a first look in a debugger (`--workers 0`); an epoch has
+100 steps at most, and the figures mean nothing.
+"""
 
 import dataclasses
 
@@ -15,6 +17,7 @@ def config() -> TrainConfig:
         models=models,
         epochs=2,
         min_epoch_steps=2,
+        max_epoch_steps=100,
         warmup_steps=2,
         users_per_step=4,
         targets_per_visit=8,
