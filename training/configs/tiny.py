@@ -1,5 +1,6 @@
-"""Seconds on a laptop, whatever the partition: for tests and for a first look in a debugger (`--workers 0`); an epoch has
-100 steps at most, and the figures mean nothing.
+"""Seconds on a laptop, whatever the partition: for tests and for a first look in a debugger (`--workers 0`).
+
+An epoch has 100 steps at most, and the figures mean nothing.
 """
 
 import dataclasses
