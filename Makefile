@@ -29,7 +29,7 @@ readme: setup ## every command that README.md and docs/datasets.md show, as far 
 
 # Those of Airflow wait for its scheduler most of the time: they run beside the others, and are shown after them.
 test-slow: setup ## the other tests: real schedulers, browser, cluster, killed processes, trainings, every command of README; SEEDS=11,12,13 trains more
-	@$(PY) -m pytest -m slow --numprocesses 3 --dist loadfile --durations=0
+	@$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --durations=0
 
 bench-train: setup ## time of a training step, GPU or CPU; on a GPU ARGS=--plain measures it without the fused kernels, too
 	@$(PY) -m benchmarks.train_step $(ARGS)

@@ -33,7 +33,10 @@ def browser(url: str) -> Iterator[Airflow]:
 
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
-        page = opened.new_page(viewport={"width": 1400, "height": 1000}, timezone_id="UTC", locale="en-GB")
+        # What moves on a page is drawn by the processor, all the time that a run is waited for.
+        page = opened.new_page(
+            viewport={"width": 1400, "height": 1000}, timezone_id="UTC", locale="en-GB", reduced_motion="reduce"
+        )
         page.set_default_timeout(ANSWER_MS)
         try:
             yield Airflow(page, url)
