@@ -135,13 +135,6 @@ def killed(
     """Start a training and SIGKILL some of its processes once a checkpoint newer than a number is there."""
     words, env = command(tmp_path, warehouse, "--workers", workers)
     running = start(words, tmp_path / "log", ROOT, env)
-    kill_when_newer(tmp_path, running, newer_than, whom)
-    return running
-
-
-def kill_when_newer(
-    tmp_path: Path, running: Started, newer_than: int, whom: Callable[[Started], list[psutil.Process]]
-) -> None:
     wait_for(
         "checkpoint",
         lambda: (
@@ -153,6 +146,7 @@ def kill_when_newer(
     for process in wait_for("process to kill", functools.partial(whom, running)):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    return running
 
 
 def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by_side(tmp_path, warehouse):
@@ -198,11 +192,6 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, ware
     assert bits(tmp_path) == bits(whole)
 
 
-def newest(tmp_path: Path) -> int:
-    """Return the number of the newest checkpoint, 0 before the first."""
-    return max((int(path.stem.split("-")[0]) for path in checkpoints(tmp_path)), default=0)
-
-
 def driver(running: Started) -> list[psutil.Process]:
     return [psutil.Process(running.process.pid)]
 
@@ -228,20 +217,24 @@ def test_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed_torc
     summary = check_run(whole, done)
     assert "2 worker(s)" in done.stdout
     assert all(model["epochs"] == 2 for model in summary["models"].values())
-    after = iter(np.random.default_rng(0).integers(0, 4, 9).tolist())  # checkpoints that are new when a kill comes
-    for _ in range(3):
-        running = killed(tmp_path, warehouse, "2", next(after) + newest(tmp_path), of_ray("RayTrainWorker"))
-        kill_when_newer(tmp_path, running, next(after) + newest(tmp_path), driver)
-        assert running.finish()[0] == -signal.SIGKILL
-        wait_for("end of what the driver had started", functools.partial(ended, running, "RayTrainWorker"))
-        running = killed(tmp_path, warehouse, "2", next(after) + newest(tmp_path), of_ray("gcs_server"))
+    # What a killed driver or head had started trains on until it misses them: each kill has a run of its own.
+    kills = (
+        ("worker", of_ray("RayTrainWorker"), 0),
+        ("driver", driver, -signal.SIGKILL),
+        ("head", of_ray("gcs_server"), 75),
+    )
+    for (name, whom, ends_with), after in zip(kills, np.random.default_rng(0).integers(0, 20, 3).tolist(), strict=True):
+        folder = tmp_path / name
+        folder.mkdir()
+        running = killed(folder, warehouse, "2", after, whom)
         code, said = running.finish()
-        assert code == 75 and "error: the head of the Ray cluster, " in said and "Traceback" not in said, said
-        wait_for("end of what the head had started", functools.partial(ended, running, "RayTrainWorker"))
-    running = killed(tmp_path, warehouse, "2", newest(tmp_path), of_ray("RayTrainWorker"))
-    code, said = running.finish()
-    assert code == 0 and "training lost worker" in said and "going on with" in said, said
-    check_same_models(tmp_path, whole)
+        assert code == ends_with and "Traceback" not in said, said
+        assert ("training lost worker" in said and "going on with" in said) == (name == "worker"), said
+        assert ("error: the head of the Ray cluster, " in said) == (name == "head"), said
+        if code:
+            wait_for("end of what it had started", functools.partial(ended, running, "RayTrainWorker"))
+            check_run(folder, train(folder, warehouse, "--workers", "2"))
+        check_same_models(folder, whole)
 
 
 @pytest.mark.ray
