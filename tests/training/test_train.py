@@ -304,20 +304,16 @@ def test_a_ray_address_without_a_cluster_is_said_at_once():
 )
 def test_a_cluster_that_has_none_of_this_code_trains_for_who_knows_its_token(tmp_path, warehouse):
     (tmp_path / "hidden").mkdir()
-    port, hide = free_port(), f"mount --bind {tmp_path / 'hidden'} {ROOT}"
+    port, code = free_port(), [ROOT / name for name in training.ray_workers.CODE]
+    hide = " && ".join(f"mount --bind {tmp_path / 'hidden'} {folder}" for folder in code)
     head = f"start --head --block --port={port} --num-cpus=4 --include-dashboard=false --object-store-memory=200000000"
     words, env = command(tmp_path, warehouse, "--workers", "2")
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
     # A socket's path has at most 107 characters.
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
-        ray = f"{Path(sys.executable).resolve()} -m ray.scripts.scripts {head} --temp-dir={short}"
-        without_code = {name: value for name, value in env.items() if name != "PYTHONPATH"}
-        site = {"PYTHONPATH": str(Path(psutil.__file__).parents[1])}
+        ray = f"{sys.executable} -m ray.scripts.scripts {head} --temp-dir={short}"
         cluster = start(
-            ["unshare", "--mount", "sh", "-c", f"{hide} && exec {ray}"],
-            tmp_path / "ray.log",
-            Path("/"),
-            without_code | site,
+            ["unshare", "--mount", "sh", "-c", f"{hide} && exec {ray}"], tmp_path / "ray.log", Path("/"), env
         )
         try:
             wait_for("cluster", lambda: training.ray_workers._answers(f"127.0.0.1:{port}"))
