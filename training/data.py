@@ -256,7 +256,7 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
     sequences = joined.sequences
     chosen = Chosen.of(sequences, users, targets)
     events, target, counts = chosen.events(), chosen.target, np.diff(chosen.target_start)
-    distinct, inverse = _distinct(_items_read(sequences, chosen), joined.items.count)
+    distinct, inverse = _distinct(_items_read(sequences, events, target), joined.items.count)
     begin = np.repeat(chosen.first, counts)
     return Batch(
         items=joined.items.take(distinct),
@@ -277,9 +277,9 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
     )
 
 
-def _items_read(sequences: Sequences, chosen: Chosen) -> np.ndarray:
-    """Return the items of a batch's events and targets, int32 [E + T]."""
-    return np.concatenate([sequences.history_item[chosen.events()], sequences.target_item[chosen.target]])
+def _items_read(sequences: Sequences, events: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the items of some events and targets, int32 [E + T]."""
+    return np.concatenate([sequences.history_item[events], sequences.target_item[targets]])
 
 
 def _distinct(read: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
@@ -430,7 +430,8 @@ class Epoch:
         """Return the features of the distinct items of the whole global batch, in the partition's order."""
         joined = self.batches.joined
         chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
-        return joined.items.take(_distinct(_items_read(joined.sequences, chosen), joined.items.count)[0])
+        read = _items_read(joined.sequences, chosen.events(), chosen.target)
+        return joined.items.take(_distinct(read, joined.items.count)[0])
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""

@@ -100,12 +100,6 @@ class DeviceRows:
         table = on_device(np.concatenate(table_of(chosen, sizes)), self.device)
         return self.gathered(table, sizes, lists_of(chosen))
 
-    def padded_batch(self, chosen: Chosen, sizes: Sizes) -> Batch:
-        """Return a batch of these sizes."""
-        real, chosen = Sizes.of(chosen), chosen.padded(sizes.users - 2, sizes.events, sizes.targets)
-        table = on_device(np.concatenate(table_of(chosen, real)), self.device)
-        return self.gathered(table, sizes, lists_of(chosen), padded=True)
-
     def gathered(self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False) -> Batch:
         """Gather the batch of a `table_of`, which the host does not read.
 

@@ -24,7 +24,7 @@ from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
 from training.data import Sequences, UserBatches
-from training.loop import EpochResult, Start, TrainingData, TrainingState, Worker, from_first, train_model
+from training.loop import EpochResult, Start, TrainingData, TrainingState, Worker, epoch_of, from_first, train_model
 from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
 from training.registry import CHAMPION, ArtifactGone, Registry
@@ -137,15 +137,9 @@ class _Trainings:
         def on_epoch(result: EpochResult) -> None:
             self._log_epoch(name, result)
 
-        pace = self._pace(name)
-
-        def on_step(step: int, state: Callable[[], TrainingState]) -> None:
-            pace.at(step)
-            self.checkpoints.offer(step, lambda: Checkpoint(dict(done), name, state()))
-
         # The first is the one that is registered, hence the one that the older model was.
         start = Start(resume, self.older if name == next(iter(self.config.models)) else None)
-        to_keep = on_step if self.worker.rank == 0 else None
+        to_keep = self._on_step(name, done) if self.worker.rank == 0 else None
         try:
             model, result = train_model(name, self.data, self.config, self.worker, on_epoch, to_keep, start)
         except FloatingPointError as error:
@@ -165,14 +159,22 @@ class _Trainings:
             "train_seconds": round(time.perf_counter() - began, 1),
         }
 
+    def _on_step(self, name: str, done: Mapping[str, dict]) -> Callable[[int, Callable[[], TrainingState]], None]:
+        pace = self._pace(name)
+
+        def on_step(step: int, state: Callable[[], TrainingState]) -> None:
+            pace.at(step)
+            self.checkpoints.offer(step, lambda: Checkpoint(dict(done), name, state()))
+
+        return on_step
+
     def _pace(self, name: str) -> Pace:
         config, data = self.config, self.data
         batches = UserBatches(data.joined, 0, 1, config.users_per_step, config.seed)
-        bounds = config.min_epoch_steps, config.max_epoch_steps
-        epoch = batches.epoch(data.split.train, 0, config.targets_per_visit, *bounds)
+        epoch = epoch_of(batches, data, config, 0)
         targets_a_step = len(data.split.train) / max(1, epoch.steps_per_pass)
-        log_figures = self.metrics.log if self.metrics is not None else lambda figures, step: None
-        return Pace(name, len(epoch) * config.epochs, targets_a_step, self.worker.device, self.say, log_figures)
+        assert self.metrics is not None  # this is the first worker
+        return Pace(name, len(epoch) * config.epochs, targets_a_step, self.worker.device, self.say, self.metrics.log)
 
     def _log_epoch(self, name: str, result: EpochResult) -> None:
         figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())

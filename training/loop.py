@@ -244,9 +244,7 @@ class _Training:
 
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
-        config = self.config
-        bounds = config.min_epoch_steps, config.max_epoch_steps
-        return self.batches.epoch(self.data.split.train, epoch, config.targets_per_visit, *bounds)
+        return epoch_of(self.batches, self.data, self.config, epoch)
 
     def warmup_steps(self, order: Epoch) -> int:
         return min(self.config.warmup_steps, self.config.epochs * len(order) // 2)
@@ -336,6 +334,12 @@ class _Training:
         self.totals.zero_()
         self.epoch, self.position = epoch + 1, 0
         return EpochResult(epoch, metrics, self.best_logloss, self.best_epoch, finished, warnings)
+
+
+def epoch_of(batches: UserBatches, data: TrainingData, config: TrainConfig, number: int) -> Epoch:
+    """Return the batches of an epoch as the configuration has it."""
+    bounds = config.min_epoch_steps, config.max_epoch_steps
+    return batches.epoch(data.split.train, number, config.targets_per_visit, *bounds)
 
 
 def learning_rate(config: TrainConfig, step: int, planned: int) -> float:

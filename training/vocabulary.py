@@ -33,8 +33,9 @@ def moved(value: Any, device: str) -> Any:
         return value
     import torch
 
-    tensor = torch.from_numpy(np.ascontiguousarray(value))
-    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    from training.model.fused import on_device
+
+    return on_device(np.ascontiguousarray(value), torch.device(device))
 
 
 @dataclass(frozen=True)

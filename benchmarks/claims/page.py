@@ -295,15 +295,7 @@ def _draw_codebooks(r: Results, axes) -> None:
     for data_set in SETS:
         known = [(c, d) for c, name in codes.items() if (d := r.difference(data_set, name))]
         if len(known) > 1:
-            axes[0].errorbar(
-                [c for c, _ in known],
-                [d.mean for _, d in known],
-                [d.half for _, d in known],
-                marker="o",
-                ms=3,
-                capsize=2,
-                label=SETS[data_set],
-            )
+            _errorbars(axes[0], known, SETS[data_set])
     axes[0].axhline(0, color="0.6", lw=0.8)
     axes[0].set(xscale="log", xlabel="codes a group (4 groups)", ylabel="AUC minus exact attention")
     _legend(axes[0])
@@ -440,15 +432,7 @@ def _context(r: Results) -> str:
                     for s in (25, 50, 100)
                     if (runs := r.runs("simulated", f"{name}_{how}_{s}"))
                 ]
-                ax.errorbar(
-                    [s for s, _ in known],
-                    [d.mean for _, d in known],
-                    [d.half for _, d in known],
-                    marker="o",
-                    ms=3,
-                    capsize=2,
-                    label=label,
-                )
+                _errorbars(ax, known, label)
             ax.set(xlabel=f"items whose static fields are {how} (%)", ylabel="AUC")
             _legend(ax)
 
@@ -557,15 +541,7 @@ def _refined(r: Results) -> str:
                 for k, n in ((0, "vql"), (4, "vql_refined_4"), (16, "vql_refined_16"), (64, "vql_refined_64"))
                 if (d := r.difference(data_set, n))
             ]
-            axes[1].errorbar(
-                [k for k, _ in known],
-                [d.mean for _, d in known],
-                [d.half for _, d in known],
-                marker="o",
-                ms=3,
-                capsize=2,
-                label=SETS[data_set],
-            )
+            _errorbars(axes[1], known, SETS[data_set])
         axes[1].axhline(0, color="0.6", lw=0.8)
         axes[1].set(xlabel="refined events", ylabel="AUC minus exact attention")
         _legend(axes[1])
@@ -696,6 +672,12 @@ def _figure(draw: Callable, columns: int) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _errorbars(axis, known: Sequence[tuple[float, Difference]], label: str) -> None:
+    """Draw what was measured over what it was measured at, with its intervals."""
+    means, halves = [found.mean for _, found in known], [found.half for _, found in known]
+    axis.errorbar([at for at, _ in known], means, halves, marker="o", ms=3, capsize=2, label=label)
 
 
 def _legend(axis) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.training.conftest import random_partition
-from training.data import Chosen, Joined, Sequences, make_batch
-from training.device_batches import DeviceRows, Sizes
+from training.data import Batch, Chosen, Joined, Sequences, make_batch
+from training.device_batches import DeviceRows, Sizes, lists_of, table_of
 
 DRAWS = [([3, 1, 0, 5], [3, 8, 2, 1]), ([0, 2], [0, 4]), ([0], [3]), ([], [])]  # users, targets of each; user 0 is new
 
@@ -61,6 +61,13 @@ def step(model, batch) -> dict[str, torch.Tensor]:
     return found | {"loss": loss.detach(), "auxiliary": auxiliary.detach()}
 
 
+def padded_batch(rows: DeviceRows, chosen: Chosen, sizes: Sizes) -> Batch:
+    """Return a batch of these sizes, as a recorded step gathers it."""
+    real, chosen = Sizes.of(chosen), chosen.padded(sizes.users - 2, sizes.events, sizes.targets)
+    table = torch.from_numpy(np.concatenate(table_of(chosen, real)))
+    return rows.gathered(table, sizes, lists_of(chosen), padded=True)
+
+
 KINDS = [{}, {"ema_decay": 0.9}, {"recent_window": 4}, {"interest": "softmax_attention"}, {"interest": "mean_pooling"}]
 
 
@@ -76,7 +83,7 @@ def test_padding_changes_no_loss_no_gradient_and_no_statistic(kind, at_once, joi
         for more_events, more_targets in ((0, 0), (300, 3)):
             sizes = Sizes.of(chosen)
             sizes = Sizes(sizes.users + 2 + seed, sizes.events + more_events, sizes.targets + more_targets)
-            padded = step(model, rows.padded_batch(chosen, sizes))
+            padded = step(model, padded_batch(rows, chosen, sizes))
             assert exact.keys() == padded.keys()
             for name, value in exact.items():
                 assert (value - padded[name]).abs().max() <= 2e-6 * max(1.0, float(value.abs().max())), name
