@@ -131,13 +131,18 @@ def used_by_run() -> int | None:
     return None
 
 
+def free_server() -> int | None:
+    """Return the process of the home's server if it runs and no other process's `make run` uses it."""
+    pid = server_pid(settings.postgres_data())
+    return pid if used_by_run() in (None, os.getpid()) else None
+
+
 def stop() -> bool:
     """End the home's server unless a `make run` uses it.
 
     Return whether one ended. Its clients should have ended before.
     """
-    pid = server_pid(settings.postgres_data())
-    if pid is None or used_by_run() not in (None, os.getpid()):
+    if (pid := free_server()) is None:
         return False
     _stop(pid)
     return True

@@ -89,7 +89,7 @@ def _who_may() -> str:
 
 def down() -> None:
     """Stop everything that `up` started, with all that is below it; the database last."""
-    running = _pids()
+    running, had_database = _pids(), database.free_server() is not None
     if supervisor := services.running_pid(SUPERVISOR):
         running[SUPERVISOR] = supervisor
         services.stop([supervisor], seconds=2 * services.STOP_SECONDS)  # it gives the services half of that
@@ -97,7 +97,7 @@ def down() -> None:
     stopped = [service.name for service in running] + [f"{len(left)} processes that a killed one left"] * bool(
         left and not running
     )
-    if database.stop():
+    if database.stop() or had_database:  # what watches over the supervisor's end may have been first
         stopped.append(services.POSTGRES)
     for service in (SUPERVISOR, *stack()):
         services.pid_file(service).unlink(missing_ok=True)

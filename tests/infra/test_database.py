@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from infra import settings
 from infra.airflow_api import InfraError
-from infra.local import database, services
+from infra.local import database, services, stack
 from tests.waiting import wait_for
 
 
@@ -209,6 +209,17 @@ def test_it_ends_clean_though_a_client_holds_on(home):
     engine.dispose()
     assert "database system is shut down" in services.log_path(server).read_text().splitlines()[-1]
     assert database.stop() is False
+
+
+def test_make_down_names_the_server_that_the_supervisors_end_took_along(home, monkeypatch, capsys):
+    """Two end it: `make down`, and the process that waits for the supervisor's end, which may be first."""
+    database.ensure(create=True)
+    end_services = services.end_left_behind
+    monkeypatch.setattr(services, "end_left_behind", lambda names: (database.stop(), end_services(names))[1])
+    stack.down()
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped: postgres"
+    stack.down()
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped: nothing was running"
 
 
 def test_the_server_of_a_living_run_is_neither_taken_nor_stopped(home):
