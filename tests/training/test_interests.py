@@ -18,8 +18,8 @@ from training.config import ModelConfig
 from training.model import passes
 from training.model.blocks import Layout
 from training.model.history import Events, Items, Targets
-from training.model.interests import INTERESTS
-from training.model.interests.interface import Coded, Interest
+from training.model.interests import INTERESTS, interface
+from training.model.interests.interface import Attention, Coded, Interest
 from training.model.passes import by_layout
 
 torch.set_num_threads(1)
@@ -170,6 +170,31 @@ def test_a_kind_that_reads_item_fields_is_one_class_and_a_line_of_the_registry(m
     [given] = batches.all_of(np.arange(len(sequences.target_label)))
     logits, _ = make_model("shared_tags")(given.to("cpu"))
     assert len(logits) == len(sequences.target_label) and logits.isfinite().all()
+
+
+class Decayed(Attention):
+    """Has queries and keys, a pass of its own over blocks, and says nothing of recordings."""
+
+    def attend(self, query_THd: Tensor, keys: passes.Keys, events: Events, targets: Targets) -> Tensor:
+        return passes.in_blocks(query_THd, keys, events, targets, self.softmax())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [*KINDS, *((trial, {"groups": 2}) for trial in TRIALS), ("decayed", {})], ids=str
+)
+@torch.no_grad()
+def test_steps_of_a_kind_are_recorded_only_if_it_reads_no_list(kind, settings, monkeypatch):
+    """On a GPU a recorded step gives no list: a kind that reads one would stop there, in its first step."""
+    monkeypatch.setitem(INTERESTS, "decayed", Decayed)
+    monkeypatch.setattr(interface, "has_kernels", lambda _, softmax: not softmax.refine_k)
+    monkeypatch.setattr(interface, "in_kernels", lambda query_THd, *_: torch.zeros_like(query_THd))
+    interest = made(kind, settings)
+    kernels_do_it = kind in ("softmax_attention", "recent_attention", "vql") and "refine_k" not in settings
+    assert interest.reads_tensors_alone() == kernels_do_it
+    if interest.reads_tensors_alone():
+        items, events, targets = batch(0)
+        no_lists = {"start": None, "cut_offs": None}
+        interest(items, replace(events, start=None), replace(targets, **no_lists, shared_from=[0]))
 
 
 def test_a_configuration_that_a_kind_cannot_run_is_refused_with_a_remedy():

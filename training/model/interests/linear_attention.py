@@ -19,9 +19,6 @@ from training.model.passes import by_layout
 class LinearAttention(Attention):
     """Weights that grow with the product of query and key, but never sharply."""
 
-    def reads_tensors_alone(self) -> bool:
-        return False
-
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         query_THd = F.elu(self.queries(items.static_NS)[targets.item_T]) + 1
         key_EHd = (F.elu(self.keys(items.static_NS)) + 1).index_select(0, events.item_E)

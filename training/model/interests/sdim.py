@@ -39,9 +39,6 @@ class Sdim(Attention):
         self.register_buffer("planes_DXB", torch.randn(config.width, TABLES, BITS))
         self.register_buffer("powers_B", 2 ** torch.arange(BITS))
 
-    def reads_tensors_alone(self) -> bool:
-        return False
-
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         bucket_NX = self.buckets(self.keys(items.static_NS))
         nothing = items.static_NS.new_zeros(())

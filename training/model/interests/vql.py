@@ -22,7 +22,6 @@ from training.config import ModelConfig
 from training.model.attention import Attended, cache_part, combine, window_part
 from training.model.cache import UserCache, build_cache
 from training.model.fused_codes import preferred
-from training.model.fused_rows import gathered_exactly
 from training.model.history import Events, Items, Targets, each_user, one_user
 from training.model.interests.interface import Coded
 from training.model.passes import Keys, Softmax
@@ -44,11 +43,6 @@ class Vql(Coded):
 
     def softmax(self) -> Softmax:
         return Softmax(self.kernel, self.config.recent_window, self.config.refine_k)
-
-    def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
-        keys, loss = self.coded_keys(self.keys(items.static_NS), events)
-        query_THd = gathered_exactly(self.queries(items.static_NS), targets.by_item)
-        return self.attend(query_THd, keys, events, targets), loss
 
     def by_codes(self, event_start: np.ndarray, target_start: np.ndarray, cut_offs: np.ndarray) -> np.ndarray:
         if not self.quantizer.is_started() or self.config.recent_window or self.config.refine_k:
