@@ -177,6 +177,12 @@ def test_every_element_is_written_and_targets_without_events_get_zeros():
     assert blind.any() and not found["out"][blind].any() and not found["query"][blind].any()
 
 
+def test_more_segments_than_cut_offs_count_no_target_twice():
+    made = case([(300, 90, 5), (100, 9, 9)] if ON_GPU else [(12, 3, 2), (5, 2, 1)])
+    made.cut_offs = [cut_offs + 2 for cut_offs in made.cut_offs]
+    check(made)
+
+
 def test_equal_inputs_give_equal_bits_and_no_user_sees_another():
     made = case([(200, 30, 4), (90, 70, 3), (150, 20, 2)] if ON_GPU else [(20, 3, 2), (9, 7, 2), (15, 2, 1)])
     first, second = coded(made), coded(made)

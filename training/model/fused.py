@@ -19,7 +19,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -169,15 +169,14 @@ def fused_attention(
         [T, H, d], fp32; zeros for a target that sees no event, and for users who were not chosen.
     """
     dtype, precision = precision_of(query_THd)
-    query, key, value, exact = (
-        rows if rows is None else rows.to(dtype).contiguous() for rows in (query_THd, key_EHd, value_EHd, exact_EHd)
-    )
+    query, key, value = (rows.to(dtype).contiguous() for rows in (query_THd, key_EHd, value_EHd))
+    exact = None if exact_EHd is None else exact_EHd.detach().to(dtype).contiguous()
     heads = query_THd.shape[1]
     if kernel is None:
         rate_HM = log_weight_HM = torch.zeros(heads, 0, device=query_THd.device)
     else:
         rate_HM, log_weight_HM = kernel.rate_HM().float(), kernel.log_weight_HM().float()
-    return _Attention.apply(query, key, value, rate_HM, log_weight_HM, exact, work, seen, precision)
+    return _Attention.apply(query, key, value, rate_HM, log_weight_HM, _Given(exact, work, seen, precision))
 
 
 def precision_of(like: Tensor) -> tuple[torch.dtype, str]:
@@ -187,14 +186,21 @@ def precision_of(like: Tensor) -> tuple[torch.dtype, str]:
     return torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+class _Given(NamedTuple):
+    """What has no gradient."""
+
+    exact: Tensor | None
+    work: Work
+    seen: Seen
+    precision: str
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, query, key, value, rate_HM, log_weight_HM, exact, work: Work, seen: Seen, precision: str
-    ) -> Tensor:
+    def forward(ctx, query, key, value, rate_HM, log_weight_HM, given: _Given) -> Tensor:
         from training.model import fused_kernels as kernels
 
-        launch = _Launch(query, key, value, exact, rate_HM, log_weight_HM, work, seen, precision)
+        launch, work = _Launch(query, key, value, rate_HM, log_weight_HM, given), given.work
         targets, heads, width = query.shape
         make = query.new_empty if work.whole else query.new_zeros
         out_THd = make(targets, heads, width, dtype=torch.float32)
@@ -214,8 +220,8 @@ class _Attention(torch.autograd.Function):
             kernels.join_kernel[(heads * len(work.tiles_X4),)](
                 part_out, part_lse, work.tiles_X4, out_THd, lse_TH, HEADS=heads, D=width, DP=launch.padded, P=TILE
             )
-        ctx.save_for_backward(query, key, value, rate_HM, log_weight_HM, exact, out_THd, lse_TH)
-        ctx.work, ctx.seen, ctx.precision = work, seen, precision
+        ctx.save_for_backward(query, key, value, rate_HM, log_weight_HM, out_THd, lse_TH)
+        ctx.given = given
         return out_THd
 
     @staticmethod
@@ -223,9 +229,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_THd: Tensor):
         from training.model import fused_kernels as kernels
 
-        query, key, value, rate_HM, log_weight_HM, exact, out_THd, lse_TH = ctx.saved_tensors
-        work: Work = ctx.work
-        launch = _Launch(query, key, value, exact, rate_HM, log_weight_HM, work, ctx.seen, ctx.precision)
+        query, key, value, rate_HM, log_weight_HM, out_THd, lse_TH = ctx.saved_tensors
+        launch, work = _Launch(query, key, value, rate_HM, log_weight_HM, ctx.given), ctx.given.work
         (targets, heads, width), components = query.shape, rate_HM.shape[1]
         grad_THd = grad_THd.contiguous()
         rounded_THd, base_TH = torch.empty_like(query), torch.empty_like(lse_TH)
@@ -244,7 +249,7 @@ class _Attention(torch.autograd.Function):
                 D=width,
                 DP=launch.padded,
                 P=TILE,
-                PRECISION=ctx.precision,
+                PRECISION=ctx.given.precision,
             )
             given = rounded_THd, lse_TH, base_TH
             launch(
@@ -274,15 +279,14 @@ class _Attention(torch.autograd.Function):
             )
         sums_HMk = part_sums.sum(0)[:, : 2 * components].unflatten(1, (components, 2))
         rows = grad_query_THd.to(query.dtype), grad_key_EHd, grad_value_EHd
-        return *rows, -sums_HMk[..., 1], sums_HMk[..., 0], None, None, None, None
+        return *rows, -sums_HMk[..., 1], sums_HMk[..., 0], None
 
 
 class _Launch:
     """What all kernels of a batch are given alike."""
 
-    def __init__(
-        self, query, key, value, exact, rate_HM, log_weight_HM, work: Work, seen: Seen, precision: str
-    ) -> None:
+    def __init__(self, query, key, value, rate_HM, log_weight_HM, given: _Given) -> None:
+        exact, seen = given.exact, given.seen
         self.heads, width = query.shape[1:]
         self.by_tile = BY_TILE[query.element_size()]
         self.padded = max(16, 1 << (width - 1).bit_length())
@@ -307,7 +311,7 @@ class _Launch:
             "M": rate_HM.shape[1],
             "FIRST": seen.first_T is not None,
             "EXACT": exact is not None,
-            "PRECISION": precision,
+            "PRECISION": given.precision,
         }
 
     def __call__(self, kernel, programs: int, *more: Tensor, **constants: Any) -> None:

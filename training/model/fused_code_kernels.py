@@ -39,6 +39,7 @@ def border_kernel(users, end, event_ms, borders, P: tl.constexpr):
     v = tl.program_id(0).to(tl.int64)
     event0, target0, target1, y, segments = _user(users, v)
     border = target0 * 0 - 1
+    repeated = target0 * 0
     for s in range(-1, segments):
         above = border * 0 + FAR
         low = target1
@@ -52,9 +53,11 @@ def border_kernel(users, end, event_ms, borders, P: tl.constexpr):
         if s >= 0:
             tl.store(borders + (y + s) * 4, border)
             tl.store(borders + (y + s) * 4 + 1, low)
-            tl.store(borders + (y + s) * 4 + 2, high)
+            # Targets belong to the first of equal borders: backward adds up what each border's targets give.
+            tl.store(borders + (y + s) * 4 + 2, tl.where(repeated == 1, 0, high))
             newest = tl.load(event_ms + event0 + border - 1, border > 0, other=0)
             tl.store(borders + (y + s) * 4 + 3, newest)
+            repeated = tl.where(above == FAR, 1, repeated)
             above = tl.where(above == FAR, border, above)
         border = above
 
