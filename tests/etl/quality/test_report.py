@@ -21,7 +21,7 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.quality.judge import data_docs
-from etl.quality.judge.outcomes import Outcome, StageOutcome, write_outcome
+from etl.quality.judge.outcomes import Decision, Failing, Outcome, StageOutcome, write_outcome
 from etl.quality.measure.statistics import write_stats
 from etl.quality.report import prune
 from etl.quality.report import write as report
@@ -165,24 +165,23 @@ def test_a_page_needs_nothing_beside_it() -> None:
 
 
 def test_rows_of_untrusted_logs_are_text() -> None:
+    """Whatever text a page shows comes from data or from people."""
     row = {"source_file": EVIL, "row_number": 7, "reason": f"bad_time: {EVIL}", "raw_text": EVIL * 100}
+    failed = outcome(
+        "critical", column=EVIL, observed={EVIL: EVIL}, expected=[EVIL], remedy=EVIL, message=EVIL, data_docs=EVIL
+    )
+    decision = Decision(EVIL, EVIL, EVIL, EVIL, 0, EVIL, (Failing(EVIL, EVIL, EVIL, (EVIL,), EVIL),))
+    bounds = {EVIL: {"value": EVIL, "default": EVIL, "reason": EVIL}}
+    judged = replace(gate(EVIL, "critical", failed, replace(failed, severity="info")), passed=decision, bounds=bounds)
     made = partition(
-        gate(
-            "events",
-            "critical",
-            outcome(
-                "critical",
-                column=EVIL,
-                observed={EVIL: EVIL},
-                expected=[EVIL],
-                remedy=EVIL,
-                message=EVIL,
-                data_docs=EVIL,
-            ),
-        ),
-        quarantine=Quarantine(1, {EVIL: 1}, [row]),
+        judged,
+        replace(judged, passed=None),
+        stopped_by=EVIL.upper(),
+        quarantine=Quarantine(1, {EVIL: 1}, [row], EVIL),
         stats={"events": {EVIL: {DT: 1.0}}},
-        data_docs={EVIL: f"javascript:{EVIL}"},
+        data_docs={EVIL: f"javascript:{EVIL}", f"{EVIL}/gone": None},
+        pass_commands=[EVIL],
+        other_attempts={EVIL: EVIL, "events": EVIL},
         dataset=EVIL,
         attempt=EVIL,
     )
