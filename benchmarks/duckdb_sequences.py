@@ -2,9 +2,9 @@
 
     python -m benchmarks.duckdb_sequences FIGURES.json OUT.parquet --warehouse W --raw R --dt YYYY-MM-DD
 
-The fastest of the formulations that were tried (4 M rows): one list of structs a user, ordered once, taken apart and cut
-afterwards. One ordered list a column costs 1.3 to 2 times as much, list_sort over the structs 1.1 to 2 times. Unordered lists over a
-sorted subquery are faster and wrong: with several threads their order is not the subquery's.
+The fastest of the formulations that were tried (4 M rows): one list of structs a user, ordered once, taken apart and
+cut afterwards. One ordered list a column costs 1.3 to 2 times as much, list_sort over the structs 1.1 to 2 times.
+Unordered lists over a sorted subquery are faster and wrong: with several threads their order is not the subquery's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def items_sql(events: str, window: Window) -> str:
     """Return the query of the item index, with the counts that `items` holds."""
     first_evaluation_ms = day_number(window.first_evaluation_dt) * MS_PER_DAY
     return f"""SELECT item_id, (row_number() OVER (ORDER BY item_id) - 1)::INT AS item_index, train_occurrences
-        FROM (SELECT item_id, count(*) FILTER (event_time_ms < {first_evaluation_ms}) AS train_occurrences FROM {events} GROUP BY item_id)"""
+        FROM (SELECT item_id, count(*) FILTER (event_time_ms < {first_evaluation_ms}) AS train_occurrences
+            FROM {events} GROUP BY item_id)"""
 
 
 def sequences_sql(events: str, items: str, users: str, definition: DatasetDefinition, window: Window) -> str:
@@ -56,19 +57,24 @@ def sequences_sql(events: str, items: str, users: str, definition: DatasetDefini
     event = f"{{i: item_index, t: event_time_ms, f: feedback, w: {watch}, c: context, e: earlier}}"
     apart = ", ".join(f"list_transform(events, lambda x: x.{name}) AS {name}" for name in "itfwce")
     fields = ", ".join(f"coalesce({name}, '')" for name in definition.user_fields)
+    none = ", ".join("''" for _ in definition.user_fields)
     return f"""
-        WITH ranked AS (SELECT *, (rank() OVER (PARTITION BY user_id ORDER BY event_time_ms) - 1)::INT AS earlier FROM {events} JOIN {items} USING (item_id)),
+        WITH ranked AS (SELECT *, (rank() OVER (PARTITION BY user_id ORDER BY event_time_ms) - 1)::INT AS earlier
+            FROM {events} JOIN {items} USING (item_id)),
         listed AS (SELECT user_id, list({event} ORDER BY {TIES}) AS events FROM ranked GROUP BY user_id),
         lists AS (SELECT user_id, {apart} FROM listed),
-        -- before: events before the first target; trimmed: those that no target may see; seen: those that the last may see.
+        -- before: events before the first target; trimmed: seen by no target; seen: by the last one
         placed AS (SELECT *, len(list_filter(t, lambda x: x < {first_target_ms})) AS before FROM lists),
-        cut AS (SELECT *, greatest(0, e[before + 1] - {definition.history.max_events})::INT AS trimmed, e[-1] AS seen FROM placed WHERE before < len(t))
-        SELECT user_id, coalesce(user_fields, list_value({", ".join("''" for _ in definition.user_fields)})) AS user_fields,
+        cut AS (SELECT *, greatest(0, e[before + 1] - {definition.history.max_events})::INT AS trimmed, e[-1] AS seen
+            FROM placed WHERE before < len(t))
+        SELECT user_id, coalesce(user_fields, list_value({none})) AS user_fields,
             i[trimmed + 1 : seen] AS history_item_index, t[trimmed + 1 : seen] AS history_time_ms,
             f[trimmed + 1 : seen] AS history_feedback, w[trimmed + 1 : seen] AS history_watch_bucket,
             i[before + 1 :] AS target_item_index, t[before + 1 :] AS target_time_ms,
-            list_transform(f[before + 1 :], lambda x: ((x >> {definition.label_bit}) & 1)::TINYINT) AS target_label, c[before + 1 :] AS target_context,
-            list_transform(t[before + 1 :], lambda x: (CASE WHEN x >= {first_evaluation_ms} THEN {EVALUATION} ELSE {TRAIN} END)::TINYINT) AS target_split,
+            list_transform(f[before + 1 :], lambda x: ((x >> {definition.label_bit}) & 1)::TINYINT) AS target_label,
+            c[before + 1 :] AS target_context,
+            list_transform(t[before + 1 :], lambda x: (
+                CASE WHEN x >= {first_evaluation_ms} THEN {EVALUATION} ELSE {TRAIN} END)::TINYINT) AS target_split,
             list_transform(e[before + 1 :], lambda x: x - trimmed) AS target_history_end
         FROM cut LEFT JOIN (SELECT user_id, list_value({fields}) AS user_fields FROM {users}) USING (user_id)"""
 

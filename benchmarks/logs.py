@@ -136,8 +136,8 @@ def draw_pages(plan: Plan) -> Pages:
     shape = 1.2 + np.cos((np.arange(24) - 12) / 24 * 2 * np.pi)
     in_day = rng.choice(24, len(size), p=shape / shape.sum()) * 3_600_000 + rng.integers(0, 3_600_000, len(size))
     time_ms = (day_number(plan.first_dt) + day) * MS_PER_DAY + in_day
-    kept = (day < plan.days) | (in_day < MS_PER_DAY - SHANGHAI_OFFSET_MS)
-    user, time_ms, size = user[kept], time_ms[kept], size[kept]
+    within = (day < plan.days) | (in_day < MS_PER_DAY - SHANGHAI_OFFSET_MS)
+    user, time_ms, size = user[within], time_ms[within], size[within]
     order = np.lexsort((time_ms, user, (time_ms + SHANGHAI_OFFSET_MS) // MS_PER_DAY))
     return Pages(user[order], time_ms[order], size[order])
 

@@ -46,7 +46,7 @@ class Sizes:
 
 
 def table_of(chosen: Chosen, real: Sizes) -> list[np.ndarray]:
-    """Return all that the device is told of a batch, int64: counts that are real, offsets, and what to read."""
+    """Return all that the device gets of a batch, int64: counts that are real, offsets, and what to read."""
     counts = np.array([real.targets, real.events], np.int64)
     where = [chosen.source, chosen.first, chosen.users, chosen.target]
     return [counts, chosen.event_start, chosen.target_start, *where]

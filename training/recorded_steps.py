@@ -25,8 +25,8 @@ from training.model.interests.interface import Interest
 STEPS_AHEAD = 3  # that the host prepares while the device works
 
 
-class Told(NamedTuple):
-    """What a step is told of a batch in the device's memory, and what its Python code decides by.
+class StepPlan(NamedTuple):
+    """What a step knows of a batch in the device's memory, and what its Python code decides by.
 
     Attributes:
         sizes: of the batch. bound: some targets do not see their user's events from the first on.
@@ -63,44 +63,44 @@ class RecordedSteps:
         Args:
             phase: what else the step's Python code decides by.
         """
-        told, sent = tell(chosen, self.users, self.interest)
+        plan, sent = planned(chosen, self.users, self.interest)
         self._stay_near()
-        table, name = fused.on_device(sent, self.rows.device), (told, phase)
+        table, name = fused.on_device(sent, self.rows.device), (plan, phase)
         if name not in self.seen:
             self.seen.add(name)
-            self._beside(lambda: self.step(self._batch(table, told)))
+            self._on_its_stream(lambda: self.step(self._batch(table, plan)))
             return
         if name not in self.recordings:
-            self.recordings[name] = self._recorded(table, told)
+            self.recordings[name] = self._recorded(table, plan)
         held, graph = self.recordings[name]
         held.copy_(table)
         graph.replay()
 
-    def _recorded(self, table: Tensor, told: Told) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+    def _recorded(self, table: Tensor, plan: StepPlan) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         """Record a step that reads the table that is returned; nothing runs."""
         held, graph = torch.empty_like(table), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            self.step(self._batch(held, told))
+            self.step(self._batch(held, plan))
         return held, graph
 
-    def _batch(self, table: Tensor, told: Told) -> Batch:
-        shapes = [shape for tables in told.shapes for shape in tables]
-        rows, *parts = table.split([sum(told.sizes.lengths), *(int(np.prod(shape)) for shape in shapes)])
+    def _batch(self, table: Tensor, plan: StepPlan) -> Batch:
+        shapes = [shape for tables in plan.shapes for shape in tables]
+        rows, *parts = table.split([sum(plan.sizes.lengths), *(int(np.prod(shape)) for shape in shapes)])
         tables = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         work = codes = None
-        if told.shapes[0]:
+        if plan.shapes[0]:
             pieces, tiles, blocks = tables[:3]
-            work = fused.Work(pieces, tiles, blocks, whole=not told.shapes[1])
-        if told.shapes[1]:
+            work = fused.Work(pieces, tiles, blocks, whole=not plan.shapes[1])
+        if plan.shapes[1]:
             of_users, blocks, tiles = tables[-3:]
-            codes = CodeWork(of_users, blocks, tiles, told.segments, told.whole)
+            codes = CodeWork(of_users, blocks, tiles, plan.segments, plan.whole)
         # A list that the step reads would be that of the recorded batch for ever: there is none to be read.
-        lists = {"event_start": None, "target_start": None, "cut_offs": None, "shared_from": [int(told.bound)]}
-        batch = self.rows.gathered(rows, told.sizes, lists, padded=True)
+        lists = {"event_start": None, "target_start": None, "cut_offs": None, "shared_from": [int(plan.bound)]}
+        batch = self.rows.gathered(rows, plan.sizes, lists, padded=True)
         assert batch.padding is not None
         return replace(batch, padding=replace(batch.padding, work=work, codes=codes))
 
-    def _beside(self, run: Callable[[], None]) -> None:
+    def _on_its_stream(self, run: Callable[[], None]) -> None:
         """Run on the stream that is recorded, so that what autograd keeps between steps is of one stream."""
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
@@ -117,8 +117,8 @@ class RecordedSteps:
         self.ahead.append(event)
 
 
-def tell(chosen: Chosen, users: int, interest: Interest) -> tuple[Told, np.ndarray]:
-    """Return what a step is told of a batch, padded to a budget of at most so many users, and its table, int64."""
+def planned(chosen: Chosen, users: int, interest: Interest) -> tuple[StepPlan, np.ndarray]:
+    """Return what a step knows of a batch, padded to a budget of at most so many users, and its table, int64."""
     real, bound, heads = Sizes.of(chosen), bool(chosen.shared_from.any()), interest.config.heads
     none = np.zeros(len(chosen.users), bool)
     coded_U = none if bound else interest.by_codes(chosen.event_start, chosen.target_start, chosen.cut_offs)
@@ -134,7 +134,7 @@ def tell(chosen: Chosen, users: int, interest: Interest) -> tuple[Told, np.ndarr
     codes = code_tables(padded, sizes, coded_U) if some else ()
     sent = np.concatenate([part.ravel() for part in (*table_of(padded, real), *work, *codes)])
     shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
-    return Told(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent
+    return StepPlan(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent
 
 
 def budget(chosen: Chosen, users: int, more_targets: int = 0) -> Sizes:

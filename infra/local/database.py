@@ -189,8 +189,8 @@ def _unprivileged(*command: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH")}
-    return {**kept, "LC_ALL": "C", "TZ": "UTC"}
+    needed = {name: value for name, value in os.environ.items() if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH")}
+    return {**needed, "LC_ALL": "C", "TZ": "UTC"}
 
 
 def _check_version(data: Path) -> None:

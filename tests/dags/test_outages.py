@@ -1,4 +1,4 @@
-"""Services that end or hang under a run at work: it goes on, in its attempt, and its end is told as it was."""
+"""Services that end or hang under a run at work: it goes on, in its attempt, and its end is reported as it was."""
 
 from __future__ import annotations
 

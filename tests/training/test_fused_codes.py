@@ -211,11 +211,11 @@ def test_a_recording_of_it_reads_new_inputs():
         out = coded_attention(work, leaves[0], keys, leaves[2], made.seen, kernel)
         return [out.detach(), *torch.autograd.grad((out * made.weight.float()).sum(), leaves)]
 
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         run()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # refuses whatever waits for the device
         held = run()

@@ -20,7 +20,7 @@ from training.loop import TrainingData, Worker, learning_rate, train_model
 
 ITEMS, ROWS = random_partition(users=11, longest=30, seed=3)
 SEQUENCES = Sequences.from_arrow(ROWS)
-# Every target is told from all others by its time.
+# Every target is known from all others by its time.
 SEQUENCES = dataclasses.replace(SEQUENCES, target_time_ms=DAY_MS + np.arange(len(SEQUENCES.target_item)))
 JOINED = Joined.of(SEQUENCES, ITEMS, vocabulary_of(ITEMS, SEQUENCES))
 

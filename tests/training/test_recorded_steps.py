@@ -103,7 +103,7 @@ def test_a_recorded_step_has_the_gradients_of_the_step(name, bf16, monkeypatch):
         for one, other in zip(*found, strict=True):
             error = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-9)
             assert error < (2e-2 if bf16 else 2e-3), (number, error)
-    passes = {(bool(told.shapes[0]), bool(told.shapes[1])) for told, _ in run.recorded.recordings}
+    passes = {(bool(plan.shapes[0]), bool(plan.shapes[1])) for plan, _ in run.recorded.recordings}
     assert {"codes": (False, True), "some codes": (True, True)}.get(name, (True, False)) in passes
 
 

@@ -64,14 +64,10 @@ def factored_attention(
         *_CodeAttention.apply(
             query_THd,
             keys.key_LHd,
-            keys.codebook_HCd.detach(),
-            keys.codes_LG,
             events.value_EHd,
-            events.time_ms_E,
-            time_ms_T,
             rate_HM,
             log_weight_HM,
-            segments,
+            _Given(keys.codebook_HCd.detach(), keys.codes_LG, events.time_ms_E, time_ms_T, segments),
         )
     )
     if bool((border_T < end_T).any()):
@@ -164,6 +160,16 @@ def _partial_segments(
     return Attended(out_THd, lse_TH)
 
 
+class _Given(NamedTuple):
+    """What has no gradient: codewords and codes, times of events and targets, and the segments."""
+
+    codebook_HCd: Tensor
+    codes_LG: Tensor
+    event_time_ms_L: Tensor
+    target_time_ms_T: Tensor
+    segments: list[_Segment]
+
+
 class _CodeAttention(torch.autograd.Function):
     """Attention of every target over the whole segments up to its border; targets sorted by border."""
 
@@ -172,15 +178,12 @@ class _CodeAttention(torch.autograd.Function):
         ctx,
         query_THd: Tensor,
         key_LHd: Tensor,
-        codebook_HCd: Tensor,
-        codes_LG: Tensor,
         value_LHd: Tensor,
-        event_time_ms_L: Tensor,
-        target_time_ms_T: Tensor,
         rate_HM: Tensor,
         log_weight_HM: Tensor,
-        segments: list[_Segment],
+        given: _Given,
     ) -> tuple[Tensor, Tensor]:
+        codebook_HCd, codes_LG, event_time_ms_L, target_time_ms_T, segments = given
         targets, heads, width = query_THd.shape
         components, codes = rate_HM.shape[1], codebook_HCd.shape[1]
         code_HL = codes_LG.T.repeat_interleave(heads // codes_LG.shape[1], dim=0)
@@ -219,28 +222,17 @@ class _CodeAttention(torch.autograd.Function):
             # The largest weight is exp(largest logit - log sum): the log sum without a second pass of exponentials.
             lse_HT[:, aims] = logit_HTK.amax(-1) - weights[-1].amax(-1).log()
             out_HTd[:, aims] = weights[-1] @ mean_HMCd.flatten(1, 2)
-        ctx.save_for_backward(
-            query_HTd,
-            codebook_HKd,
-            code_HL,
-            value_LHd,
-            event_time_ms_L,
-            target_time_ms_T,
-            out_HTd,
-            share_HML,
-            *weights,
-            *means,
-            *carried,
-        )
-        ctx.segments = segments
+        inputs = query_HTd, codebook_HKd, code_HL, value_LHd
+        ctx.save_for_backward(*inputs, out_HTd, share_HML, *weights, *means, *carried)
+        ctx.given = given
         return out_HTd.transpose(0, 1), lse_HT.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out_THd: Tensor, grad_lse_TH: Tensor):
-        query_HTd, codebook_HKd, code_HL, value_LHd, event_time_ms_L, target_time_ms_T = ctx.saved_tensors[:6]
-        out_HTd, share_HML, *per_segment = ctx.saved_tensors[6:]
-        count = len(ctx.segments)
+        query_HTd, codebook_HKd, code_HL, value_LHd, out_HTd, share_HML, *per_segment = ctx.saved_tensors
+        _, _, event_time_ms_L, target_time_ms_T, segments = ctx.given
+        count = len(segments)
         weights, means, carried = per_segment[:count], per_segment[count : 2 * count], per_segment[2 * count :]
         grad_HTd = grad_out_THd.transpose(0, 1)
         heads, targets, width = query_HTd.shape
@@ -252,11 +244,11 @@ class _CodeAttention(torch.autograd.Function):
         grad_key_LHd, grad_value_LHd = torch.zeros_like(value_LHd), torch.zeros_like(value_LHd)
         # ages from the newest event, whichever it is: the pairs' gradients have the same sum from the targets' side as
         # from the events', so (target - newest) + (newest - event) may be summed one by one
-        with_kernel = ctx.needs_input_grad[7]
+        with_kernel = ctx.needs_input_grad[3]
         age_L = _days(event_time_ms_L[-1] - event_time_ms_L, query_HTd.dtype)
         event_age_HM = query_HTd.new_zeros(heads, components)
         for s in reversed(range(count)):
-            segment = ctx.segments[s]
+            segment = segments[s]
             events, aims = slice(segment.first, segment.last), slice(segment.target_first, segment.target_last)
             if s + 1 < count:  # later targets' sums are per unit of a later count, of which this segment's is a part
                 table_HMCX *= carried[s][..., None]
@@ -282,7 +274,7 @@ class _CodeAttention(torch.autograd.Function):
         target_age_T = _days(target_time_ms_T - event_time_ms_L[-1], query_HTd.dtype)
         grad_rate_HM = -torch.einsum("htm,t->hm", pull_HTM, target_age_T) - event_age_HM
         grad_query_THd = grad_query_HTd.transpose(0, 1)
-        return grad_query_THd, grad_key_LHd, None, None, grad_value_LHd, None, None, grad_rate_HM, pull_HTM.sum(1), None
+        return grad_query_THd, grad_key_LHd, grad_value_LHd, grad_rate_HM, pull_HTM.sum(1), None
 
 
 def _summands(query_HTd: Tensor, grad_HTd: Tensor, base_HT1: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Triton kernels of the factored pass (`training.model.fused_codes` says what they compute and calls them).
 
-Everything of size targets x codes lives in registers alone. Logarithms are to base 2. A user's events before his
+Everything of size targets x codes lives in registers alone. Logarithms are to base 2. A user's events before their
 targets' s-th cut-off in order ("border") make the prefix s; those between two borders are a segment. Tables of a prefix
 or segment have its newest event as their reference time, so that no factor of an event is above 1.
 
-Legend: v a user of this pass, y one of his segments, P targets of a tile, B events, C codes (padded to `CP`), D width
+Legend: v a user of this pass, y one of their segments, P targets of a tile, B events, C codes (padded to `CP`), D width
 of a head padded to `DP`, M components of the kernel padded to `MP`, K = MP x DP.
 """
 

@@ -4,7 +4,7 @@ What `training.model.factored` does for one user on a CPU (its equations are the
 prefix and targets meet codes, and nothing costs events x targets. Outputs and gradients are, to rounding, those of
 `training.model.fused` on keys at their codewords.
 
-Every user's events are split at his targets' distinct cut-offs. Events are sorted by (group, segment, code) once; a
+Every user's events are split at their targets' distinct cut-offs. Events are sorted by (group, segment, code) once; a
 program a code sums its runs over the prefixes, a tile of targets reads the prefix that each target sees, and backward
 the other way round. No atomics: equal inputs give equal bits. Sizes come from lists that the host has; the device is
 not waited for.
@@ -256,9 +256,9 @@ class _CodeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THd: Tensor):
-        *kept, borders_Y4, order, starts = ctx.saved_tensors
+        *rest, borders_Y4, order, starts = ctx.saved_tensors
         given: _Pass = ctx.given
-        forward = _Forward._make((*kept, _Runs(borders_Y4, order, starts)))
+        forward = _Forward._make((*rest, _Runs(borders_Y4, order, starts)))
         sizes, components = _Sizes(forward.query, forward.rate_HM, given), forward.rate_HM.shape[1]
         grad_query_THd, part_sums, tables = _by_target(given, forward, sizes, grad_THd)
         grad_key_EHd, grad_value_EHd = _by_event(given, forward, sizes, tables)
