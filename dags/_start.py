@@ -18,6 +18,7 @@ from etl.stage.errors import StageError
 from etl.stage.identity import attempt_name
 from etl.stage.uris import folder_problem
 from infra import settings
+from infra.options import OPTIONS
 
 
 class StartOperator(BaseOperator):
@@ -114,6 +115,12 @@ def problems(
                 else ""
             )
         )
+    for name in known:
+        if (check := OPTIONS[name].check) is not None and name in params:
+            try:
+                check(params[name])
+            except ValueError as error:
+                found.append(f"{name}: {error}")
     if (config := params.get("config")) not in configs:
         found.append(f"config: {config!r} is no training configuration; there are {', '.join(configs)}")
     target, lookback, evaluation = (params.get(f"{name}_days") for name in ("target", "lookback", "evaluation"))
@@ -130,9 +137,9 @@ def _schema_problems(own: Any, params: Mapping[str, Any]) -> list[str]:
         try:
             own.get_param(name).resolve(params.get(name))
         except ParamValidationError as error:
-            if name != "raw" or not isinstance(
-                params.get(name), str
-            ):  # of an address `problems` says more, without what it may hide
+            # Of these `problems` says more, and of an address without what it may hide.
+            said_there = OPTIONS[name].check is not None or (name == "raw" and isinstance(params.get(name), str))
+            if not said_there:
                 found.append(f"{name}: {str(error).splitlines()[0]}")
     return found
 

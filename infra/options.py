@@ -12,6 +12,7 @@ from typing import Any
 
 from etl.datasets.definition import DatasetDefinition
 from etl.stage.uris import FOLDER_PATTERN
+from etl.stage.worker_counts import MOST_WORKERS, WORKERS_ALLOWED, WORKERS_PATTERN, worker_range
 from infra import settings
 
 MOST_DAYS = 36_500
@@ -29,6 +30,7 @@ class Option:
         schema: what is allowed: keywords of JSON schema.
         default: its value where a run does not choose, from the data set's definition.
         form: of a text that is none of a few words: what it looks like.
+        check: raises ValueError, in words, for every value that is not allowed, where the schema alone cannot tell.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Option:
     schema: Mapping[str, Any]
     default: Callable[[DatasetDefinition], Any]
     form: str = "a text"
+    check: Callable[[Any], object] | None = None
 
     @property
     def variable(self) -> str:
@@ -51,9 +54,13 @@ class Option:
         """What is allowed, in words."""
         if "enum" in self.schema:
             return " or ".join(self.schema["enum"])
-        if self.schema["type"] == "integer":
+        if self._is_number:
             return f"a whole number from {self.schema['minimum']:,} to {self.schema['maximum']:,}"
         return self.form
+
+    @property
+    def _is_number(self) -> bool:
+        return self.schema.get("type") == "integer"
 
     def parsed(self, text: str) -> str | int:
         """Return the value of a variable's text.
@@ -61,13 +68,18 @@ class Option:
         Raises:
             ValueError: it is not allowed; says what is.
         """
-        value: str | int = int(text) if self.schema["type"] == "integer" and text.isascii() and text.isdigit() else text
-        if self.schema["type"] == "integer":
+        value: str | int = int(text) if self._is_number and text.isascii() and text.isdigit() else text
+        if self._is_number:
             fits = isinstance(value, int) and self.schema["minimum"] <= value <= self.schema["maximum"]
         else:
             fits = text in self.schema.get("enum", [text]) and bool(re.match(self.schema.get("pattern", ""), text))
         if not fits:
             raise ValueError(f"{self.variable}={text} is not {self.allowed}")
+        if self.check is not None:
+            try:
+                self.check(value)
+            except ValueError as error:
+                raise ValueError(f"{self.variable}={error}") from None
         return value
 
 
@@ -144,9 +156,17 @@ OPTIONS = {
         Option(
             "workers",
             "Training workers",
-            "Ray Train workers.",
-            {"type": "integer", "minimum": 1, "maximum": 64},
-            lambda definition: definition.run.workers,
+            "Ray Train workers. MIN:MAX: as many as the cluster has room for when training starts, or starts again.",
+            # Runs of before have a number. Two types would make the field a box of six lines; so there is none.
+            {
+                "anyOf": [{"type": "string"}, {"type": "integer"}],
+                "pattern": WORKERS_PATTERN,
+                "minimum": 1,
+                "maximum": MOST_WORKERS,
+            },
+            lambda definition: str(definition.run.workers),
+            form=WORKERS_ALLOWED,
+            check=worker_range,
         ),
     )
 }

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
 PLACEMENT_SECONDS = 50
+SETTLING_SECONDS = 10  # until what an ended group held is free again, and a lost node is known to be
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("etl", "infra", "training")  # what a worker imports: nodes of a cluster need the packages of requirements.txt
 HEAD_CHECK_SECONDS = 5.0
 HEAD_SILENCES = 3  # checks in a row without an answer: well before the 60 s after which Ray ends this process by itself
 
 
-def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
-    """Train in so many workers of one Ray start; return what `train_all` returns.
+def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
+    """Train in the workers of one Ray start, as many of `least` to `most` as there is room for whenever they are
+    started; return what `train_all` returns.
 
     Raises:
         StageError: a worker failed of something to correct, or the cluster has no room.
@@ -42,7 +44,7 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
     from ray.train.torch import TorchTrainer
 
     run_dir = Path(job.run_dir)
-    _start_ray(job, workers)
+    most = _start_ray(job, least, most)
     # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
     following = threading.Event()
     follower = threading.Thread(target=_follow, args=(run_dir / PROGRESS_FILE, following), daemon=True)
@@ -50,7 +52,8 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
     try:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
         for number in range(WORKER_LOSSES + 1):
-            _wait_for_workers(workers, gpus)
+            # Ray's own elastic policy counts what the cluster has, not what of it is free, and ends steps to grow.
+            workers = _wait_for_workers(least, most, gpus)
             trainer = TorchTrainer(
                 _ray_worker,
                 train_loop_config={"job": job},
@@ -79,22 +82,24 @@ def train_with_ray(job: Job, workers: int) -> dict[str, dict]:
     return json.loads(done.read_text())
 
 
-def _start_ray(job: Job, workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS, which gets this code, or start one in this machine that ends with this
-    process."""
+def _start_ray(job: Job, least: int, most: int) -> int:
+    """Join the cluster of RAY_ADDRESS, which gets this code, or start one in this machine that ends with this process;
+    return the most workers that it may have."""
     import ray
 
     if "RAY_ADDRESS" in os.environ:
         _join_cluster(os.environ["RAY_ADDRESS"])
-        return
+        return most
+    most = max(least, min(most, os.cpu_count() or 1))
     # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
     ray.init(
-        num_cpus=workers + 2,
+        num_cpus=most + 2,
         include_dashboard=False,
         log_to_driver=False,
         namespace=job.attempt,
         object_store_memory=256 << 20,
     )
+    return most
 
 
 def _join_cluster(address: str) -> None:
@@ -165,27 +170,32 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _wait_for_workers(workers: int, gpus: bool) -> None:
-    """Wait until the cluster has room for every worker, at most a minute.
+def _wait_for_workers(least: int, most: int, gpus: bool) -> int:
+    """Wait until the cluster has room for as many workers as it can have at most, and about a minute for the fewest;
+    return how many.
 
     Raises:
         StageError: it never will have; what was asked for, what it has and what of that is free is named.
         TryAgainError: others use it.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
 
     one = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-    room = placement_group([one] * workers)
-    try:
-        if room.wait(PLACEMENT_SECONDS):
-            return
-    finally:
-        remove_placement_group(room)
+
+    def fitting(resources: Mapping[str, float], most: int) -> int:
+        return max(least, min(most, *(int(resources.get(name, 0)) for name in one)))
+
+    workers = fitting(ray.cluster_resources(), most)
+    while workers > least:
+        if _has_room(one, workers, SETTLING_SECONDS):
+            return workers
+        workers = fitting(ray.available_resources(), workers - 1)
+    if _has_room(one, least, PLACEMENT_SECONDS):
+        return least
     has, free = ray.cluster_resources(), ray.available_resources()
-    missing = next((name for name in reversed(one) if has.get(name, 0) < workers), None)
+    missing = next((name for name in reversed(one) if has.get(name, 0) < least), None)
     what = (
-        f"no room for {workers} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has"
+        f"no room for {least} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has"
         f" {_counted(has, one)}, free {_counted(free, one)}"
     )
     if missing:
@@ -195,6 +205,17 @@ def _wait_for_workers(workers: int, gpus: bool) -> None:
     raise TryAgainError(
         what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)"
     )
+
+
+def _has_room(one: Mapping[str, float], workers: int, seconds: float) -> bool:
+    """Return whether so many workers, each with what `one` needs, find room within so many seconds."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    room = placement_group([dict(one)] * workers)
+    try:
+        return room.wait(seconds)
+    finally:
+        remove_placement_group(room)
 
 
 def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:

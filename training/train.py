@@ -1,8 +1,8 @@
 """Train VQL and its baselines on one partition.
 
 With --workers N the models are trained by Ray Train, N data-parallel workers in one Ray start (GPUs when there are
-any); --workers 0 trains in this very process, for a debugger, from the same modules.
-`training.torchrun` does it without Ray in several processes.
+any), with --workers MIN:MAX as many as there is room for; --workers 0 trains in this very process, for a debugger, from
+the same modules. `training.torchrun` does it without Ray in several processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.stage.local_files import replace_text
+from etl.stage.worker_counts import worker_range
 from etl.warehouse.store import TableStore, code_version
 from training.config import TrainConfig, load_config
 from training.job import Job, train_all, warm_start_package
@@ -31,11 +32,19 @@ TABLES = "sequences", "items"  # that a training reads
 def main() -> None:
     parser = training_parser(__doc__)
     parser.add_argument(
-        "--workers", type=int, default=2, help="Ray Train workers; 0 = train in this process, without Ray"
+        "--workers",
+        default="2",
+        help="Ray Train workers; MIN:MAX: as many as there is room for; 0: train in this process, without Ray",
     )
     args = parser.parse_args()
-    workers = args.workers
-    train(args, lambda job: train_with_ray(job, workers) if workers else train_all(job, Worker()), prints=workers == 0)
+    if args.workers == "0":
+        train(args, lambda job: train_all(job, Worker()), prints=True)
+        return
+    try:
+        workers = worker_range(args.workers)
+    except ValueError as error:
+        raise StageError(f"--workers {error}", "correct it, or give 0 to train in this process") from None
+    train(args, lambda job: train_with_ray(job, *workers), prints=False)
 
 
 def training_parser(description: str | None) -> argparse.ArgumentParser:

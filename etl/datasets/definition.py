@@ -26,6 +26,7 @@ from etl.datasets.definition_yaml import read_yaml
 from etl.datasets.quality_rules import Quality
 from etl.stage.errors import StageError
 from etl.stage.uris import folder_problem
+from etl.stage.worker_counts import worker_range
 
 SIMULATED_MARKER = "SIMULATED.json"  # written by the simulator beside the logs it makes
 BUILT_IN = Path(__file__).parent / "definitions"
@@ -86,10 +87,16 @@ def _folder(given: str) -> str:
     return given
 
 
+def _workers(given: int | str) -> int | str:
+    worker_range(given)
+    return given
+
+
 Name = Annotated[str, Setting(min_length=1)]
 Folder = Annotated[str, Setting(max_length=500), pydantic.AfterValidator(_folder)]
 Day = Annotated[dtm.date, pydantic.BeforeValidator(_day)]
 Glob = Annotated[str, _checked(glob_problem)]
+Workers = Annotated[int | str, pydantic.AfterValidator(_workers)]
 Delimiter = Annotated[str, Setting(min_length=1, max_length=1), _checked(delimiter_problem)]
 LogDelimiter = Annotated[str, Setting(min_length=1, max_length=8), _checked(delimiter_problem)]
 Signals = Annotated[tuple[Name, ...], Setting(min_length=1)]
@@ -502,7 +509,7 @@ class RunDefaults(_Model):
     Attributes:
         raw: folder of the raw logs: an absolute path, or a URI that Arrow reads.
         config: training configuration, a file of training/configs without its suffix.
-        workers: Ray Train workers.
+        workers: Ray Train workers: a number, or MIN:MAX for as many as there is room for.
         on_warning: what a gate's warning does before training: it is logged (`continue`), or waits for a person
             (`approve`).
         hour: UTC hour at which the DAG's schedule builds the day that ended at midnight; without it there is no
@@ -513,7 +520,7 @@ class RunDefaults(_Model):
 
     raw: Folder | None = None
     config: str = Setting(default="default", pattern="^[a-z0-9_]+$", max_length=60)
-    workers: int = Setting(default=2, ge=1, le=64)
+    workers: Workers = 2
     on_warning: Literal["continue", "approve"] = "continue"
     hour: int | None = Setting(default=None, ge=0, le=23)
     wait_hours: int = Setting(default=6, ge=0, le=23)

@@ -525,13 +525,14 @@ def test_the_first_task_hands_on_day_attempt_and_parameters(dag, monkeypatch):
         ({"raw": "/a b;c"}, "raw: "),
         ({"raw": "s3://key:s3cret@bucket"}, "raw: .*credentials"),
         ({"workers": 0}, "workers: "),
-        ({"workers": "two"}, "workers: "),
+        ({"workers": "two"}, "workers: two is not a whole number"),
         ({"on_warning": "ask"}, "on_warning: "),
         ({"lookback_days": 3}, "lookback_days: 3 is less than target_days, 14"),
         ({"evaluation_days": 14}, "evaluation_days: 14 leaves no day"),
         ({"dt": "2022-05-09"}, r"dt: 2022-05-09 is outside the data set kuairand: 2022-04-08 \.\. 2022-05-08"),
         ({"dt": "2022-04-07"}, "dt: 2022-04-07 is outside"),
         ({"workers": 0, "config": "x"}, "workers: .*config: "),  # all that is wrong at once
+        ({"workers": "4:2"}, "workers: 4:2 is not a whole number"),
     ],
 )
 def test_the_first_task_refuses_by_the_fields_name(dag, monkeypatch, conf, says):
@@ -590,13 +591,13 @@ def test_a_task_asks_once_what_its_run_is_about(dag):
 
 def test_run_defaults_of_the_definition_are_those_of_the_form(own):
     own.write_text(
-        OWN + "run: {raw: '/data/shop', config: tiny, workers: 3, on_warning: approve, hour: 6, wait_hours: 2}\n"
+        OWN + "run: {raw: '/data/shop', config: tiny, workers: 1:3, on_warning: approve, hour: 6, wait_hours: 2}\n"
     )
     dag = own_dags()["vql_daily_shop"]
     assert {
         "raw": "/data/shop",
         "config": "tiny",
-        "workers": 3,
+        "workers": "1:3",
         "on_warning": "approve",
     }.items() <= dag.params.dump().items()
     assert dag.timetable.hour == 6
@@ -822,6 +823,9 @@ def test_a_note_that_cannot_be_written_costs_the_task_nothing(monkeypatch, tmp_p
         ("target_days", 1),
         ("target_days", "14"),
         ("workers", 0),
+        ("workers", "0:3"),
+        ("workers", 2.5),
+        ("workers", None),
         ("max_history", 0),
         ("lookback_days", 1.5),
         ("lookback_days", 36_501),

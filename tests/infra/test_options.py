@@ -46,7 +46,17 @@ def test_every_option_of_the_form_reaches_a_stage_that_takes_it(capsys, monkeypa
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("workers", "2", 2),
+        ("max_history", "2", 2),
+        ("max_history", "²", "MAX_HISTORY=² is not a whole number"),
+        ("workers", "2", "2"),
+        ("workers", "1:4", "1:4"),
+        ("workers", "4:4", "4:4"),
+        ("workers", "4:2", "WORKERS=4:2 is not a whole number from 1 to 64, or two of them, MIN:MAX: the first is"),
+        ("workers", "0:3", "WORKERS=0:3 is not a whole number from 1 to 64, or two of them, MIN:MAX"),
+        ("workers", "1:65", "WORKERS=1:65 is not"),
+        ("workers", "1:2:3", "WORKERS=1:2:3 is not"),
+        ("workers", "1:", "WORKERS=1: is not"),
+        ("workers", "2\n", "is not a whole number"),
         ("workers", "0", "WORKERS=0 is not a whole number from 1 to 64"),
         ("workers", "two", "WORKERS=two is not a whole number from 1 to 64"),
         ("workers", "²", "WORKERS=² is not a whole number"),

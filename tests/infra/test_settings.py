@@ -575,7 +575,7 @@ def test_options_are_typed(monkeypatch):
         monkeypatch.setenv(name, value)
     assert run.choose_options() == {
         "config": "tiny",
-        "workers": 1,
+        "workers": "1",
         "lookback_days": 9,
         "evaluation_days": 2,
         "on_warning": "approve",

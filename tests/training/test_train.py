@@ -31,7 +31,7 @@ from etl.warehouse.schemas import schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, free_port, runs, start
 from tests.training.conftest import DT, random_partition
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 from training.configs import tiny
 from training.loop import WorkerLostError
 from training.package import Cutoff
@@ -272,11 +272,19 @@ def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_tr
 @pytest.mark.ray
 def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeypatch):
     import ray
+    from ray.util.placement_group import placement_group
 
-    monkeypatch.setattr(training.ray_workers, "PLACEMENT_SECONDS", 2)
+    found = training.ray_workers._wait_for_workers
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        training.ray_workers._wait_for_workers(2, gpus=False)
+        monkeypatch.setattr(training.ray_workers, "SETTLING_SECONDS", PATIENCE_S)
+        assert [found(2, 2, gpus=False), found(1, 4, gpus=False), found(1, 4, gpus=True)] == [2, 2, 1]
+        assert placement_group([{"CPU": 1.0}]).wait(PATIENCE_S)  # of another training
+        monkeypatch.setattr(training.ray_workers, "SETTLING_SECONDS", 1)
+        assert found(1, 4, gpus=False) == 1
+        monkeypatch.setattr(training.ray_workers, "PLACEMENT_SECONDS", 1)
+        with pytest.raises(TryAgainError, match=r"no room for 2 worker\(s\) of 1 CPU each .* has 2 CPU, free 1 CPU"):
+            found(2, 4, gpus=False)
         with pytest.raises(
             StageError,
             match=(
@@ -284,7 +292,7 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
                 r" with --workers 1 "
             ),
         ):
-            training.ray_workers._wait_for_workers(2, gpus=True)
+            found(2, 4, gpus=True)
     finally:
         ray.shutdown()
 
@@ -337,6 +345,7 @@ def test_a_cluster_that_has_none_of_this_code_trains_for_who_knows_its_token(tmp
         (["--config", "nonsense"], "unknown training configuration 'nonsense'"),
         (["--models", "vql,din"], "unknown model 'din'"),
         (["--dt", "2022-04-22"], "dt=2022-04-22 of kuairand/sequences is not published"),
+        (["--workers", "4:2"], "--workers 4:2 is not a whole number from 1 to 64, or two of them, MIN:MAX: the first"),
     ],
 )
 def test_wrong_arguments_give_one_clear_message(tmp_path, warehouse, more, says):

@@ -397,6 +397,8 @@ def test_several_mistakes_are_told_together(tmp_path):
         ("hour: 6", "hour: 6, config: ../x", ["run.config"]),
         ("hour: 6", "hour: 6, on_warning: ask", ["run.on_warning", "'continue' or 'approve'"]),
         ("workers: 3", "workers: 0", ["run.workers"]),
+        ("workers: 3", "workers: 4:2", ["run.workers", "4:2 is not", "the first is greater"]),
+        ("workers: 3", "workers: true", ["run.workers"]),
         ("raw: /data/shop", "raw: data/shop", ["run.raw", "'data/shop' is relative"]),
         ("raw: /data/shop", "raw: '/data/shop; id'", ["run.raw"]),
         # YAML
