@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from benchmarks.train_loop import items_table, write_partition
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
-from training.loop import TrainingData, Worker, train_model
+from training.loop import Training, TrainingData, Worker, train_model
 
 WARM_STEPS, EXCHANGES = 20, 20
 
@@ -112,13 +112,13 @@ def _work(
     marks: dict[int, float] = {}
     bits = hashlib.sha256()
 
-    def look(step: int, state) -> None:
-        if step in (WARM_STEPS, args.steps):
+    def look(now: Training) -> None:
+        if now.step in (WARM_STEPS, args.steps):
             if worker.device != "cpu":
                 torch.cuda.synchronize()
-            marks[step] = time.perf_counter()
-        if step == args.steps:
-            for tensor in state().model.values():
+            marks[now.step] = time.perf_counter()
+        if now.step == args.steps:
+            for tensor in now.state().model.values():
                 bits.update(tensor.numpy().tobytes())
 
     losses: list[float] = []

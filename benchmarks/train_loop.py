@@ -29,7 +29,7 @@ from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import SEQUENCES, TRAIN, VALIDATION, WATCH_BUCKETS
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
-from training.loop import EpochResult, TrainingData, Worker, train_model
+from training.loop import EpochResult, Training, TrainingData, Worker, train_model
 
 
 def main() -> None:
@@ -105,10 +105,10 @@ def loop_figures(name: str, targets: int, precision: str, users: int, length: in
     last = len(data.split.train) // (users * targets) * (epochs - 1)  # steps before the last epoch
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
-    def look(step: int, state: object) -> None:
-        if step in (last + 5, last + 5 + profiled):
+    def look(now: Training) -> None:
+        if now.step in (last + 5, last + 5 + profiled):
             torch.cuda.synchronize()
-            (profile.start if step == last + 5 else profile.stop)()
+            (profile.start if now.step == last + 5 else profile.stop)()
 
     speeds: list[float] = []
     note = lambda result: speeds.append(result.metrics["samples_per_s"])  # noqa: E731

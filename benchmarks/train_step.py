@@ -258,7 +258,7 @@ def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, reco
     joined, users = joined_of(batch), np.arange(len(batch.event_start) - 1)
     steps = RecordedSteps(DeviceRows(joined, torch.device(device)), len(users), model.interest, learn)
     targets = [np.arange(*ends) for ends in itertools.pairwise(batch.target_start)]
-    return lambda: steps(Chosen.of(joined.sequences, users, targets), None)
+    return lambda: steps(steps.prepared(Chosen.of(joined.sequences, users, targets)), None)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
 from training.registry import CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
-from training.tracking import ATTEMPT_TAG, MetricsBuffer, asking_mlflow, attempt_run
+from training.tracking import ATTEMPT_TAG, METRICS_FILES, MetricsBuffer, asking_mlflow, attempt_run
 
 RESAMPLES = 200
 TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
@@ -324,7 +324,8 @@ def log_to_mlflow(
         from mlflow.entities import Metric
 
         client = MlflowClient()
-        MetricsBuffer(run_id, run_dir / "metrics.jsonl").send()
+        for file in METRICS_FILES:
+            MetricsBuffer(run_id, run_dir / file).send()
         client.log_batch(
             run_id,
             metrics=[

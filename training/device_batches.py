@@ -95,7 +95,10 @@ class DeviceRows:
 
     def make_batch(self, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
         """Return the batch of `training.data.make_batch`, on the device; nothing may read some of its N items."""
-        chosen = Chosen.of(self.joined.sequences, users, targets)
+        return self.batch_of(Chosen.of(self.joined.sequences, users, targets))
+
+    def batch_of(self, chosen: Chosen) -> Batch:
+        """Return the batch of what was chosen, as `make_batch` does."""
         sizes = Sizes.of(chosen)
         table = on_device(np.concatenate(table_of(chosen, sizes)), self.device)
         return self.gathered(table, sizes, lists_of(chosen))

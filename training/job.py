@@ -24,13 +24,24 @@ from etl.stage.errors import StageError
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
 from training.data import Sequences, UserBatches
-from training.loop import EpochResult, Start, TrainingData, TrainingState, Worker, epoch_of, from_first, train_model
+from training.loop import (
+    EpochResult,
+    Start,
+    Training,
+    TrainingData,
+    TrainingState,
+    Worker,
+    epoch_of,
+    from_first,
+    train_model,
+)
 from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
 from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import Checkpoint, Checkpoints, flat
 from training.scoring import request_of
-from training.tracking import MetricsBuffer
+from training.system_metrics import system_metrics
+from training.tracking import METRICS_FILE, SYSTEM_METRICS_FILE, MetricsBuffer
 from training.vocabulary import Vocabulary
 
 PROGRESS_FILE = "progress.log"
@@ -70,7 +81,11 @@ def train_all(job: Job, worker: Worker) -> dict[str, dict]:
     Raises:
         StageError: the run stands elsewhere: its checkpoints are of another training; or the loss is not finite.
     """
-    return _Trainings(job, worker).run()
+    trainings = _Trainings(job, worker)
+    if worker.rank > 0:
+        return trainings.run()
+    with system_metrics(MetricsBuffer(job.mlflow_run_id, Path(job.run_dir) / SYSTEM_METRICS_FILE, trainings.say)):
+        return trainings.run()
 
 
 class _Trainings:
@@ -85,7 +100,9 @@ class _Trainings:
             job.warehouse, job.dataset, job.dt, job.config, known
         )
         self.say = _progress(job) if worker.rank == 0 else lambda line: None
-        self.metrics = MetricsBuffer(job.mlflow_run_id, self.run_dir / "metrics.jsonl") if worker.rank == 0 else None
+        self.metrics = (
+            MetricsBuffer(job.mlflow_run_id, self.run_dir / METRICS_FILE, self.say) if worker.rank == 0 else None
+        )
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
             identity_of(job, digests, self.data.vocabulary),
@@ -159,22 +176,18 @@ class _Trainings:
             "train_seconds": round(time.perf_counter() - began, 1),
         }
 
-    def _on_step(self, name: str, done: Mapping[str, dict]) -> Callable[[int, Callable[[], TrainingState]], None]:
-        pace = self._pace(name)
+    def _on_step(self, name: str, done: Mapping[str, dict]) -> Callable[[Training], None]:
+        config = self.config
+        batches = UserBatches(self.data.joined, 0, 1, config.users_per_step, config.seed)
+        planned = len(epoch_of(batches, self.data, config, 0)) * config.epochs
+        assert self.metrics is not None  # this is the first worker
+        pace = Pace(name, planned, self.worker.device, self.say, self.metrics.log)
 
-        def on_step(step: int, state: Callable[[], TrainingState]) -> None:
-            pace.at(step)
-            self.checkpoints.offer(step, lambda: Checkpoint(dict(done), name, state()))
+        def on_step(now: Training) -> None:
+            pace.at(now.step, now.taken)
+            self.checkpoints.offer(now.step, lambda: Checkpoint(dict(done), name, now.state()))
 
         return on_step
-
-    def _pace(self, name: str) -> Pace:
-        config, data = self.config, self.data
-        batches = UserBatches(data.joined, 0, 1, config.users_per_step, config.seed)
-        epoch = epoch_of(batches, data, config, 0)
-        targets_a_step = len(data.split.train) / max(1, epoch.steps_per_pass)
-        assert self.metrics is not None  # this is the first worker
-        return Pace(name, len(epoch) * config.epochs, targets_a_step, self.worker.device, self.say, self.metrics.log)
 
     def _log_epoch(self, name: str, result: EpochResult) -> None:
         figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,12 @@ from etl.warehouse.schemas import TRAIN
 from training.config import TrainConfig
 from training.data import Batch, Chosen, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
 from training.device_batches import DeviceRows, ahead
+from training.device_time import DeviceTime
 from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
-from training.recorded_steps import RecordedSteps
+from training.recorded_steps import Prepared, RecordedSteps
 from training.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class TrainingState:
 
     Attributes:
         step: steps of all epochs; epoch, position: the next batch.
-        totals: of the epoch so far, float64 [2]: summed loss and targets of all workers.
+        totals: of the epoch so far, of all workers, as `_StepSums.totals`.
         model, optimizer: their states; codebook statistics and the end of the warm-up are buffers of the model.
         best_model: at the best validation log loss so far, None before the first that counts.
     """
@@ -134,13 +135,30 @@ class Start:
 COLD = Start()
 
 
+class Taken(NamedTuple):
+    """What the steps of this process came to, of all workers but for the times.
+
+    Attributes:
+        loss: of the task, summed over the targets; codebook_loss: commitment and codebook loss, summed over the events.
+        targets, events: that the steps read; an event of the history counts once for each step that reads it.
+        working_ms, waiting_ms: of this worker's CUDA device, as `DeviceTime` has them; 0 on a CPU.
+    """
+
+    loss: float
+    codebook_loss: float
+    targets: float
+    events: float
+    working_ms: float = 0.0
+    waiting_ms: float = 0.0
+
+
 def train_model(
     name: str,
     data: TrainingData,
     config: TrainConfig,
     worker: Worker,
     on_epoch: Callable[[EpochResult], None],
-    on_step: Callable[[int, Callable[[], TrainingState]], None] | None = None,
+    on_step: Callable[[Training], None] | None = None,
     start: Start = COLD,
 ) -> tuple[Ranker, EpochResult]:
     """Train `config.models[name]` with early stop; every worker ends with the same best weights.
@@ -151,13 +169,13 @@ def train_model(
 
     Args:
         on_epoch: called on every worker after each epoch.
-        on_step: called on every worker after each step with its number and what copies the state (a checkpoint).
+        on_step: called on every worker after each step, with the training as it stands.
 
     Raises:
         FloatingPointError: the loss is not finite.
         WorkerLostError: another worker no longer answers.
     """
-    run = _Training(name, data, config, worker, start)
+    run = Training(name, data, config, worker, start)
     for _epoch in range(run.epoch, config.epochs):
         result = run.run_epoch(on_step)
         on_epoch(result)
@@ -171,12 +189,13 @@ def train_model(
     return run.model.eval(), result
 
 
-class _Training:
+class Training:
     """A training of one model on this worker, between two steps of it.
 
     Attributes:
         step: steps of all epochs; epoch, position: the next batch.
-        totals: of the epoch so far, float64 [2]: summed loss and targets of all workers.
+        totals: of the epoch so far, of all workers, as `_StepSums.totals`.
+        before: the same of the epochs before it that this process took part in, on the CPU.
     """
 
     def __init__(self, name: str, data: TrainingData, config: TrainConfig, worker: Worker, start: Start) -> None:
@@ -196,7 +215,9 @@ class _Training:
         if self.rows is not None:
             self.batches.make = self.rows.make_batch
         self.recorded = self._recorded(self.rows)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+        self.totals = torch.zeros_like(self.sums.totals)
+        self.before = torch.zeros_like(self.totals, device="cpu")
+        self.device_time = DeviceTime() if worker.device != "cpu" else None
         self.best_model: dict | None = None
         self.best_logloss, self.best_epoch = float("inf"), -1
         self.step = self.epoch = self.position = 0
@@ -242,6 +263,14 @@ class _Training:
         best = _on_cpu(self.best_model), self.best_logloss, self.best_epoch
         return TrainingState(self.step, self.epoch, self.position, _on_cpu(self.totals), model, optimizer, *best)
 
+    def taken(self) -> Taken:
+        """Return what the steps so far came to: only differences between two calls mean anything in a training that
+        goes on. Waits for the device."""
+        sums = (self.before + self.totals.cpu()).tolist()
+        if self.device_time is not None:
+            sums += self.device_time.spent_ms()
+        return Taken(*sums)
+
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
         return epoch_of(self.batches, self.data, self.config, epoch)
@@ -249,41 +278,51 @@ class _Training:
     def warmup_steps(self, order: Epoch) -> int:
         return min(self.config.warmup_steps, self.config.epochs * len(order) // 2)
 
-    def run_epoch(self, on_step: Callable[[int, Callable[[], TrainingState]], None] | None) -> EpochResult:
+    def run_epoch(self, on_step: Callable[[Training], None] | None) -> EpochResult:
         """Take the steps that the epoch still has, and judge it.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        order, began, before = self.order(self.epoch), time.perf_counter(), float(self.totals[1])
+        order, began, before = self.order(self.epoch), time.perf_counter(), Taken(*self.totals.tolist())
         waited = 0.0
         self.model.train()
-        for batch, seconds in self._upcoming(order):
+        if self.device_time is not None:
+            self.device_time.pause()
+        for ready, seconds in self._upcoming(order):
             waited += seconds
-            self._take_step(batch, order)
+            self._take_step(ready, order)
             if on_step is not None:
-                on_step(self.step, self.state)
-        loss_sum, targets = self.totals.tolist()
-        train_loss = loss_sum / targets if targets else float("nan")
+                on_step(self)
+        sums = Taken(*self.totals.tolist())
+        train_loss = sums.loss / sums.targets if sums.targets else float("nan")
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss of {self.name} is not finite in epoch {self.epoch}")
         seconds = time.perf_counter() - began
         speed = {
-            "samples_per_s": (targets - before) / seconds,
+            "samples_per_s": (sums.targets - before.targets) / seconds,
             "data_wait_share": waited / seconds,
             "epoch_seconds": seconds,
         }
-        return self._judged({"train_loss": train_loss}, speed)
+        losses = {"train_loss": train_loss}
+        if self.model.coded is not None:
+            losses["train_codebook_loss"] = sums.codebook_loss / max(1.0, sums.events)
+        return self._judged(losses, speed)
 
-    def _upcoming(self, order: Epoch) -> Iterator[tuple[Batch | Chosen | None, float]]:
-        """Yield what the epoch's steps are still to read, and the seconds that each was waited for."""
+    def _upcoming(self, order: Epoch) -> Iterator[tuple[Batch | Chosen | Prepared | None, float]]:
+        """Yield what the epoch's steps are still to read, and the seconds that each was waited for.
+
+        All that the host does for a step; where the rows lie on the device, nothing of what that does.
+        """
         sequences, device = self.data.joined.sequences, self.worker.device
 
-        def made(number: int) -> Batch | Chosen | None:
-            if self.recorded is not None:
-                return Chosen.of(sequences, *order.visited(number))
-            batch = order[number]
-            return batch.to(device) if batch is not None else None
+        def made(number: int) -> Batch | Chosen | Prepared | None:
+            if self.rows is None:
+                batch = order[number]
+                return batch.to(device) if batch is not None else None
+            users, targets = order.visited(number)
+            chosen = Chosen.of(sequences, users, targets) if len(users) else None
+            return self.recorded.prepared(chosen) if self.recorded is not None and chosen is not None else chosen
 
         # Rows that lie on the device, and those of a CPU, whose steps need its cores, are read when they are wanted.
         elsewhere = device != "cpu" and self.rows is None
@@ -294,19 +333,26 @@ class _Training:
             yield batch, time.perf_counter() - mark
             mark = time.perf_counter()
 
-    def _take_step(self, batch: Batch | Chosen | None, order: Epoch) -> None:
+    def _take_step(self, ready: Batch | Chosen | Prepared | None, order: Epoch) -> None:
+        if self.device_time is not None:
+            self.device_time.begin()
         # The stream of dropout: each worker's own, the same after a restart.
         torch.manual_seed(_stream(self.config.seed, self.step, self.worker.rank))
         self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
-        if self.recorded is not None and isinstance(batch, Chosen):
-            self.recorded(batch, self.model.coded is not None and self.model.coded.quantizer.is_started())
+        if isinstance(ready, Prepared):
+            assert self.recorded is not None
+            self.recorded(ready, self.model.coded is not None and self.model.coded.quantizer.is_started())
+        elif isinstance(ready, Chosen):
+            assert self.rows is not None
+            self._learn(self.rows.batch_of(ready))
         else:
-            assert not isinstance(batch, Chosen)
-            self._learn(batch)
+            self._learn(ready)
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
         _tend_codebooks(self.model, order, self.position, self.step, warmed_up, self.config, self.worker)
         self.position += 1
+        if self.device_time is not None:
+            self.device_time.end()
 
     def _learn(self, batch: Batch | None) -> None:
         """Move the weights by this worker's part of a global batch; of the host nothing but the batch is read."""
@@ -331,6 +377,7 @@ class _Training:
         if model.coded is not None:
             codebook, warnings = _codebook_metrics(model, self.batches, self.data.split.validation, self.worker)
             metrics |= codebook
+        self.before += self.totals.cpu()
         self.totals.zero_()
         self.epoch, self.position = epoch + 1, 0
         return EpochResult(epoch, metrics, self.best_logloss, self.best_epoch, finished, warnings)
@@ -397,7 +444,7 @@ def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
 
 
 class _StepSums:
-    """What a step sums over the workers, in one flat array: gradients, the loss, and what the codebooks count.
+    """What a step sums over the workers, in one flat array: gradients, losses, and what the codebooks count.
 
     A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a
     worker without a part takes part. There is one exchange of two counts before the backward pass and one of the array
@@ -405,7 +452,8 @@ class _StepSums:
 
     Attributes:
         parameters: those that are trained; their gradients are set by `of`.
-        totals: summed loss and number of targets of the last global batch, float64 [2].
+        totals: of the last global batch, float64 [4]: the task's loss summed over targets, the codebooks' summed over
+            events, targets, events.
     """
 
     def __init__(self, model: Ranker, worker: Worker) -> None:
@@ -413,12 +461,12 @@ class _StepSums:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.quantizer = model.coded.quantizer if model.coded is not None else None
         counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
-        sizes = [*(p.numel() for p in self.parameters), counted, 1]
+        sizes = [*(p.numel() for p in self.parameters), counted, 2]
         self.flat = torch.zeros(sum(sizes), device=worker.device)
-        *gradients, self.counted, self.loss = self.flat.split(sizes)
+        *gradients, self.counted, self.losses = self.flat.split(sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+        self.totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
 
     def of(self, batch: Batch | None, bf16: bool) -> None:
         """Run forward and backward pass on this worker's part of the global batch, and sum over the workers."""
@@ -433,13 +481,13 @@ class _StepSums:
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, weight, reduction="sum")
             # The auxiliary loss is a mean over the events of this part.
             (loss / counts[0] + auxiliary * (mine[1] / counts[1].clamp(min=1))).backward()
-            self.loss.copy_(loss.detach())
+            self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * mine[1]]))
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
         _summed(self.flat, self.worker)
         if quantizer is not None:
             quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
-        self.totals = torch.stack([self.loss[0], counts[0]]).double()
+        self.totals = torch.cat([self.losses, counts]).double()
 
 
 def _counted(batch: Batch | None, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from training.loop import Taken
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -18,7 +20,6 @@ class Pace:
     Attributes:
         name: of the model.
         planned: steps of all its epochs.
-        targets_a_step: of all workers, in the mean.
         device: of this worker.
         say: takes a line; log: takes figures, name -> value, and the step.
         clock: seconds.
@@ -26,31 +27,61 @@ class Pace:
 
     name: str
     planned: int
-    targets_a_step: float
     device: str
     say: Callable[[str], None]
     log: Callable[[Mapping[str, float], int], None]
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._step, self._time = -1, 0.0  # of the last line; the first step, which prepares much, is not counted
+        self._last: tuple[int, float, Taken] | None = None  # step, time and sums of the last line
 
-    def at(self, step: int) -> None:
-        """Take note of a step that was taken."""
-        now = self.clock()
-        if self._step < 0:
-            self._step, self._time = step, now
-        if now - self._time < SECONDS_BETWEEN_LINES:
+    def at(self, step: int, taken: Callable[[], Taken]) -> None:
+        """Take note of a step that was taken; the device is waited for at a line alone.
+
+        Args:
+            taken: returns what all steps so far came to.
+        """
+        if self._last is None:  # the first step, which prepares much, is not counted
+            sums = taken()
+            self._last = step, self.clock(), sums
             return
-        rate = (step - self._step) / (now - self._time)
-        self._step, self._time = step, now
-        figures = {"steps_per_s": rate, "targets_per_s": rate * self.targets_a_step}
-        line = (
-            f"{self.name} step {step:,} of {self.planned:,}  {rate:.3g} steps/s"
-            f"  {figures['targets_per_s']:,.0f} targets/s  at most {(self.planned - step) / rate:,.0f} s left"
-        )
+        before, since, old = self._last
+        if self.clock() - since < SECONDS_BETWEEN_LINES:
+            return
+        new = taken()
+        now = self.clock()  # of the device, too: its steps have ended
+        self._last = step, now, new
+        figures = _figures(step - before, now - since, Taken(*(b - a for a, b in zip(old, new, strict=True))))
         if torch.device(self.device).type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            line += f"  peak {figures['peak_gib']:.1f} GiB"
-        self.say(line)
+        self.say(f"{self.name} step {step:,} of {self.planned:,}  {_words(figures, self.planned - step)}")
         self.log({f"{self.name}/{key}": value for key, value in figures.items()}, step)
+
+
+def _figures(steps: int, seconds: float, taken: Taken) -> dict[str, float]:
+    """Return the figures of some steps, name -> value.
+
+    Args:
+        taken: what these steps came to.
+    """
+    figures = {
+        "loss": taken.loss / max(1.0, taken.targets),
+        "steps_per_s": steps / seconds,
+        "targets_per_s": taken.targets / seconds,
+        "events_per_s": taken.events / seconds,
+    }
+    if taken.codebook_loss:
+        figures["codebook_loss"] = taken.codebook_loss / max(1.0, taken.events)
+    if on_device := taken.working_ms + taken.waiting_ms:
+        figures["device_idle_share"] = taken.waiting_ms / on_device
+    return figures
+
+
+def _words(figures: Mapping[str, float], steps_left: int) -> str:
+    line = (
+        f"loss {figures['loss']:.4f}  {figures['steps_per_s']:.3g} steps/s  {figures['targets_per_s']:,.0f} targets/s"
+        f"  {figures['events_per_s']:,.0f} events/s  at most {steps_left / figures['steps_per_s']:,.0f} s left"
+    )
+    if "device_idle_share" in figures:
+        line += f"  device idle {figures['device_idle_share']:.1%}"
+    return line + (f"  peak {figures['peak_gib']:.1f} GiB" if "peak_gib" in figures else "")

@@ -41,6 +41,13 @@ class StepPlan(NamedTuple):
     whole: bool
 
 
+class Prepared(NamedTuple):
+    """All that the host makes of a step's batch: what it knows of it, and the table that the device is sent, int64."""
+
+    plan: StepPlan
+    sent: np.ndarray
+
+
 class RecordedSteps:
     """Runs a step on the batches of one worker, without the host ever waiting for the device but to stay near it.
 
@@ -57,13 +64,17 @@ class RecordedSteps:
         self.stream, self.pool = torch.cuda.Stream(rows.device), torch.cuda.graph_pool_handle()
         self.ahead: deque[torch.cuda.Event] = deque()
 
-    def __call__(self, chosen: Chosen, phase: Hashable) -> None:
+    def prepared(self, chosen: Chosen) -> Prepared:
+        """Return what a step on this batch takes; nothing runs on the device."""
+        return planned(chosen, self.users, self.interest)
+
+    def __call__(self, prepared: Prepared, phase: Hashable) -> None:
         """Take a step: as it is where such a batch comes for the first time, recorded where it comes again.
 
         Args:
             phase: what else the step's Python code decides by.
         """
-        plan, sent = planned(chosen, self.users, self.interest)
+        plan, sent = prepared
         self._stay_near()
         table, name = fused.on_device(sent, self.rows.device), (plan, phase)
         if name not in self.seen:
@@ -117,8 +128,8 @@ class RecordedSteps:
         self.ahead.append(event)
 
 
-def planned(chosen: Chosen, users: int, interest: Interest) -> tuple[StepPlan, np.ndarray]:
-    """Return what a step knows of a batch, padded to a budget of at most so many users, and its table, int64."""
+def planned(chosen: Chosen, users: int, interest: Interest) -> Prepared:
+    """Return what a step knows of a batch, padded to a budget of at most so many users, and its table."""
     real, bound, heads = Sizes.of(chosen), bool(chosen.shared_from.any()), interest.config.heads
     none = np.zeros(len(chosen.users), bool)
     coded_U = none if bound else interest.by_codes(chosen.event_start, chosen.target_start, chosen.cut_offs)
@@ -134,7 +145,7 @@ def planned(chosen: Chosen, users: int, interest: Interest) -> tuple[StepPlan, n
     codes = code_tables(padded, sizes, coded_U) if some else ()
     sent = np.concatenate([part.ravel() for part in (*table_of(padded, real), *work, *codes)])
     shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
-    return StepPlan(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent
+    return Prepared(StepPlan(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent)
 
 
 def budget(chosen: Chosen, users: int, more_targets: int = 0) -> Sizes:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ REFUSED = frozenset(
         "RESOURCE_ALREADY_EXISTS",
     )
 )
+METRICS_FILES = METRICS_FILE, SYSTEM_METRICS_FILE = "metrics.jsonl", "system_metrics.jsonl"  # of a run's folder
 METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST, DIGEST_LENGTH = 500, 100, 36  # MLflow takes no more
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,10 +216,11 @@ class MetricsBuffer:
     Args:
         run_id: the run; None when MLflow did not answer at the start (the metrics stay in the file).
         path: JSON lines, {"key", "value", "step", "timestamp"}, only what MLflow does not have yet.
+        say: takes a warning.
     """
 
-    def __init__(self, run_id: str | None, path: Path) -> None:
-        self.run_id, self.path = run_id, Path(path)
+    def __init__(self, run_id: str | None, path: Path, say: Callable[[str], None] = log) -> None:
+        self.run_id, self.path, self.say = run_id, Path(path), say
         self._server_down = run_id is None
         self._pending: list[dict] = []
         if self.path.exists():
@@ -245,7 +247,7 @@ class MetricsBuffer:
             self.send()
         except Exception as error:
             if not self._server_down:
-                log(f"warning: MLflow takes no metrics, keeping them in {self.path}: {_first_line(error)}")
+                self.say(f"warning: MLflow takes no metrics, keeping them in {self.path}: {_first_line(error)}")
             self._server_down = True
             return False
         self._server_down = False

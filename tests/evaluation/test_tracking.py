@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from etl.datasets.definition import dataset
 from etl.stage.errors import EXIT_CORRECT, GateError, StageError, TryAgainError
 from infra import settings
+from tests.waiting import wait_for
+from training.system_metrics import system_metrics
 from training.tracking import MetricsBuffer, attempt_run, end_run
 
 ATTEMPT = "kuairand-2022-04-21-000000000000"
@@ -165,3 +168,64 @@ def test_training_goes_on_without_mlflow(monkeypatch, tmp_path, capsys):
         attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}),
     ):
         pass
+
+
+def test_system_metrics_are_sampled_to_the_end_and_a_run_that_goes_on_counts_on(mlflow_store, tmp_path):
+    from mlflow import MlflowClient
+
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
+        run_id = run.info.run_id
+    file = tmp_path / "system_metrics.jsonl"
+    for _try in range(2):
+        with system_metrics(MetricsBuffer(run_id, file)):
+            pass
+    found = client_metrics(run_id)
+    wanted = ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage")
+    assert {f"system/{name}" for name in wanted} <= found.keys()
+    history = MlflowClient().get_metric_history(run_id, "system/system_memory_usage_megabytes")
+    assert [sample.step for sample in history] == [0, 1] and all(sample.value > 0 for sample in history)
+    assert not file.exists()
+
+
+def test_system_metrics_wait_for_a_server_that_is_away_and_none_fails_a_training(
+    mlflow_store, monkeypatch, tmp_path, capsys
+):
+    from mlflow import MlflowClient
+    from mlflow.system_metrics import system_metrics_monitor
+
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
+        run_id = run.info.run_id
+    file = tmp_path / "system_metrics.jsonl"
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    away = threading.Event()
+    away.set()
+    log_batch = MlflowClient.log_batch
+
+    def answers(*args, **kwargs):
+        if away.is_set():
+            raise ConnectionError("refused")
+        return log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", answers)
+    with system_metrics(MetricsBuffer(run_id, file)):
+        wait_for("samples in the file", lambda: file.exists() and file.read_text().count("system/cpu_") > 2)
+        away.clear()
+        wait_for("samples in MLflow", lambda: "system/cpu_utilization_percentage" in client_metrics(run_id))
+    assert capsys.readouterr().out.count("warning") == 1
+    steps = [one.step for one in MlflowClient().get_metric_history(run_id, "system/cpu_utilization_percentage")]
+    assert steps == list(range(len(steps))) and len(steps) > 3  # none was lost
+    assert not file.exists()
+
+    def broken(*args, **kwargs):
+        raise OSError("no /proc")
+
+    monkeypatch.setattr(system_metrics_monitor.SystemMetricsMonitor, "collect_metrics", broken)
+    with system_metrics(MetricsBuffer(run_id, file)):
+        pass
+    assert "warning: no system metrics from here on: OSError: no /proc" in capsys.readouterr().out
+
+
+def client_metrics(run_id: str) -> dict[str, float]:
+    from mlflow import MlflowClient
+
+    return MlflowClient().get_run(run_id).data.metrics

@@ -4,6 +4,7 @@ python -m pytest --noconftest tests/training/test_gpu.py
 """
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks.train_step import make_batch
 from training.config import ModelConfig
+from training.device_time import DeviceTime
 from training.model import fused_codes
 from training.model.attention import CodedKeys
 from training.model.factored import factored_attention
@@ -140,3 +142,26 @@ def test_the_factored_pass_runs_on_a_gpu_too():
             factored_attention(query, CodedKeys(key, book, codes), *one_user(*rest), kernel.to(device)).out_THd.cpu()
         )
     assert (found[0] - found[1]).abs().max() < 1e-12
+
+
+def test_a_gpu_that_waits_for_the_host_is_idle_for_so_long():
+    spent, pause_ms, steps = DeviceTime(), 20.0, 20
+    square = torch.randn(4_096, 4_096, device="cuda")
+    for _ in range(steps):
+        spent.begin()
+        square @ square
+        spent.end()
+        torch.cuda.synchronize()
+        time.sleep(pause_ms / 1_000)
+    working_ms, waiting_ms = spent.spent_ms()
+    assert working_ms > 0 and waiting_ms >= pause_ms * (steps - 1)
+    spent.pause()
+    before = spent.spent_ms()
+    for _ in range(steps):  # the host is ahead
+        spent.begin()
+        for _ in range(20):
+            square @ square
+        spent.end()
+    torch.cuda.synchronize()
+    working_ms, waiting_ms = (now - then for now, then in zip(spent.spent_ms(), before, strict=True))
+    assert waiting_ms < 0.2 * working_ms

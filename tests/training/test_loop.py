@@ -20,7 +20,7 @@ from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
 from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
-from training.loop import Start, TrainingData, TrainingState, Worker, _stream, train_model
+from training.loop import Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
 
@@ -191,15 +191,15 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
         deterministic=True,
     )
     seen: list[bytes] = []
-    make = Epoch.__getitem__
-    monkeypatch.setattr(Epoch, "__getitem__", lambda self, number: seen.append(number) or make(self, number))
+    visited = Epoch.visited
+    monkeypatch.setattr(Epoch, "visited", lambda self, number: seen.append(number) or visited(self, number))
     whole, ended = train_model(name, data, config, Worker(device=device), lambda result: None)
     expected, losses = seen.copy(), []
     seen.clear()
 
-    def keep(at: int, step: int, state: Callable[[], TrainingState]) -> None:
-        if step == at:
-            torch.save(vars(state()), tmp_path / "state.pt")
+    def keep(at: int, now: Training) -> None:
+        if now.step == at:
+            torch.save(vars(now.state()), tmp_path / "state.pt")
             raise Stop
 
     resume = None
@@ -257,8 +257,8 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
         for name in config.models:
             found: dict = {"bits": hashlib.sha256(), "loss": []}
 
-            def look(step: int, state: Callable[[], TrainingState], found: dict = found) -> None:
-                now = state()
+            def look(at: Training, found: dict = found) -> None:
+                now = at.state()
                 tensors = [
                     *now.model.values(),
                     *(t for moments in now.optimizer["state"].values() for t in moments.values()),

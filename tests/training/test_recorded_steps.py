@@ -16,7 +16,7 @@ import torch
 from benchmarks.train_loop import make_data
 from training.config import ModelConfig, TrainConfig
 from training.data import Chosen
-from training.loop import COLD, TrainingData, Worker, _Training, train_model
+from training.loop import COLD, Training, TrainingData, Worker, train_model
 from training.model import fused, fused_codes
 from training.recorded_steps import RecordedSteps, budget, rounded_up, work_tables
 
@@ -65,12 +65,12 @@ def loaded(model: ModelConfig, **changes) -> tuple[TrainingData, TrainConfig]:
     return make_data(users=40, length=130, items=60, config=config), config
 
 
-def step_of(run: _Training, chosen: Chosen, recorded: RecordedSteps | None) -> list[torch.Tensor]:
+def step_of(run: Training, chosen: Chosen, recorded: RecordedSteps | None) -> list[torch.Tensor]:
     """Gradients, loss and codebook counts of a step that moves no weight."""
     torch.manual_seed(5)
     run.sums.flat.fill_(torch.nan)
     if recorded is not None:
-        recorded(chosen, run.model.coded is not None and run.model.coded.quantizer.is_started())
+        recorded(recorded.prepared(chosen), run.model.coded is not None and run.model.coded.quantizer.is_started())
     else:
         targets = np.split(chosen.target, chosen.target_start[1:-1])
         run._learn(run.batches.make(chosen.users, targets))
@@ -87,7 +87,7 @@ def test_a_recorded_step_has_the_gradients_of_the_step(name, bf16, monkeypatch):
             monkeypatch.setattr(fused_codes, cost, pairs)
     model = dataclasses.replace(MODELS[name], dropout=0.0)
     data, config = loaded(model, bf16=bf16, learning_rate=0.0, weight_decay=0.0)
-    run = _Training("it", data, config, Worker(device="cuda"), COLD)
+    run = Training("it", data, config, Worker(device="cuda"), COLD)
     if run.model.coded is not None:
         run.model.coded.quantizer.start_from_keys(
             run.model.coded.keys(run.model.items(run.rows.items)), torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ def test_a_training_of_recorded_steps_comes_to_where_the_plain_one_does(name, mo
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: taken.append(graph) or replay(graph))
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(_Training, "_recorded", lambda *_: None)
+            monkeypatch.setattr(Training, "_recorded", lambda *_: None)
         train_model(
             "it", data, config, Worker(device="cuda"), lambda r, p=plain: losses[p].append(r.metrics["train_loss"])
         )
