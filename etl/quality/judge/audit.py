@@ -31,7 +31,7 @@ from etl.ingest.raw import RawLocation
 from etl.metrics.record import NAN
 from etl.metrics.registry import GATES
 from etl.quality.judge.gx import built, import_early, validate
-from etl.quality.judge.outcomes import SEVERITIES, StageOutcome, let_through, write_outcome
+from etl.quality.judge.outcomes import SEVERITIES, Outcome, StageOutcome, let_through, write_outcome
 from etl.quality.judge.page_process import written_after
 from etl.quality.judge.pass_once import pass_command
 from etl.quality.measure.measured import Evidence, numbers
@@ -51,6 +51,7 @@ CONSEQUENCES = {
     "training_input": "training must not start",
     "model_output": "the model must not be registered",
 }
+NAMED_METRICS = 4  # in the first line of a stop: as many as the note of a run, which shows that line, has room for
 
 Statistics = tuple[str, str, dict[str, float]]  # stage, day, metrics
 
@@ -203,7 +204,7 @@ class Audit:
             remedy += f". Once looked at, a person can let exactly this through, once: {command}, then clear the task"
         return GateError(
             f"stage {outcome.stage}, dt={outcome.dt}, attempt {self.attempt}: {len(failed)} critical expectation(s)"
-            f" failed, {CONSEQUENCES.get(outcome.stage, 'nothing was published')}{lines}",
+            f" failed ({_named(failed)}), {CONSEQUENCES.get(outcome.stage, 'nothing was published')}{lines}",
             remedy,
         )
 
@@ -217,6 +218,13 @@ class Audit:
             staged = any(self.store.staged_manifest(self.attempt, name, dt) for name in tables)
             return all(own(name, dt) for name in tables) and not staged
         return False
+
+
+def _named(failed: Sequence[Outcome]) -> str:
+    """Return the metrics that failed, each once; of many the first ones and how many more."""
+    names = list(dict.fromkeys(outcome.column for outcome in failed))
+    more = len(names) - NAMED_METRICS
+    return ", ".join(names[:NAMED_METRICS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _log(outcome: StageOutcome) -> None:

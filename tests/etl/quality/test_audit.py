@@ -252,6 +252,7 @@ def test_faulty_events_are_stopped(
     assert column in failures(store, attempt, "events", "critical")
     for part in ("stage events", "expect_column_values_to_be_between", column, "expected", "data_docs", "remedy"):
         assert part in str(error.value)
+    assert column in str(error.value).splitlines()[0]
     assert store.require("events", DT).data_digest == digest
     assert store.manifest("quarantine", DT) is None
     assert result(store, attempt, "events").max_severity == "critical"

@@ -378,7 +378,7 @@ def require_found(feed: Feed, fault: Fault, error: StageError | None) -> None:
         assert part in notes
     assert failed[fault.metric].remedy
     if fault.severity == "critical":
-        assert fault.metric in str(error)
+        assert fault.metric in str(error).splitlines()[0]  # which stands in the note of the run
         assert failed[fault.metric].remedy in str(error)
     else:
         assert error is None
