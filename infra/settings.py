@@ -381,6 +381,9 @@ def airflow_options() -> dict[str, str]:
         "API__WORKERS": "1",
         "API__SECRET_KEY": secret("airflow_api_key"),
         "API_AUTH__JWT_SECRET": secret("airflow_jwt_key"),
+        # A task asks the server five times before it ends: one that is slow, or whose database hangs until that is
+        # noticed, costs none.
+        "WORKERS__EXECUTION_API_TIMEOUT": "60",
         # What a killed scheduler had at work is tried again so long after its last heartbeat counts no more (30 s).
         "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "10",

@@ -218,7 +218,7 @@ def _start(data: Path, **other: str) -> int:
             lock.unlink(missing_ok=True)
         process = services.start(server, _environment())
         while services.alive(process.pid):
-            if _answers():
+            if _accepts():
                 return process.pid
             if time.monotonic() > deadline:
                 _stop(process.pid)
@@ -244,17 +244,24 @@ def _own_socket_folder() -> None:
     settings.private(folder)
 
 
-def _connect(database: str = "postgres") -> Any:
+def answers(within_seconds: float) -> bool:
+    """Whether the home's server answers a new connection, be it with a refusal: it has no room, or is recovering.
+
+    The connections that there are say nothing: their processes go on when the one that makes them hangs.
+
+    Args:
+        within_seconds: two at least.
+    """
     import psycopg2
 
-    connection = psycopg2.connect(
-        host=str(settings.postgres_socket()), port=5432, user=settings.POSTGRES_USER, dbname=database
-    )
-    connection.autocommit = True
-    return connection
+    try:
+        _connect(within_seconds).close()
+    except psycopg2.OperationalError as error:
+        return "FATAL:" in str(error)
+    return True
 
 
-def _answers() -> bool:
+def _accepts() -> bool:
     import psycopg2
 
     try:
@@ -262,6 +269,20 @@ def _answers() -> bool:
     except psycopg2.OperationalError:
         return False
     return True
+
+
+def _connect(within_seconds: float = READY_SECONDS) -> Any:
+    import psycopg2
+
+    connection = psycopg2.connect(
+        host=str(settings.postgres_socket()),
+        port=5432,
+        user=settings.POSTGRES_USER,
+        dbname="postgres",
+        connect_timeout=round(within_seconds),
+    )
+    connection.autocommit = True
+    return connection
 
 
 def _sql(*statements: str) -> None:

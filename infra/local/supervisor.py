@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infra import settings
 from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
@@ -34,39 +34,76 @@ FIRST_SIGN_WITHIN_SECONDS = float(HEALTHY_WITHIN_SECONDS)  # of its start
 
 
 @dataclass
+class Signs:
+    """The signs of life of a process that is asked for them.
+
+    Attributes:
+        lives: whether it has given one since it was last asked; None: nobody can know now, or ever asks.
+        pid: the process that is asked; None while there is none.
+        silent_seconds: since its last sign of life, or its beginning.
+        came: whether it has given one at all.
+    """
+
+    lives: Callable[[], bool | None] | None = None
+    pid: int | None = None
+    silent_seconds: float = 0.0
+    came: bool = False
+
+    def begin(self, pid: int | None) -> None:
+        """Listen to another process from now on."""
+        self.pid, self.silent_seconds, self.came = pid, 0.0, False
+
+    def hangs(self) -> bool:
+        return self.silent_seconds >= (HUNG_AFTER_SECONDS if self.came else FIRST_SIGN_WITHIN_SECONDS)
+
+    def heard(self, pid: int | None, lives: bool | None, seconds: float) -> None:
+        """Note what became of a question to a process: `lives`, after so many seconds since the one before.
+
+        A machine that stood still itself has not listened: no question counts for longer than it may take.
+        """
+        if pid is None or pid != self.pid or lives is None:
+            return
+        self.silent_seconds = 0.0 if lives else self.silent_seconds + min(seconds, 2 * ASK_EVERY_SECONDS)
+        self.came = self.came or lives
+
+    def listen(self) -> None:
+        """Ask for ever, in a thread of its own: what hangs lets one wait."""
+        before = time.monotonic()
+        while self.lives is not None:
+            time.sleep(ASK_EVERY_SECONDS)
+            pid = self.pid
+            lives, now = self.lives(), time.monotonic()
+            self.heard(pid, lives, now - before)
+            before = now
+
+
+@dataclass
 class Watched:
     """A service that is to run.
 
     Attributes:
         environment: what it is started with.
         stays: it is one of `make up`, else it belongs to this process.
-        lives: whether it has given a sign of life since it was last asked; None: nobody can know now, or ever asks.
+        signs: of its life.
         process: its process; None while there is none.
         wait_seconds: before its next start, from its end.
         started, due: when it was started, and when it is to be (monotonic seconds).
-        silent_seconds: since its last sign of life, or its start.
-        came: whether it has given one since its start.
     """
 
     service: Service
     environment: dict[str, str]
     stays: bool = True
-    lives: Callable[[], bool | None] | None = None
+    signs: Signs = field(default_factory=Signs)
     process: subprocess.Popen[bytes] | None = None
     wait_seconds: float = 0.0
     started: float = 0.0
     due: float = 0.0
-    silent_seconds: float = 0.0
-    came: bool = False
 
     def look(self, now: float) -> None:
         """Start the service when it is due; end it when it hangs; note its end."""
         name = self.service.name
-        patience = HUNG_AFTER_SECONDS if self.came else FIRST_SIGN_WITHIN_SECONDS
-        if self.process is not None and self.silent_seconds >= patience and self.process.poll() is None:
-            say(
-                f"{name} (process {self.process.pid}) has given no sign of life for {self.silent_seconds:.0f} s; killed"
-            )
+        if self.process is not None and self.signs.hangs() and self.process.poll() is None:
+            say_hung(name, self.signs)
             self.process.kill()  # what hangs does not hear SIGTERM
             self.process.wait()
         if self.process is not None and (code := self.process.poll()) is not None:
@@ -77,30 +114,11 @@ class Watched:
             self.process = None
         if self.process is None and now >= self.due:
             self.process = services.start(self.service, self.environment, self.stays)
-            self.started, self.silent_seconds, self.came = now, 0.0, False
+            self.started = now
+            self.signs.begin(self.process.pid)
             if self.stays:
                 services.write_pid(self.service, self.process.pid)
             say(f"{name} started (process {self.process.pid})")
-
-    def heard(self, process: subprocess.Popen[bytes] | None, lives: bool | None, seconds: float) -> None:
-        """Note what became of a question to a process: `lives`, after so many seconds since the one before.
-
-        A machine that stood still itself has not listened: no question counts for longer than it may take.
-        """
-        if process is None or process is not self.process or lives is None:
-            return
-        self.silent_seconds = 0.0 if lives else self.silent_seconds + min(seconds, 2 * ASK_EVERY_SECONDS)
-        self.came = self.came or lives
-
-    def listen(self) -> None:
-        """Ask for signs of life for ever, in a thread of its own: a service that hangs lets one wait."""
-        before = time.monotonic()
-        while self.lives is not None:
-            time.sleep(ASK_EVERY_SECONDS)
-            process = self.process
-            lives, now = self.lives(), time.monotonic()
-            self.heard(process, lives, now - before)
-            before = now
 
 
 def next_wait(wait_seconds: float, worked_seconds: float) -> float:
@@ -117,25 +135,30 @@ def say(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
-def watch(watched: Iterable[Watched], first: Callable[[float], object] = lambda now: None) -> None:
+def say_hung(name: str, signs: Signs) -> None:
+    say(f"{name} (process {signs.pid}) has given no sign of life for {signs.silent_seconds:.0f} s; killed")
+
+
+def watch(watched: Iterable[Watched], base: DatabaseWatch | None = None) -> None:
     """Keep services at work until SIGTERM, then end them with everything below them.
 
     Args:
-        first: called with the monotonic seconds before each look at the services.
+        base: the database below them, looked at first; whoever ends them ends it.
     """
     watched = list(watched)
     stopping, hurry = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGHUP, lambda *_: hurry.set())
     _end_when_this_ends([one.service.name for one in watched])
-    for one in watched:
-        threading.Thread(target=one.listen, daemon=True).start()
+    for signs in [one.signs for one in (*watched, base) if one is not None]:
+        threading.Thread(target=signs.listen, daemon=True).start()
     while not stopping.is_set():
         if hurry.is_set():
             hurry.clear()
             for one in watched:
                 one.due = 0.0
-        first(time.monotonic())
+        if base is not None:
+            base.look(time.monotonic())
         for one in watched:
             one.look(time.monotonic())
         stopping.wait(LOOK_EVERY_SECONDS)
@@ -186,14 +209,24 @@ class Heartbeat:
 
 
 class DatabaseWatch:
-    """Starts the home's PostgreSQL again when it has ended on its own."""
+    """Starts the home's PostgreSQL again when it has ended on its own, or hangs."""
 
     def __init__(self) -> None:
         self.wanted = database.server_pid(settings.postgres_data()) is not None
         self.due = 0.0
+        self.signs = Signs(functools.partial(database.answers, ASK_EVERY_SECONDS) if self.wanted else None)
 
-    def __call__(self, now: float) -> None:
-        if not self.wanted or now < self.due or database.server_pid(settings.postgres_data()):
+    def look(self, now: float) -> None:
+        """Start the server when it does not run; end it when it hangs."""
+        if not self.wanted:
+            return
+        if (pid := database.server_pid(settings.postgres_data())) != self.signs.pid:
+            self.signs.begin(pid)
+        if pid is not None and self.signs.hangs():
+            say_hung(services.POSTGRES, self.signs)
+            services.stop([pid], signal.SIGKILL)  # its children too: what is stopped does not see its end
+            pid = None
+        if pid is not None or now < self.due:
             return
         self.due = now + LONGEST_WAIT_SECONDS
         say(f"{services.POSTGRES} does not run")
@@ -222,7 +255,7 @@ def main() -> None:
     env, lives = dict(os.environ), signs_of_life()
     mine = {"mlflow": settings.stage_environment(env)}
     watch(
-        [Watched(service, mine.get(service.name, env), lives=lives[service.name]) for service in stack()],
+        [Watched(service, mine.get(service.name, env), signs=Signs(lives[service.name])) for service in stack()],
         DatabaseWatch(),
     )
 

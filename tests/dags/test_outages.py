@@ -100,30 +100,32 @@ def ended(project: Project, run: str) -> str:
     return wait_for(f"end of {run}", state, every=1)
 
 
-def test_a_run_goes_on_when_the_database_ends_and_comes_again(stack):
+def suspend(pid: int) -> None:
+    """Stop a process and all that is below it: it hangs."""
+    service = psutil.Process(pid)
+    for process in [service, *service.children(recursive=True)]:  # MLflow's answers come from a child
+        process.suspend()
+
+
+def test_a_run_goes_on_when_the_database_ends_and_when_it_or_services_hang(stack):
+    """One run stands at work through all of it."""
+    number = stack.root / "var" / "postgres" / "data" / "postmaster.pid"
+
+    def database() -> int:
+        return int(number.read_text().splitlines()[0])
+
     with held(stack):
         run = stack.trigger("2022-04-20")
         at_work(stack)
-        number = stack.root / "var" / "postgres" / "data" / "postmaster.pid"
-        before = int(number.read_text().splitlines()[0])
-        psutil.Process(before).kill()
-        wait_for("another PostgreSQL", lambda: supervised(stack).count("postgres started") == 1)
-        assert int(number.read_text().splitlines()[0]) != before
-    assert ended(stack, run) == "success"
-    calls = stack.calls()
-    assert len(attempts_of(calls)) == 1
-    assert modules_of(calls).count("evaluation.release.promote") == 1
-
-
-def test_services_that_hang_are_started_again_and_a_run_goes_on(stack):
-    with held(stack):
-        run = stack.trigger("2022-04-20")
-        at_work(stack)
+        for times, end in enumerate((lambda pid: psutil.Process(pid).kill(), suspend), 1):
+            before = database()
+            end(before)
+            wait_for("another PostgreSQL", lambda times=times: supervised(stack).count("postgres started") == times)
+            assert database() != before
+        assert f"postgres (process {before}) has given no sign of life for" in supervised(stack)
         hang = {service: pid_of(stack, service) for service in ("scheduler", "mlflow")}
         for pid in hang.values():
-            service = psutil.Process(pid)
-            for process in [service, *service.children(recursive=True)]:  # MLflow's answers come from a child
-                process.suspend()
+            suspend(pid)
         for service, pid in hang.items():
             wait_for(
                 f"end of {service}",
@@ -133,4 +135,6 @@ def test_services_that_hang_are_started_again_and_a_run_goes_on(stack):
             )
             wait_for(f"another {service}", lambda service=service, pid=pid: pid_of(stack, service) != pid)
     assert ended(stack, run) == "success"
-    assert len(attempts_of(stack.calls())) == 1
+    calls = stack.calls()
+    assert len(attempts_of(calls)) == 1
+    assert modules_of(calls).count("evaluation.release.promote") == 1

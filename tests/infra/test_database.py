@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from infra import settings
 from infra.airflow_api import InfraError
-from infra.local import database, services, stack
+from infra.local import database, services, stack, supervisor
 from tests.waiting import wait_for
 
 
@@ -178,6 +178,38 @@ def test_what_was_committed_survives_kill_9_and_a_foreign_process_under_its_numb
     finally:
         foreign.kill()
         foreign.wait()
+
+
+def test_a_server_that_hangs_is_started_again_and_one_that_has_no_room_is_not(home, monkeypatch):
+    """Stopped, it keeps the connections that there are at work, and lets every new one wait."""
+    monkeypatch.setattr(supervisor, "ASK_EVERY_SECONDS", 1.0)
+    monkeypatch.setattr(supervisor, "HUNG_AFTER_SECONDS", 2.0)
+    monkeypatch.setitem(database.SERVER_SETTINGS, "max_connections", "4")
+    [(_, pid)] = database.ensure(create=True).items()
+    query("CREATE TABLE saved AS SELECT generate_series(1, 1000) AS n")
+    watch, server = supervisor.DatabaseWatch(), psutil.Process(pid)
+
+    def look() -> int:
+        """Ask for a sign of life, as the supervisor's thread does, and look; return the server's process."""
+        watch.look(0.0)
+        watch.signs.heard(watch.signs.pid, watch.signs.lives(), 2.0)
+        watch.look(0.0)
+        return pid_of_server()
+
+    engine = sa.create_engine(settings.postgres_address("airflow"), poolclass=sa.NullPool)
+    with contextlib.ExitStack() as connections:
+        with pytest.raises(sa.exc.OperationalError, match="FATAL"):
+            for _ in range(5):
+                connection = connections.enter_context(engine.connect())
+        assert look() == pid
+        server.suspend()
+        [checkpointer] = [child for child in server.children() if "checkpointer" in " ".join(child.cmdline())]
+        checkpointer.suspend()  # which then does not see the end of the server
+        assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
+        assert look() != pid
+        connections.pop_all()  # they ended with it
+    assert not services.alive(checkpointer.pid)
+    assert query("SELECT count(*) FROM saved") == [(1000,)]
 
 
 def test_the_cluster_of_another_version_is_left_alone_and_the_way_out_is_said(home):

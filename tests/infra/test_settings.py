@@ -18,6 +18,7 @@ from etl.stage.errors import StageError
 from infra import airflow_api, settings
 from infra.airflow_api import AirflowApi, InfraError
 from infra.local import run, services, stack
+from infra.local.supervisor import ASK_EVERY_SECONDS, HUNG_AFTER_SECONDS
 from tests.waiting import wait_for
 
 
@@ -49,6 +50,15 @@ def test_settings_name_options_that_airflow_has():
         for o in section["options"]
     }
     assert [name for name in settings.environment() if name.startswith("AIRFLOW__") and name not in known] == []
+
+
+def test_a_task_at_work_waits_for_longer_than_a_hang_takes_to_be_noticed():
+    from airflow.configuration import conf
+
+    longest = HUNG_AFTER_SECONDS + 2 * ASK_EVERY_SECONDS
+    waits = float(settings.airflow_options()["WORKERS__EXECUTION_API_TIMEOUT"])
+    assert waits * conf.getint("workers", "execution_api_retries") > longest
+    assert conf.getint("scheduler", "task_instance_heartbeat_timeout") > longest  # else it is taken for lost
 
 
 def test_secrets_are_made_once_and_private(monkeypatch, tmp_path):

@@ -18,11 +18,12 @@ from infra import settings
 from infra.local import services
 from infra.local.supervisor import (
     ASK_EVERY_SECONDS,
+    FIRST_SIGN_WITHIN_SECONDS,
     HUNG_AFTER_SECONDS,
     LONGEST_WAIT_SECONDS,
     STEADY_SECONDS,
     Heartbeat,
-    Watched,
+    Signs,
     next_wait,
 )
 from tests.processes import free_port
@@ -43,7 +44,7 @@ deaf = "import http.server as h; h.HTTPServer(('127.0.0.1', PORT), h.SimpleHTTPR
 programs = {"steady": steady, "broken": "raise SystemExit(3)", "deaf": deaf}
 lives = {"deaf": lambda: services.http_ok("http://127.0.0.1:PORT/", 0.5)}
 supervisor.watch(
-    supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ), lives=lives.get(name))
+    supervisor.Watched(Service(name, ("-S", "-c", code)), dict(os.environ), signs=supervisor.Signs(lives.get(name)))
     for name, code in programs.items())
 """
 
@@ -58,18 +59,25 @@ def test_a_service_that_ends_soon_waits_twice_as_long_each_time_and_a_steady_one
 
 def test_silence_counts_as_long_as_it_was_listened_to():
     """A machine that was stopped for an hour has heard nothing, and nobody hangs; a process has its own silence."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    watched = Watched(services.Service("service", ()), {}, lives=lambda: True, process=process)
+    signs = Signs(lambda: True)
+    signs.begin(7)
     for lives, silent_seconds in ((False, 15), (None, 15), (False, 30), (True, 0), (False, 15)):
-        watched.heard(process, lives, 15.0)
-        assert watched.silent_seconds == silent_seconds
-    watched.heard(process, False, 3_600.0)
-    assert watched.silent_seconds == 15 + 2 * ASK_EVERY_SECONDS < HUNG_AFTER_SECONDS
-    assert watched.came
-    watched.process = None
-    watched.heard(process, False, 15.0)
-    assert watched.silent_seconds == 45
-    process.wait()
+        signs.heard(7, lives, 15.0)
+        assert signs.silent_seconds == silent_seconds
+    signs.heard(7, False, 3_600.0)
+    assert signs.silent_seconds == 15 + 2 * ASK_EVERY_SECONDS < HUNG_AFTER_SECONDS
+    assert not signs.hangs()
+    while signs.silent_seconds < HUNG_AFTER_SECONDS:
+        signs.heard(7, False, 15.0)
+    assert signs.hangs()
+    signs.begin(8)  # its beginning may take longer than an answer
+    assert not signs.hangs()
+    signs.heard(7, False, 15.0)
+    assert signs.silent_seconds == 0
+    while signs.silent_seconds < FIRST_SIGN_WITHIN_SECONDS:
+        assert not signs.hangs()
+        signs.heard(8, False, 15.0)
+    assert signs.hangs()
 
 
 @pytest.fixture
