@@ -315,6 +315,17 @@ def test_without_own_definitions_there_is_no_own_dag(tmp_path, monkeypatch):
     assert own_dags() == {}
 
 
+def test_a_task_makes_its_own_dag_alone_and_no_other_definition_stops_it(own, monkeypatch):
+    """Airflow reads the file anew in the process of each task."""
+    (own.parent / "wrong.yaml").write_text("name: wrong\nlogs: [")
+    monkeypatch.setenv("_AIRFLOW_PARSING_CONTEXT_DAG_ID", "vql_daily_shop")
+    monkeypatch.setenv("_AIRFLOW_PARSING_CONTEXT_TASK_ID", "start")
+    assert set(own_dags()) & {"vql_daily_shop", "vql_daily_wrong"} == {"vql_daily_shop"}
+    monkeypatch.setenv("_AIRFLOW_PARSING_CONTEXT_DAG_ID", "vql_daily_kuairand")
+    found = runpy.run_path(str(settings.ROOT / "dags" / "vql_daily.py"))
+    assert [name for name in found if name.startswith("vql_daily_")] == ["vql_daily_kuairand"]
+
+
 def test_the_data_set_of_a_dag_is_no_parameter_and_no_template():
     # One DAG is one data set: its days, its defaults and its asset belong to it.
     from dags._common import StageOperator
