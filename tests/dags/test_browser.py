@@ -96,6 +96,7 @@ def test_the_form_with_a_day_builds_that_day(project, ui):
     assert "2022-04-21" in note and attempt_of(calls) in note
     ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}")
     keep(ui, "airflow_run")
+    ui.leave()
 
 
 def test_backfills_of_three_days_forward_backward_again_and_with_another_configuration(project, ui):
@@ -105,6 +106,7 @@ def test_backfills_of_three_days_forward_backward_again_and_with_another_configu
     assert sorted(day for run in runs for day in DAYS if day in run) == DAYS  # the day is in the run's id
     ui.open(f"/dags/{DAG_ID}/runs")
     keep(ui, "airflow_runs")
+    ui.leave()
     again = backfilled(
         project,
         lambda: ui.backfill(
@@ -193,6 +195,7 @@ def test_a_question_is_asked_again_when_it_is_cleared_and_holds_what_it_was_answ
     project.question(run)
     ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}/tasks/{APPROVAL}/required_actions")
     keep(ui, "airflow_approval")
+    ui.leave()
     judged = attempt_of(project.calls())
     ui.clear_task(DAG_ID, run_id, APPROVAL)  # while it waits
     wait_for("the same question", lambda: tries(project, run)[APPROVAL] > 1, every=1)

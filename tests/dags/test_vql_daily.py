@@ -310,6 +310,13 @@ def test_an_own_definition_has_a_dag_whose_stages_get_its_path(own):
     assert own_dags()[name].params.dump() == dag.params.dump()
 
 
+def test_only_files_with_dags_are_parsed_every_few_seconds():
+    from airflow.utils.file import find_dag_file_paths
+
+    found = find_dag_file_paths(settings.ROOT / "dags", safe_mode=True)
+    assert {Path(path).name for path in found} == {"vql_daily.py", "vql_daily_own.py"}
+
+
 def test_without_own_definitions_there_is_no_own_dag(tmp_path, monkeypatch):
     monkeypatch.setenv("LONGVIEW_DEFINITIONS", str(tmp_path / "nowhere"))
     assert own_dags() == {}

@@ -66,6 +66,10 @@ class Airflow:
         self.page.goto(self.url + path)
         self.page.wait_for_load_state("networkidle")
 
+    def leave(self) -> None:
+        """Close the page after what was pressed: open, it would ask Airflow and draw for as long as a run takes."""
+        self.page.goto("about:blank")
+
     def screenshot(self, file: Path) -> None:
         self.page.screenshot(path=str(file))
 
@@ -81,7 +85,7 @@ class Airflow:
         """Show the form as prefilled, and leave it."""
         self._trigger_dialog(dag_id)
         yield
-        self.page.keyboard.press("Escape")
+        self.leave()
 
     def _fill(self, dialog, fields: dict[str, str]) -> None:
         for name, value in fields.items():
@@ -101,7 +105,9 @@ class Airflow:
         self._fill(dialog, fields)
         dialog.get_by_role("button", name="Trigger").click()
         self.page.wait_for_url("**/runs/**")
-        return urllib.parse.unquote(self.page.url.rpartition("/runs/")[2].split("/")[0].split("?")[0])
+        run_id = urllib.parse.unquote(self.page.url.rpartition("/runs/")[2].split("/")[0].split("?")[0])
+        self.leave()
+        return run_id
 
     def backfill(
         self,
@@ -132,6 +138,7 @@ class Airflow:
         self._fill(dialog, fields)
         dialog.get_by_role("button", name="Run Backfill").click()
         dialog.wait_for(state="hidden")
+        self.leave()
 
     def clear_run(self, dag_id: str, run_id: str, *, only_failed: bool = False) -> None:
         """Press Clear on the run's page, whole or its failed tasks only."""
@@ -151,6 +158,7 @@ class Airflow:
         dialog.get_by_text("Affected Tasks").wait_for()
         dialog.get_by_role("button", name="Confirm").click()
         dialog.wait_for(state="hidden")
+        self.leave()
 
     def answer(self, dag_id: str, run_id: str, task_id: str, option: str) -> str:
         """Press Approve or Reject on the page of a task that waits; return the question as it stood there."""
@@ -160,4 +168,5 @@ class Airflow:
         question = self.page.inner_text("body")
         with self.page.expect_response(lambda answer: answer.request.method == "PATCH" and "hitlDetails" in answer.url):
             button.click()
+        self.leave()
         return question

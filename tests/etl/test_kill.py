@@ -30,7 +30,15 @@ PARSING, WRITING, STAGED = (
     "a file is staged, no manifest is",
     "the manifest is staged",
 )
-AIMS = [("driver", PARSING), ("driver", WRITING), ("driver", STAGED), ("jvm", WRITING), ("worker", WRITING)]
+AIMS = [
+    (EVENTS, "driver", PARSING),
+    (EVENTS, "driver", STAGED),
+    (EVENTS, "jvm", WRITING),
+    (EVENTS, "worker", WRITING),
+    (SEQUENCES, "driver", WRITING),
+    (SEQUENCES, "driver", STAGED),
+    (SEQUENCES, "worker", WRITING),
+]
 SHOTS = 12  # a shot that finds its phase over kills nothing and is repeated
 
 
@@ -165,11 +173,10 @@ def test_neighbours_built_at_the_same_time_have_the_bytes_of_one_after_the_other
 
 
 @pytest.mark.parametrize(
-    ("victim", "aim"), AIMS, ids=[f"{victim}-{aim.replace(' ', '_').replace(',', '')}" for victim, aim in AIMS]
+    ("module", "victim", "aim"), AIMS, ids=["-".join(words).replace(",", "").replace(" ", "_") for words in AIMS]
 )
-@pytest.mark.parametrize("module", BUILDS)
 def test_a_killed_job_leaves_nothing_half_and_repeats_to_the_same_bytes(
-    undisturbed, raw, victim, aim, module, tmp_path
+    undisturbed, raw, module, victim, aim, tmp_path
 ):
     warehouse, digests = undisturbed
     store, tables = TableStore(str(warehouse), NAME), BUILDS[module]
