@@ -26,6 +26,7 @@ class ModelConfig:
         half_life_days: initial half-lives of the components, fast to slow.
         refine_k: events of the highest quantized logit that get their exact one, 0 = plain VQL.
         recent_window: newest events with exact keys, in the same softmax.
+        search_k: events that the search of a two-stage kind hands to its attention, a head; other kinds have none.
         ema_decay: codewords as moving averages of their keys instead of by the codebook loss; None = by the loss.
         codebook_weight, commitment: lambda and beta of the quantization loss.
         mlp: hidden widths of the prediction head.
@@ -43,6 +44,7 @@ class ModelConfig:
     half_life_days: tuple[float, ...] = (2.0, 180.0)
     refine_k: int = 0
     recent_window: int = 0
+    search_k: int = 0
     ema_decay: float | None = None
     codebook_weight: float = 0.1
     commitment: float = 0.25

@@ -93,15 +93,7 @@ def softmax_attention(interest: Attention, seen: Seen) -> Tensor:
 
 
 def recent_attention(interest: Attention, seen: Seen) -> Tensor:
-    last = slice(-interest.config.recent_window, None)
-    newest = replace(
-        seen,
-        event_L=seen.event_L[last],
-        event_LS=seen.event_LS[last],
-        value_LHd=seen.value_LHd[last],
-        age_days=seen.age_days[last],
-    )
-    return softmax_attention(interest, newest)
+    return softmax_attention(interest, some(seen, list(range(len(seen.event_L)))[-interest.config.recent_window :]))
 
 
 def vql(interest, seen: Seen) -> Tensor:
@@ -156,6 +148,112 @@ def linear_attention(interest: Attention, seen: Seen) -> Tensor:
     return torch.stack(heads)
 
 
+def shares(items: Items, one: int, other: int) -> bool:
+    tags = lambda item: set(items.rows["tags"][item].tolist()) - {0}  # noqa: E731
+    return bool(tags(one) & tags(other))
+
+
+def some(seen: Seen, chosen: list[int]) -> Seen:
+    """The target with some of its events alone."""
+    return replace(
+        seen,
+        event_L=[seen.event_L[i] for i in chosen],
+        event_LS=seen.event_LS[chosen],
+        value_LHd=seen.value_LHd[chosen],
+        age_days=[seen.age_days[i] for i in chosen],
+    )
+
+
+def best(scores: list[float], count: int) -> list[int]:
+    """The places of the highest scores, newer ones first among equals; -inf is none."""
+    ranked = sorted(range(len(scores)), key=lambda i: (round(scores[i], 5), i), reverse=True)
+    return sorted(i for i in ranked[:count] if scores[i] > -math.inf)
+
+
+def category_pooling(interest: Interest, seen: Seen) -> Tensor:
+    alike = [v for item, v in zip(seen.event_L, seen.value_LHd, strict=True) if shares(seen.items, item, seen.target)]
+    return sum(alike) / len(alike) if alike else torch.zeros(seen.value_LHd.shape[1:])
+
+
+def attended(interest: Attention, seen: Seen, scores: list[float]) -> Tensor:
+    chosen = best(scores, interest.config.search_k)
+    return softmax_attention(interest, some(seen, chosen)) if chosen else torch.zeros(seen.value_LHd.shape[1:])
+
+
+def sim_hard(interest: Attention, seen: Seen) -> Tensor:
+    scores = [0.0 if shares(seen.items, item, seen.target) else -math.inf for item in seen.event_L]
+    return attended(interest, seen, scores)
+
+
+def sim_soft(interest, seen: Seen) -> Tensor:
+    target_D = interest.to_target(seen.target_S).double()
+    return attended(interest, seen, [float(interest.to_event(e).double() @ target_D) for e in seen.event_LS])
+
+
+def eta(interest, seen: Seen) -> Tensor:
+    vectors = [key.flatten() for key in interest.keys(torch.cat([seen.event_LS, seen.target_S[None]]))]
+    *events, target = [[bool(sign > 0) for sign in vector @ interest.planes_DB] for vector in vectors]
+    return attended(interest, seen, [-sum(a != b for a, b in zip(event, target, strict=True)) for event in events])
+
+
+def twin(interest: Attention, seen: Seen) -> Tensor:
+    query_Hd, key_LHd = interest.queries(seen.target_S[None])[0].double(), interest.keys(seen.event_LS).double()
+    heads = []
+    for h in range(interest.config.heads):
+        logits = [float(query_Hd[h] @ key_LHd[i, h]) + log_kernel(interest, h, a) for i, a in enumerate(seen.age_days)]
+        chosen = best(logits, interest.config.search_k)
+        heads.append(mixed([logits[i] for i in chosen], seen.value_LHd[chosen, h]))
+    return torch.stack(heads)
+
+
+def activations(interest, seen: Seen) -> list[float]:
+    t = seen.target_S
+    units = [interest.first(torch.cat([t, e, t - e, t * e])) for e in seen.event_LS]
+    return [float(interest.last(unit.relu())) for unit in units]
+
+
+def din(interest, seen: Seen) -> Tensor:
+    return sum(w * v for w, v in zip(activations(interest, seen), seen.value_LHd, strict=True))
+
+
+def din_softmax(interest, seen: Seen) -> Tensor:
+    return mixed(activations(interest, seen), seen.value_LHd.flatten(1)).view(seen.value_LHd.shape[1:])
+
+
+def dien(interest, seen: Seen) -> Tensor:
+    """By PyTorch's own cell for the first network, and by its equations for the second."""
+    newest = some(seen, list(range(len(seen.event_L)))[-interest.config.recent_window :])
+    width, read = interest.config.width, interest.read
+    cell = torch.nn.GRUCell(width, width)
+    cell.load_state_dict({name.removesuffix("_l0"): weights for name, weights in read.state_dict().items()})
+    state, states = torch.zeros(1, width), []
+    for value in newest.value_LHd.float().flatten(1):
+        states.append(state := cell(value[None], state))
+    query = interest.to_query(newest.target_S)
+    share = torch.stack([state[0] @ query for state in states]).softmax(0)
+    out = torch.zeros(width)
+    for state, a in zip(states, share, strict=True):
+        update, reset = interest.gates(torch.cat([state[0], out])).sigmoid().chunk(2)
+        candidate = interest.candidate(torch.cat([state[0], reset * out])).tanh()
+        out = (1 - a * update) * out + a * update * candidate
+    return out.double().view(newest.value_LHd.shape[1:])
+
+
+def hstu(interest, seen: Seen) -> Tensor:
+    if window := interest.config.recent_window:
+        seen = some(seen, list(range(len(seen.event_L)))[-window:])
+    silu, shape = torch.nn.functional.silu, seen.value_LHd.shape[1:]
+    query_Hd = silu(interest.to_query(seen.target_S)).view(shape)
+    total_Hd = torch.zeros(shape, dtype=torch.float64)
+    for e, v, age in zip(seen.event_LS, seen.value_LHd, seen.age_days, strict=True):
+        bucket = min(127, int(math.log(max(1.0, 86_400 * age)) / 0.301))
+        for h in range(shape[0]):
+            key = silu(interest.to_key(e)).view(shape)[h]
+            total_Hd[h] += silu(query_Hd[h] @ key + interest.bias_of_age.weight[bucket, h]) * v[h]
+    mean = (total_Hd / len(seen.event_L)).flatten().float()
+    return interest.out(interest.norm(mean) * silu(interest.to_gate(seen.target_S))).double().view(shape)
+
+
 # By the registry's names: the definition, and the settings under which it is tried.
 ORACLES: dict[str, tuple[Callable[..., Tensor], list[dict]]] = {
     "mean_pooling": (mean_pooling, [{}]),
@@ -175,6 +273,15 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], list[dict]]] = {
     ),
     "sdim": (sdim, [{}]),
     "linear_attention": (linear_attention, [{}, {"kernel_components": 0}]),
+    "category_pooling": (category_pooling, [{}]),
+    "din": (din, [{}]),
+    "din_softmax": (din_softmax, [{}]),
+    "dien": (dien, [{"recent_window": 1}, {"recent_window": 5}]),
+    "sim_hard": (sim_hard, [{"search_k": 2}, {"search_k": 4, "kernel_components": 0}]),
+    "sim_soft": (sim_soft, [{"search_k": 1}, {"search_k": 4}]),
+    "eta": (eta, [{"search_k": 1}, {"search_k": 4}]),
+    "twin": (twin, [{"search_k": 1}, {"search_k": 4, "kernel_components": 0}]),
+    "hstu": (hstu, [{}, {"recent_window": 4}]),
 }
 
 

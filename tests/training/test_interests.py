@@ -13,14 +13,13 @@ from torch import Tensor
 
 from benchmarks.claims.variants import TRIALS
 from etl.stage.errors import StageError
-from tests.training.oracles import ORACLES, Seen, config, interests
+from tests.training.oracles import ORACLES, config, interests
 from training.config import ModelConfig
 from training.model import passes
 from training.model.blocks import Layout
 from training.model.history import Events, Items, Targets
 from training.model.interests import INTERESTS, interface
 from training.model.interests.interface import Attention, Coded, Interest
-from training.model.passes import by_layout
 
 torch.set_num_threads(1)
 
@@ -134,42 +133,39 @@ def test_a_batch_without_events_or_without_targets_is_no_error(kind, settings):
         assert interest(*batch(0, users=[(4, 0)]))[0].shape == (0, 2, 4)
 
 
-class SharedTags(Interest):
-    """Mean of the values of visible events whose item shares one of its categories with the target."""
-
-    def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
-        tags_Nk = torch.cat([items.rows[name] for name, kind in items.kinds.items() if kind == "categories"], 1)
-
-        def attended(layout: Layout) -> Tensor:
-            event_NBk = layout.events(tags_Nk[events.item_E][:, None])[0]
-            target_NPk = layout.targets(tags_Nk[targets.item_T][:, None])[0]
-            same_NPBkk = (target_NPk[:, :, None, :, None] == event_NBk[:, None, :, None]) & (event_NBk > 0)[
-                :, None, :, None
-            ]
-            weight_NPB = (same_NPBkk.any((-2, -1)) & layout.visible(targets)).to(events.value_EHd.dtype)
-            total_TH1 = layout.summed(weight_NPB[None].sum(-1, keepdim=True))
-            return layout.summed(weight_NPB @ layout.events(events.value_EHd)) / total_TH1.clamp(min=1)
-
-        return by_layout(attended, events, targets), items.static_NS.new_zeros(())
+def test_labels_teach_the_search_of_sim_and_reach_no_interest():
+    interest = made("sim_soft", {"search_k": 3}).train()
+    items, events, targets = batch(0)
+    label_T = (torch.arange(len(targets.item_T)) % 2).float()
+    found, loss = interest(items, events, replace(targets, label_T=label_T))
+    turned, other = interest(items, events, replace(targets, label_T=1 - label_T))
+    assert torch.equal(found, turned) and loss > 0 and loss != other
+    loss.backward()
+    assert interest.to_event.weight.grad.abs().max() > 0 and interest.to_target.weight.grad.abs().max() > 0
+    assert interest.to_key.weight.grad is None
+    assert interest(items, events, targets)[1] == 0
+    assert interest.eval()(items, events, replace(targets, label_T=label_T))[1] == 0
 
 
-def shared_tags(_: Interest, seen: Seen) -> Tensor:
-    tags = lambda item: set(seen.items.rows["tags"][item].tolist()) - {0}  # noqa: E731
-    alike = [value for item, value in zip(seen.event_L, seen.value_LHd, strict=True) if tags(item) & tags(seen.target)]
-    return sum(alike) / len(alike) if alike else torch.zeros(seen.value_LHd.shape[1:])
-
-
-@torch.no_grad()
-def test_a_kind_that_reads_item_fields_is_one_class_and_a_line_of_the_registry(monkeypatch, loaded, make_model):
-    monkeypatch.setitem(INTERESTS, "shared_tags", SharedTags)
-    interest = made("shared_tags", {})
-    for seed, most in ((0, None), (3, 4)):
-        given = batch(seed, most=most)
-        assert (interest(*given)[0] - interests(shared_tags, interest, *given)).abs().max() <= 2e-5
+@pytest.mark.parametrize(("kind", "settings"), {kind: settings for kind, settings in KINDS}.items(), ids=str)
+def test_a_kind_trains_in_the_ranker(kind, settings, loaded, make_model):
     sequences, _, batches = loaded
     [given] = batches.all_of(np.arange(len(sequences.target_label)))
-    logits, _ = make_model("shared_tags")(given.to("cpu"))
+    model = make_model(kind, **settings).train()
+    logits, auxiliary = model(given.to("cpu"))
+    (logits.square().mean() + auxiliary).backward()
     assert len(logits) == len(sequences.target_label) and logits.isfinite().all()
+    gradients = [weights.grad for weights in model.parameters() if weights.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert model.to_value.weight.grad.abs().max() > 0
+
+
+def test_items_without_a_category_are_refused_with_what_they_have():
+    items, events, targets = batch(0)
+    bare = Items(items.static_NS, {"item_id": items.rows["item_id"]}, {"item_id": "id"})
+    for kind, settings in (("category_pooling", {}), ("sim_hard", {"search_k": 2})):
+        with pytest.raises(StageError, match="items have no category: their fields are item_id"):
+            made(kind, settings)(bare, events, targets)
 
 
 class Decayed(Attention):
@@ -198,8 +194,8 @@ def test_steps_of_a_kind_are_recorded_only_if_it_reads_no_list(kind, settings, m
 
 
 def test_a_configuration_that_a_kind_cannot_run_is_refused_with_a_remedy():
-    with pytest.raises(StageError, match="unknown interest 'din'") as refused:
-        ModelConfig(interest="din")
+    with pytest.raises(StageError, match="unknown interest 'rnn'") as refused:
+        ModelConfig(interest="rnn")
     assert "softmax_attention" in refused.value.remedy
     with pytest.raises(StageError, match="recent_window"):
         ModelConfig(interest="recent_attention")

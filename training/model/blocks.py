@@ -172,11 +172,23 @@ def block_attention(
         if refine:
             with torch.no_grad():
                 score_HNPB = logit_HNPB if bias_HNPB is None else logit_HNPB + bias_HNPB
-                chosen_HNPB = chosen_HNPB | _highest(layout, score_HNPB.masked_fill(~coarse_NPB, float("-inf")), refine)
+                chosen_HNPB = chosen_HNPB | highest(layout, score_HNPB.masked_fill(~coarse_NPB, float("-inf")), refine)
         logit_HNPB = torch.where(chosen_HNPB, exact_HNPB, logit_HNPB)
     if bias_HNPB is not None:
         logit_HNPB = logit_HNPB + bias_HNPB
     logit_HNPB = logit_HNPB.masked_fill(hidden_NPB, float("-inf"))
+    return softmax_over_blocks(layout, logit_HNPB, value_HNBd, query_THd.dtype)
+
+
+def softmax_over_blocks(layout: Layout, logit_HNPB: Tensor, value_HNBd: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mix values by the softmax of each target's logits over all blocks of its user.
+
+    Args:
+        logit_HNPB: -inf where a target does not see an event.
+
+    Returns:
+        the layout's targets, [T, H, d] of that dtype; zeros where all logits are -inf.
+    """
     # The largest logit over all blocks of a user, so that their sums can be added; it cancels, and needs no gradient.
     with torch.no_grad():
         index_HNP = layout.tile_N[None, :, None].expand(logit_HNPB.shape[:3])
@@ -185,7 +197,7 @@ def block_attention(
         top_HNP1 = torch.where(top_HXP.isinf(), 0.0, top_HXP)[:, layout.tile_N, :, None]
     weight_HNPB = (logit_HNPB - top_HNP1).exp()
     total_TH1 = layout.summed(weight_HNPB.sum(-1, keepdim=True))
-    mixed_THd = layout.summed((weight_HNPB @ value_HNBd).to(query_THd.dtype))
+    mixed_THd = layout.summed((weight_HNPB @ value_HNBd).to(dtype))
     return mixed_THd / torch.where(total_TH1 > 0, total_TH1, 1.0)
 
 
@@ -202,8 +214,11 @@ def age_days_of_pairs(layout: Layout, event_time_ms_E: Tensor, target_time_ms_T:
 
 
 @torch.compiler.disable
-def _highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
-    """Mark each target's `count` highest scores over all blocks of its user, bool [H, N, P, B]."""
+def highest(layout: Layout, score_HNPB: Tensor, count: int) -> Tensor:
+    """Mark each target's `count` highest scores over all blocks of its user, bool [H, N, P, B].
+
+    Newer events come first among equals; a score of -inf is never marked.
+    """
     ranked_HNPB = score_HNPB.double() + 1e-12 * layout.place_NB[None, :, None]  # newer ones first among equals
     ranked_HNPB = ranked_HNPB.masked_fill(score_HNPB.isinf(), float("-inf"))
     each = min(count, ranked_HNPB.shape[-1])

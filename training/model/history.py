@@ -74,6 +74,7 @@ class Targets:
         start: U + 1 offsets; user u has the targets start[u] to start[u + 1].
         cut_offs: distinct `end_T` of each user, [U].
         shared_from: the largest `first_T` of each user, [U]: from there on all targets of the user see the events.
+        label_T: float, for auxiliary losses alone, no interest may depend on it; None where nothing is trained.
     """
 
     item_T: Tensor
@@ -83,6 +84,7 @@ class Targets:
     start: list[int]
     cut_offs: list[int]
     shared_from: list[int]
+    label_T: Tensor | None = None
 
     @cached_property
     def by_item(self) -> Places:

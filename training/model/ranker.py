@@ -131,6 +131,8 @@ class Ranker(nn.Module):
         """Return logits float [T] and the interest's own loss, weighted (0 for kinds without one)."""
         items, events = self._read(batch)
         targets = _targets(batch)
+        if self.training:
+            targets = replace(targets, label_T=batch.target_label)
         interest_THd, auxiliary = self.interest(items, events, targets)
         return self.predict(interest_THd, items, targets, batch), auxiliary
 

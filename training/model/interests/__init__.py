@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from etl.stage.errors import StageError
+from training.model.interests.category_pooling import CategoryPooling
+from training.model.interests.dien import Dien
+from training.model.interests.din import Din, DinSoftmax
+from training.model.interests.eta import Eta
+from training.model.interests.hstu import Hstu
 from training.model.interests.interface import Interest
 from training.model.interests.linear_attention import LinearAttention
 from training.model.interests.mean_pooling import MeanPooling
 from training.model.interests.recent_attention import RecentAttention
 from training.model.interests.sdim import Sdim
+from training.model.interests.sim import SimHard, SimSoft
 from training.model.interests.softmax_attention import SoftmaxAttention
+from training.model.interests.twin import Twin
 from training.model.interests.vql import Vql
 
 # By the name that `ModelConfig.interest` gives. A trial outside this package is added before a configuration names it.
@@ -19,6 +26,15 @@ INTERESTS: dict[str, type[Interest]] = {
     "sdim": Sdim,
     "linear_attention": LinearAttention,
     "mean_pooling": MeanPooling,
+    "category_pooling": CategoryPooling,
+    "din": Din,
+    "din_softmax": DinSoftmax,
+    "dien": Dien,
+    "sim_hard": SimHard,
+    "sim_soft": SimSoft,
+    "eta": Eta,
+    "twin": Twin,
+    "hstu": Hstu,
 }
 
 
