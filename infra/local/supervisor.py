@@ -49,9 +49,9 @@ class Signs:
     silent_seconds: float = 0.0
     came: bool = False
 
-    def begin(self, pid: int | None) -> None:
+    def begin(self, pid: int | None, came: bool = False) -> None:
         """Listen to another process from now on."""
-        self.pid, self.silent_seconds, self.came = pid, 0.0, False
+        self.pid, self.silent_seconds, self.came = pid, 0.0, came
 
     def hangs(self) -> bool:
         return self.silent_seconds >= (HUNG_AFTER_SECONDS if self.came else FIRST_SIGN_WITHIN_SECONDS)
@@ -221,7 +221,7 @@ class DatabaseWatch:
         if not self.wanted:
             return
         if (pid := database.server_pid(settings.postgres_data())) != self.signs.pid:
-            self.signs.begin(pid)
+            self.signs.begin(pid, came=True)  # who starts it waits for its first answer
         if pid is not None and self.signs.hangs():
             say_hung(services.POSTGRES, self.signs)
             services.stop([pid], signal.SIGKILL)  # its children too: what is stopped does not see its end

@@ -188,6 +188,8 @@ def test_a_server_that_hangs_is_started_again_and_one_that_has_no_room_is_not(ho
     [(_, pid)] = database.ensure(create=True).items()
     query("CREATE TABLE saved AS SELECT generate_series(1, 1000) AS n")
     watch, server = supervisor.DatabaseWatch(), psutil.Process(pid)
+    watch.look(0.0)
+    assert watch.signs.came  # whoever started it had its answer: of a hang right behind that it is known in time
 
     def look() -> int:
         """Ask for a sign of life, as the supervisor's thread does, and look; return the server's process."""
@@ -196,18 +198,18 @@ def test_a_server_that_hangs_is_started_again_and_one_that_has_no_room_is_not(ho
         watch.look(0.0)
         return pid_of_server()
 
-    engine = sa.create_engine(settings.postgres_address("airflow"), poolclass=sa.NullPool)
-    with contextlib.ExitStack() as connections:
-        with pytest.raises(sa.exc.OperationalError, match="FATAL"):
-            for _ in range(5):
-                connection = connections.enter_context(engine.connect())
-        assert look() == pid
-        server.suspend()
-        [checkpointer] = [child for child in server.children() if "checkpointer" in " ".join(child.cmdline())]
-        checkpointer.suspend()  # which then does not see the end of the server
-        assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
-        assert look() != pid
-        connections.pop_all()  # they ended with it
+    engine, connections = sa.create_engine(settings.postgres_address("airflow"), poolclass=sa.NullPool), []
+    with pytest.raises(sa.exc.OperationalError, match="FATAL"):
+        for _ in range(5):
+            connections.append(engine.connect())
+    assert look() == pid
+    server.suspend()
+    [checkpointer] = [child for child in server.children() if "checkpointer" in " ".join(child.cmdline())]
+    checkpointer.suspend()  # which then does not see the end of the server
+    assert connections[0].execute(sa.text("SELECT 1")).scalar_one() == 1
+    assert look() != pid
+    for connection in connections:
+        connection.invalidate()  # they ended with it
     assert not services.alive(checkpointer.pid)
     assert query("SELECT count(*) FROM saved") == [(1000,)]
 
