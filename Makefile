@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu claims validate let-through prune lint up down backup restore lock clean
+.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu compare claims validate let-through prune lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ bench-multigpu: setup ## training on several GPUs of this machine against one; A
 
 bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, against DuckDB; ARGS=--quick tries it
 	@$(PY) -m benchmarks.etl $(ARGS)
+
+compare: setup ## every model on one published partition: DT=YYYY-MM-DD DATASET=name MODELS=vql,din,... LENGTHS=200,1000 SEEDS=7,8,9 CONFIG=default
+	@$(PY) -m evaluation.compare --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" --dt "$$DT" \
+		--out "$${LONGVIEW_HOME:-var}/compare/$$(basename "$${DATASET:-kuairand_simulated}" .yaml)-$$DT" --config "$${CONFIG:-default}" \
+		$${MODELS:+--models "$$MODELS"} $${LENGTHS:+--lengths "$$LENGTHS"} $${SEEDS:+--seeds "$$SEEDS"} $(ARGS)
 
 claims: setup ## every claim of the method on one page (var/claims/index.html); what benchmarks/results/claims holds is not measured again
 	@$(PY) -m benchmarks.claims $(ARGS)

@@ -218,7 +218,7 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
         "models": [row for row in rows if row["name"] != CHAMPION],
         "champion": champion,
         "paired": paired,
-        "slices": _length_slices(targets, scores),
+        "slices": length_slices(targets, scores),
     }
 
 
@@ -254,7 +254,7 @@ def write_json(path: Path, value: dict) -> None:
     replace_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False))
 
 
-def _length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list[dict]:
+def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list[dict]:
     """Metrics in the quartiles of history length; quartiles that ties make empty are left out."""
     length = targets.history_length
     edges = np.unique(np.percentile(length, [25, 50, 75], method="higher"))
