@@ -44,6 +44,7 @@ MODELS = {
 
 
 PASSES = ("recorded", "fused", "plain")  # a graph of the fused step; its launches one by one; without fused kernels
+CPU_PASSES = ("plain", "blocks")  # one user after another; all users at once in blocks
 
 
 def main() -> None:
@@ -54,7 +55,11 @@ def main() -> None:
     parser.add_argument("--lengths", default="16384")
     parser.add_argument("--models", default="softmax_attention,vql", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--precisions", default="tf32,bf16", help="of fp32, tf32, bf16; a CPU has fp32")
-    parser.add_argument("--plain", action="store_true", help="measure launches one by one and unfused passes, too")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="measure the other passes, too: launches one by one, unfused ones; on a CPU all users in blocks",
+    )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--loop", default="64,256", help="measure the whole loop on a GPU with so many targets a visit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +83,7 @@ def main() -> None:
 def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
     """Measure every case, print its line, and return them."""
     precisions = args.precisions.split(",") if on_gpu else ["fp32"]
-    passes = PASSES if on_gpu and args.plain else ("recorded",) if on_gpu else ("plain",)
+    passes = (PASSES if on_gpu else CPU_PASSES) if args.plain else ("recorded",) if on_gpu else ("plain",)
     found: list[dict] = []
     print(
         f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>9}{'step ms':>9}{'waited':>8}{'GPU ms':>8}"
@@ -91,7 +96,7 @@ def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
         batch = make_batch(args.users, int(length), int(targets), args.cut_offs)
         plainly = patch.object(fused, "available", lambda like: False) if how == "plain" else contextlib.nullcontext()
         with plainly:
-            figures = measure(MODELS[name], batch, args.runs, args.device, precision, how == "recorded")
+            figures = measure(MODELS[name], batch, args.runs, args.device, precision, how)
         rate = args.users * int(targets) / figures["step_ms"] * 1_000
         case = {"model": name, "length": int(length), "targets": int(targets), "precision": precision, "pass": how}
         found.append(case | {"samples_per_s": rate} | figures)
@@ -187,18 +192,16 @@ def joined_of(batch: Batch) -> Joined:
     return Joined(sequences, batch.items, np.zeros((users, 0), np.int64), np.zeros(targets, np.int64))
 
 
-def measure(
-    config: ModelConfig, batch: Batch, runs: int, device: str, precision: str, recorded: bool = False
-) -> dict[str, float]:
+def measure(config: ModelConfig, batch: Batch, runs: int, device: str, precision: str, how: str) -> dict[str, float]:
     """Return the medians of a step in ms after three to warm up, and the peak of GPU memory in MB (0 on a CPU).
 
-    A step is forward pass, backward pass, clipping, optimizer and, if it is `recorded`, the gathering of the batch from
+    A step is forward pass, backward pass, clipping, optimizer and, if it is recorded, the gathering of the batch from
     rows in the device's memory. `step_ms`: one step after another, as training goes; `waited_ms`: each waited for
     before the next begins; `gpu_ms`: the time of its kernels.
     """
     on_gpu = device == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    step = stepper(config, batch, device, precision, recorded)
+    step = stepper(config, batch, device, precision, how)
 
     def waited() -> float:
         wait()
@@ -229,11 +232,12 @@ def measure(
     return {"step_ms": row, "waited_ms": single, "gpu_ms": busy, "peak_mb": peak}
 
 
-def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, recorded: bool) -> Callable[[], None]:
+def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, how: str) -> Callable[[], None]:
     """Return what takes a training step on a new model."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     model = Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config).to(device).train()
+    model.interest.always_at_once = how == "blocks"
     there = batch.to(device)
     if model.coded is not None:
         with torch.no_grad():
@@ -253,7 +257,7 @@ def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, reco
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    if not recorded:
+    if how != "recorded":
         return lambda: learn(there)
     joined, users = joined_of(batch), np.arange(len(batch.event_start) - 1)
     steps = RecordedSteps(DeviceRows(joined, torch.device(device)), len(users), model.interest, learn)
