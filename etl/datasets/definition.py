@@ -279,7 +279,10 @@ class Time(_Model):
                 " %H:%M:%S)"
             )
         if self.format is not None and "%" not in self.format:
-            raise ValueError(f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S")
+            raise ValueError(
+                f"format {self.format!r} has no directive of strptime, such as %Y-%m-%d %H:%M:%S; a number takes unit"
+                " (such as seconds)"
+            )
         if self.unit is not None and (self.year is not None or self.digits is not None):
             raise ValueError("year and digits belong to format")
         if problems := list(time_problems(self)):

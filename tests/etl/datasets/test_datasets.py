@@ -97,6 +97,7 @@ def test_a_small_definition_reads(tmp_path):
             r"events\.signals\.view: 'views' is not among logs\.columns\.what\.one_of: view, buy",
         ),
         ("unit: seconds", "format: YYYY-MM-DD", r"events\.time: format 'YYYY-MM-DD' has no directive"),
+        ("unit: seconds", "format: seconds", r"format 'seconds' .*a number takes unit \(such as seconds\)"),
         (
             "first_day: 2024-01-01",
             "first_day: 2024-01-01\nlast_day: 2023-01-01",
