@@ -194,13 +194,16 @@ def measured(trial: Trial, rows: Rows, config: TrainConfig, device: str) -> dict
 
 
 def quality(scored: ScoredTargets) -> dict[str, Any]:
-    """Return metrics with the intervals of resampled users, and those of the quarters of history length."""
+    """Return metrics with the intervals of resampled users (None: too few), and those of the thirds of history
+    length.
+    """
     bootstrap = Bootstrap(scored.user_id, scored.label, {"it": scored.score}, RESAMPLES)
     figures: dict[str, Any] = {"targets": len(scored.label)}
     for metric in Bootstrap.METRICS:
         interval = bootstrap.interval("it", metric)
-        figures |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-    slices = length_slices(scored, {"it": scored.score})
+        bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        figures |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
+    slices = length_slices(scored, {"it": scored.score}, "it")
     return figures | {"slices": [{"low": s["low"], "high": s["high"], **s["models"]["it"]} for s in slices]}
 
 
@@ -214,7 +217,8 @@ def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         good = [line for line in lines if "failed" not in line]
         entry: dict[str, Any] = {"model": model, "length": length, "seeds": len(good), "failed": len(lines) - len(good)}
         names = (*Bootstrap.METRICS, "auc_low", "auc_high", "train_seconds", "score_ms_per_target", "parameters")
-        entry |= {name: float(np.mean([line[name] for line in good])) if good else None for name in names}
+        known = {name: [line[name] for line in good if line[name] is not None] for name in names}
+        entry |= {name: float(np.mean(values)) if values else None for name, values in known.items()}
         entry["auc_sd"] = float(np.std([line["auc"] for line in good], ddof=1)) if len(good) > 1 else None
         entries.append(entry)
     return sorted(entries, key=lambda entry: -(entry["auc"] or 0))

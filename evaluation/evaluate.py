@@ -26,8 +26,8 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.local_files import replace_text
 from etl.warehouse.store import Manifest, TableStore
-from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss
-from training.registry import CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
+from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy
+from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
 from training.tracking import ATTEMPT_TAG, METRICS_FILES, MetricsBuffer, asking_mlflow, attempt_run
@@ -80,9 +80,8 @@ def evaluate(
             "check the raw logs of that day, or choose another --dt",
         )
     scores = {name: result.score for name, result in scored.items()}
-    champion, champion_scores = score_champion(Registry(args.dataset), args.dt, args.attempt, items, sequences)
-    if champion_scores is not None:
-        scores[CHAMPION] = champion_scores
+    served, served_scores = score_served(Registry(args.dataset), args.dt, args.attempt, items, sequences)
+    scores |= served_scores
     write_scores(run_dir, targets, scores)
     evaluation = {
         "dt": args.dt,
@@ -91,7 +90,7 @@ def evaluate(
         "simulated": simulated,
         "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
         "auc_seed_sd": training["config"].get("auc_seed_sd"),
-        **compare(targets, scores, training["primary"], champion),
+        **compare(targets, scores, training["primary"], served),
         "rows": _ingested(store, sequences_manifest),
     }
     write_json(run_dir / "evaluation.json", evaluation)
@@ -126,11 +125,10 @@ def judge_again(
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
     scores = {name: columns[name] for name in names}
     items, sequences = store.read(store.require("items", dt)), store.read(store.require("sequences", dt))
-    champion, champion_scores = score_champion(registry, dt, attempt, items, sequences)
-    if champion_scores is not None:
-        scores[CHAMPION] = champion_scores
+    served, served_scores = score_served(registry, dt, attempt, items, sequences)
+    scores |= served_scores
     evaluation = json.loads((run_dir / "evaluation.json").read_text()) | compare(
-        targets, scores, training["primary"], champion
+        targets, scores, training["primary"], served
     )
     write_scores(run_dir, targets, scores)
     write_json(run_dir / "evaluation.json", evaluation)
@@ -146,35 +144,54 @@ def write_scores(run_dir: Path, targets: ScoredTargets, scores: dict[str, np.nda
     )
 
 
-def score_champion(
+def score_served(
     registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table
-) -> tuple[dict | None, np.ndarray | None]:
-    """Score the day with the champion in service.
+) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """Score the day with the champion in service and with the anchor.
 
     On a retry after this attempt's own promotion, the champion meant is the one before it.
 
     Returns:
-        (None, None) without a champion; else ({"version", "partition", "attempt", "warning"}, scores or None).
+        alias -> {"version", "partition", "attempt", "warning"} of those that there are, alias -> scores of those that
+        could be scored; an anchor that is the champion is not scored twice.
     """
     aliases = registry.aliases()
-    version = aliases.get(CHAMPION)
-    if version is not None and registry.version(version).tags.get(ATTEMPT_TAG) == attempt:
-        version = aliases.get(PREVIOUS_CHAMPION)
-    if version is None:
-        return None, None
+    versions = {alias: aliases[alias] for alias in (CHAMPION, ANCHOR) if alias in aliases}
+    tags = {version: registry.version(version).tags for version in set(versions.values())}
+    for alias, version in list(versions.items()):
+        if tags[version].get(ATTEMPT_TAG) == attempt:
+            del versions[alias]
+            if alias == CHAMPION and PREVIOUS_CHAMPION in aliases:
+                versions[alias] = aliases[PREVIOUS_CHAMPION]
+    found: dict[str, dict] = {}
+    scores: dict[str, np.ndarray] = {}
+    for alias in (alias for alias in (CHAMPION, ANCHOR) if alias in versions):
+        if alias == ANCHOR and versions[ANCHOR] == versions.get(CHAMPION):
+            found[ANCHOR] = found[CHAMPION]
+            continue
+        found[alias], scored = _scored(registry, alias, versions[alias], dt, (items, sequences))
+        if scored is not None:
+            scores[alias] = scored
+    return found, scores
+
+
+def _scored(
+    registry: Registry, alias: str, version: str, dt: str, day: tuple[pa.Table, pa.Table]
+) -> tuple[dict, np.ndarray | None]:
+    """Return what is known of a version that others are compared with, and its scores of the day if it has some."""
     tags = registry.version(version).tags
-    champion = {
+    known = {
         "version": version,
         "partition": tags.get("pipeline.partition"),
         "attempt": tags.get(ATTEMPT_TAG),
         "warning": None,
     }
-    if (champion["partition"] or "") > dt:
-        return champion | {"warning": f"it is of partition {champion['partition']}, so it was trained on {dt}"}, None
+    if (known["partition"] or "") > dt:
+        return known | {"warning": f"it is of partition {known['partition']}, so it was trained on {dt}"}, None
     try:
-        return champion, load_scorer(registry.package(version)).score(items, sequences).score
+        return known, load_scorer(registry.package(version)).score(*day).score
     except TryAgainError:
-        raise  # says nothing of the champion
+        raise  # says nothing of the version
     except Exception as error:
         reason = (
             str(error)
@@ -182,29 +199,29 @@ def score_champion(
             else f"it cannot be loaded or scored: {type(error).__name__}: {error}"
         )
         log(
-            f"warning: champion version {version}: {reason}. remedy: restore it, or point the alias {CHAMPION} at"
+            f"warning: {alias} version {version}: {reason}. remedy: restore it, or point the alias {alias} at"
             " another version; until then nothing is promoted"
         )
-        return champion | {"warning": reason[:500]}, None
+        return known | {"warning": reason[:500]}, None
 
 
-def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str, champion: dict | None) -> dict:
-    """Return the `models`, `champion`, `paired` and `slices` entries of evaluation.json."""
+def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str, served: dict[str, dict]) -> dict:
+    """Return the `models`, `champion`, `anchor`, `paired` and `slices` entries of evaluation.json."""
     label, user = targets.label, targets.user_id
     bootstrap = Bootstrap(user, label, scores, RESAMPLES)
-    rows = []
+    rows = {}
     for name, score in scores.items():
         row: dict = {"name": name}
         for metric in Bootstrap.METRICS:
             interval = bootstrap.interval(name, metric)
             row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        row |= {
+        rows[name] = row | {
+            "normalised_entropy": normalised_entropy(label, score),
             "targets": len(label),
             "users": len(np.unique(user)),
             "users_with_both_classes": gauc(user, label, score)[1],
             "calibration": calibration(label, score),
         }
-        rows.append(row)
     paired = {
         f"{primary}_minus_{name}": {
             metric: asdict(bootstrap.difference(primary, name, metric)) for metric in Bootstrap.METRICS
@@ -212,13 +229,15 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
         for name in scores
         if name != primary
     }
-    if champion is not None:
-        champion = champion | next((row for row in rows if row["name"] == CHAMPION), {"name": CHAMPION})
+    others = {
+        alias: served[alias] | rows.get(alias, {"name": alias}) if alias in served else None
+        for alias in (CHAMPION, ANCHOR)
+    }
     return {
-        "models": [row for row in rows if row["name"] != CHAMPION],
-        "champion": champion,
+        "models": [row for name, row in rows.items() if name not in others],
+        **others,
         "paired": paired,
-        "slices": length_slices(targets, scores),
+        "slices": length_slices(targets, scores, primary),
     }
 
 
@@ -232,8 +251,7 @@ def table(evaluation: dict) -> str:
             f"{'users':>8}"
         ),
     ]
-    champion = evaluation["champion"]
-    for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]:
+    for row in _rows(evaluation):
         interval = f"{_cell(row['auc_low'])}..{_cell(row['auc_high'])}"
         lines.append(
             f"{row['name']:<18}{_cell(row['auc']):>8}{interval:>18}{_cell(row['gauc']):>8}{_cell(row['logloss']):>10}"
@@ -244,9 +262,16 @@ def table(evaluation: dict) -> str:
     for name, metrics in evaluation["paired"].items():
         value, low, high = (_cell(metrics["auc"][key]) for key in ("value", "low", "high"))
         lines.append(f"AUC {name.replace('_minus_', ' minus ')}: {value}, 95 % interval {low}..{high}")
-    if champion and champion["warning"]:
-        lines.append(f"warning: champion version {champion['version']} is not compared: {champion['warning']}")
+    for alias in (CHAMPION, ANCHOR):
+        if (other := evaluation.get(alias)) and other["warning"]:
+            lines.append(f"warning: {alias} version {other['version']} is not compared: {other['warning']}")
     return "\n".join(lines)
+
+
+def _rows(evaluation: dict) -> list[dict]:
+    """Return the rows of all that was scored: models, champion, and an anchor that is not the champion."""
+    others = [evaluation.get(alias) for alias in (CHAMPION, ANCHOR)]
+    return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -254,15 +279,20 @@ def write_json(path: Path, value: dict) -> None:
     replace_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False))
 
 
-def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list[dict]:
-    """Metrics in the quartiles of history length; quartiles that ties make empty are left out."""
+def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str) -> list[dict]:
+    """Metrics in the thirds of history length, and AUC minus that of champion and anchor; thirds that ties make empty
+    are left out.
+    """
     length = targets.history_length
-    edges = np.unique(np.percentile(length, [25, 50, 75], method="higher"))
+    edges = np.unique(np.percentile(length, [100 / 3, 200 / 3], method="higher"))
     part = np.searchsorted(edges, length, side="left")
     slices = []
     for number in np.unique(part):
         rows = part == number
         label, user = targets.label[rows], targets.user_id[rows]
+        here = {name: score[rows] for name, score in scores.items()}
+        compared = [alias for alias in (CHAMPION, ANCHOR) if alias in here]
+        bootstrap = Bootstrap(user, label, {name: here[name] for name in (primary, *compared) if compared}, RESAMPLES)
         slices.append(
             {
                 "slice": "history_length",
@@ -272,11 +302,15 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray]) -> list
                 "users": len(np.unique(user)),
                 "models": {
                     name: {
-                        "auc": auc(label, score[rows]),
-                        "gauc": gauc(user, label, score[rows])[0],
-                        "logloss": logloss(label, score[rows]),
+                        "auc": auc(label, score),
+                        "gauc": gauc(user, label, score)[0],
+                        "logloss": logloss(label, score),
                     }
-                    for name, score in scores.items()
+                    for name, score in here.items()
+                },
+                "paired": {
+                    f"{primary}_minus_{alias}": asdict(bootstrap.difference(primary, alias, "auc"))
+                    for alias in compared
                 },
             }
         )
@@ -310,10 +344,9 @@ def log_to_mlflow(
     """
     plot = run_dir / "evaluation.png"
     _plot(evaluation, targets, scores, plot)
-    champion = evaluation["champion"]
     metrics = {
         f"{row['name']}/{metric}": row[metric]
-        for row in [*evaluation["models"], *([champion] if champion and not champion["warning"] else [])]
+        for row in _rows(evaluation)
         for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")
     }
     metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
@@ -343,7 +376,7 @@ def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray
     """Draw AUC with intervals, and calibration, of every scored model."""
     from matplotlib.figure import Figure
 
-    rows = evaluation["models"] + ([evaluation["champion"]] if CHAMPION in scores else [])
+    rows = _rows(evaluation)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, curve = figure.subplots(1, 2)
     values = np.array([row["auc"] for row in rows])

@@ -12,11 +12,12 @@ import numpy as np
 
 PROBABILITY_FLOOR = 1e-7
 CALIBRATION_BINS = 10
+LEAST_USERS = 30  # resamples of fewer say nothing of other users: their intervals are unknown
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value on all targets, and the percentile interval of its bootstrap."""
+    """A value on all targets, and the percentile interval of its bootstrap; bounds of nan are unknown."""
 
     value: float
     low: float
@@ -65,6 +66,14 @@ def target_logloss(label: np.ndarray, score: np.ndarray) -> np.ndarray:
 def logloss(label: np.ndarray, score: np.ndarray) -> float:
     """Return the mean of `target_logloss`; nan without targets."""
     return float(target_logloss(label, score).mean()) if len(label) else float("nan")
+
+
+def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
+    """Return log loss over that of the labels' own rate for every target; nan where a class is missing."""
+    rate = float(label.mean()) if len(label) else 0.0
+    if not 0 < rate < 1:
+        return float("nan")
+    return logloss(label, score) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
 
 
 def calibration(label: np.ndarray, score: np.ndarray) -> dict:
@@ -120,7 +129,7 @@ class Bootstrap:
         users = len(ids)
         rng = np.random.default_rng(seed)
         multiplicity = rng.multinomial(users, np.full(users, 1 / max(users, 1)), size=resamples).astype(np.float64)
-        self.tail = 100 * (1 - level) / 2
+        self.tail, self.users = 100 * (1 - level) / 2, users
         # Row 0 is the data as it is, rows 1..R are the resamples.
         self.multiplicity = np.vstack([np.ones((1, users)), multiplicity])
         self.values = {name: self._metrics(owner, label, score) for name, score in scores.items()}
@@ -147,7 +156,8 @@ class Bootstrap:
 
     def _interval(self, values: np.ndarray) -> Interval:
         resampled = values[1:][~np.isnan(values[1:])]
-        low, high = np.percentile(resampled, [self.tail, 100 - self.tail]) if len(resampled) else (np.nan, np.nan)
+        known = len(resampled) and self.users >= LEAST_USERS
+        low, high = np.percentile(resampled, [self.tail, 100 - self.tail]) if known else (np.nan, np.nan)
         return Interval(float(values[0]), float(low), float(high))
 
 

@@ -27,11 +27,11 @@ from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
 from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
 from evaluation.evaluate import judge_again, read_training, write_json
-from evaluation.gate import Decision, quality_gate
+from evaluation.gate import Decision, anchor_after, quality_gate
 from evaluation.release.outcomes import PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.release.register import read_evaluation, request_frame
 from training.data import Sequences
-from training.registry import CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
+from training.registry import ANCHOR, CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import run_folder
 from training.scoring import load_scorer, request_of
 from training.tracking import asking_mlflow, attempt_run
@@ -139,7 +139,7 @@ class _Promotion:
                 )
             if not decision.passed:
                 return self._write(REFUSED, decision)
-            if self._moved(champion, decision):
+            if self._moved(champion, anchor_after(evaluation, self.training["primary"], self.version), decision):
                 return self._write(PROMOTED, decision)
         raise TryAgainError(
             f"the champion of {self.registry.name} moved {COMPARISONS} times while version {self.version} was compared"
@@ -147,7 +147,7 @@ class _Promotion:
             "run evaluation.release.promote again",
         )
 
-    def _moved(self, champion: str | None, decision: Decision) -> bool:
+    def _moved(self, champion: str | None, anchor: str, decision: Decision) -> bool:
         """Move the aliases while `champion` is still the one that was compared with.
 
         The champion's move is one call, the last.
@@ -157,6 +157,7 @@ class _Promotion:
             client.set_model_version_tag(name, self.version, "gate_reason", decision.reason[:REASON_LENGTH])
             if self.registry.aliases().get(CHAMPION) != champion:
                 return False
+            client.set_registered_model_alias(name, ANCHOR, anchor)
             if champion is not None:
                 client.set_registered_model_alias(name, PREVIOUS_CHAMPION, champion)
             client.set_registered_model_alias(name, CHAMPION, self.version)

@@ -11,14 +11,17 @@ from evaluation.gate import quality_gate
 from training.configs import default
 
 
-def evaluation(auc_low=0.6, logloss=0.5, champion=None, low=0.0, seed_sd=None):
-    paired = (
-        {"vql_minus_champion": {"auc": {"value": low and low + 0.002, "low": low, "high": 0.02}}} if champion else {}
-    )
+def evaluation(auc_low=0.6, logloss=0.5, champion=None, low=0.0, seed_sd=None, **changes):
+    """Half the interval is .002 wide, so that margins are those of the least power."""
+    difference = {"value": low and low + 0.002, "low": low, "high": low and low + 0.004}
+    vql = {"name": "vql", "auc": 0.65, "auc_low": auc_low, "logloss": logloss, "users": 1000}
+    vql |= {"normalised_entropy": 0.8, "calibration": {"expected_ratio": 1.0}} | changes
     return {
-        "models": [{"name": "mean_pooling"}, {"name": "vql", "auc": 0.65, "auc_low": auc_low, "logloss": logloss}],
+        "models": [{"name": "mean_pooling"}, vql],
         "champion": champion,
-        "paired": paired,
+        "anchor": champion,
+        "paired": {"vql_minus_champion": {"auc": difference, "gauc": difference}} if champion else {},
+        "slices": [],
         "auc_seed_sd": seed_sd,
     }
 
@@ -30,7 +33,12 @@ CHAMPION = {"version": "3", "warning": None, "logloss": 0.5}
     ("judged", "passes", "reason"),
     [
         (evaluation(), True, "no champion"),
-        (evaluation(auc_low=0.5), False, "no champion"),
+        (evaluation(auc_low=0.55), False, "no champion"),
+        (evaluation(normalised_entropy=1.001), False, "1.0010 times that of a constant"),
+        (evaluation(normalised_entropy=None), False, "unknown"),
+        (evaluation(calibration={"expected_ratio": 0.79}), False, "0.7900 times the positives"),
+        (evaluation(calibration={"expected_ratio": 1.26}), False, "1.2600 times the positives"),
+        (evaluation(calibration={"expected_ratio": None}), False, "unknown"),
         (evaluation(auc_low=None), False, "unknown"),
         (evaluation(champion=CHAMPION, low=0.001), True, "lower bound 0.0010"),
         (evaluation(champion=CHAMPION, low=-0.004), True, "lower bound -0.0040"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, user_aucs
+from evaluation.metrics import LEAST_USERS, Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, user_aucs
 
 # (user, label, score) with few distinct scores, so that ties are common.
 TARGETS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), st.integers(0, 5)), min_size=1, max_size=40)
@@ -104,6 +104,25 @@ def test_interval_of_a_mean_has_the_width_that_theory_gives():
     interval = Bootstrap(np.arange(users), label, {"m": score}, resamples=500).interval("m", "logloss")
     assert interval.low < interval.value < interval.high
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * losses.std() / math.sqrt(users), rel=0.15)
+
+
+def test_an_interval_over_a_handful_of_users_is_unknown():
+    for users, known in ((1, False), (LEAST_USERS - 1, False), (LEAST_USERS, True)):
+        user, rng = np.repeat(np.arange(users), 50), np.random.default_rng(4)
+        label, score = rng.integers(0, 2, len(user)), rng.uniform(size=len(user))
+        bootstrap = Bootstrap(user, label, {"a": score, "b": score[::-1]})
+        for interval in (bootstrap.interval("a", "auc"), bootstrap.difference("a", "b", "gauc")):
+            assert not math.isnan(interval.value)
+            assert math.isnan(interval.low) == math.isnan(interval.high) == (not known)
+
+
+def test_normalised_entropy_is_one_for_the_rate_itself_and_unknown_for_one_class():
+    label = np.array([1, 0, 0, 0])
+    assert normalised_entropy(label, np.full(4, 0.25)) == pytest.approx(1)
+    assert normalised_entropy(label, np.array([0.9, 0.1, 0.1, 0.1])) == pytest.approx(
+        -math.log(0.9) / (-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    )
+    assert math.isnan(normalised_entropy(np.ones(3), np.full(3, 0.5)))
 
 
 def test_users_are_resampled_not_targets():
