@@ -73,8 +73,7 @@ def test_make_run_goes_on_when_its_scheduler_and_its_server_end(project):
 @pytest.fixture
 def stack(project: Project) -> Project:
     """The services of `make up`; what an earlier test did is forgotten."""
-    up = project.python("-m", "infra.local.stack", "up")
-    assert up.returncode == 0, up.stdout + up.stderr
+    project.up()
     project.pause(False)
     project.calls()
     return project

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -133,8 +132,8 @@ DAG_PATH = f"/api/v2/dags/{DAG_ID}"
 class Project:
     """A copy of the project on ports of its own."""
 
-    def __init__(self, root) -> None:
-        self.root = root
+    def __init__(self, root: Path, login: bool = False) -> None:
+        self.root, self.login = root, login
         ports = [str(free_port()), str(free_port())]
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "LONGVIEW", "MLFLOW"))
@@ -143,7 +142,7 @@ class Project:
             "PYTHONPATH": "",
             "LONGVIEW_AIRFLOW_PORT": ports[0],
             "LONGVIEW_MLFLOW_PORT": ports[1],
-            "LONGVIEW_LOGIN": "0",
+            "LONGVIEW_LOGIN": str(int(login)),
             "LONGVIEW_RETRY_WAITS": "1 2 3 4 5",
         }
         self.api = AirflowApi(f"http://127.0.0.1:{ports[0]}")
@@ -182,6 +181,21 @@ class Project:
             text=True,
             timeout=PATIENCE_S,
         )
+
+    def up(self) -> str:
+        """Start the services of `make up`, and log in where they ask for it; return what the command says."""
+        done = self.python("-m", "infra.local.stack", "up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        if self.login:
+            [(user, password)] = json.loads(self.passwords.read_text()).items()
+            self.api._token = self.api.call("POST", "/auth/token", {"username": user, "password": password})[
+                "access_token"
+            ]
+        return done.stdout
+
+    @property
+    def passwords(self) -> Path:
+        return self.root / "var" / "secrets" / "airflow_passwords.json"
 
     def definition(self, file: str, text: str) -> Path:
         path = self.root / file
@@ -307,7 +321,11 @@ class Project:
         assert self.states(run)[APPROVAL] == "awaiting_input"
         # Airflow 3.3.2 takes a task that is answered before its executor has reported its process's end for a lost one,
         # and asks again; no person is that fast.
-        time.sleep(8)
+        asked = self.api.call("GET", f"{run}/taskInstances/{APPROVAL}")
+        began = asked["start_date"].replace("T", " ").removesuffix("Z")
+        reported = f"map_index=-1, ti_id={asked['id']}, run_start_date={began}"
+        log = self.root / "var" / "airflow" / "logs" / "scheduler.out"
+        wait_for("the executor's report", lambda: reported in log.read_text())
         return self.api.call("GET", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails")
 
     def answer(self, run: str, option: str) -> None:
@@ -322,7 +340,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    made = Project(tmp_path_factory.mktemp("project"))
+    made = Project(tmp_path_factory.mktemp("project"), login=True)
     yield made
     made.python("-m", "infra.local.stack", "down")
 
@@ -371,14 +389,23 @@ def test_make_run_from_nothing(project):
 
 
 def test_the_stack_runs_backfills_retries_and_reprocesses(project):
-    up = project.python("-m", "infra.local.stack", "up")
-    assert up.returncode == 0, up.stdout + up.stderr
+    said = project.up()
     assert (project.root / "var" / "postgres" / "data" / "PG_VERSION").exists()
+
+    # Only the password opens; `make run` knows it.
+    [(user, password)] = json.loads(project.passwords.read_text()).items()
+    assert str(project.passwords) in said
+    assert password not in said
+    strangers = AirflowApi(project.api.url)
+    for body in (None, {"username": user, "password": "guess"}):
+        with pytest.raises(InfraError, match=r"answered 40[13]"):
+            strangers.call("POST" if body else "GET", "/auth/token", body)
 
     # A stage error fails at once and is reported; it reuses the running stack.
     project.fault("training.train", 2, once=False)
     failed = project.python("-m", "infra.local.run")
     assert failed.returncode == 1
+    assert "using the Airflow of `make up`" in failed.stdout
     assert "FAILED  train.train_models  (try 1)" in failed.stdout
     assert "error: a fault was asked for" in failed.stdout
     assert [call[0] for call in project.calls()].count("training.train") == 1
@@ -411,14 +438,12 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert backup.returncode == 0, backup.stdout + backup.stderr
 
     # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
-    project.backfill(
-        "2022-04-20", "2022-04-21", reprocess_behavior="completed", run_backwards=True, dag_run_conf={"config": "tiny"}
-    )
+    project.backfill("2022-04-20", "2022-04-20", reprocess_behavior="completed", dag_run_conf={"config": "tiny"})
     second = project.calls()
-    assert len(second) == 2 * TASKS
-    assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny", "tiny"]
+    assert len(second) == TASKS
+    assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny"]
     again = {of(call, "--attempt") for call in second}
-    assert len(again) == 2
+    assert len(again) == 1
     assert not again & attempts
 
     # An own data set gets a DAG at its first run, and another one when its definition has changed.
@@ -463,9 +488,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     wait_for("end of the executors", lambda: not any(services.alive(executor.pid) for executor in executors))
     said = (project.root / "var" / "airflow" / "logs" / "supervisor.out").read_text()
     assert f"scheduler (process {scheduler.pid}) ended with code -9; started again in 1 s" in said
-    again = project.python("-m", "infra.local.stack", "up")  # waits until they are healthy
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "started" not in again.stdout
+    assert "started" not in project.up()  # waits until they are healthy
 
     # Killed, what watches them takes them all along; so does `make down`.
     psutil.Process(pid_of("supervisor")).kill()
@@ -475,8 +498,7 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     [saved] = (project.root / "var" / "backups").iterdir()
     restored = project.python("-m", "infra.local.database", "restore", str(saved))
     assert restored.returncode == 0, restored.stdout + restored.stderr
-    again = project.python("-m", "infra.local.stack", "up")
-    assert "started scheduler" in again.stdout
+    assert "started scheduler" in project.up()
     assert known_runs() == at_backup
     down = project.python("-m", "infra.local.stack", "down")
     assert down.returncode == 0, down.stdout + down.stderr
@@ -485,30 +507,10 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert processes_of(project.root) == []
 
 
-def test_with_a_login_only_the_password_opens(project):
-    said = project.python("-m", "infra.local.stack", "up", LONGVIEW_LOGIN="1")
-    assert said.returncode == 0, said.stdout + said.stderr
-    file = project.root / "var" / "secrets" / "airflow_passwords.json"
-    assert str(file) in said.stdout
-    [(user, password)] = json.loads(file.read_text()).items()
-    assert password not in said.stdout
-    strangers = AirflowApi(project.api.url)
-    for body in (None, {"username": user, "password": "guess"}):
-        with pytest.raises(InfraError, match=r"answered 40[13]"):
-            strangers.call("POST" if body else "GET", "/auth/token", body)
-    assert strangers.call("POST", "/auth/token", {"username": user, "password": password})["access_token"]
-    done = project.python("-m", "infra.local.run", LONGVIEW_LOGIN="1")  # it knows the password
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "using the Airflow of `make up`" in done.stdout
-    project.python("-m", "infra.local.stack", "down")
-    project.calls()
-
-
 @pytest.fixture(scope="module")
 def stack(project):
     """The services of `make up`, for all tests that follow."""
-    up = project.python("-m", "infra.local.stack", "up")
-    assert up.returncode == 0, up.stdout + up.stderr
+    project.up()
     project.pause(False)
     (project.root / "gates").touch()
     project.calls()
@@ -942,6 +944,11 @@ def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(
     assert project.ended(run) == "failed"
     assert f"has {dt} in its name" in project.error(run, "ingest.wait_for_files", 2)
     assert project.calls() == []
+    (raw / f"log-{dt}.csv").touch()
+    project.clear(run, "ingest.wait_for_files")
+    wait_for("the work behind it", (project.root / "calls.jsonl").exists)
+    project.stop(run)
+    assert attempts_of(project.calls()) == attempts_of(calls)
 
     # `make run` alone: that one run, no schedule, and the DAG sleeps on.
     project.api.call("DELETE", run)
