@@ -6,7 +6,6 @@ Each leads to its run and version in MLflow, and the last says what became of th
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from airflow.sdk import Asset, AssetAlias
@@ -14,6 +13,7 @@ from airflow.sdk import Asset, AssetAlias
 from dags._common import StageOperator, outcome_line
 from dags._links import MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
+from etl.stage.errors import StageError
 from evaluation.release.outcomes import PROMOTED, sentence
 from infra import settings
 
@@ -36,19 +36,28 @@ class ModelOperator(StageOperator):
         return [*super().command(), "--runs", self.runs]
 
     def execute(self, context: Any) -> dict[str, Any]:
-        folder = Path(self.runs) / self._run["attempt"]
         try:
             outcome = super().execute(context)
         finally:
-            self._find_links(folder)
-        return self.announced(outcome, _read(folder / "registration.json"), context)
+            self._find_links()
+        return self.announced(outcome, self._read("registration.json"), context)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Return what the stage has written into its attempt's folder, empty where it has not."""
+        from etl.stage.folder import Folder  # with Arrow, which no file of DAGs loads
+
+        return json.loads(Folder(self.runs, "--runs").below(self._run["attempt"]).read_text(name) or "{}")
 
     def announced(self, outcome: dict[str, Any], registration: dict[str, Any], context: Any) -> dict[str, Any]:
         """Return what the task hands on, after it has been said where people look."""
         return outcome
 
-    def _find_links(self, folder: Path) -> None:
-        registration, training = _read(folder / "registration.json"), _read(folder / "training.json")
+    def _find_links(self) -> None:
+        try:
+            registration, training = self._read("registration.json"), self._read("training.json")
+        except (OSError, StageError) as error:  # a store that does not answer: the stage has said so
+            self.log.warning("no links to MLflow: %s", error)
+            return
         run_id = registration.get("run_id") or training.get("mlflow_run_id")
         experiment_id = registration.get("experiment_id") or training.get("mlflow_experiment_id")
         if run_id and experiment_id:
@@ -90,7 +99,3 @@ class PromoteOperator(ModelOperator):
                 self.champion, extra={**outcome, **details, **registration["digests"]}
             )
         return {**outcome, **details}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -9,8 +9,11 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +27,7 @@ from etl.quality.measure.partition import Partition
 from etl.quality.measure.scores import Scores
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
-from etl.stage.local_files import replace_text
+from etl.stage.folder import Folder
 from etl.warehouse.store import Manifest, TableStore
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy
 from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
@@ -33,13 +36,16 @@ from training.scoring import ScoredTargets, load_scorer
 from training.tracking import ATTEMPT_TAG, METRICS_FILES, MetricsBuffer, asking_mlflow, attempt_run
 
 RESAMPLES = 200
+SCORES_FILE = "scores.parquet"
 TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
 ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 
 
 def main() -> None:
     parser = partition_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
+    parser.add_argument(
+        "--runs", required=True, help="folder of runs, a path or URI; this one reads and writes RUNS/<attempt>/"
+    )
     parser.add_argument(
         "--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC"
     )
@@ -60,7 +66,7 @@ def main() -> None:
 def evaluate(
     args: argparse.Namespace,
     store: TableStore,
-    run_dir: Path,
+    run_dir: Folder,
     training: dict,
     sequences_manifest: Manifest,
     run_id: str,
@@ -71,7 +77,8 @@ def evaluate(
 
     scored: dict[str, ScoredTargets] = {}
     for name, summary in training["models"].items():
-        scored[name] = load_scorer(summary["package"]).score(items, sequences)
+        with package_of(summary) as package:
+            scored[name] = load_scorer(package).score(items, sequences)
         log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
     targets = scored[training["primary"]]
     if not len(targets.score):
@@ -93,7 +100,7 @@ def evaluate(
         **compare(targets, scores, training["primary"], served),
         "rows": _ingested(store, sequences_manifest),
     }
-    write_json(run_dir / "evaluation.json", evaluation)
+    write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
     log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
     # Last: what stops the registration is reported with everything that explains it already logged.
@@ -104,7 +111,7 @@ def evaluate(
         Audit(partition, Path(args.reports)).publish("model_output")
 
 
-def read_training(run_dir: Path) -> dict:
+def read_training(run_dir: Folder) -> dict:
     """Return `training.json` of an attempt.
 
     Raises:
@@ -114,34 +121,55 @@ def read_training(run_dir: Path) -> dict:
 
 
 def judge_again(
-    registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Path, training: dict, run_id: str
+    registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Folder, training: dict, run_id: str
 ) -> dict:
     """Compare the attempt with the champion of now, which is not the one that its evaluation met.
 
     Return the new evaluation, written and logged.
     """
-    scored, names = pq.read_table(run_dir / "scores.parquet"), list(training["models"])
+    scored, names = read_scores(run_dir), list(training["models"])
     columns = {name: scored[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
     scores = {name: columns[name] for name in names}
     items, sequences = store.read(store.require("items", dt)), store.read(store.require("sequences", dt))
     served, served_scores = score_served(registry, dt, attempt, items, sequences)
     scores |= served_scores
-    evaluation = json.loads((run_dir / "evaluation.json").read_text()) | compare(
-        targets, scores, training["primary"], served
-    )
+    evaluation = read_evaluation(run_dir) | compare(targets, scores, training["primary"], served)
     write_scores(run_dir, targets, scores)
-    write_json(run_dir / "evaluation.json", evaluation)
+    write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
     log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
-    return json.loads((run_dir / "evaluation.json").read_text())
+    return read_evaluation(run_dir)
 
 
-def write_scores(run_dir: Path, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
+def read_evaluation(run_dir: Folder) -> dict:
+    """Return `evaluation.json` of an attempt.
+
+    Raises:
+        StageError: evaluation has not finished.
+    """
+    return result_of(run_dir, "evaluation.json", "run evaluation.evaluate with the same --attempt and --runs first")
+
+
+@contextmanager
+def package_of(summary: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the local folder of a trained model's package, for as long as the body needs it.
+
+    Args:
+        summary: of the model, in `training.json`.
+    """
+    with Folder(summary["package"], "training.json").read_locally() as package:
+        yield package
+
+
+def read_scores(run_dir: Folder, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(f"{run_dir.root}/{SCORES_FILE}", filesystem=run_dir.fs, columns=columns)
+
+
+def write_scores(run_dir: Folder, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
     """Write `scores.parquet`: one row a target, one column a model."""
-    pq.write_table(
-        pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), run_dir / "scores.parquet"
-    )
+    with run_dir.written(SCORES_FILE) as path:
+        pq.write_table(pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), path)
 
 
 def score_served(
@@ -274,9 +302,9 @@ def _rows(evaluation: dict) -> list[dict]:
     return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(run_dir: Folder, name: str, value: dict) -> None:
     """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
-    replace_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False))
+    run_dir.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False))
 
 
 def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str) -> list[dict]:
@@ -335,15 +363,15 @@ def _best_auc(raw: Path, dt: str) -> float | None:
 
 
 def log_to_mlflow(
-    run_id: str, run_dir: Path, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]
+    run_id: str, run_dir: Folder, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]
 ) -> None:
     """Log an evaluation to its run, and what training could not send.
 
     Raises:
         TryAgainError: MLflow does not answer.
     """
-    plot = run_dir / "evaluation.png"
-    _plot(evaluation, targets, scores, plot)
+    with run_dir.written("evaluation.png") as plot:
+        _plot(evaluation, targets, scores, plot)
     metrics = {
         f"{row['name']}/{metric}": row[metric]
         for row in _rows(evaluation)
@@ -358,7 +386,7 @@ def log_to_mlflow(
 
         client = MlflowClient()
         for file in METRICS_FILES:
-            MetricsBuffer(run_id, run_dir / file).send()
+            MetricsBuffer(run_id, run_dir, file).send()
         client.log_batch(
             run_id,
             metrics=[
@@ -367,8 +395,9 @@ def log_to_mlflow(
                 if value is not None and math.isfinite(value)
             ],
         )
-        for path in (run_dir / "evaluation.json", plot):
-            client.log_artifact(run_id, str(path), "evaluation")
+        for name in ("evaluation.json", "evaluation.png"):
+            with run_dir.read_locally(name) as path:
+                client.log_artifact(run_id, str(path), "evaluation")
         client.log_text(run_id, table(evaluation), "evaluation/table.txt")
 
 

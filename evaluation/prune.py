@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from pyarrow.fs import FileInfo
+
 from etl.datasets.arguments import dataset_parser, definition_of
 from etl.datasets.definition import DatasetDefinition
 from etl.quality.report.prune import prune_docs, prune_reports
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import TryAgainError
+from etl.stage.folder import Folder
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.retention import Cutoffs, Lineage, Removed, prune_partitions, prune_staging
 from etl.warehouse.store import TableStore
@@ -34,7 +38,7 @@ GONE = ".gone"  # ending of a folder that is being removed
 
 def main() -> None:
     parser = dataset_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs")
+    parser.add_argument("--runs", required=True, help="folder of runs, a path or URI")
     parser.add_argument("--reports", default="var/reports", help="local folder of reports (default: %(default)s)")
     parser.add_argument("--attempt", help="an attempt that is at work: nothing of it is removed")
     parser.add_argument("--dt", help="its partition, which every stage is given")
@@ -44,7 +48,7 @@ def main() -> None:
     removed = prune(
         TableStore(args.warehouse, definition.name),
         definition,
-        Path(args.runs).absolute(),
+        Folder(args.runs, "--runs"),
         Path(args.reports).resolve(),
         time.time_ns() // 1_000_000,
         args.attempt,
@@ -60,7 +64,7 @@ def main() -> None:
 def prune(
     store: TableStore,
     definition: DatasetDefinition,
-    runs: Path,
+    runs: Folder,
     reports: Path,
     now_ms: int,
     attempt: str | None = None,
@@ -115,25 +119,38 @@ def lineage_of(store: TableStore) -> Lineage | None:
     return lineage
 
 
-def prune_runs(runs: Path, dataset: str, before_ms: int, needed: Collection[str], dry_run: bool) -> list[Removed]:
+def prune_runs(runs: Folder, dataset: str, before_ms: int, needed: Collection[str], dry_run: bool) -> list[Removed]:
     """Remove the folders of a data set's attempts in which nothing has changed since `before_ms`, but for `needed`
     ones.
     """
     removed = []
-    for owner in sorted(runs.glob(f"[!.]*/{OWNER_FILE}")):
-        folder = owner.parent
-        infos = [path.stat() for path in folder.rglob("*") if path.is_file()]
-        newest_ms = max(info.st_mtime_ns for info in infos) // 1_000_000
-        if folder.name in needed or newest_ms >= before_ms or json.loads(owner.read_text()).get("dataset") != dataset:
+    for attempt in [name for name in runs.names() if not name.startswith(".")]:
+        owner = runs.read_text(f"{attempt}/{OWNER_FILE}") if attempt not in needed else None
+        if owner is None or json.loads(owner).get("dataset") != dataset:
             continue
-        removed.append(Removed("runs", folder.name, len(infos), sum(info.st_size for info in infos)))
+        files = runs.files(attempt)
+        if max(info.mtime_ns for info in files) // 1_000_000 >= before_ms:
+            continue
+        removed.append(Removed("runs", attempt, len(files), sum(info.size for info in files)))
         if not dry_run:
-            # In one step, so that no stage meets half a folder.
-            folder.rename(folder.with_name(f".{folder.name}{GONE}"))
-    if not dry_run:
-        for folder in runs.glob(f".*{GONE}"):
+            _remove(runs, attempt, files)
+    if not dry_run and runs.is_local:
+        for folder in Path(runs.root).glob(f".*{GONE}"):
             shutil.rmtree(folder, ignore_errors=True)
     return removed
+
+
+def _remove(runs: Folder, attempt: str, files: Sequence[FileInfo]) -> None:
+    """Remove an attempt's folder: on a disk out of sight in one step, so that no stage meets half a folder.
+
+    Of an object store the file that says whose it is goes last: a removal that is cut short goes on another day.
+    """
+    if runs.is_local:
+        os.rename(f"{runs.root}/{attempt}", f"{runs.root}/.{attempt}{GONE}")
+        return
+    for info in sorted(files, key=lambda info: info.base_name == OWNER_FILE):
+        runs.fs.delete_file(info.path)
+    runs.fs.delete_dir(f"{runs.root}/{attempt}")  # the marks of folders
 
 
 def sums(removed: Sequence[Removed]) -> list[str]:

@@ -5,7 +5,6 @@ version.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,11 @@ import torch
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
+from etl.stage.folder import Folder
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import USER_CACHES, history_first, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore, code_version
+from evaluation.evaluate import package_of, read_training
 from training.data import Joined, Sequences, make_batch
 from training.package import load_package
 from training.run_folder import result_of, run_folder
@@ -28,7 +29,7 @@ USERS_PER_CHUNK = 64
 
 def main() -> None:
     parser = partition_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one reads <runs>/<attempt>/")
+    parser.add_argument("--runs", required=True, help="folder of runs, a path or URI; this one reads RUNS/<attempt>/")
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
@@ -38,7 +39,7 @@ def main() -> None:
         _publish_caches(args, store, run_dir, registration)
 
 
-def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, registration: dict) -> None:
+def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Folder, registration: dict) -> None:
     """Build and publish the caches of what this attempt has promoted; nothing where it did not."""
     if "champion" not in registration["aliases"]:
         log(
@@ -46,14 +47,10 @@ def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Path, 
             " stay as they are"
         )
         return
-    training = json.loads((run_dir / "training.json").read_text())
-    manifest = build_user_caches(
-        store,
-        args.dt,
-        args.attempt,
-        Path(training["models"][training["primary"]]["package"]),
-        f"{registration['model_name']}/{registration['version']}",
-    )
+    training = read_training(run_dir)
+    with package_of(training["models"][training["primary"]]) as package:
+        version = f"{registration['model_name']}/{registration['version']}"
+        manifest = build_user_caches(store, args.dt, args.attempt, package, version)
     log(
         f"published {manifest.rows} user caches, {sum(f.bytes for f in manifest.files):,} bytes, for version"
         f" {registration['version']}"

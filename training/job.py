@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import torch
 
 from etl.stage.commands import log
 from etl.stage.errors import StageError
+from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
 from training.data import Sequences, UserBatches
@@ -35,16 +35,16 @@ from training.loop import (
     from_first,
     train_model,
 )
+from training.model.ranker import Ranker
 from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
+from training.progress import Progress
 from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import Checkpoint, Checkpoints, flat
 from training.scoring import request_of
 from training.system_metrics import system_metrics
-from training.tracking import METRICS_FILE, SYSTEM_METRICS_FILE, MetricsBuffer
+from training.tracking import SYSTEM_METRICS_FILE, MetricsBuffer
 from training.vocabulary import Vocabulary
-
-PROGRESS_FILE = "progress.log"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Job:
     Attributes:
         warehouse, dataset, dt: the published partition.
         attempt: names the run of Ray.
-        run_dir: folder of the attempt; every worker sees it.
+        run_dir: address of the attempt's folder; every worker reaches it.
         mlflow_run_id: takes the metrics.
-        warm_start: folder of the package to begin with; None: begin cold.
+        warm_start: address of the package to begin with; None: begin cold.
         prints: the lines of progress are printed too, not only written to the run's folder.
     """
 
@@ -82,9 +82,10 @@ def train_all(job: Job, worker: Worker) -> dict[str, dict]:
         StageError: the run stands elsewhere: its checkpoints are of another training; or the loss is not finite.
     """
     trainings = _Trainings(job, worker)
-    if worker.rank > 0:
+    if trainings.progress is None:
         return trainings.run()
-    with system_metrics(MetricsBuffer(job.mlflow_run_id, Path(job.run_dir) / SYSTEM_METRICS_FILE, trainings.say)):
+    samples = MetricsBuffer(job.mlflow_run_id, trainings.run_dir, SYSTEM_METRICS_FILE, trainings.say)
+    with closing(trainings.progress), system_metrics(samples):
         return trainings.run()
 
 
@@ -93,23 +94,25 @@ class _Trainings:
 
     def __init__(self, job: Job, worker: Worker) -> None:
         self.job, self.worker, self.config = job, worker, job.config
-        self.run_dir = Path(job.run_dir)
-        self.older = load_package(Path(job.warm_start))[:2] if job.warm_start else None
+        self.run_dir = Folder(job.run_dir, "--runs")
+        self.older = _package_at(job.warm_start) if job.warm_start else None
         known = self.older[1] if self.older else None
         self.data, self.items, self.cutoff, digests = load_training_data(
             job.warehouse, job.dataset, job.dt, job.config, known
         )
-        self.say = _progress(job) if worker.rank == 0 else lambda line: None
-        self.metrics = (
-            MetricsBuffer(job.mlflow_run_id, self.run_dir / METRICS_FILE, self.say) if worker.rank == 0 else None
-        )
+        self.progress = Progress(self.run_dir, job.prints) if worker.rank == 0 else None
+        self.metrics = MetricsBuffer(job.mlflow_run_id, self.run_dir, say=self.say) if worker.rank == 0 else None
         self.checkpoints = Checkpoints(
-            self.run_dir / "checkpoints",
+            self.run_dir.below("checkpoints"),
             identity_of(job, digests, self.data.vocabulary),
             job.config.checkpoint_every_steps,
             job.config.checkpoint_every_seconds,
             self.say,
         )
+
+    def say(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress(line)
 
     def run(self) -> dict[str, dict]:
         self._introduce()
@@ -162,14 +165,14 @@ class _Trainings:
         except FloatingPointError as error:
             remedy = "lower the learning rate, or look for what the data has of the extreme"
             raise StageError(str(error), remedy) from error
-        package = self.run_dir / "models" / name
         if self.worker.rank == 0:
             sequences = self.data.joined.sequences
             owner = np.searchsorted(sequences.target_start, self.data.split.evaluation[:1], side="right") - 1
             request = request_of(self.items, sequences, int(owner[0]) if len(owner) else 0)
-            save_package(package, model.cpu(), self.data.vocabulary, self.cutoff, request)
+            with self.run_dir.written_folder(f"models/{name}") as package:
+                save_package(package, model.cpu(), self.data.vocabulary, self.cutoff, request)
         return {
-            "package": str(package),
+            "package": self.run_dir.address_of(f"models/{name}"),
             "epochs": result.epoch + 1,
             "best_epoch": result.best_epoch,
             "validation_logloss": result.best_logloss,
@@ -209,9 +212,8 @@ def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) ->
     Args:
         digests: of the tables that were read.
     """
-    warm_start = (
-        sha256_of(pafs.LocalFileSystem(), f"{job.warm_start}/model.safetensors")[:16] if job.warm_start else "none"
-    )
+    older = Folder(job.warm_start, "--warm-start") if job.warm_start else None
+    warm_start = sha256_of(older.fs, f"{older.root}/model.safetensors")[:16] if older else "none"
     return {
         **flat(job.config.deciding, "configuration"),
         **digests,
@@ -220,17 +222,9 @@ def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) ->
     }
 
 
-def _progress(job: Job) -> Callable[[str], None]:
-    """Return what prints a line here, and keeps it for whoever follows the run (shared storage, any node)."""
-
-    def say(message: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')} {message}"
-        with (Path(job.run_dir) / PROGRESS_FILE).open("a") as stream:
-            stream.write(line + "\n")
-        if job.prints:
-            print(line, flush=True)
-
-    return say
+def _package_at(address: str) -> tuple[Ranker, Vocabulary]:
+    with Folder(address, "--warm-start").read_locally() as package:
+        return load_package(package)[:2]
 
 
 def load_training_data(
@@ -252,7 +246,7 @@ def load_training_data(
 
 
 def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
-    """Return the folder of the package to begin with.
+    """Return the address of the package to begin with.
 
     A champion of this day or later would know what is to be predicted.
     """

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError
-from etl.stage.local_files import replace_text
-from training.job import PROGRESS_FILE, Job, take_share_of_cores, train_all
+from etl.stage.folder import Folder
+from training.job import Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
+from training.progress import PROGRESS_FILE
+from training.run_folder import result_of
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
 PLACEMENT_SECONDS = 50
 SETTLING_SECONDS = 10  # until what an ended group held is free again, and a lost node is known to be
+FOLLOWING_SECONDS = 2.0  # between looks at lines of progress in an object store
+SUMMARIES_FILE = "models/summaries.json"
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("etl", "infra", "training")  # what a worker imports: nodes of a cluster need the packages of requirements.txt
 HEAD_CHECK_SECONDS = 5.0
@@ -43,11 +47,11 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    run_dir = Path(job.run_dir)
+    run_dir = Folder(job.run_dir, "--runs")
     most = _start_ray(job, least, most)
     # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
     following = threading.Event()
-    follower = threading.Thread(target=_follow, args=(run_dir / PROGRESS_FILE, following), daemon=True)
+    follower = threading.Thread(target=_follow, args=(run_dir, following), daemon=True)
     follower.start()
     try:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -61,7 +65,8 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
                 # Ray's own retries would repeat errors of ours, too.
                 run_config=RunConfig(
                     name=job.attempt,
-                    storage_path=str(run_dir / "ray"),
+                    storage_path=f"{run_dir.root}/ray",
+                    storage_filesystem=None if run_dir.is_local else run_dir.fs,
                     failure_config=FailureConfig(max_failures=0),
                     checkpoint_config=CheckpointConfig(num_to_keep=2),
                 ),
@@ -78,8 +83,7 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
         following.set()
         follower.join()
         ray.shutdown()
-    done = run_dir / "models" / "summaries.json"
-    return json.loads(done.read_text())
+    return result_of(run_dir, SUMMARIES_FILE, "run the same command again")
 
 
 def _start_ray(job: Job, least: int, most: int) -> int:
@@ -244,17 +248,17 @@ def _cause_of(error: Exception) -> Exception:
     )
 
 
-def _follow(path: Path, finished: threading.Event) -> None:
-    """Print lines that are added to a file until `finished` is set and the file is read to its end."""
-    position = path.stat().st_size if path.exists() else 0
+def _follow(run_dir: Folder, finished: threading.Event) -> None:
+    """Print the lines of progress that are added until `finished` is set and they are read to their end."""
+    position = run_dir.bytes_of(PROGRESS_FILE)
     while True:
-        last = finished.wait(0.5)
-        if path.exists():
-            with path.open() as stream:
-                stream.seek(position)
-                sys.stdout.write(stream.read())
+        last = finished.wait(0.5 if run_dir.is_local else FOLLOWING_SECONDS)
+        with suppress(OSError):  # of a store that does not answer now
+            if run_dir.bytes_of(PROGRESS_FILE) > position:
+                added = (run_dir.read_text(PROGRESS_FILE) or "").encode()[position:]
+                sys.stdout.write(added.decode(errors="replace"))
                 sys.stdout.flush()
-                position = stream.tell()
+                position += len(added)
         if last:
             return
 
@@ -268,4 +272,4 @@ def _ray_worker(config: dict[str, Job]) -> None:
     take_share_of_cores(context.get_local_world_size())
     summaries = train_all(job, worker)
     if worker.rank == 0:
-        replace_text(Path(job.run_dir) / "models" / "summaries.json", json.dumps(summaries))
+        Folder(job.run_dir, "--runs").write_text(SUMMARIES_FILE, json.dumps(summaries))

@@ -2,17 +2,17 @@
 
     <run>/checkpoints/NNNNNNNN-<first half of the sha256 of its bytes>.pt
 
-A file appears whole, under its digest; two are kept, so that a newest one that was damaged later costs some steps and
-not the run.
+On any storage a file appears whole, under its digest; two are kept, so that a newest one that was damaged later costs
+some steps and not the run.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import torch
 
 from etl.stage.errors import StageError
-from etl.stage.local_files import sync
+from etl.stage.folder import Folder
 from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
@@ -56,7 +56,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         identity: Mapping[str, str],
         every_steps: int,
         every_seconds: float,
@@ -73,17 +73,19 @@ class Checkpoints:
         Raises:
             StageError: it belongs to another training.
         """
-        for path in self._files():
-            try:
-                if _digest(path) != path.stem.partition("-")[2]:
-                    raise ValueError("its bytes are not those that were written")
-                raw = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.say(
-                    f"warning: checkpoint {path} is damaged, going on from the one before it, if there is one: {reason}"
-                )
-                continue
+        for name in self._files():
+            with self.folder.read_locally(name) as path:  # a store that does not answer is no damage
+                try:
+                    if _digest(path) != path.stem.partition("-")[2]:
+                        raise ValueError("its bytes are not those that were written")
+                    raw = torch.load(path, map_location="cpu", weights_only=True)
+                except Exception as error:
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    self.say(
+                        f"warning: checkpoint {self.folder.address_of(name)} is damaged, going on from the one before"
+                        f" it, if there is one: {reason}"
+                    )
+                    continue
             self._refuse_another(raw["identity"])
             state = TrainingState(**raw["state"]) if raw["state"] is not None else None
             return Checkpoint(raw["done"], raw["name"], state)
@@ -107,23 +109,19 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> None:
         state = vars(checkpoint.state) if checkpoint.state is not None else None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{os.getpid()}.tmp"
-            torch.save(
-                {"identity": self.identity, "done": checkpoint.done, "name": checkpoint.name, "state": state}, temporary
-            )
-            sync(temporary)
             files = self._files()
-            number = 1 + (int(files[0].stem.partition("-")[0]) if files else 0)
-            os.replace(temporary, self.folder / f"{number:08d}-{_digest(temporary)}.pt")
-            sync(self.folder)
+            number = 1 + (int(files[0].partition("-")[0]) if files else 0)
+            with self.folder.written(lambda path: f"{number:08d}-{_digest(path)}.pt") as path:
+                torch.save(
+                    {"identity": self.identity, "done": checkpoint.done, "name": checkpoint.name, "state": state}, path
+                )
             for old in self._files()[NEWEST:]:
-                old.unlink(missing_ok=True)
+                self.folder.forget(old)
         except OSError as error:
             self.say(f"warning: no checkpoint could be written, a restart would begin at the one before it: {error}")
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*-*.pt"), reverse=True)
+    def _files(self) -> list[str]:
+        return [name for name in reversed(self.folder.names()) if fnmatch(name, "[0-9]*-*.pt")]
 
     def _refuse_another(self, theirs: Mapping[str, str]) -> None:
         differing = sorted(name for name in {*theirs, *self.identity} if theirs.get(name) != self.identity.get(name))
@@ -132,7 +130,7 @@ class Checkpoints:
                 f"{name}: {_shown(theirs.get(name))} there, {_shown(self.identity.get(name))} now" for name in differing
             ]
             raise StageError(
-                f"{self.folder} holds checkpoints of another training:\n    " + "\n    ".join(lines),
+                f"{self.folder.address} holds checkpoints of another training:\n    " + "\n    ".join(lines),
                 "run it as it was, or train under another --attempt",
             )
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from etl.datasets.definition import DatasetDefinition
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError, kind_of
+from etl.stage.folder import Folder
 from etl.stage.identity import RUN_URL_VARIABLE
 from etl.stage.uris import without_secrets
 from etl.warehouse.store import Manifest, TableStore, code_version
@@ -211,28 +212,33 @@ def log_origin(
 
 
 class MetricsBuffer:
-    """Metrics of a run: appended to a local file first, then sent; what could not be sent is sent again by `flush`.
+    """Metrics of a run: what could not be sent waits in a file of the run's folder, and is sent again by `flush`.
+
+    A local file has them before they are sent; in an object store, where that would take time of every step, they are
+    written when MLflow does not take them.
 
     Args:
         run_id: the run; None when MLflow did not answer at the start (the metrics stay in the file).
-        path: JSON lines, {"key", "value", "step", "timestamp"}, only what MLflow does not have yet.
+        folder, name: of the run and its file: JSON lines, {"key", "value", "step", "timestamp"}, only what MLflow does
+            not have yet.
         say: takes a warning.
     """
 
-    def __init__(self, run_id: str | None, path: Path, say: Callable[[str], None] = log) -> None:
-        self.run_id, self.path, self.say = run_id, Path(path), say
+    def __init__(
+        self, run_id: str | None, folder: Folder, name: str = METRICS_FILE, say: Callable[[str], None] = log
+    ) -> None:
+        self.run_id, self.folder, self.name, self.say = run_id, folder, name, say
         self._server_down = run_id is None
-        self._pending: list[dict] = []
-        if self.path.exists():
-            self._pending = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+        text = folder.read_text(name)
+        self._in_file = text is not None
+        self._pending: list[dict] = [json.loads(line) for line in (text or "").splitlines() if line]
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics of one step; never raises for MLflow's sake."""
         now = int(time.time() * 1000)
         rows = [{"key": key, "value": float(value), "step": step, "timestamp": now} for key, value in metrics.items()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self._server_down or self.folder.is_local:
+            self._keep(rows)
         self._pending += rows
         if not self._server_down:
             self.flush()
@@ -247,7 +253,11 @@ class MetricsBuffer:
             self.send()
         except Exception as error:
             if not self._server_down:
-                self.say(f"warning: MLflow takes no metrics, keeping them in {self.path}: {_first_line(error)}")
+                where = self.folder.address_of(self.name)
+                self.say(f"warning: MLflow takes no metrics, keeping them in {where}: {_first_line(error)}")
+                if not self.folder.is_local:
+                    self.folder.forget(self.name)
+                    self._keep(self._pending)
             self._server_down = True
             return False
         self._server_down = False
@@ -267,7 +277,13 @@ class MetricsBuffer:
                 self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part]
             )
             self._pending = self._pending[len(part) :]
-        self.path.unlink(missing_ok=True)
+        if self._in_file:
+            self.folder.forget(self.name)
+            self._in_file = False
+
+    def _keep(self, rows: Sequence[dict]) -> None:
+        self.folder.append_text(self.name, "".join(json.dumps(row) + "\n" for row in rows))
+        self._in_file = True
 
 
 def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: Mapping[str, str]):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
-from etl.stage.local_files import replace_text
+from etl.stage.folder import Folder
 from etl.stage.worker_counts import worker_range
 from etl.warehouse.store import TableStore, code_version
 from training.config import TrainConfig, load_config
@@ -50,7 +51,7 @@ def main() -> None:
 def training_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of what every way to train has in common."""
     parser = partition_parser(description)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one writes <runs>/<attempt>/")
+    parser.add_argument("--runs", required=True, help="folder of runs, a path or URI; this one writes RUNS/<attempt>/")
     parser.add_argument("--config", default="default", help="name of a file in training/configs/")
     parser.add_argument("--models", default=None, help="comma list: train only these models of the configuration")
     parser.add_argument(
@@ -58,7 +59,7 @@ def training_parser(description: str | None) -> argparse.ArgumentParser:
         default="none",
         help=(
             "none; champion: begin with the weights of the model in service when it is of an earlier partition; or the "
-            "folder of a model package. New items get rows of their own behind the known ones"
+            "folder of a model package, a path or a URI. New items get rows of their own behind the known ones"
         ),
     )
     parser.add_argument("--seed", type=int, default=None, help="override the configuration's seed")
@@ -79,13 +80,13 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
         log_origin(run.info.run_id, flat(config.deciding), store, [store.require(table, args.dt) for table in TABLES])
-        warm_start = warm_start_package(args.warm_start, args.dataset, args.dt)
+        warm_start = _within_reach(warm_start_package(args.warm_start, args.dataset, args.dt), run_dir)
         job = Job(
             args.warehouse,
             args.dataset,
             args.dt,
             args.attempt,
-            str(run_dir),
+            run_dir.address,
             config,
             run.info.run_id,
             warm_start,
@@ -101,8 +102,18 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
         "mlflow_run_id": job.mlflow_run_id,
         "mlflow_experiment_id": run.info.experiment_id,
     }
-    replace_text(run_dir / "training.json", json.dumps(summary, indent=1))
-    log(f"trained {', '.join(summaries)}; packages in {run_dir / 'models'}")
+    run_dir.write_text("training.json", json.dumps(summary, indent=1))
+    log(f"trained {', '.join(summaries)}; packages in {run_dir.address_of('models')}")
+
+
+def _within_reach(package: str | None, run_dir: Folder) -> str | None:
+    """Return the address of a package to begin with that every worker reaches: those of a folder of runs in an object
+    store share no disk with this process."""
+    if package is None or "://" in package or run_dir.is_local:
+        return package
+    with run_dir.written_folder("warm_start") as copy:
+        shutil.copytree(package, copy, dirs_exist_ok=True)
+    return run_dir.address_of("warm_start")
 
 
 def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:

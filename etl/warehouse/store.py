@@ -35,14 +35,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from etl.stage.errors import StageError, kind_of
+from etl.stage.folder import OBJECT_STORES, Folder
 from etl.stage.local_files import sync
-from etl.stage.uris import without_secrets
+from etl.stage.uris import below
 from etl.warehouse.manifests import DataFile, Manifest
 from etl.warehouse.pointers import Moved, opened
 from etl.warehouse.schemas import TABLES, table_schema
 
 ROW_GROUP_ROWS = 1 << 20
-OBJECT_STORES = ("s3", "gcs", "abfs")  # names of Arrow's file systems that have keys, no folders
 SUPERSEDED = "_superseded"
 REQUESTS = 8  # small files that are read at once
 Found = TypeVar("Found")
@@ -96,20 +96,12 @@ def code_version() -> str:
     return done.stdout.strip() or "unknown"
 
 
-class TableStore:
+class TableStore(Folder):
     """All tables of one data set below one warehouse root (a local path or any URI that Arrow reads)."""
 
     def __init__(self, warehouse: str, dataset: str) -> None:
-        # Absolute: the executors of a cluster work in folders of their own.
-        self.warehouse = without_secrets(warehouse, "--warehouse") if "://" in warehouse else os.path.abspath(warehouse)
-        try:
-            self.fs, root = pafs.FileSystem.from_uri(self.warehouse)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise kind_of(error)(
-                f"the warehouse {warehouse} cannot be opened: {error}",
-                "give a path, or a URI such as s3://bucket/folder?region=eu-central-1",
-            ) from error
-        self.root = f"{root.rstrip('/')}/{dataset}"
+        super().__init__(below(warehouse, dataset), "--warehouse")
+        self.warehouse = warehouse if "://" in warehouse else os.path.abspath(warehouse)
         self.dataset = dataset
         self._tries: dict[str, Try] = {}  # by the path of their record
 
@@ -627,49 +619,6 @@ class TableStore:
     def input_name(self, manifest: Manifest) -> str:
         """Name of a partition among another manifest's `inputs`."""
         return f"{manifest.table}/dt={manifest.dt}"
-
-    # ---- small files ---------------------------------------------------------------------------------------------
-
-    def write_bytes(self, path: str, body: pa.Buffer | bytes, durable: bool = False) -> None:
-        """Write one small file below the data set's folder; a reader sees the old one or the whole new one.
-
-        Args:
-            durable: on a local disk, wait until it would survive a loss of power.
-        """
-        full = f"{self.root}/{path}"
-        self._make_dir(full.rsplit("/", 1)[0])
-        # Local file systems rename, object stores show an object only when complete.
-        local = isinstance(self.fs, pafs.LocalFileSystem)
-        target = f"{full}.{uuid.uuid4().hex}.tmp" if local else full
-        with self.fs.open_output_stream(target) as stream:
-            stream.write(body)
-        if local:
-            if durable:
-                sync(target)
-            os.replace(target, full)
-            if durable:
-                sync(full.rsplit("/", 1)[0])
-
-    def _make_dir(self, path: str) -> None:
-        """Make a folder where there are folders; an object store would take a request for each level of it."""
-        if self.fs.type_name not in OBJECT_STORES:
-            self.fs.create_dir(path, recursive=True)
-
-    def forget(self, path: str) -> None:
-        """Drop a small file below the dataset's folder, where it is there."""
-        if self.fs.get_file_info(f"{self.root}/{path}").type == pafs.FileType.File:
-            self.fs.delete_file(f"{self.root}/{path}")
-
-    def write_text(self, path: str, text: str, durable: bool = False) -> None:
-        self.write_bytes(path, text.encode(), durable)
-
-    def read_text(self, path: str) -> str | None:
-        """Return a small file below the data set's folder, None where there is none."""
-        full = f"{self.root}/{path}"
-        if self.fs.get_file_info(full).type != pafs.FileType.File:
-            return None
-        with self.fs.open_input_stream(full) as stream:
-            return stream.read().decode("utf-8", "replace")
 
 
 def require_one_day(attempt: str, dt: str, tries: Sequence[Try]) -> None:

@@ -2,8 +2,8 @@
 process.
 
 MLflow has no "move the alias only if it is still there". So one promotion of a folder of runs works at a time (a lock
-file), and the champion is asked for again right before the move: what another machine does within those milliseconds
-stays unseen.
+file, on a local disk), and the champion is asked for again right before the move: what another machine, or one of a
+folder in an object store, does within those milliseconds stays unseen.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
+from etl.stage.folder import Folder
 from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
-from evaluation.evaluate import judge_again, read_training, write_json
+from evaluation.evaluate import judge_again, package_of, read_evaluation, read_scores, read_training, write_json
 from evaluation.gate import Decision, anchor_after, quality_gate
 from evaluation.release.outcomes import PROMOTED, REFUSED, UNCHANGED, sentence
-from evaluation.release.register import read_evaluation, request_frame
+from evaluation.release.register import request_frame
 from training.data import Sequences
 from training.registry import ANCHOR, CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import run_folder
@@ -47,13 +48,15 @@ FRESH_PROCESS_SECONDS = 300
 
 def main() -> None:
     parser = partition_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
+    parser.add_argument(
+        "--runs", required=True, help="folder of runs, a path or URI; this one reads and writes RUNS/<attempt>/"
+    )
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
     with (
-        one_at_a_time(run_dir.parent / f".promotion_of_{args.dataset}.lock"),
+        _alone(Folder(args.runs, "--runs"), args.dataset),
         attempt_run(args.definition, args.dt, args.attempt, {}) as run,
     ):
         registry = Registry(args.dataset)
@@ -74,7 +77,8 @@ def main() -> None:
         "experiment_id": run.info.experiment_id,
     }
     write_json(
-        run_dir / "registration.json",
+        run_dir,
+        "registration.json",
         registration
         | {
             "aliases": aliases,
@@ -96,7 +100,7 @@ class _Promotion:
     registry: Registry
     store: TableStore
     args: argparse.Namespace
-    run_dir: Path
+    run_dir: Folder
     training: dict
     run_id: str
     version: str
@@ -185,10 +189,15 @@ class _Promotion:
             self.args.dt,
             self.run_dir,
             primary,
-            Path(self.training["models"][primary]["package"]),
+            self.training["models"][primary],
             self.registry,
             self.version,
         )
+
+
+def _alone(runs: Folder, dataset: str) -> AbstractContextManager[None]:
+    """Return what holds the lock of a folder of runs, where such a folder can have one."""
+    return one_at_a_time(Path(runs.root) / f".promotion_of_{dataset}.lock") if runs.is_local else nullcontext()
 
 
 def _name(version: str | None) -> str:
@@ -196,7 +205,7 @@ def _name(version: str | None) -> str:
 
 
 def mechanical_gate(
-    store: TableStore, dt: str, run_dir: Path, primary: str, package: Path, registry: Registry, version: str
+    store: TableStore, dt: str, run_dir: Folder, primary: str, summary: dict, registry: Registry, version: str
 ) -> Decision:
     """Load the registered artifact in a fresh process, with its own code, and compare its scores with the evaluation's.
 
@@ -204,9 +213,11 @@ def mechanical_gate(
         TryAgainError: it cannot be had now, or this machine has no time or memory for it: that says nothing of the
             artifact.
     """
-    requests, expected = _requests_to_compare(store, dt, run_dir / "scores.parquet", primary)
-    scorer = load_scorer(package)
-    expected.append(scorer.score_request(scorer.example_request()))
+    requests, expected = _requests_to_compare(store, dt, run_dir, primary)
+    with package_of(summary) as package:
+        scorer = load_scorer(package)
+        example = scorer.example_request()
+    expected.append(scorer.score_request(example))
     try:
         fresh = _score_in_fresh_process(f"models:/{registry.name}/{version}", requests, registry.uri)
     except subprocess.TimeoutExpired as error:
@@ -229,11 +240,13 @@ def mechanical_gate(
     return Decision(True, f"artifact in a fresh process gives the same {scores} scores within {worst:.1g}")
 
 
-def _requests_to_compare(store: TableStore, dt: str, scores: Path, primary: str) -> tuple[list[dict], list[np.ndarray]]:
+def _requests_to_compare(
+    store: TableStore, dt: str, run_dir: Folder, primary: str
+) -> tuple[list[dict], list[np.ndarray]]:
     """Return requests of some users of the partition, and the scores that the evaluation had for them."""
     items = store.read(store.require("items", dt))
     sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
-    evaluated = pq.read_table(scores, columns=["user_id", primary])
+    evaluated = read_scores(run_dir, ["user_id", primary])
     owner_T, column_T = evaluated["user_id"].to_numpy(), evaluated[primary].to_numpy()
     user_ids, first, count = np.unique(owner_T, return_index=True, return_counts=True)
     # Spread over the users, the one with the most targets among them.

@@ -13,9 +13,9 @@ from etl.quality.judge.outcomes import read_outcomes
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError
 from etl.warehouse.store import TableStore, code_version
-from evaluation.evaluate import read_training, write_json
+from evaluation.evaluate import package_of, read_evaluation, read_training, write_json
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
-from training.run_folder import result_of, run_folder
+from training.run_folder import run_folder
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,9 @@ LONG_LISTS = (
 
 def main() -> None:
     parser = partition_parser(__doc__)
-    parser.add_argument("--runs", required=True, help="folder of runs; this one reads and writes <runs>/<attempt>/")
+    parser.add_argument(
+        "--runs", required=True, help="folder of runs, a path or URI; this one reads and writes RUNS/<attempt>/"
+    )
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
@@ -43,7 +45,6 @@ def main() -> None:
         registry = Registry(args.dataset)
         version = registry.version_of_attempt(args.attempt, args.dt)
         if version is None:
-            package = Path(training["models"][training["primary"]]["package"])
             primary = next(row for row in evaluation["models"] if row["name"] == training["primary"])
             tags = {
                 ATTEMPT_TAG: args.attempt,
@@ -53,7 +54,6 @@ def main() -> None:
                 or store.require("sequences", args.dt).data_digest,
                 "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
                 "config_digest": training["config_digest"],
-                DIGEST_TAG: model_digest(package),
                 "simulated": str(args.definition.simulated).lower(),
                 "validation_status": "pending",
                 **_passes(store, args.dt, args.attempt),
@@ -63,7 +63,8 @@ def main() -> None:
                     if primary[metric] is not None
                 },
             }
-            with asking_mlflow():
+            with package_of(training["models"][training["primary"]]) as package, asking_mlflow():
+                tags[DIGEST_TAG] = model_digest(package)
                 _create_version(registry, run, package, training["primary"], tags)
             version = registry.version_of_attempt(args.attempt, args.dt)
             assert version is not None
@@ -77,17 +78,8 @@ def main() -> None:
             "run_id": run.info.run_id,
             "experiment_id": run.info.experiment_id,
         }
-    write_json(run_dir / "registration.json", registration)
+    write_json(run_dir, "registration.json", registration)
     log(f"{registry.name} version {version}: {', '.join(registration['aliases']) or 'no alias'}")
-
-
-def read_evaluation(run_dir: Path) -> dict:
-    """Return `evaluation.json` of an attempt.
-
-    Raises:
-        StageError: evaluation has not finished.
-    """
-    return result_of(run_dir, "evaluation.json", "run evaluation.evaluate with the same --attempt and --runs first")
 
 
 def request_frame(requests: list[dict]):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.datasets.definition import SIMULATED_MARKER, DatasetDefinition, built_in_names, dataset, definition_name
 from etl.datasets.definition_yaml import with_raw
@@ -32,6 +32,9 @@ from infra.local import database, services
 from infra.local.services import API_SERVER, DAG_PROCESSOR, SCHEDULER, Service
 from infra.local.supervisor import Watched
 from infra.options import OPTIONS
+
+if TYPE_CHECKING:
+    from etl.stage.folder import Folder
 
 WAITING = "awaiting_input"
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
@@ -315,8 +318,10 @@ class Run:
             print(f"\nrejected: a person refused to train on this partition; not run: {', '.join(skipped)}")
             print(f"  report         {self._report()}")
             return
-        folder = Path(settings.runs()) / self.attempt
-        evaluation, registration = _json(folder / "evaluation.json"), _json(folder / "registration.json")
+        from etl.stage.folder import Folder  # with Arrow, which the start of a run does not wait for
+
+        folder = Folder(settings.runs(), "LONGVIEW_RUNS").below(self.attempt)
+        evaluation, registration = _json(folder, "evaluation.json"), _json(folder, "registration.json")
         print(
             f"\n{self.dataset}  dt={self.dt}  attempt {self.attempt}"
             + ("   SIMULATED DATA" if evaluation.get("simulated") else "")
@@ -352,13 +357,13 @@ class Run:
             )
         print(f"  report         {self._report()}")
         print(f"  all partitions {settings.reports() / 'index.html'}")
-        print(f"  checkpoints    {folder}")
+        print(f"  checkpoints    {folder.address}")
         print("  Airflow and MLflow in the browser: make up")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(folder: Folder, name: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(folder.read_text(name) or "{}")
     return {}
 
 

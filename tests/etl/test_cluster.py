@@ -7,7 +7,6 @@ workers start outside the repository and without PYTHONPATH: what their executor
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import urllib.request
@@ -25,6 +24,7 @@ from etl.warehouse.partitions import Window
 from etl.warehouse.store import TableStore
 from tests import processes
 from tests.processes import Started, free_port, runs
+from tests.s3 import AWS, BUCKET, s3_server
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
@@ -33,10 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 NAME, DT, LOOKBACK_DAYS, BUCKETS = "kuairand_simulated", "2022-04-11", 5, 4
 DAYS = Window(DT, 2, LOOKBACK_DAYS).event_days
-BUCKET = "lake"
 FAST_JVM = "-XX:TieredStopAtLevel=1"  # these JVMs live for seconds
 # As in any environment with a role or a key; the server takes every key.
-AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 SPARK = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
 DEFAULTS = (
     f"spark.ui.enabled false\nspark.driver.extraJavaOptions {FAST_JVM}\nspark.executor.extraJavaOptions {FAST_JVM}\n"
@@ -133,27 +131,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory) -> Iterator[str]:
-    """An S3 server; yields what follows `s3://bucket/folder` in the URIs of its tables."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    before = {name: os.environ.get(name) for name in AWS}
-    os.environ.update(AWS)
-    try:
-        endpoint = f"127.0.0.1:{server.get_host_and_port()[1]}"
-        query = f"?scheme=http&endpoint_override={endpoint}&region=us-east-1&allow_delayed_open=true"
-        pafs.FileSystem.from_uri(f"s3://{BUCKET}{query}&allow_bucket_creation=true")[0].create_dir(BUCKET)
+def s3() -> Iterator[str]:
+    with s3_server() as query:
         yield query
-    finally:
-        server.stop()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 # ---- stages

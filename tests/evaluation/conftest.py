@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from etl.datasets.definition import dataset
+from etl.stage.folder import Folder
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
@@ -73,10 +74,11 @@ class Stages:
             model = Ranker(FieldSizes.of(vocabulary), ModelConfig(interest=name, codes=16)).eval()
             if model.coded is not None:
                 model.coded.quantizer.started.fill_(1)
-            package = run_folder(str(self.runs), dataset(DATASET), dt, attempt, "c0") / "models" / name
-            save_package(package, model, vocabulary, Cutoff(), example)
+            folder = run_folder(str(self.runs), dataset(DATASET), dt, attempt, "c0")
+            with folder.written_folder(f"models/{name}") as package:
+                save_package(package, model, vocabulary, Cutoff(), example)
             models[name] = {
-                "package": str(package),
+                "package": folder.address_of(f"models/{name}"),
                 "epochs": 1,
                 "best_epoch": 0,
                 "train_seconds": 1.0,
@@ -97,7 +99,7 @@ class Stages:
             "seed": seed,
             "mlflow_run_id": run_id,
         }
-        (self.runs / attempt / "training.json").write_text(json.dumps(training))
+        folder.write_text("training.json", json.dumps(training))
 
     def without_user_fields(self, dt: str = DT) -> None:
         """Publish the partition again as that of a data set which knows nothing of its users."""
@@ -133,7 +135,7 @@ class Stages:
         importlib.import_module(f"evaluation.{module}").main()
 
     def json(self, attempt: str, name: str) -> dict:
-        return json.loads((self.runs / attempt / f"{name}.json").read_text())
+        return json.loads(Folder(str(self.runs), "--runs").read_text(f"{attempt}/{name}.json") or "null")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from etl.datasets.definition import Retention, dataset
+from etl.stage.folder import Folder
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.store import Manifest, TableStore
 from evaluation import prune
@@ -22,13 +23,17 @@ def begun_ms(stages) -> int:
     return (stages.raw / "SIMULATED.json").stat().st_mtime_ns // 1_000_000
 
 
+def runs(stages) -> Folder:
+    return Folder(str(stages.runs), "--runs")
+
+
 def pruned(stages, days: int, **more) -> set[tuple[str, str]]:
     """Prune as in so many days; return (kind, name) of what went."""
     store, reports = TableStore(str(stages.warehouse), DATASET), stages.runs.parent / "reports"
     now_ms = begun_ms(stages) + days * MS_PER_DAY
     return {
         (one.kind, one.name)
-        for one in prune.prune(store, more.pop("definition", dataset(DATASET)), stages.runs, reports, now_ms, **more)
+        for one in prune.prune(store, more.pop("definition", dataset(DATASET)), runs(stages), reports, now_ms, **more)
     }
 
 
@@ -123,7 +128,7 @@ def test_a_folder_of_a_run_goes_in_one_step(stages, monkeypatch):
     pruned(stages, 31)
     assert not (stages.runs / "old").exists()
     monkeypatch.undo()
-    assert list(prune.prune_runs(stages.runs, DATASET, begun_ms(stages), (), False)) == []
+    assert list(prune.prune_runs(runs(stages), DATASET, begun_ms(stages), (), False)) == []
     assert list(stages.runs.iterdir()) == []
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from etl.stage.errors import StageError, TryAgainError
+from etl.stage.folder import Folder
+from etl.warehouse.store import TableStore
+from evaluation.evaluate import read_scores
 from evaluation.gate import Decision
+from evaluation.prune import prune_runs
 from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
+from tests.s3 import BUCKET, s3_server
 from training.registry import Registry
 
+MUCH_LATER_MS = 1 << 50
 FIRST, SECOND = f"{DATASET}-{DT}-00000000-c0", f"{DATASET}-{NEXT_DT}-00000000-c0"
 
 
@@ -39,7 +45,15 @@ def chain(stages, attempt, dt=DT, seed=1):
         stages.run(module, attempt, dt)
 
 
-def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, capsys):
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as query:
+        yield query
+
+
+def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stages, s3, lenient, capsys):
+    stages.runs = f"s3://{BUCKET}/runs{s3}"
+    runs = Folder(stages.runs, "--runs")
     chain(stages, FIRST)
     evaluation, registration = stages.json(FIRST, "evaluation"), stages.json(FIRST, "registration")
     assert [row["name"] for row in evaluation["models"]] == ["vql", "softmax_attention", "mean_pooling"]
@@ -49,8 +63,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert evaluation["rows"] == {"rows_read": 20, "events": 14, "duplicates": 4, "quarantined": 2}
     assert set(evaluation["paired"]) == {"vql_minus_softmax_attention", "vql_minus_mean_pooling"}
     assert evaluation["models"][0]["targets"] == 48 == sum(part["targets"] for part in evaluation["slices"])
-    scores = pq.read_table(stages.runs / FIRST / "scores.parquet")
-    assert scores.num_rows == 48
+    assert read_scores(runs.below(FIRST)).num_rows == 48
     assert "SIMULATED" in capsys.readouterr().out
     assert registration["gate"]["passed"], registration["gate"]
     assert "same" in registration["gate"]["reason"]
@@ -83,6 +96,13 @@ def test_first_promotion_with_the_fresh_process_and_its_retry(stages, lenient, c
     assert run.info.status == "RUNNING"  # the caches, which end the chain, have not been built
     assert run.data.metrics["vql/auc"] == pytest.approx(evaluation["models"][0]["auc"])
     assert run.data.tags["data.snapshot_digest"] == version.tags["data.snapshot_digest"]
+    stages.run("user_caches", FIRST)
+    assert TableStore(str(stages.warehouse), DATASET).require("user_caches", DT).rows == 12
+    # What is removed of it is counted, and nothing of it stays.
+    assert prune_runs(runs, DATASET, 0, (), False) == prune_runs(runs, "another", MUCH_LATER_MS, (), False) == []
+    assert prune_runs(runs, DATASET, MUCH_LATER_MS, (FIRST,), False) == []
+    [gone] = prune_runs(runs, DATASET, MUCH_LATER_MS, (), False)
+    assert gone.name == FIRST and gone.files > 20 and runs.files() == [] and runs.names() == []
 
 
 def test_scores_that_are_no_numbers_stop_the_evaluation_and_the_registration(stages):

@@ -10,6 +10,7 @@ import pytest
 
 from etl.datasets.definition import dataset
 from etl.stage.errors import EXIT_CORRECT, GateError, StageError, TryAgainError
+from etl.stage.folder import Folder
 from infra import settings
 from tests.waiting import wait_for
 from training.system_metrics import system_metrics
@@ -132,8 +133,8 @@ def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypat
 
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         run_id = run.info.run_id
-    file = tmp_path / "metrics.jsonl"
-    buffer = MetricsBuffer(run_id, file)
+    file, folder = tmp_path / "metrics.jsonl", Folder(str(tmp_path), "--runs")
+    buffer = MetricsBuffer(run_id, folder)
     buffer.log({"vql/loss": 0.9}, 0)
     assert not file.exists()
 
@@ -147,7 +148,7 @@ def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypat
         assert buffer.flush() is False
     assert capsys.readouterr().out.count("warning") == 1
     assert len(file.read_text().splitlines()) == 2
-    assert MetricsBuffer(run_id, file).flush()  # a later process sends what this one could not
+    assert MetricsBuffer(run_id, folder).flush()  # a later process sends what this one could not
     assert not file.exists()
     history = MlflowClient().get_metric_history(run_id, "vql/loss")
     assert [(metric.step, metric.value) for metric in history] == [(0, 0.9), (1, 0.8), (2, 0.7)]
@@ -157,7 +158,7 @@ def test_training_goes_on_without_mlflow(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, required=False) as run:
-        buffer = MetricsBuffer(run.info.run_id, tmp_path / "metrics.jsonl")
+        buffer = MetricsBuffer(run.info.run_id, Folder(str(tmp_path), "--runs"))
         buffer.log({"vql/loss": 0.9}, 0)
     assert run.info.run_id is None
     assert "going on without MLflow" in capsys.readouterr().out
@@ -176,7 +177,7 @@ def test_system_metrics_are_sampled_to_the_end_and_a_run_that_goes_on_counts_on(
         run_id = run.info.run_id
     file = tmp_path / "system_metrics.jsonl"
     for step in range(2):
-        with system_metrics(MetricsBuffer(run_id, file)):
+        with system_metrics(MetricsBuffer(run_id, Folder(str(tmp_path), "--runs"), file.name)):
             pass
         wait_for("sample", lambda step=step: samples(run_id) == list(range(step + 1)))  # on a busy machine it is later
     found = client_metrics(run_id)
@@ -206,7 +207,7 @@ def test_system_metrics_wait_for_a_server_that_is_away_and_none_fails_a_training
         return log_batch(*args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "log_batch", answers)
-    with system_metrics(MetricsBuffer(run_id, file)):
+    with system_metrics(MetricsBuffer(run_id, Folder(str(tmp_path), "--runs"), file.name)):
         wait_for("samples in the file", lambda: file.exists() and file.read_text().count("system/cpu_") > 2)
         away.clear()
         wait_for("samples in MLflow", lambda: "system/cpu_utilization_percentage" in client_metrics(run_id))
@@ -218,7 +219,7 @@ def test_system_metrics_wait_for_a_server_that_is_away_and_none_fails_a_training
         raise OSError("no /proc")
 
     monkeypatch.setattr(system_metrics_monitor.SystemMetricsMonitor, "collect_metrics", broken)
-    with system_metrics(MetricsBuffer(run_id, file)):
+    with system_metrics(MetricsBuffer(run_id, Folder(str(tmp_path), "--runs"), file.name)):
         pass
     said = "warning: no system metrics from here on: OSError: no /proc"
     wait_for("a warning, and no more", lambda: said in capsys.readouterr().out)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from etl.stage.errors import StageError
+from etl.stage.folder import Folder
 from tests.waiting import wait_for
 from training.config import TrainConfig
 from training.configs import tiny
@@ -22,7 +23,9 @@ def state(step: int) -> TrainingState:
 
 
 def checkpoints(folder, said: list[str], every_steps: int = 1, **identity: str) -> Checkpoints:
-    return Checkpoints(folder, {"configuration.seed": "7", **identity}, every_steps, 1e9, said.append)
+    return Checkpoints(
+        Folder(str(folder), "--runs"), {"configuration.seed": "7", **identity}, every_steps, 1e9, said.append
+    )
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_two_are_kept(tmp_path):
@@ -61,7 +64,7 @@ def test_another_training_is_refused_with_both_values(tmp_path):
             "configuration.models.mean_pooling.bf16: missing",
         ),
     ):
-        folder = tmp_path / line[-3:]
+        folder = Folder(str(tmp_path / line[-3:]), "--runs")
         Checkpoints(folder, flat(config.deciding, "configuration"), 1, 1, print).write(Checkpoint({}, "vql", state(1)))
         with pytest.raises(StageError) as refused:
             Checkpoints(folder, flat(other.deciding, "configuration"), 1, 1, print).newest()

@@ -27,9 +27,11 @@ from mlflow import MlflowClient
 
 import training.ray_workers
 from etl.stage.errors import StageError, TryAgainError
+from etl.stage.folder import Folder
 from etl.warehouse.schemas import schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, free_port, runs, start
+from tests.s3 import BUCKET, s3_server
 from tests.training.conftest import DT, random_partition
 from tests.waiting import PATIENCE_S, wait_for
 from training.configs import tiny
@@ -125,21 +127,28 @@ def check_same_models(one: Path, other: Path) -> None:
             assert torch.allclose(weight.float(), weights[1][key].float(), rtol=1e-3, atol=1e-3), (name, key)
 
 
-def checkpoints(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "runs" / "t" / "checkpoints").glob("*.pt"))
+def checkpoints(runs: Path | str) -> list[str]:
+    folder = Folder(str(runs), "--runs").below("t/checkpoints")
+    return [name for name in folder.names() if name.endswith(".pt")]
 
 
 def killed(
-    tmp_path: Path, warehouse: str, workers: str, newer_than: int, whom: Callable[[Started], list[psutil.Process]]
+    tmp_path: Path,
+    warehouse: str,
+    workers: str,
+    newer_than: int,
+    whom: Callable[[Started], list[psutil.Process]],
+    runs: str = "",
 ) -> Started:
     """Start a training and SIGKILL some of its processes once a checkpoint newer than a number is there."""
-    words, env = command(tmp_path, warehouse, "--workers", workers)
+    runs = runs or str(tmp_path / "runs")
+    words, env = command(tmp_path, warehouse, "--workers", workers, "--runs", runs)
     running = start(words, tmp_path / "log", ROOT, env)
     wait_for(
         "checkpoint",
         lambda: (
             running.process.poll() is not None
-            or any(int(path.stem.split("-")[0]) > newer_than for path in checkpoints(tmp_path))
+            or any(int(name.split("-")[0]) > newer_than for name in checkpoints(runs))
         ),
         every=0.01,
     )
@@ -177,18 +186,23 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
 
 
 @pytest.mark.slow
-def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, warehouse):
+def test_a_training_on_s3_killed_at_any_moment_goes_on_to_the_bits_of_one_on_a_disk(tmp_path, warehouse):
     whole = tmp_path / "whole"
     whole.mkdir()
     check_run(whole, train(whole, warehouse, "--workers", "0"))
-    for after in (0, 2, 5):
-        killed(tmp_path, warehouse, "0", after, lambda running: running.family()).process.wait()
-    newest = checkpoints(tmp_path)[-1]
-    os.truncate(newest, newest.stat().st_size // 2)
-    done = train(tmp_path, warehouse, "--workers", "0")
-    check_run(tmp_path, done)
-    assert f"checkpoint {newest} is damaged" in done.stdout and "going on with" in done.stdout
-    assert len(checkpoints(tmp_path)) <= 2
+    with s3_server() as query:
+        runs = f"s3://{BUCKET}/runs{query}"
+        folder = Folder(runs, "--runs").below("t")
+        for after in (0, 2, 5):
+            killed(tmp_path, warehouse, "0", after, lambda running: running.family(), runs).process.wait()
+        done = train(tmp_path, warehouse, "--workers", "0", "--runs", runs)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert "going on with" in done.stdout or done.stdout.count(" epoch ") < 6  # not from the beginning
+        assert len(checkpoints(runs)) <= 2
+        with folder.read_locally() as copy:
+            shutil.copytree(copy, tmp_path / "runs" / "t")
+        lines = (tmp_path / "runs" / "t" / "progress.log").read_text()
+        assert all(line in lines for line in done.stdout.splitlines() if " epoch " in line)
     assert bits(tmp_path) == bits(whole)
 
 
