@@ -103,7 +103,8 @@ def suspend(pid: int) -> None:
     """Stop a process and all that is below it: it hangs."""
     service = psutil.Process(pid)
     for process in [service, *service.children(recursive=True)]:  # MLflow's answers come from a child
-        process.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one of PostgreSQL's may just end
+            process.suspend()
 
 
 def test_a_run_goes_on_when_the_database_ends_and_when_it_or_services_hang(stack):

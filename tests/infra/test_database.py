@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from infra import settings
 from infra.airflow_api import InfraError
 from infra.local import database, services, stack, supervisor
+from tests.processes import runs
 from tests.waiting import wait_for
 
 
@@ -198,13 +199,15 @@ def test_a_server_that_hangs_is_started_again_and_one_that_has_no_room_is_not(ho
         watch.look(0.0)
         return pid_of_server()
 
+    [checkpointer] = wait_for(
+        "checkpointer", lambda: [child for child in server.children() if runs(child, "checkpointer")]
+    )
     engine, connections = sa.create_engine(settings.postgres_address("airflow"), poolclass=sa.NullPool), []
     with pytest.raises(sa.exc.OperationalError, match="FATAL"):
         for _ in range(5):
             connections.append(engine.connect())
     assert look() == pid
     server.suspend()
-    [checkpointer] = [child for child in server.children() if "checkpointer" in " ".join(child.cmdline())]
     checkpointer.suspend()  # which then does not see the end of the server
     assert connections[0].execute(sa.text("SELECT 1")).scalar_one() == 1
     assert look() != pid
