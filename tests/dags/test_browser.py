@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from etl.stage.errors import EXIT_CORRECT, EXIT_GATE
 from tests.dags.test_scheduler import APPROVAL, DAG_ID, DAG_PATH, Project, of
 from tests.dags.ui import browser
 from tests.waiting import wait_for
@@ -28,8 +29,7 @@ DAYS = ["2022-04-18", "2022-04-19", "2022-04-20"]
 def project(tmp_path_factory):
     made = Project(tmp_path_factory.mktemp("browser"))
     (made.root / "gates").touch()  # the gates keep what they found
-    up = made.python("-m", "infra.local.stack", "up")
-    assert up.returncode == 0, up.stdout + up.stderr
+    made.up()
     yield made
     made.python("-m", "infra.local.stack", "down")
 
@@ -155,19 +155,24 @@ def test_each_task_of_a_finished_run_can_be_cleared_alone_and_goes_on_in_its_att
     # The whole run, and its first task alone, begin anew.
     everything = tuple(project.states(run))
     again = attempt_of(cleared(project, run, lambda: ui.clear_run(DAG_ID, run_id), *everything))
-    last = attempt_of(cleared(project, run, lambda: ui.clear_task(DAG_ID, run_id, "start"), *everything))
+    ui.clear_task(DAG_ID, run_id, "start")
+    wait_for("its work", (project.root / "calls.jsonl").exists)
+    project.stop(run)
+    last = attempt_of(project.calls())
     assert len({attempt, again, last}) == 3
 
 
 @pytest.mark.parametrize(
-    "module, task, whole_run",
+    "module, code, task, whole_run",
     [
-        ("etl.jobs.sequences", "sequences.build_sequences", True),
-        ("evaluation.release.promote", "register.promote_model", False),
+        ("etl.quality.judge.audit", EXIT_GATE, "ingest.audit_events", False),  # let through, it judges once more
+        ("evaluation.release.promote", EXIT_CORRECT, "register.promote_model", True),
     ],
 )
-def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(project, ui, module, task, whole_run):
-    project.fault(module, 2, once=False)
+def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(
+    project, ui, module, code, task, whole_run
+):
+    project.fault(module, code, once=False)
     run_id = ui.trigger(DAG_ID, dt="2022-04-21")
     run = path_of(run_id)
     assert project.ended(run) == "failed"
