@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,12 @@ def test_no_test_has_limits_of_its_own_or_reads_a_clock(path: Path) -> None:
             ):
                 found.append(f"line {node.lineno}: time.{node.func.attr}()")
     assert found == []
+
+
+@pytest.mark.parametrize("page", sorted((TESTS.parent / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page.read_text()):
+        file = path or file
+        if path or name:
+            assert (f"def {name}(" if name else "") in (TESTS.parent / file).read_text(), f"{file}::{name}"
