@@ -162,7 +162,7 @@ def test_what_ends_is_started_again_and_all_ends_with_the_supervisor(monkeypatch
             "an answer of another",
             lambda: services.running_pid(deaf) not in (None, hangs) and services.http_ok(f"http://127.0.0.1:{port}/"),
         )
-        assert re.search(rf"deaf \(process {hangs}\) has given no sign of life for \d s; killed", log.read_text())
+        assert re.search(rf"deaf \(process {hangs}\) has given no sign of life for \d+ s; killed", log.read_text())
         assert re.search(rf"deaf \(process {hangs}\) ended with code -9; started again in", log.read_text())
     finally:
         supervisor.send_signal(end)
