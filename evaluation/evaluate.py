@@ -38,6 +38,8 @@ from training.tracking import ATTEMPT_TAG, METRICS_FILES, MetricsBuffer, asking_
 RESAMPLES = 200
 SCORES_FILE = "scores.parquet"
 TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
+# Of each model, in MLflow: `normalised_entropy`, `ece` and `expected_ratio` say whether its probabilities can be used.
+LOGGED = (*Bootstrap.METRICS, "auc_low", "auc_high", "normalised_entropy", "ece", "expected_ratio")
 ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 
 
@@ -373,9 +375,10 @@ def log_to_mlflow(
     with run_dir.written("evaluation.png") as plot:
         _plot(evaluation, targets, scores, plot)
     metrics = {
-        f"{row['name']}/{metric}": row[metric]
+        f"{row['name']}/{metric}": value
         for row in _rows(evaluation)
-        for metric in (*Bootstrap.METRICS, "auc_low", "auc_high")
+        for metric, value in (row | row["calibration"]).items()
+        if metric in LOGGED
     }
     metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
     metrics |= {"best_auc": evaluation["best_auc"]}

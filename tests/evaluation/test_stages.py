@@ -94,7 +94,11 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert len(Registry(DATASET).client.search_model_versions(f"name = 'vql_{DATASET}'")) == 1
     run = Registry(DATASET).client.get_run(registration["run_id"])
     assert run.info.status == "RUNNING"  # the caches, which end the chain, have not been built
-    assert run.data.metrics["vql/auc"] == pytest.approx(evaluation["models"][0]["auc"])
+    [vql, *_] = evaluation["models"]
+    assert run.data.metrics["vql/auc"] == pytest.approx(vql["auc"])
+    assert run.data.metrics["vql/normalised_entropy"] == pytest.approx(vql["normalised_entropy"])
+    for name in ("ece", "expected_ratio"):
+        assert run.data.metrics[f"vql/{name}"] == pytest.approx(vql["calibration"][name])
     assert run.data.tags["data.snapshot_digest"] == version.tags["data.snapshot_digest"]
     stages.run("user_caches", FIRST)
     assert TableStore(str(stages.warehouse), DATASET).require("user_caches", DT).rows == 12
