@@ -2,7 +2,8 @@
 says.
 
 They run in the pages' order, each in what those before it left. `RULES` says of each what it needs and what has to come
-of it; a command without a rule fails. The figures do not matter here, so the tiny configuration trains. `make readme`
+of it; a command without a rule fails. The figures do not matter here, so the tiny configuration trains, and but for the
+first run and the one on real rows by one worker. `make readme`
 runs them.
 """
 
@@ -208,7 +209,7 @@ def download(home: Home, command: str) -> None:
 
 
 def downloaded(home: Home, command: str) -> None:
-    home.registers(command, "vql_kuairand_1k")
+    home.registers(command, "vql_kuairand_1k", WORKERS="1")
 
 
 def real(home: Home, command: str) -> None:
@@ -222,12 +223,12 @@ def real(home: Home, command: str) -> None:
 
 def taobao(home: Home, command: str) -> None:
     user_behaviour(home.folder / "taobao", small_logs(home.folder))
-    home.registers(command.replace("/data/taobao", str(home.folder / "taobao")), "vql_taobao")
+    home.registers(command.replace("/data/taobao", str(home.folder / "taobao")), "vql_taobao", WORKERS="1")
 
 
 def buildroot(home: Home, command: str) -> None:
     absent("../shared/data/gitlog_buildroot")
-    home.registers(command, "vql_buildroot", LOOKBACK_DAYS="1000")  # of 9,010: a partition of each day is published
+    home.registers(command, "vql_buildroot", WORKERS="1", LOOKBACK_DAYS="1000")  # of 9,010 published days
 
 
 def up(home: Home, command: str) -> None:
