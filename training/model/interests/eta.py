@@ -32,9 +32,9 @@ class Eta(Retrieval):
         super().__init__(config, static_width)
         self.register_buffer("planes_DB", torch.randn(config.width, BITS))
 
-    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout], Tensor]:
+    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout, Tensor], Tensor]:
         # With signs as +1 and -1 a product counts equal bits less different ones: a GPU does it as it does any product.
         sign_N1B = torch.where(self.keys(items.static_NS).flatten(1).float() @ self.planes_DB > 0, 1.0, -1.0)[:, None]
         target_T1B = sign_N1B.index_select(0, targets.item_T)
         event_E1B = sign_N1B.index_select(0, events.item_E)
-        return lambda layout: layout.targets(target_T1B) @ layout.events(event_E1B).transpose(2, 3)
+        return lambda layout, _: layout.targets(target_T1B) @ layout.events(event_E1B).transpose(2, 3)

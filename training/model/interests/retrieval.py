@@ -30,8 +30,11 @@ class Retrieval(Attention):
         if config.search_k < 1:
             raise StageError(f"{config.interest} without a search_k reads nothing", "set search_k, for example 100")
 
-    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout], Tensor]:
-        """Return what gives r for the pairs of a layout: [H, N, P, B], or [1, N, P, B] for one search for all heads."""
+    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout, Tensor], Tensor]:
+        """Return what gives r for the pairs of a layout, and their exact logits [H, N, P, B].
+
+        That is [H, N, P, B], or [1, N, P, B] for one search for all heads.
+        """
         raise NotImplementedError
 
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
@@ -42,10 +45,10 @@ class Retrieval(Attention):
         def attended(layout: Layout) -> Tensor:
             if not len(layout.event_NB):
                 return query_THd.new_zeros(len(layout.slot_T), *query_THd.shape[1:])
-            with torch.no_grad():
-                score_HNPB = search(layout).masked_fill(~layout.visible(targets), float("-inf"))
-                chosen_HNPB = highest(layout, score_HNPB, self.config.search_k)
             logit_HNPB = self.logits(layout, query_THd, key_EHd, events, targets)
+            with torch.no_grad():
+                score_HNPB = search(layout, logit_HNPB).masked_fill(~layout.visible(targets), float("-inf"))
+                chosen_HNPB = highest(layout, score_HNPB, self.config.search_k)
             logit_HNPB = logit_HNPB.masked_fill(~chosen_HNPB, float("-inf"))
             return softmax_over_blocks(layout, logit_HNPB, layout.events(events.value_EHd), query_THd.dtype)
 

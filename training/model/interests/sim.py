@@ -28,10 +28,10 @@ from training.model.passes import by_layout
 class SimHard(Retrieval):
     """The newest events of the target's categories."""
 
-    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout], Tensor]:
+    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout, Tensor], Tensor]:
         shared = shared_category(items, events, targets)
         nothing = items.static_NS.new_zeros(())
-        return lambda layout: nothing.masked_fill(~shared(layout)[None], float("-inf"))
+        return lambda layout, _: nothing.masked_fill(~shared(layout)[None], float("-inf"))
 
 
 class SimSoft(Retrieval):
@@ -43,9 +43,9 @@ class SimSoft(Retrieval):
         self.to_target = nn.Linear(static_width, config.width, bias=False)
         self.predict = nn.Sequential(nn.Linear(2 * config.width, config.width), nn.ReLU(), nn.Linear(config.width, 1))
 
-    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout], Tensor]:
+    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout, Tensor], Tensor]:
         searched_T1D, searched_E1D = self.searched(items, events, targets)
-        return lambda layout: layout.targets(searched_T1D) @ layout.events(searched_E1D).transpose(2, 3)
+        return lambda layout, _: layout.targets(searched_T1D) @ layout.events(searched_E1D).transpose(2, 3)
 
     def searched(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
         target_ND, event_ND = self.to_target(items.static_NS), self.to_event(items.static_NS)

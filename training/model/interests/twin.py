@@ -23,7 +23,5 @@ from training.model.interests.retrieval import Retrieval
 class Twin(Retrieval):
     """Exact attention over the events of its own highest logits."""
 
-    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout], Tensor]:
-        query_THd = self.queries(items.static_NS).index_select(0, targets.item_T)
-        key_EHd = self.keys(items.static_NS).index_select(0, events.item_E)
-        return lambda layout: self.logits(layout, query_THd, key_EHd, events, targets)
+    def search(self, items: Items, events: Events, targets: Targets) -> Callable[[Layout, Tensor], Tensor]:
+        return lambda _, logit_HNPB: logit_HNPB
