@@ -71,8 +71,7 @@ class Rows:
     @staticmethod
     def read(store: TableStore, dt: str) -> Rows:
         of_sequences, of_items = store.require("sequences", dt), store.require("items", dt)
-        settings, most_events = of_sequences.settings, int(of_sequences.settings["max_events"])
-        cutoff = Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), most_events)
+        cutoff, most_events = Cutoff.of_settings(of_sequences.settings), int(of_sequences.settings["max_events"])
         digests = {"sequences": of_sequences.data_digest, "items": of_items.data_digest}
         return Rows(store.read(of_items), store.read(of_sequences), cutoff, most_events, digests)
 

@@ -238,8 +238,7 @@ def load_training_data(
     """
     store = TableStore(warehouse, dataset)
     manifest, of_items = store.require("sequences", dt), store.require("items", dt)
-    items, settings = store.read(of_items), manifest.settings
-    cutoff = Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), int(settings["max_events"]))
+    items, cutoff = store.read(of_items), Cutoff.of_settings(manifest.settings)
     sequences = Sequences.from_arrow(store.read(manifest), cutoff.max_events)
     digests = {"data of sequences": manifest.data_digest, "data of items": of_items.data_digest}
     return TrainingData.of(sequences, items, config, known), items, cutoff, digests

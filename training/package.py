@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ class Cutoff:
     kind: str = "event"
     availability_lag_ms: int = 0
     max_events: int | None = None
+
+    @staticmethod
+    def of_settings(settings: Mapping[str, Any]) -> Cutoff:
+        """Return the rule by which a published partition of sequences was built: the settings of its manifest."""
+        return Cutoff(str(settings["cutoff"]), int(settings["availability_lag_ms"]), int(settings["max_events"]))
 
     def of(self, target_time_ms: np.ndarray) -> np.ndarray:
         """Return the times before which an event has to lie, int64 [T]."""
