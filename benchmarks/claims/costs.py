@@ -20,6 +20,7 @@ from etl.warehouse.partitions import MS_PER_DAY
 from training.model.attention import cache_attention, event_attention
 from training.model.blocks import Layout, block_attention
 from training.model.cache import build_cache, stored, to_sparse
+from training.model.fused import Seen
 from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import CodedHistory, index_events, refined_cache_part
@@ -142,7 +143,9 @@ def _peak(lengths: list[int], device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        parts = [block_attention(layout, query_THd, key_EHd, value_EHd, times, at, ends, kernel) for layout in layouts]
+        parts = [
+            block_attention(layout, query_THd, key_EHd, value_EHd, Seen(times, at, ends), kernel) for layout in layouts
+        ]
         out = torch.cat(parts)
     F.mse_loss(out, torch.zeros_like(out)).backward()
     return torch.cuda.max_memory_allocated() if device == "cuda" else sum(saved.values())

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.model.attention import CodedKeys, combine, event_attention, event_part, window_part
-from training.model.blocks import Layout, block_attention
+from training.model.blocks import Exact, Layout, block_attention
+from training.model.fused import Seen
 from training.model.history import one_user
 from training.model.kernel import MixtureKernel
 from training.model.refined import refined_event_part
@@ -63,7 +64,9 @@ def one_by_one(attend, starts):
 def test_all_users_at_once_are_each_user_alone_with_equal_gradients(users, seed, half_lives, block, tile, most_pairs):
     query, key, value, times, at, end, _, _, kernel, starts = problem(users, seed, half_lives)
     layouts = Layout.of(*starts, query.device, block, tile, most_pairs)
-    together = torch.cat([block_attention(layout, query, key, value, times, at, end, kernel) for layout in layouts])
+    together = torch.cat(
+        [block_attention(layout, query, key, value, Seen(times, at, end), kernel) for layout in layouts]
+    )
     alone = one_by_one(
         lambda e, t: event_attention(query[t], key[e], *one_user(value[e], times[e], at[t], end[t]), kernel), starts
     )
@@ -107,7 +110,7 @@ def test_recent_window_and_refined_codes_are_those_of_each_user_alone(users, see
 
     (layout,) = Layout.of(*starts, query.device, block=4, tile=3)
     together = block_attention(
-        layout, query, hard, value, times, at, end, kernel, exact_EHd=key, exact_from_T=tail, refine=refine
+        layout, query, hard, value, Seen(times, at, end, exact_from_T=tail), kernel, Exact(key, refine)
     )
     assert torch.allclose(together, one_by_one(alone, starts), atol=1e-11)
 
@@ -123,5 +126,5 @@ def test_the_number_of_rows_follows_the_events_and_not_the_longest_history():
 def test_users_without_events_or_without_targets_are_no_error(users):
     query, key, value, times, at, end, *_, starts = problem(users, 0, ())
     (layout,) = Layout.of(*starts, query.device)
-    out = block_attention(layout, query, key, value, times, at, end, None)
+    out = block_attention(layout, query, key, value, Seen(times, at, end), None)
     assert out.shape == query.shape and not out.any()

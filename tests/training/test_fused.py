@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from training.model import fused as fused_module
-from training.model.blocks import Layout, block_attention
+from training.model.blocks import Exact, Layout, block_attention
 from training.model.fused import Seen, Work, fused_attention
 from training.model.fused_rows import Places, gathered, normalised
 from training.model.kernel import MixtureKernel
@@ -46,11 +46,9 @@ class Case:
     weight: torch.Tensor
 
 
-def case(
-    users=USERS, half_lives=(2.0, 180.0), seed=SEED, heads=2, width=16, days=400, first=False, window=None
-) -> Case:
-    print("seed", seed)
-    generator = torch.Generator().manual_seed(seed)
+def case(users=USERS, half_lives=(2.0, 180.0), heads=2, width=16, days=400, first=False, window=None) -> Case:
+    print("seed", SEED)
+    generator = torch.Generator().manual_seed(SEED)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     normal = lambda rows: F.layer_norm(rows, (width,)) * width**-0.25  # noqa: E731
     events, targets = (sum(counts) for counts in zip(*users, strict=True))
@@ -100,10 +98,8 @@ def plain(made: Case) -> dict[str, torch.Tensor]:
     made, seen = on_device(made), on_device(made).seen
 
     def attend(query, key, value, exact, kernel):
-        more = {} if seen.exact_from_T is None else {"exact_EHd": exact, "exact_from_T": seen.exact_from_T}
-        given = query, key, value, seen.event_ms_E, seen.target_ms_T, seen.end_T, kernel
-        layouts = Layout.of(*made.starts, DEVICE)
-        return torch.cat([block_attention(layout, *given, first_T=seen.first_T, **more) for layout in layouts])
+        given = query, key, value, seen, kernel, None if seen.exact_from_T is None else Exact(exact)
+        return torch.cat([block_attention(layout, *given) for layout in Layout.of(*made.starts, DEVICE)])
 
     return outputs(attend, made, torch.float64)
 

@@ -48,9 +48,9 @@ class Case:
     weight: torch.Tensor
 
 
-def case(users=USERS, half_lives=(2.0, 180.0), heads=2, groups=2, width=16, codes=11, days=400, seed=SEED) -> Case:
-    print("seed", seed)
-    generator = torch.Generator().manual_seed(seed)
+def case(users=USERS, half_lives=(2.0, 180.0), heads=2, groups=2, width=16, codes=11, days=400) -> Case:
+    print("seed", SEED)
+    generator = torch.Generator().manual_seed(SEED)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     whole = lambda high, count: torch.randint(0, max(1, int(high)), (count,), generator=generator)  # noqa: E731
     events, targets, _ = (sum(counts) for counts in zip(*users, strict=True))
@@ -101,8 +101,7 @@ def outputs(attend, made: Case, dtype) -> dict[str, torch.Tensor]:
 
 def plain(made: Case) -> dict[str, torch.Tensor]:
     def attend(query, hard, value, kernel):
-        seen = made.seen
-        given = query, hard[made.item], value, seen.event_ms_E, seen.target_ms_T, seen.end_T, kernel
+        given = query, hard[made.item], value, made.seen, kernel
         return torch.cat([block_attention(layout, *given) for layout in Layout.of(*made.starts, DEVICE)])
 
     return outputs(attend, made, torch.float64)

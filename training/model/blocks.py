@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from etl.warehouse.partitions import MS_PER_DAY
+from training.model.fused import Seen
 from training.model.history import Targets
 from training.model.kernel import MixtureKernel
 
@@ -128,28 +130,31 @@ class Layout:
         return total_HXPx.flatten(1, 2).index_select(1, self.slot_T).transpose(0, 1)
 
 
+class Exact(NamedTuple):
+    """Keys that are not at their codewords.
+
+    Attributes:
+        key_EHd: used for events from `Seen.exact_from_T` on, the exact recent window; without that, none is recent.
+        refine: so many events of the highest quantized logits before it have them, too, newer ones first among equals.
+    """
+
+    key_EHd: Tensor
+    refine: int = 0
+
+
 def block_attention(
     layout: Layout,
     query_THd: Tensor,
     key_EHd: Tensor,
     value_EHd: Tensor,
-    event_time_ms_E: Tensor,
-    target_time_ms_T: Tensor,
-    end_T: Tensor,
+    seen: Seen,
     kernel: MixtureKernel | None,
-    *,
-    first_T: Tensor | None = None,
-    exact_EHd: Tensor | None = None,
-    exact_from_T: Tensor | None = None,
-    refine: int = 0,
+    exact: Exact | None = None,
 ) -> Tensor:
-    """Softmax attention of every target over the events `first` (default 0) to `end` of its user, exact for every
-    target.
+    """Softmax attention of every target over the events that it sees, exact for every target.
 
     Args:
         key_EHd: keys of the events, at their codewords in VQL.
-        exact_EHd: exact keys, used for events from place `exact_from` on (exact recent window) and for the `refine`
-            events of the highest quantized logits before it, newer ones first among equals.
 
     Returns:
         the layout's targets, [T, H, d] in the queries' precision; zeros for a target that may see no event.
@@ -160,19 +165,21 @@ def block_attention(
     logit_HNPB = (query_HNPd @ layout.events(key_EHd).transpose(2, 3)).to(query_THd.dtype)
     bias_HNPB = None
     if kernel is not None:
-        age_NPB = age_days_of_pairs(layout, event_time_ms_E, target_time_ms_T, query_THd.dtype)
+        age_NPB = age_days_of_pairs(layout, seen.event_ms_E, seen.target_ms_T, query_THd.dtype)
         bias_HNPB = kernel.log_kernel_of_age(age_NPB[None]).to(logit_HNPB.dtype)
-    hidden_NPB = ~layout.seen(end_T)
-    if first_T is not None:
-        hidden_NPB = hidden_NPB | layout.seen(first_T)
-    if exact_EHd is not None:
-        exact_HNPB = (query_HNPd @ layout.events(exact_EHd).transpose(2, 3)).to(query_THd.dtype)
-        coarse_NPB = ~hidden_NPB if exact_from_T is None else ~hidden_NPB & layout.seen(exact_from_T)
+    hidden_NPB = ~layout.seen(seen.end_T)
+    if seen.first_T is not None:
+        hidden_NPB = hidden_NPB | layout.seen(seen.first_T)
+    if exact is not None:
+        exact_HNPB = (query_HNPd @ layout.events(exact.key_EHd).transpose(2, 3)).to(query_THd.dtype)
+        coarse_NPB = ~hidden_NPB if seen.exact_from_T is None else ~hidden_NPB & layout.seen(seen.exact_from_T)
         chosen_HNPB = ~coarse_NPB[None]
-        if refine:
+        if exact.refine:
             with torch.no_grad():
                 score_HNPB = logit_HNPB if bias_HNPB is None else logit_HNPB + bias_HNPB
-                chosen_HNPB = chosen_HNPB | highest(layout, score_HNPB.masked_fill(~coarse_NPB, float("-inf")), refine)
+                chosen_HNPB = chosen_HNPB | highest(
+                    layout, score_HNPB.masked_fill(~coarse_NPB, float("-inf")), exact.refine
+                )
         logit_HNPB = torch.where(chosen_HNPB, exact_HNPB, logit_HNPB)
     if bias_HNPB is not None:
         logit_HNPB = logit_HNPB + bias_HNPB

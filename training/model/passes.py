@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from training.model import fused, fused_codes
 from training.model.attention import Attended, CodedKeys, combine, event_attention, event_part, window_part
-from training.model.blocks import Layout, block_attention
+from training.model.blocks import Exact, Layout, block_attention
 from training.model.factored import bounded_factored_attention, factored_attention, prefers_factored
 from training.model.fused_rows import Places, gathered
 from training.model.history import Events, Targets, each_user
@@ -86,28 +85,18 @@ def in_blocks(
     """
     # Every distinct item was projected and searched once; its key is copied to its events here and nowhere earlier.
     exact_EHd = keys.exact_NHd.index_select(0, events.item_E)
-    key_EHd, first_T = exact_EHd, targets.bound_T
-    more: dict[str, Any] = {}
+    key_EHd, first_T, exact_from_T = exact_EHd, targets.bound_T, None
     recent_T = (targets.end_T - softmax.recent_window).clamp(min=0)
     if softmax.window_alone:
         first_T = recent_T if first_T is None else torch.maximum(recent_T, first_T)
     elif keys.codes_NG is not None:
         key_EHd = keys.hard_NHd.index_select(0, events.item_E)
         if softmax.recent_window or softmax.refine_k:
-            more = {"exact_EHd": exact_EHd, "exact_from_T": recent_T, "refine": softmax.refine_k}
-    times = events.time_ms_E, targets.time_ms_T
+            exact_from_T = recent_T
+    seen = fused.Seen(events.time_ms_E, targets.time_ms_T, targets.end_T, first_T, exact_from_T)
+    exact = None if exact_from_T is None else Exact(exact_EHd, softmax.refine_k)
     return by_layout(
-        lambda layout: attention(
-            layout,
-            query_THd,
-            key_EHd,
-            events.value_EHd,
-            *times,
-            targets.end_T,
-            softmax.kernel,
-            first_T=first_T,
-            **more,
-        ),
+        lambda layout: attention(layout, query_THd, key_EHd, events.value_EHd, seen, softmax.kernel, exact),
         events,
         targets,
     )
