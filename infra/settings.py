@@ -27,6 +27,9 @@ POOLS = {"spark": (1, "jobs that start a Spark session"), "training": (1, "jobs 
 SIMULATED_DT = "2022-04-21"  # partition of `make run` without RAW
 AIRFLOW_USER = "admin"
 POSTGRES_USER = "longview"
+TRAININGS = (
+    "?workflowType=machine_learning"  # MLflow 3.17 shows the pages of trainings to who asks, else those of GenAI
+)
 # What a stage gets of the environment of the services. Credentials of the stores that it reads and writes are among it.
 DATABASE = "LONGVIEW_AIRFLOW_DB"  # may hold a password: Airflow's alone
 EMBEDDED = "LONGVIEW_DB"  # which database a home has of its own: SQLite, POSTGRESQL
@@ -241,11 +244,11 @@ def airflow_run_url(dag_id: str, run_id: str) -> str:
 
 
 def mlflow_run_url(experiment_id: str, run_id: str) -> str:
-    return _mlflow_page(f"experiments/{experiment_id}/runs/{run_id}")
+    return _mlflow_page(f"experiments/{experiment_id}/runs/{run_id}{TRAININGS}")
 
 
 def mlflow_artifact_url(experiment_id: str, run_id: str, artifact: str) -> str:
-    return f"{mlflow_run_url(experiment_id, run_id)}/artifacts/{artifact}"
+    return _mlflow_page(f"experiments/{experiment_id}/runs/{run_id}/artifacts/{artifact}{TRAININGS}")
 
 
 def mlflow_version_url(model: str, version: str) -> str:

@@ -5,6 +5,7 @@ A tracking server that is away costs waiting, never a training.
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -23,10 +24,15 @@ from etl.stage.errors import StageError, TryAgainError, kind_of
 from etl.stage.folder import Folder
 from etl.stage.identity import RUN_URL_VARIABLE
 from etl.stage.uris import without_secrets
+from etl.warehouse.schemas import TABLES
 from etl.warehouse.store import Manifest, TableStore, code_version
 from infra import settings
 
 ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"
+NAME_TAG, NOTE_TAG, PARENT_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.parentRunId"  # MLflow's own
+# Of the experiment: its pages are those of trainings. MLflow 3.17 asks the address instead (`settings.mlflow_run_url`).
+URL_TAG = "airflow.run_url"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 LEAVE_WITHIN_SECONDS = 12  # the task that waits for the stage kills it after 15
 # MLflow's names of HTTP's 401 and 403, and of requests that no repetition makes good.
 UNAUTHORIZED = frozenset(("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"))
@@ -188,7 +194,7 @@ def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
 def log_origin(
     run_id: str | None, parameters: Mapping[str, str], store: TableStore, inputs: Sequence[Manifest]
 ) -> None:
-    """Log what a run is made from; a retry logs the same again. A server that does not take it costs a line.
+    """Log what a run is trained from; a retry logs the same again. A server that does not take it costs a line.
 
     Args:
         run_id: None when MLflow did not answer.
@@ -196,19 +202,31 @@ def log_origin(
     """
     if run_id is None:
         return
-    from mlflow.entities import Dataset, DatasetInput, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     rows = [Param(key, value) for key, value in parameters.items()]
     read = [
-        Dataset(f"{store.dataset} {store.input_name(m)}", m.data_digest[:DIGEST_LENGTH], "longview", store.root)
-        for m in inputs
+        Dataset(
+            *dataset_of(store, manifest),
+            "longview",
+            store.root,
+            json.dumps({"mlflow_colspec": [{"name": f.name, "type": str(f.type)} for f in TABLES[manifest.table]]}),
+            json.dumps({"rows": manifest.rows, **manifest.counts}),
+        )
+        for manifest in inputs
     ]
     try:
         for start in range(0, len(rows), PARAMETERS_PER_REQUEST):
             _client().log_batch(run_id, params=rows[start : start + PARAMETERS_PER_REQUEST])
-        _client().log_inputs(run_id, [DatasetInput(one, []) for one in read])
+        context = [InputTag("mlflow.data.context", "training")]
+        _client().log_inputs(run_id, [DatasetInput(one, context) for one in read])
     except Exception as error:
         log(f"warning: MLflow takes no parameters and inputs: {_first_line(error)}")
+
+
+def dataset_of(store: TableStore, manifest: Manifest) -> tuple[str, str]:
+    """Return name and digest of a published partition among MLflow's datasets."""
+    return f"{store.dataset} {store.input_name(manifest)}", manifest.data_digest[:DIGEST_LENGTH]
 
 
 class MetricsBuffer:
@@ -292,8 +310,10 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
     client = _client()
     experiment_id = _experiment(client, definition.name, uri)
     wanted = {**_standard_tags(definition, dt, attempt), **tags}
+    note = _note(definition, dt, attempt)
     if not _runs(client, experiment_id, attempt):
-        client.create_run(experiment_id, run_name=attempt, tags=wanted)
+        first = {NAME_TAG: run_name(definition.name, dt, attempt), NOTE_TAG: note, "mlflow.user": _user()}
+        client.create_run(experiment_id, tags=first | wanted)
     # A request whose answer was lost is sent again: the oldest run counts, as it does for every other process.
     run, *extra = _runs(client, experiment_id, attempt)
     other = run.data.tags.get(PARTITION_TAG)
@@ -305,6 +325,8 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
         )
     for double in extra:
         client.delete_run(double.info.run_id)
+    if wanted.get(URL_TAG, "") not in run.data.tags.get(NOTE_TAG, ""):  # Airflow goes on with what began elsewhere
+        wanted[NOTE_TAG] = note
     for key, value in wanted.items():
         if run.data.tags.get(key) != value:
             client.set_tag(run.info.run_id, key, value)
@@ -322,7 +344,7 @@ def _experiment(client, name: str, uri: str) -> str:
         # A server keeps artifacts where it is configured to; with a bare database they get a folder, never the cwd.
         location = None if uri.startswith("http") else (_artifact_root(uri) / name).as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -333,6 +355,8 @@ def _experiment(client, name: str, uri: str) -> str:
             f"restore it: MLFLOW_TRACKING_URI={uri} {sys.executable} -m mlflow experiments restore --experiment-id"
             f" {experiment.experiment_id}",
         )
+    if KIND_TAG not in experiment.tags:  # somebody else has made it, or an earlier release
+        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
     return experiment.experiment_id
 
 
@@ -404,11 +428,43 @@ def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict
         "git.dirty": str(bool(dirty.stdout.strip())).lower() if dirty.returncode == 0 else "unknown",
     }
     if url := os.environ.get(RUN_URL_VARIABLE):
-        tags |= {
-            "airflow.run_url": url,
-            "mlflow.note.content": f"[Run in Airflow]({url})",
-        }  # the note is shown as Markdown
+        tags[URL_TAG] = url
     return tags
+
+
+def run_name(dataset: str, dt: str, attempt: str, config: str | None = None) -> str:
+    """Return the name that a run has in lists, where a long one is cut behind its first words.
+
+    Args:
+        config: name of the training configuration; None where no training has come yet.
+
+    >>> run_name("kuairand", "2022-04-21", "kuairand-2022-04-21-8f4ed4e35edb", "default")
+    '2022-04-21 default 8f4e'
+    """
+    given = attempt.removeprefix(f"{dataset}-{dt}-")
+    return " ".join(word for word in (dt, config, given if given == attempt else given[:4]) if word)
+
+
+def entry() -> str:
+    """Return the module that this process was started with, such as `training.train`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
+def _note(definition: DatasetDefinition, dt: str, attempt: str) -> str:
+    """Return the description of a run that holds no figures yet, in Markdown."""
+    simulated = ", SIMULATED data" if definition.simulated else ""
+    url = os.environ.get(RUN_URL_VARIABLE)
+    return f"{definition.title}{simulated}: partition **{dt}**, attempt `{attempt}`" + (
+        f" · [Run in Airflow]({url})" if url else ""
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a number that has no name
+        return str(os.getuid())
 
 
 def _artifact_root(uri: str) -> Path:

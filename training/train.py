@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -25,7 +27,7 @@ from training.loop import Worker
 from training.ray_workers import train_with_ray
 from training.resume import flat
 from training.run_folder import run_folder
-from training.tracking import attempt_run, log_origin
+from training.tracking import NAME_TAG, attempt_run, entry, log_origin, run_name
 
 TABLES = "sequences", "items"  # that a training reads
 
@@ -129,7 +131,12 @@ def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:
         "data.snapshot_digest": sequences.data_digest,
         "data.items_digest": store.require("items", args.dt).data_digest,
         "mlflow.source.git.commit": code_version(),
+        "mlflow.source.name": entry(),
+        "mlflow.source.type": "LOCAL",
+        "pipeline.command": shlex.join(["python", "-m", entry(), *sys.argv[1:]]),
+        "config": args.config,
         "config_digest": config.digest,
+        NAME_TAG: run_name(args.dataset, args.dt, args.attempt, args.config),
     }
 
 

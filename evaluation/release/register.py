@@ -89,6 +89,12 @@ def request_frame(requests: list[dict]):
     return pd.DataFrame({name: [list(request[name]) for request in requests] for name in (*LONG_LISTS, "user_fields")})
 
 
+def requirements() -> list[str]:
+    """Return what an environment for serving needs, pinned as every package index knows it: torch's version without the
+    `+cpu` or `+cu126` of the build that is installed here."""
+    return [f"{name}=={installed_version(name).partition('+')[0]}" for name in SERVING_PACKAGES]
+
+
 def _create_version(registry: Registry, run, package: Path, name: str, tags: dict[str, str]) -> None:
     """Register the package, from what an earlier try has already logged of it when that is whole."""
     import mlflow
@@ -132,7 +138,7 @@ def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> s
             code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
             signature=signature,
             input_example=request_frame([load_scorer(package).example_request()]),
-            pip_requirements=[f"{requirement}=={installed_version(requirement)}" for requirement in SERVING_PACKAGES],
+            pip_requirements=requirements(),
             model_type="ranker",
             tags=tags,
         ).model_uri

@@ -542,7 +542,9 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     ]
     [attempt] = {of(call, "--attempt") for call in called}
     for task in ("ingest.audit_events", "sequences.audit_sequences", LAST_GATE, APPROVAL, "evaluate.evaluate_models"):
-        assert project.link(run, task).endswith(f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html")
+        assert project.link(run, task).endswith(
+            f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html?workflowType=machine_learning"
+        )
 
     # Rejected, in a backfill: the run ends before training, and nothing is registered.
     backfill = project.start_backfill("2022-04-18", "2022-04-18", dag_run_conf={"on_warning": "approve"})
@@ -742,7 +744,7 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         assert words in stack.api.call("GET", run)["note"]
         assert words in stack.log(run, "register.promote_model")
         links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]
-        assert links["MLflow run"].endswith("/#/experiments/7/runs/abc")
+        assert links["MLflow run"].endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
         assert links["Model version"].endswith("/#/models/vql_model/versions/3")
         [event] = events()  # still that of the promotion
         if outcome == "promoted":

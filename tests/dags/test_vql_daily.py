@@ -1113,7 +1113,9 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
     assert [one.dest_asset_key.uri for one in events] == ["longview://c/champion"] * event
     for one in events:
         assert {"dt": "2022-04-21", "attempt": "a", "version": "3", "model.digest": "d"}.items() <= one.extra.items()
-    assert MlflowRunLink().get_link(task, ti_key=None).endswith("/#/experiments/7/runs/abc")
+    assert (
+        MlflowRunLink().get_link(task, ti_key=None).endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
+    )
     assert ModelVersionLink().get_link(task, ti_key=None).endswith("/#/models/vql_kuairand/versions/3")
 
 
@@ -1122,7 +1124,7 @@ def test_a_promotion_that_failed_says_nothing_and_still_leads_to_its_run(tmp_pat
     with pytest.raises(SystemExit):
         execute()
     assert not context["outlet_events"][task.alias].asset_alias_events
-    assert task.run_url.endswith("/runs/abc")
+    assert task.run_url.endswith("/runs/abc?workflowType=machine_learning")
 
 
 def test_a_stage_knows_the_address_of_its_run(tmp_path, monkeypatch):

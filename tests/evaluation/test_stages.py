@@ -18,7 +18,7 @@ from etl.warehouse.store import TableStore
 from evaluation.evaluate import read_scores
 from evaluation.gate import Decision
 from evaluation.prune import prune_runs
-from evaluation.release import promote
+from evaluation.release import promote, register
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
 from tests.s3 import BUCKET, s3_server
 from training.registry import Registry
@@ -107,6 +107,12 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert prune_runs(runs, DATASET, MUCH_LATER_MS, (FIRST,), False) == []
     [gone] = prune_runs(runs, DATASET, MUCH_LATER_MS, (), False)
     assert gone.name == FIRST and gone.files > 20 and runs.files() == [] and runs.names() == []
+
+
+def test_requirements_of_a_model_name_no_build_that_an_index_does_not_have(monkeypatch):
+    monkeypatch.setattr(register, "installed_version", lambda name: "2.9.1+cpu" if name == "torch" else "3.17.2")
+    assert register.requirements()[-1] == "torch==2.9.1"
+    assert register.requirements()[0] == "mlflow==3.17.2"
 
 
 def test_scores_that_are_no_numbers_stop_the_evaluation_and_the_registration(stages):

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from mlflow import MlflowClient
 
 from etl.datasets.definition import dataset
 from etl.stage.errors import EXIT_CORRECT, GateError, StageError, TryAgainError
@@ -14,14 +15,12 @@ from etl.stage.folder import Folder
 from infra import settings
 from tests.waiting import wait_for
 from training.system_metrics import system_metrics
-from training.tracking import MetricsBuffer, attempt_run, end_run
+from training.tracking import NAME_TAG, NOTE_TAG, MetricsBuffer, attempt_run, end_run
 
 ATTEMPT = "kuairand-2022-04-21-000000000000"
 
 
 def runs(attempt: str = ATTEMPT) -> list:
-    from mlflow import MlflowClient
-
     client = MlflowClient()
     return client.search_runs(
         [client.get_experiment_by_name("kuairand").experiment_id], f"tags.`pipeline.attempt` = '{attempt}'"
@@ -49,10 +48,19 @@ def test_a_retry_continues_the_run_and_a_new_attempt_has_its_own(mlflow_store, m
         "simulated": "false",
         "config_digest": "a",
         "airflow.run_url": "http://127.0.0.1:8080/dags/d/runs/r",
-        "mlflow.note.content": "[Run in Airflow](http://127.0.0.1:8080/dags/d/runs/r)",
+        "mlflow.note.content": f"{dataset('kuairand').title}: partition **2022-04-21**, attempt `{ATTEMPT}` · "
+        "[Run in Airflow](http://127.0.0.1:8080/dags/d/runs/r)",
     }
     assert expected.items() <= run.data.tags.items()
-    assert {"mlflow.source.git.commit", "git.dirty"} <= run.data.tags.keys()
+    assert {"mlflow.source.git.commit", "git.dirty", "mlflow.user"} <= run.data.tags.keys()
+    assert run.info.run_name == "2022-04-21 0000"
+    MlflowClient().set_tag(run.info.run_id, NOTE_TAG, run.data.tags[NOTE_TAG] + "\n\na person's remark")
+    with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {NAME_TAG: "2022-04-21 default 0000"}):
+        pass
+    assert runs()[0].info.run_name == "2022-04-21 default 0000"  # known once training comes
+    assert runs()[0].data.tags[NOTE_TAG].endswith("a person's remark")
+    experiment = MlflowClient().get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}, last=True):
         pass
     assert runs()[0].info.status == "FINISHED"
@@ -106,8 +114,6 @@ def test_an_attempt_of_another_day_is_refused(mlflow_store):
 
 
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(mlflow_store):
-    from mlflow import MlflowClient
-
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         pass
     MlflowClient().delete_experiment(run.info.experiment_id)
@@ -129,8 +135,6 @@ def test_artifacts_stay_beside_the_database_whatever_the_working_folder(mlflow_s
 
 
 def test_metrics_wait_in_a_file_while_the_server_is_down(mlflow_store, monkeypatch, tmp_path, capsys):
-    from mlflow import MlflowClient
-
     with attempt_run(dataset("kuairand"), "2022-04-21", ATTEMPT, {}) as run:
         run_id = run.info.run_id
     file, folder = tmp_path / "metrics.jsonl", Folder(str(tmp_path), "--runs")
@@ -226,12 +230,8 @@ def test_system_metrics_wait_for_a_server_that_is_away_and_none_fails_a_training
 
 
 def samples(run_id: str) -> list[int]:
-    from mlflow import MlflowClient
-
     return [one.step for one in MlflowClient().get_metric_history(run_id, "system/cpu_utilization_percentage")]
 
 
 def client_metrics(run_id: str) -> dict[str, float]:
-    from mlflow import MlflowClient
-
     return MlflowClient().get_run(run_id).data.metrics

@@ -171,6 +171,11 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     store = TableStore(warehouse, "kuairand")
     digests = {store.require(table, DT).data_digest[:36] for table in ("sequences", "items")}
     assert len(run.inputs.dataset_inputs) == 2 and {one.dataset.digest for one in run.inputs.dataset_inputs} == digests
+    assert {tag.value for one in run.inputs.dataset_inputs for tag in one.tags} == {"training"}
+    assert all(json.loads(one.dataset.schema)["mlflow_colspec"] for one in run.inputs.dataset_inputs)
+    assert run.info.run_name == f"{DT} tiny t"
+    assert run.data.tags["mlflow.source.name"] == "training.train" and run.data.tags["config"] == "tiny"
+    assert run.data.tags["pipeline.command"].startswith("python -m training.train --dataset kuairand --warehouse ")
     other = train(tmp_path, warehouse, "--workers", "0", "--seed", "8")
     assert other.returncode == 2
     assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr
