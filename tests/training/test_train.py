@@ -26,15 +26,18 @@ import torch
 from mlflow import MlflowClient
 
 import training.ray_workers
-from etl.stage.errors import StageError, TryAgainError
+from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
 from etl.stage.folder import Folder
+from etl.stage.local_files import replace_text
 from etl.warehouse.schemas import schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from tests.processes import Started, free_port, runs, start
 from tests.s3 import BUCKET, s3_server
 from tests.training.conftest import DT, random_partition
+from tests.training.held_training import steps_of_a_model
 from tests.waiting import PATIENCE_S, wait_for
 from training.configs import tiny
+from training.job import load_training_data
 from training.loop import WorkerLostError
 from training.package import Cutoff
 from training.ray_workers import _cause_of
@@ -60,7 +63,8 @@ def publish(store: TableStore, table: str, rows: pa.Table, settings: Mapping[str
     file = store.write_file(work, table, DT, 0, rows)
     counts = {"train_targets": 24 * 7}
     store.write_staged_manifest(
-        work, Manifest("kuairand", table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings)
+        work,
+        Manifest(store.dataset, table, DT, "t", schema_fingerprint(rows.schema), "v", (file,), counts, {}, settings),
     )
     store.publish("t", table, DT)
 
@@ -224,10 +228,25 @@ def of_ray(what: str) -> Callable[[Started], list[psutil.Process]]:
     return lambda running: [process for process in running.family() if runs(process, what)][:1]
 
 
+KILLS = {  # whom of a training, and the exit code of the command that ends with it; None: it goes on
+    "worker": (of_ray("RayTrainWorker"), None),
+    "driver": (driver, -signal.SIGKILL),
+    "head": (of_ray("gcs_server"), EXIT_TRY_AGAIN),
+}
+STEPS_TO_MISS = 3  # that a training may take behind the point of a kill
+
+
+def drawn_kills(steps: int, seed: int) -> list[tuple[str, int]]:
+    """Return whom of a training to kill three times each, in any order, and the step: a random one of each ninth."""
+    rng, ninth = np.random.default_rng(seed), steps // 9
+    points = np.arange(9) * ninth + rng.integers(1, ninth - STEPS_TO_MISS, 9)
+    return list(zip(rng.permutation([*KILLS] * 3).tolist(), points.tolist(), strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("warehouse", [200], ids=["200 users"], indirect=True)
-def test_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed_torchrun(tmp_path, warehouse):
+def test_nine_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed_torchrun(tmp_path, warehouse):
     whole = tmp_path / "whole"
     whole.mkdir()
     words, env = command(whole, warehouse)
@@ -236,24 +255,50 @@ def test_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed_torc
     summary = check_run(whole, done)
     assert "2 worker(s)" in done.stdout
     assert all(model["epochs"] == 2 for model in summary["models"].values())
-    # What a killed driver or head had started trains on until it misses them: each kill has a run of its own.
-    kills = (
-        ("worker", of_ray("RayTrainWorker"), 0),
-        ("driver", driver, -signal.SIGKILL),
-        ("head", of_ray("gcs_server"), 75),
-    )
-    for (name, whom, ends_with), after in zip(kills, np.random.default_rng(0).integers(0, 20, 3).tolist(), strict=True):
-        folder = tmp_path / name
-        folder.mkdir()
-        running = killed(folder, warehouse, "2", after, whom)
-        code, said = running.finish()
-        assert code == ends_with and "Traceback" not in said, said
-        assert ("training lost worker" in said and "going on with" in said) == (name == "worker"), said
-        assert ("error: the head of the Ray cluster, " in said) == (name == "head"), said
-        if code:
+    assert all(model.dropout > 0 for model in tiny.config().models.values())
+    steps = 3 * steps_of_a_model(load_training_data(warehouse, "kuairand", DT, tiny.config())[0], tiny.config())
+
+    seed = int(os.environ.get("KILLS_SEED", secrets.randbelow(1_000_000)))
+    kills = drawn_kills(steps, seed)
+    print(f"the same kills again with KILLS_SEED={seed}: {kills}")
+    limit, lost = tmp_path / "limit", 0
+    with contextlib.ExitStack() as cleanup:
+
+        def held() -> Started:
+            words, env = command(tmp_path, warehouse, "--workers", "2")
+            words[2] = "tests.training.held_training"
+            started = start(words, tmp_path / "log", ROOT, env | {"HELD_FOLDER": str(tmp_path)})
+            cleanup.callback(started.stop)
+            return started
+
+        running: Started | None = None
+        for name, point in kills:
+            replace_text(limit, str(point + STEPS_TO_MISS))
+            running = running or held()
+            wait_for(f"step {point}", functools.partial(has_reached, running, point), every=0.01)
+            whom, ends_with = KILLS[name]
+            for process in wait_for("process to kill", functools.partial(whom, running)):
+                process.kill()
+            if ends_with is None:
+                lost += 1
+                continue
+            code, said = running.finish()
+            assert code == ends_with and "Traceback" not in said, said
+            assert said.count("warning: training lost ") == lost, said
+            assert ("error: the head of the Ray cluster, " in said) == (name == "head"), said
             wait_for("end of what it had started", functools.partial(ended, running, "RayTrainWorker"))
-            check_run(folder, train(folder, warehouse, "--workers", "2"))
-        check_same_models(folder, whole)
+            running, lost = None, 0
+        replace_text(limit, str(steps + 1))
+        check_run(tmp_path, subprocess.CompletedProcess("held", *(running or held()).finish(), ""))
+    assert (tmp_path / "runs" / "t" / "progress.log").read_text().count("going on with") >= 6  # it began no model anew
+    check_same_models(tmp_path, whole)
+
+
+def has_reached(running: Started, step: int) -> bool:
+    """Return whether a held training has come to a step; it has not ended."""
+    assert running.process.poll() is None, running.log.read_text()
+    reached = running.log.with_name("reached")
+    return reached.exists() and int(reached.read_text()) >= step
 
 
 @pytest.mark.ray
