@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
@@ -109,9 +110,9 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
 
 
 def _within_reach(package: str | None, run_dir: Folder) -> str | None:
-    """Return the address of a package to begin with that every worker reaches: those of a folder of runs in an object
-    store share no disk with this process."""
-    if package is None or "://" in package or run_dir.is_local:
+    """Return the address of a package to begin with that every worker reaches: what MLflow gave lies on this machine's
+    disk alone, and the folder of runs is all that workers on other machines share with it."""
+    if package is None or not Path(package).is_dir():  # a URI, or a path that only the workers may have
         return package
     with run_dir.written_folder("warm_start") as copy:
         shutil.copytree(package, copy, dirs_exist_ok=True)

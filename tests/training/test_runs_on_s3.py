@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from training.loop import TrainingState
 from training.progress import PROGRESS_FILE, Progress
 from training.resume import Checkpoint, Checkpoints
 from training.tracking import METRICS_FILE, MetricsBuffer
+from training.train import _within_reach
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,18 @@ def test_metrics_are_written_where_mlflow_does_not_take_them(folder, monkeypatch
     assert len((folder.read_text(METRICS_FILE) or "").splitlines()) == 2
     assert MetricsBuffer("run", folder).flush()  # a later process sends what this one could not
     assert [row["step"] for row in sent] == [0, 1, 2] and not folder.exists(METRICS_FILE)
+
+
+@pytest.mark.parametrize("where", ["bucket", "disk"])
+def test_workers_find_the_package_of_a_warm_start_where_its_machine_is_gone(request, tmp_path, where):
+    run = request.getfixturevalue("folder") if where == "bucket" else Folder(str(tmp_path / "shared"), "--runs")
+    package = tmp_path / "downloaded"
+    package.mkdir()
+    for weights in (b"of a first try", b"of a retry"):
+        (package / "model.safetensors").write_bytes(weights)
+        address = _within_reach(str(package), run)
+    shutil.rmtree(package)
+    with Folder(address, "--warm-start").read_locally("model.safetensors") as copy:
+        assert copy.read_bytes() == weights
+    for named in (None, "s3://bucket/package", str(package)):  # whoever reads it says that it is missing
+        assert _within_reach(named, run) == named
