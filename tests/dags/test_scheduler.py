@@ -182,16 +182,21 @@ class Project:
             timeout=PATIENCE_S,
         )
 
+    def succeeds(self, *arguments: str) -> str:
+        """Return what a command says that has to succeed."""
+        done = self.python(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def up(self) -> str:
         """Start the services of `make up`, and log in where they ask for it; return what the command says."""
-        done = self.python("-m", "infra.local.stack", "up")
-        assert done.returncode == 0, done.stdout + done.stderr
+        said = self.succeeds("-m", "infra.local.stack", "up")
         if self.login:
             [(user, password)] = json.loads(self.passwords.read_text()).items()
             self.api._token = self.api.call("POST", "/auth/token", {"username": user, "password": password})[
                 "access_token"
             ]
-        return done.stdout
+        return said
 
     @property
     def passwords(self) -> Path:
@@ -333,6 +338,46 @@ class Project:
             "PATCH", f"{run}/taskInstances/{APPROVAL}/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
         )
 
+    def mark(self, run: str, task: str, state: str) -> None:
+        """Set the state of a task as a person does in the browser."""
+        self.api.call("PATCH", f"{run}/taskInstances/{task}?update_mask=new_state", {"new_state": state})
+
+    def training_slots(self, number: int) -> None:
+        body = {"pool": "training", "slots": number, "description": "", "include_deferred": False}
+        self.api.call("PATCH", "/api/v2/pools/training", body)
+
+    def hold_at(self, module: str) -> None:
+        """Let a stage wait once it is at work, until another is named or `let_go`."""
+        wait_for(
+            "what ends the run in MLflow", lambda: not any("training.ended" in one for one in processes_of(self.root))
+        )
+        (self.root / "held").write_text("")
+        (self.root / "hold").write_text(module)
+
+    def held(self, module: str) -> str:
+        """Wait until a stage is at work; return its attempt."""
+        wait_for(f"{module} at work", lambda: (self.root / "held").read_text() == module, every=0.2)
+        return of(self.calls()[-1], "--attempt")
+
+    def let_go(self) -> None:
+        (self.root / "hold").unlink()
+
+    def pid_of(self, service: str) -> int:
+        return int((self.root / "var" / "run" / f"{service}.pid").read_text().split()[0])
+
+    def ask_mlflow(self, what: str, body: dict) -> dict:
+        url = f"http://127.0.0.1:{self.env['LONGVIEW_MLFLOW_PORT']}/api/2.0/mlflow/{what}/search"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=PATIENCE_S) as answer:
+            return json.loads(answer.read())
+
+    def status_in_mlflow(self, attempt: str) -> str:
+        found = self.ask_mlflow("experiments", {"max_results": 100})["experiments"]
+        experiments = [one["experiment_id"] for one in found]
+        asked = {"experiment_ids": experiments, "filter": f"tags.`pipeline.attempt` = '{attempt}'"}
+        [run] = self.ask_mlflow("runs", asked)["runs"]
+        return run["info"]["status"]
+
     def link(self, run: str, task: str) -> str | None:
         """Return where the report's button on the page of a task leads."""
         return self.api.call("GET", f"{run}/taskInstances/{task}/links")["extra_links"]["Partition report"]
@@ -388,11 +433,8 @@ def test_make_run_from_nothing(project):
     assert not (home / "postgres").exists()  # SQLite is the choice of a single run
 
 
-def test_the_stack_runs_backfills_retries_and_reprocesses(project):
-    said = project.up()
-    assert (project.root / "var" / "postgres" / "data" / "PG_VERSION").exists()
-
-    # Only the password opens; `make run` knows it.
+def only_the_password_opens(project, said: str) -> None:
+    """`make run` knows it."""
     [(user, password)] = json.loads(project.passwords.read_text()).items()
     assert str(project.passwords) in said
     assert password not in said
@@ -401,7 +443,9 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         with pytest.raises(InfraError, match=r"answered 40[13]"):
             strangers.call("POST" if body else "GET", "/auth/token", body)
 
-    # A stage error fails at once and is reported; it reuses the running stack.
+
+def a_stage_error_fails_at_once_and_is_reported(project) -> None:
+    """In the running stack, which `make run` uses."""
     project.fault("training.train", 2, once=False)
     failed = project.python("-m", "infra.local.run")
     assert failed.returncode == 1
@@ -411,42 +455,15 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
     assert [call[0] for call in project.calls()].count("training.train") == 1
     (project.root / "fault.json").unlink()
 
-    # Two days, both ends included; a fault of another kind is retried in the same attempt.
-    assert project.api.call("GET", DAG_PATH)["is_paused"]  # as `make run` found it
-    project.pause(False)
-    project.fault("etl.jobs.sequences", 1, once=True)
-    project.backfill("2022-04-20", "2022-04-21")
-    first = project.calls()
-    assert sorted({of(call, "--dt") for call in first}) == ["2022-04-20", "2022-04-21"]
-    assert len(first) == 2 * TASKS + 1
-    attempts = {of(call, "--attempt") for call in first}
-    assert len(attempts) == 2
 
-    for dt in ("2022-04-20", "2022-04-21"):
-        [run] = project.runs_of_backfill(dt)
-        assert f"backfill__{dt}" in run
-        assert dt in project.api.call("GET", run)["note"]
+def known_runs(project) -> list[tuple[str, str]]:
+    """Of all data sets."""
+    return sorted(
+        (run["dag_run_id"], run["state"]) for run in project.api.call("GET", "/api/v2/dags/~/dagRuns")["dag_runs"]
+    )
 
-    def known_runs() -> list[tuple[str, str]]:
-        """Of all data sets."""
-        return sorted(
-            (run["dag_run_id"], run["state"]) for run in project.api.call("GET", "/api/v2/dags/~/dagRuns")["dag_runs"]
-        )
 
-    at_backup = known_runs()
-    backup = project.python("-m", "infra.local.database", "backup")
-    assert backup.returncode == 0, backup.stdout + backup.stderr
-
-    # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
-    project.backfill("2022-04-20", "2022-04-20", reprocess_behavior="completed", dag_run_conf={"config": "tiny"})
-    second = project.calls()
-    assert len(second) == TASKS
-    assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny"]
-    again = {of(call, "--attempt") for call in second}
-    assert len(again) == 1
-    assert not again & attempts
-
-    # An own data set gets a DAG at its first run, and another one when its definition has changed.
+def an_own_data_set_gets_a_dag_at_its_first_run_and_another_when_its_definition_has_changed(project) -> None:
     own = (
         "extends: kuairand\nname: shop\ntitle: My shop\nfirst_day: 2023-01-02\nlast_day: 2023-03-01\nwindow:"
         " {target_days: %d}"
@@ -466,7 +483,58 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
         project.root
     )  # for its other runs
 
-    assert known_runs() != at_backup
+
+def killed_services_come_again_by_themselves(project) -> None:
+    """And their children end, though executors ignore SIGTERM."""
+    scheduler, mlflow = (psutil.Process(project.pid_of(service)) for service in ("scheduler", "mlflow"))
+    executors = wait_for("executors", lambda: scheduler.children(recursive=True))
+    for service in (scheduler, mlflow):
+        service.kill()
+    wait_for("another scheduler", lambda: project.pid_of("scheduler") != scheduler.pid)
+    wait_for("another MLflow", lambda: project.pid_of("mlflow") != mlflow.pid)
+    wait_for("end of the executors", lambda: not any(services.alive(executor.pid) for executor in executors))
+    said = (project.root / "var" / "airflow" / "logs" / "supervisor.out").read_text()
+    assert f"scheduler (process {scheduler.pid}) ended with code -9; started again in 1 s" in said
+    assert "started" not in project.up()  # waits until they are healthy
+
+
+def test_the_stack_runs_backfills_retries_and_reprocesses(project):
+    said = project.up()
+    assert (project.root / "var" / "postgres" / "data" / "PG_VERSION").exists()
+
+    only_the_password_opens(project, said)
+    a_stage_error_fails_at_once_and_is_reported(project)
+
+    # Two days, both ends included; a fault of another kind is retried in the same attempt.
+    assert project.api.call("GET", DAG_PATH)["is_paused"]  # as `make run` found it
+    project.pause(False)
+    project.fault("etl.jobs.sequences", 1, once=True)
+    project.backfill("2022-04-20", "2022-04-21")
+    first = project.calls()
+    assert sorted({of(call, "--dt") for call in first}) == ["2022-04-20", "2022-04-21"]
+    assert len(first) == 2 * TASKS + 1
+    attempts = {of(call, "--attempt") for call in first}
+    assert len(attempts) == 2
+
+    for dt in ("2022-04-20", "2022-04-21"):
+        [run] = project.runs_of_backfill(dt)
+        assert f"backfill__{dt}" in run
+        assert dt in project.api.call("GET", run)["note"]
+
+    at_backup = known_runs(project)
+    project.succeeds("-m", "infra.local.database", "backup")
+
+    # Reprocessing does all the work again, under new names, with the parameters of the new backfill.
+    project.backfill("2022-04-20", "2022-04-20", reprocess_behavior="completed", dag_run_conf={"config": "tiny"})
+    second = project.calls()
+    assert len(second) == TASKS
+    assert [of(call, "--config") for call in second if call[0] == "training.train"] == ["tiny"]
+    again = {of(call, "--attempt") for call in second}
+    assert len(again) == 1
+    assert not again & attempts
+
+    an_own_data_set_gets_a_dag_at_its_first_run_and_another_when_its_definition_has_changed(project)
+    assert known_runs(project) != at_backup
 
     # A backfill cannot be made to build one day over and over, and nonsense is refused before it runs.
     with pytest.raises(Exception, match="param raw"):
@@ -474,36 +542,20 @@ def test_the_stack_runs_backfills_retries_and_reprocesses(project):
             "POST", f"{DAG_PATH}/dagRuns", {"logical_date": None, "conf": {"raw": "/x; id", "dt": "2022-04-20"}}
         )
 
-    # A killed scheduler comes again by itself, and its executors end, though they ignore SIGTERM; so does MLflow's
-    # server.
-    def pid_of(service: str) -> int:
-        return int((project.root / "var" / "run" / f"{service}.pid").read_text().split()[0])
-
-    scheduler, mlflow = (psutil.Process(pid_of(service)) for service in ("scheduler", "mlflow"))
-    executors = wait_for("executors", lambda: scheduler.children(recursive=True))
-    for service in (scheduler, mlflow):
-        service.kill()
-    wait_for("another scheduler", lambda: pid_of("scheduler") != scheduler.pid)
-    wait_for("another MLflow", lambda: pid_of("mlflow") != mlflow.pid)
-    wait_for("end of the executors", lambda: not any(services.alive(executor.pid) for executor in executors))
-    said = (project.root / "var" / "airflow" / "logs" / "supervisor.out").read_text()
-    assert f"scheduler (process {scheduler.pid}) ended with code -9; started again in 1 s" in said
-    assert "started" not in project.up()  # waits until they are healthy
+    killed_services_come_again_by_themselves(project)
 
     # Killed, what watches them takes them all along; so does `make down`.
-    psutil.Process(pid_of("supervisor")).kill()
+    psutil.Process(project.pid_of("supervisor")).kill()
     wait_for("end of all", lambda: not processes_of(project.root))
 
     # Airflow starts over a backup, and shows the runs that there were; those of its next tests are made over it.
     [saved] = (project.root / "var" / "backups").iterdir()
-    restored = project.python("-m", "infra.local.database", "restore", str(saved))
-    assert restored.returncode == 0, restored.stdout + restored.stderr
+    project.succeeds("-m", "infra.local.database", "restore", str(saved))
     assert "started scheduler" in project.up()
-    assert known_runs() == at_backup
-    down = project.python("-m", "infra.local.stack", "down")
-    assert down.returncode == 0, down.stdout + down.stderr
-    assert "scheduler" in down.stdout
-    assert "postgres" in down.stdout
+    assert known_runs(project) == at_backup
+    down = project.succeeds("-m", "infra.local.stack", "down")
+    assert "scheduler" in down
+    assert "postgres" in down
     assert processes_of(project.root) == []
 
 
@@ -515,6 +567,41 @@ def stack(project):
     (project.root / "gates").touch()
     project.calls()
     return project
+
+
+def rejected_in_a_backfill_the_run_ends_before_training(project) -> None:
+    """And nothing is registered."""
+    backfill = project.start_backfill("2022-04-18", "2022-04-18", dag_run_conf={"on_warning": "approve"})
+    [run] = wait_for("run of the backfill", lambda: project.runs_of_backfill("2022-04-18"), every=1)
+    project.question(run)
+    project.answer(run, "Reject")
+    assert project.ended(run) == "success"
+    wait_for(
+        "end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1
+    )
+    assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences"}
+    ended = project.root / "ended"
+    wait_for("end in MLflow", lambda: ended.exists() and ended.read_text().endswith("--status KILLED\n"))
+    assert "rejected by a person before training" in project.api.call("GET", run)["note"].splitlines()[0]
+    states = project.states(run)
+    assert {task for task, state in states.items() if state == "skipped"} == {
+        "train.train_models",
+        "evaluate.evaluate_models",
+        "register.register_model",
+        "register.promote_model",
+        "caches.build_user_caches",
+        "prune",
+    }
+
+
+def what_stops_a_run_has_the_button_and_names_the_page_in_its_log(project, module: str, task: str) -> None:
+    project.fault(module, 2, once=False)
+    run = project.trigger("2022-04-19")
+    assert project.ended(run) == "failed"
+    assert project.states(run)[task] == "failed"
+    link = project.link(run, task)
+    assert "/runs/abc/artifacts/validation/" in link
+    assert link in project.log(run, task)
 
 
 def test_a_warning_waits_for_a_person_before_training(stack):
@@ -546,28 +633,7 @@ def test_a_warning_waits_for_a_person_before_training(stack):
             f"/#/experiments/7/runs/abc/artifacts/validation/{attempt}.html?workflowType=machine_learning"
         )
 
-    # Rejected, in a backfill: the run ends before training, and nothing is registered.
-    backfill = project.start_backfill("2022-04-18", "2022-04-18", dag_run_conf={"on_warning": "approve"})
-    [run] = wait_for("run of the backfill", lambda: project.runs_of_backfill("2022-04-18"), every=1)
-    project.question(run)
-    project.answer(run, "Reject")
-    assert project.ended(run) == "success"
-    wait_for(
-        "end of the backfill", lambda: project.api.call("GET", f"/api/v2/backfills/{backfill}")["completed_at"], every=1
-    )
-    assert {call[0] for call in project.calls()} == {"etl.jobs.events", "etl.quality.judge.audit", "etl.jobs.sequences"}
-    ended = project.root / "ended"
-    wait_for("end in MLflow", lambda: ended.exists() and ended.read_text().endswith("--status KILLED\n"))
-    assert "rejected by a person before training" in project.api.call("GET", run)["note"].splitlines()[0]
-    states = project.states(run)
-    assert {task for task, state in states.items() if state == "skipped"} == {
-        "train.train_models",
-        "evaluate.evaluate_models",
-        "register.register_model",
-        "register.promote_model",
-        "caches.build_user_caches",
-        "prune",
-    }
+    rejected_in_a_backfill_the_run_ends_before_training(project)
 
     # A warning that nobody is to be asked about, and an approval without a warning, wait for nobody.
     for conf in ({}, {"on_warning": "approve"}):
@@ -575,18 +641,11 @@ def test_a_warning_waits_for_a_person_before_training(stack):
         assert [call[0] for call in project.calls()].count("evaluation.user_caches") == 1
         (project.root / "warn").unlink(missing_ok=True)
 
-    # A gate that stops has the button, too, and names the page in its log; so has the job that judges the raw files.
-    for module, task in (
-        ("etl.quality.judge.audit", "ingest.audit_events"),
-        ("etl.jobs.events", "ingest.build_events"),
-    ):
-        project.fault(module, 2, once=False)
-        run = project.trigger("2022-04-19")
-        assert project.ended(run) == "failed"
-        assert project.states(run)[task] == "failed"
-        link = project.link(run, task)
-        assert "/runs/abc/artifacts/validation/" in link
-        assert link in project.log(run, task)
+    # A gate, and the job that judges the raw files.
+    what_stops_a_run_has_the_button_and_names_the_page_in_its_log(
+        project, "etl.quality.judge.audit", "ingest.audit_events"
+    )
+    what_stops_a_run_has_the_button_and_names_the_page_in_its_log(project, "etl.jobs.events", "ingest.build_events")
     (project.root / "fault.json").unlink()
     project.calls()
 
@@ -597,6 +656,27 @@ def attempts_of(calls: list[list[str]]) -> set[str]:
 
 def modules_of(calls: list[list[str]]) -> list[str]:
     return [call[0] for call in calls]
+
+
+def each_clear_from_the_start_is_a_new_attempt(project, run: str, first: list[list[str]]) -> set[str]:
+    """Clear the whole run, and its first task with what follows, with the run's parameters, judged anew.
+
+    Args:
+        first: the calls of the run's first attempt.
+
+    Returns:
+        the attempts that there were.
+    """
+    seen = attempts_of(first)
+    for tasks in ((), ("start",)):
+        project.clear(run, *tasks)
+        project.question(run)
+        calls = project.calls()
+        assert sorted(modules_of(calls)) == sorted(modules_of(first))
+        assert len(attempts_of(calls)) == 1
+        assert not attempts_of(calls) & seen
+        seen |= attempts_of(calls)
+    return seen
 
 
 def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begins_another(stack):
@@ -644,16 +724,7 @@ def test_a_clear_of_a_later_task_goes_on_in_the_attempt_and_one_of_the_run_begin
             assert project.ended(run) == "success"
         assert project.calls() == []
 
-    # The whole run, and its first task with what follows: new attempts, with the run's parameters, judged anew.
-    seen = {attempt}
-    for tasks in ((), ("start",)):
-        project.clear(run, *tasks)
-        project.question(run)
-        calls = project.calls()
-        assert sorted(modules_of(calls)) == sorted(modules_of(first))
-        assert len(attempts_of(calls)) == 1
-        assert not attempts_of(calls) & seen
-        seen |= attempts_of(calls)
+    seen = each_clear_from_the_start_is_a_new_attempt(project, run, first)
     # A question without what the gates of its attempt found is none: clear them away, and it fails instead of passing.
     shutil.rmtree(project.root / "var" / "warehouse")
     project.clear(run, APPROVAL)
@@ -824,81 +895,48 @@ def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(
         shutil.copy(settings.ROOT / "training" / f"{file}.py", stack.root / "training")
     stack.calls()
 
-    def ask_mlflow(what: str, body: dict) -> dict:
-        url = f"http://127.0.0.1:{stack.env['LONGVIEW_MLFLOW_PORT']}/api/2.0/mlflow/{what}/search"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=PATIENCE_S) as answer:
-            return json.loads(answer.read())
-
-    def status_of(attempt: str) -> str:
-        experiments = [one["experiment_id"] for one in ask_mlflow("experiments", {"max_results": 100})["experiments"]]
-        [run] = ask_mlflow("runs", {"experiment_ids": experiments, "filter": f"tags.`pipeline.attempt` = '{attempt}'"})[
-            "runs"
-        ]
-        return run["info"]["status"]
-
-    def mark(task: str, state: str) -> None:
-        stack.api.call("PATCH", f"{run}/taskInstances/{task}?update_mask=new_state", {"new_state": state})
-
-    def hold_at(module: str) -> None:
-        wait_for(
-            "what ends the run in MLflow", lambda: not any("training.ended" in one for one in processes_of(stack.root))
-        )
-        (stack.root / "held").write_text("")
-        hold.write_text(module)
-
-    def held(module: str) -> str:
-        """Wait until a stage is at work; return its attempt."""
-        wait_for(f"{module} at work", lambda: (stack.root / "held").read_text() == module, every=0.2)
-        return of(stack.calls()[-1], "--attempt")
-
     train, evaluate = "train.train_models", "evaluate.evaluate_models"
-    hold = stack.root / "hold"
-    hold_at("training.train")
+    stack.hold_at("training.train")
     run = stack.trigger("2022-04-18")
-    attempt = held("training.train")
-    mark(train, "failed")
+    attempt = stack.held("training.train")
+    stack.mark(run, train, "failed")
     assert stack.ended(run) == "failed"
-    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+    wait_for("end in MLflow", lambda: stack.status_in_mlflow(attempt) in ("KILLED", "FAILED"), every=1)
 
     # What was marked as success has no result: nothing goes on behind it.
-    hold_at("training.train")
+    stack.hold_at("training.train")
     stack.clear(run, train)
-    assert held("training.train") == attempt
-    mark(train, "success")
+    assert stack.held("training.train") == attempt
+    stack.mark(run, train, "success")
     assert stack.ended(run) == "failed"
     assert f"attempt {attempt} has no result of the task `{train}`" in stack.error(run, evaluate)
-    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+    wait_for("end in MLflow", lambda: stack.status_in_mlflow(attempt) in ("KILLED", "FAILED"), every=1)
     assert stack.calls() == []
 
     # A task that has ended, marked as failed while a later one works: the run stops behind that.
-    hold_at("evaluation.evaluate")
+    stack.hold_at("evaluation.evaluate")
     stack.clear(run, train)
-    assert held("evaluation.evaluate") == attempt
-    assert status_of(attempt) == "RUNNING"
-    mark(train, "failed")
-    hold.unlink()
+    assert stack.held("evaluation.evaluate") == attempt
+    assert stack.status_in_mlflow(attempt) == "RUNNING"
+    stack.mark(run, train, "failed")
+    stack.let_go()
     assert stack.ended(run) == "failed"
     assert f"the task `{train}` of this run is marked as failed" in stack.error(run, "register.register_model")
-    wait_for("end in MLflow", lambda: status_of(attempt) in ("KILLED", "FAILED"), every=1)
+    wait_for("end in MLflow", lambda: stack.status_in_mlflow(attempt) in ("KILLED", "FAILED"), every=1)
 
     # A task that waits for a slot, of which there is no process that could end anything.
-    def slots(number: int) -> None:
-        body = {"pool": "training", "slots": number, "description": "", "include_deferred": False}
-        stack.api.call("PATCH", "/api/v2/pools/training", body)
-
-    hold_at("training.train")
+    stack.hold_at("training.train")
     stack.clear(run, train)
-    assert held("training.train") == attempt
-    slots(0)
-    hold.unlink()
+    assert stack.held("training.train") == attempt
+    stack.training_slots(0)
+    stack.let_go()
     wait_for("end of the training", lambda: stack.states(run)[train] == "success", every=1)
-    assert status_of(attempt) == "RUNNING"
-    mark(evaluate, "failed")
+    assert stack.status_in_mlflow(attempt) == "RUNNING"
+    stack.mark(run, evaluate, "failed")
     assert stack.ended(run) == "failed"
-    wait_for("end in MLflow", lambda: status_of(attempt) == "FAILED", every=1)
+    wait_for("end in MLflow", lambda: stack.status_in_mlflow(attempt) == "FAILED", every=1)
     assert stack.calls() == []
-    slots(1)
+    stack.training_slots(1)
     (stack.root / "training" / "tracking.py").unlink()
     (stack.root / "training" / "ended.py").write_text(ENDED)
 

@@ -138,7 +138,8 @@ class Life:
         self.built: dict[
             str, tuple[dict[str, bytes], int]
         ] = {}  # day -> the files and the bound that its rows were built by
-        self.accepted: set[str] = set()
+        happenings = ("pruned", "stop", "accepted", "late", "lost", "stale", "killed", "backfill")
+        self.seen = dict.fromkeys(happenings, 0)
 
     def deliver(self, day: str, name: str) -> None:
         write_log(self.raw / name, self.rng, [day])
@@ -242,81 +243,101 @@ def never_smaller(life: Life, accept: tuple[str, ...]) -> Iterator[None]:
         assert life.manifest(day).rows >= rows or day in accept or life.built[day][1] > 0, day
 
 
+def a_day_of_the_raw_folder(life: Life, number: int, today: str) -> None:
+    """Files come, in time and late; retention takes some, and the folder moves."""
+    rng = life.rng
+    life.deliver(today, f"log-{today}.csv")
+    if number > 3 and rng.random() < 0.25:  # rows that come late, beside the day's own file or in its place
+        day = add_days(today, -rng.randrange(1, 9))
+        if day >= FIRST:
+            life.deliver(day, f"late-{day}-{number}.csv" if rng.random() < 0.6 else f"log-{day}.csv")
+            life.seen["late"] += 1
+    if rng.random() < 0.5:  # retention
+        for day in days_between(FIRST, add_days(today, -rng.randrange(3, 9))):
+            for name in sorted(life.there(day)):
+                if rng.random() < 0.7:
+                    (life.raw / name).unlink()
+    if rng.random() < 0.1:  # other times of change, the same bytes
+        moved = life.folder / f"raw{number}"
+        shutil.copytree(life.raw, moved, copy_function=shutil.copyfile)
+        life.raw = moved
+
+
+def the_definition_is_edited(life: Life, number: int) -> None:
+    if life.rng.random() < 0.2:
+        life.definition = shop(f"Title {number}", life.bound())
+    if life.rng.random() < 0.05:
+        life.definition = shop(life.definition.title, 5 - life.bound())
+
+
+def what_is_stale_is_named_and_nothing_else(life: Life, number: int) -> None:
+    if life.built:
+        found = affected(life.store, life.definition, RawLocation(str(life.raw)))
+        said = {s.dt: s.whole for s in found if s.table == "events"}
+        assert said == life.stale(), number
+        life.seen["stale"] += len(said)
+        life.seen["lost"] += sum(not whole for whole in said.values())
+
+
+def builds_of_a_day(life: Life, number: int, today: str) -> None:
+    """Build the day, or a backfill in any order; some are killed.
+
+    A build that would lose rows stops, and is run again with that accepted.
+    """
+    rng, seen = life.rng, life.seen
+    killed = rng.choice([None, None, None, "before", "between"])
+    seen["killed"] += killed is not None
+    days = (
+        [today]
+        if rng.random() < 0.7
+        else rng.sample(days_between(max(FIRST, add_days(today, -8)), today), min(3, number + 1))
+    )
+    seen["backfill"] += len(days) > 1
+    for dt in days:
+        with never_smaller(life, ()):
+            error = life.run(dt, killed)
+        if error is None:
+            continue
+        if "would have to be built again" in error.what and dt == today:
+            seen["stop"] += 1
+            accept = tuple(day for day in days_between(add_days(dt, 1 - LOOKBACK), dt) if life.lost(day))
+            with never_smaller(life, accept):
+                assert life.run(dt, accept=accept) is None
+            seen["accepted"] += 1
+
+
+def what_is_fresh_is_what_a_build_from_nothing_gives(life: Life) -> None:
+    """Wherever raw is still there."""
+    fresh = [
+        day
+        for day in life.built
+        if day not in life.stale() and not life.lost(day) and life.there(day) and life.manifest(day).rows
+    ]
+    checked = life.rng.sample(sorted(fresh), min(2, len(fresh)))
+    assert scratch(life.folder / "scratch", life.raw, life.definition, checked) == {
+        day: life.manifest(day).data_digest for day in checked
+    }
+
+
 def test_sixty_days_of_a_feed(tmp_path):
     life = Life(tmp_path, 1)
     others = random.Random(2)  # readers and prunes: the feed's life is the same without them
     readers: list[tuple[int, Manifest]] = []  # since which day each holds the manifest that it reads
-    rng, seen = (
-        life.rng,
-        {"pruned": 0, "stop": 0, "accepted": 0, "late": 0, "lost": 0, "stale": 0, "killed": 0, "backfill": 0},
-    )
     for number in range(DAYS):
         today = add_days(FIRST, number)
-        life.deliver(today, f"log-{today}.csv")
-        if number > 3 and rng.random() < 0.25:  # rows that come late, beside the day's own file or in its place
-            day = add_days(today, -rng.randrange(1, 9))
-            if day >= FIRST:
-                life.deliver(day, f"late-{day}-{number}.csv" if rng.random() < 0.6 else f"log-{day}.csv")
-                seen["late"] += 1
-        if rng.random() < 0.5:  # retention
-            for day in days_between(FIRST, add_days(today, -rng.randrange(3, 9))):
-                for name in sorted(life.there(day)):
-                    if rng.random() < 0.7:
-                        (life.raw / name).unlink()
-        if rng.random() < 0.1:  # the folder moves: other times of change, the same bytes
-            shutil.copytree(life.raw, tmp_path / f"raw{number}", copy_function=shutil.copyfile)
-            life.raw = tmp_path / f"raw{number}"
-        if rng.random() < 0.2:
-            life.definition = shop(f"Title {number}", life.bound())
-        if rng.random() < 0.05:
-            life.definition = shop(life.definition.title, 5 - life.bound())
-        # What is stale is named, and nothing else.
-        if life.built:
-            said = {
-                s.dt: s.whole
-                for s in affected(life.store, life.definition, RawLocation(str(life.raw)))
-                if s.table == "events"
-            }
-            assert said == life.stale(), number
-            seen["stale"] += len(said)
-            seen["lost"] += sum(not whole for whole in said.values())
-        killed = rng.choice([None, None, None, "before", "between"])
-        seen["killed"] += killed is not None
-        days = (
-            [today]
-            if rng.random() < 0.7
-            else rng.sample(days_between(max(FIRST, add_days(today, -8)), today), min(3, number + 1))
-        )
-        seen["backfill"] += len(days) > 1
-        for dt in days:
-            with never_smaller(life, ()):
-                error = life.run(dt, killed)
-            if error is None:
-                continue
-            if "would have to be built again" in error.what and dt == today:
-                seen["stop"] += 1
-                accept = tuple(day for day in days_between(add_days(dt, 1 - LOOKBACK), dt) if life.lost(day))
-                with never_smaller(life, accept):
-                    assert life.run(dt, accept=accept) is None
-                seen["accepted"] += 1
+        a_day_of_the_raw_folder(life, number, today)
+        the_definition_is_edited(life, number)
+        what_is_stale_is_named_and_nothing_else(life, number)
+        builds_of_a_day(life, number, today)
         life.a_day_goes_by()
         readers = [(since, manifest) for since, manifest in readers if number - since < RETENTION_DAYS]
         readers += [(number, life.manifest(day)) for day in others.sample(sorted(life.built), min(2, len(life.built)))]
         if others.random() < 0.3:
-            seen["pruned"] += life.prune()
+            life.seen["pruned"] += life.prune()
         for _, manifest in readers:
             assert life.store.read(manifest).num_rows == manifest.rows
-        # Wherever raw is still there, what is published and fresh is what a build from nothing would give.
-        fresh = [
-            day
-            for day in life.built
-            if day not in life.stale() and not life.lost(day) and life.there(day) and life.manifest(day).rows
-        ]
-        checked = rng.sample(sorted(fresh), min(2, len(fresh)))
-        assert scratch(tmp_path / "scratch", life.raw, life.definition, checked) == {
-            day: life.manifest(day).data_digest for day in checked
-        }
-    assert all(seen.values()), seen  # a life in which nothing happens shows nothing
+        what_is_fresh_is_what_a_build_from_nothing_gives(life)
+    assert all(life.seen.values()), life.seen  # a life in which nothing happens shows nothing
 
 
 def test_three_archived_days_and_a_harmless_key_leave_what_is_published_alone(tmp_path):

@@ -17,6 +17,61 @@ from tests.waiting import wait_for
 NOT_PASSED_ON = ("host", "accept-encoding", "transfer-encoding", "content-length")
 
 
+def proxy_of(server: MlflowServer) -> type[http.server.BaseHTTPRequestHandler]:
+    """Return what passes requests on to a server, and kills it at the chosen one."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self) -> None:
+            self.close_connection = True  # whatever happens below, no client waits on this connection
+            body = self.body()
+            chosen = server.is_chosen(f"{self.command} {self.path} {body[:1000].decode('latin-1')}")
+            if chosen and not server.answered:
+                return server.kill()
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            try:
+                connection.request(
+                    self.command,
+                    self.path,
+                    body,
+                    {k: v for k, v in self.headers.items() if k.lower() not in NOT_PASSED_ON},
+                )
+                answer = connection.getresponse()
+                text = answer.read()
+            except (OSError, http.client.HTTPException):
+                return None  # no server: the client gets no answer either
+            finally:
+                connection.close()
+            if chosen:
+                return server.kill()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(text)
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":  # which empty files are sent as
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts: list[bytes] = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on
+
+    return Handler
+
+
 class MlflowServer:
     """An MLflow server over a SQLite file, which keeps the artifacts itself, behind a proxy that kills it when a
     request comes.
@@ -33,58 +88,7 @@ class MlflowServer:
         self._words: tuple[str, ...] = ()
         self.answered = False
         self._lock = threading.Lock()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def pass_on(self) -> None:
-                self.close_connection = True  # whatever happens below, no client waits on this connection
-                body = self.body()
-                chosen = server.is_chosen(f"{self.command} {self.path} {body[:1000].decode('latin-1')}")
-                if chosen and not server.answered:
-                    return server.kill()
-                connection = http.client.HTTPConnection("127.0.0.1", server.port)
-                try:
-                    connection.request(
-                        self.command,
-                        self.path,
-                        body,
-                        {k: v for k, v in self.headers.items() if k.lower() not in NOT_PASSED_ON},
-                    )
-                    answer = connection.getresponse()
-                    text = answer.read()
-                except (OSError, http.client.HTTPException):
-                    return None  # no server: the client gets no answer either
-                finally:
-                    connection.close()
-                if chosen:
-                    return server.kill()
-                self.send_response(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text)))
-                self.send_header("Connection", "close")
-                self.end_headers()
-                self.wfile.write(text)
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":  # which empty files are sent as
-                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                parts: list[bytes] = []
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    parts.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                return b"".join(parts)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on
-
-        self._proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), proxy_of(self))
         self._proxy.daemon_threads = True
         self.uri = f"http://127.0.0.1:{self._proxy.server_port}"
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()

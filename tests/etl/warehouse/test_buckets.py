@@ -172,6 +172,29 @@ def test_rows_of_another_definition_get_its_signals_and_columns():
     assert now["user_id"].equals(old["user_id"])
 
 
+def shop(signal: str, kind: str = "category") -> DatasetDefinition:
+    """Four columns of one file; the field `category` is of that kind."""
+    return DatasetDefinition.model_validate(
+        {
+            "name": "shop",
+            "title": "Shop",
+            "first_day": "2024-03-01",
+            "logs": {
+                "files": ["a.csv"],
+                "columns": dict.fromkeys(("user", "item", "at", "act", "cat"), "integer"),
+            },
+            "events": {
+                "user": "user",
+                "item": "item",
+                "time": {"column": "at", "unit": "seconds"},
+                "signals": {signal: {"column": "act", "equals": 1}},
+                "item_fields": {"category": {"column": "cat", "kind": kind}},
+            },
+            "targets": {"label": signal},
+        }
+    )
+
+
 @pytest.mark.spark
 def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp_path, capsys):
     """What was made from the day under its old definition is stale then, also when the day had been cut anew before."""
@@ -179,33 +202,6 @@ def test_an_adopted_day_is_other_data_and_a_field_of_another_type_is_refused(tmp
     from etl.ingest.event_rows import events_schema
     from etl.ingest.freshness import same_rows
     from etl.jobs.rebucket import rebucket
-
-    def shop(signal: str, kind: str = "category") -> DatasetDefinition:
-        return DatasetDefinition.model_validate(
-            {
-                "name": "shop",
-                "title": "Shop",
-                "first_day": "2024-03-01",
-                "logs": {
-                    "files": ["a.csv"],
-                    "columns": {
-                        "user": "integer",
-                        "item": "integer",
-                        "at": "integer",
-                        "act": "integer",
-                        "cat": "integer",
-                    },
-                },
-                "events": {
-                    "user": "user",
-                    "item": "item",
-                    "time": {"column": "at", "unit": "seconds"},
-                    "signals": {signal: {"column": "act", "equals": 1}},
-                    "item_fields": {"category": {"column": "cat", "kind": kind}},
-                },
-                "targets": {"label": signal},
-            }
-        )
 
     before, day = shop("buy"), "2024-03-01"
     store = TableStore(str(tmp_path), "shop")
