@@ -29,7 +29,7 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.store import Manifest, TableStore
-from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy
+from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, thirds
 from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
@@ -314,11 +314,8 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary
     are left out.
     """
     length = targets.history_length
-    edges = np.unique(np.percentile(length, [100 / 3, 200 / 3], method="higher"))
-    part = np.searchsorted(edges, length, side="left")
     slices = []
-    for number in np.unique(part):
-        rows = part == number
+    for rows in thirds(length):
         label, user = targets.label[rows], targets.user_id[rows]
         here = {name: score[rows] for name, score in scores.items()}
         compared = [alias for alias in (CHAMPION, ANCHOR) if alias in here]

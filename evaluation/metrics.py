@@ -102,6 +102,13 @@ def calibration(label: np.ndarray, score: np.ndarray) -> dict:
     }
 
 
+def thirds(length: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each third of history length, bool [T]; thirds that ties make empty are left out."""
+    edges = np.unique(np.percentile(length, [100 / 3, 200 / 3], method="higher")) if len(length) else np.zeros(0)
+    part = np.searchsorted(edges, length, side="left")
+    return [part == number for number in np.unique(part)]
+
+
 class Bootstrap:
     """The same resamples of users for every model, so that differences between models are paired.
 

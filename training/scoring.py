@@ -47,18 +47,7 @@ class Scorer:
         A target sees what is stored before its cut-off, and of that as much as the package's own rule lets it see.
         """
         flat = Sequences.from_arrow(sequences, self.cutoff.max_events)
-        targets = np.flatnonzero(flat.target_split == EVALUATION)
-        batches = UserBatches(Joined.of(flat, items, self.vocabulary), 0, 1, users_per_step=32, seed=0)
-        scores = [torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy() for batch in batches.all_of(targets)]
-        owner = np.searchsorted(flat.target_start, targets, side="right") - 1
-        return ScoredTargets(
-            user_id=flat.user_id[owner],
-            item_id=items["item_id"].to_numpy()[flat.target_item[targets]],
-            time_ms=flat.target_time_ms[targets],
-            label=flat.target_label[targets],
-            score=np.concatenate(scores) if scores else np.zeros(0, np.float32),
-            history_length=flat.target_end[targets] - flat.target_first[targets],
-        )
+        return score_joined(self.model, Joined.of(flat, items, self.vocabulary), items["item_id"].to_numpy())
 
     @torch.no_grad()
     def score_request(self, request: dict) -> np.ndarray:
@@ -103,6 +92,28 @@ class Scorer:
     def example_request(self) -> dict:
         """Return the request that the package carries as its input example."""
         return json.loads((self.folder / "example_request.json").read_text())
+
+
+@torch.no_grad()
+def score_joined(model: Ranker, joined: Joined, item_id: np.ndarray) -> ScoredTargets:
+    """Score every evaluation target of joined rows, on the device that the model is on.
+
+    Args:
+        item_id: int64 [N], of the partition's items.
+    """
+    flat, device = joined.sequences, str(next(model.parameters()).device)
+    targets = np.flatnonzero(flat.target_split == EVALUATION)
+    batches = UserBatches(joined, 0, 1, users_per_step=32, seed=0)
+    scores = [torch.sigmoid(model(batch.to(device))[0]).float().cpu().numpy() for batch in batches.all_of(targets)]
+    owner = np.searchsorted(flat.target_start, targets, side="right") - 1
+    return ScoredTargets(
+        user_id=flat.user_id[owner],
+        item_id=item_id[flat.target_item[targets]],
+        time_ms=flat.target_time_ms[targets],
+        label=flat.target_label[targets],
+        score=np.concatenate(scores) if scores else np.zeros(0, np.float32),
+        history_length=flat.target_end[targets] - flat.target_first[targets],
+    )
 
 
 def load_scorer(folder: str | Path) -> Scorer:

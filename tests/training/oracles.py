@@ -271,6 +271,8 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], list[dict]]] = {
             {"refine_k": 2, "recent_window": 3},
         ],
     ),
+    "frozen_codebook": (vql, [{}]),
+    "random_codebook": (vql, [{}]),
     "sdim": (sdim, [{}]),
     "linear_attention": (linear_attention, [{}, {"kernel_components": 0}]),
     "category_pooling": (category_pooling, [{}]),

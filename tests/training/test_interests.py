@@ -133,6 +133,30 @@ def test_a_batch_without_events_or_without_targets_is_no_error(kind, settings):
         assert interest(*batch(0, users=[(4, 0)]))[0].shape == (0, 2, 4)
 
 
+@pytest.mark.parametrize("kind", ["frozen_codebook", "random_codebook"])
+def test_the_codewords_of_a_control_stay_where_they_began_and_its_keys_learn(kind):
+    interest = made(kind, {}).train()
+    quantizer, began = interest.quantizer, interest.quantizer.codebook_GCw.clone()
+    for seed in range(3):
+        items, events, targets = batch(seed)
+        found, loss = interest(items, events, targets)
+        (found.sum() + loss).backward()
+        quantizer.move_averages()
+        quantizer.usage_GC[:] = 0  # all of them look dead
+        quantizer.revive(interest.keys(items.static_NS), torch.Generator().manual_seed(seed))
+    assert torch.equal(quantizer.codebook_GCw, began) and quantizer.codebook_GCw.grad is None
+    assert interest.to_key.weight.grad.abs().max() > 0
+
+
+def test_a_random_codebook_has_the_spread_of_the_keys_and_none_of_their_clusters():
+    key_NHd = torch.cat([torch.full((40, 2, 4), -3.0), torch.full((40, 2, 4), 3.0)])
+    random, frozen = (made(kind, {"codes": 64}).quantizer for kind in ("random_codebook", "frozen_codebook"))
+    for quantizer in (random, frozen):
+        quantizer.start_from_keys(key_NHd, torch.Generator().manual_seed(0))
+    assert abs(float(random.codebook_GCw.mean())) < 0.3 and 2.5 < float(random.codebook_GCw.std()) < 3.5
+    assert (frozen.codebook_GCw.abs() - 3).abs().max() < 0.01 < (random.codebook_GCw.abs() - 3).abs().median()
+
+
 def test_labels_teach_the_search_of_sim_and_reach_no_interest():
     interest = made("sim_soft", {"search_k": 3}).train()
     items, events, targets = batch(0)
@@ -185,7 +209,8 @@ def test_steps_of_a_kind_are_recorded_only_if_it_reads_no_list(kind, settings, m
     monkeypatch.setattr(interface, "has_kernels", lambda _, softmax: not softmax.refine_k)
     monkeypatch.setattr(interface, "in_kernels", lambda query_THd, *_: torch.zeros_like(query_THd))
     interest = made(kind, settings)
-    kernels_do_it = kind in ("softmax_attention", "recent_attention", "vql") and "refine_k" not in settings
+    coded = ("vql", "frozen_codebook", "random_codebook")
+    kernels_do_it = kind in ("softmax_attention", "recent_attention", *coded) and "refine_k" not in settings
     assert interest.reads_tensors_alone() == kernels_do_it
     if interest.reads_tensors_alone():
         items, events, targets = batch(0)

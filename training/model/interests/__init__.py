@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from etl.stage.errors import StageError
 from training.model.interests.category_pooling import CategoryPooling
+from training.model.interests.controls import FrozenCodebook, RandomCodebook
 from training.model.interests.dien import Dien
 from training.model.interests.din import Din, DinSoftmax
 from training.model.interests.eta import Eta
@@ -21,6 +22,8 @@ from training.model.interests.vql import Vql
 # By the name that `ModelConfig.interest` gives. A trial outside this package is added before a configuration names it.
 INTERESTS: dict[str, type[Interest]] = {
     "vql": Vql,
+    "frozen_codebook": FrozenCodebook,
+    "random_codebook": RandomCodebook,
     "softmax_attention": SoftmaxAttention,
     "recent_attention": RecentAttention,
     "sdim": Sdim,
