@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from etl.stage.errors import EXIT_CORRECT, EXIT_GATE
-from tests.dags.test_scheduler import APPROVAL, DAG_ID, DAG_PATH, Project, of
+from tests.dags.test_scheduler import APPROVAL, DAG_ID, DAG_PATH, LAST_GATE, TASKS, Project, of
 from tests.dags.ui import browser
 from tests.waiting import wait_for
 
@@ -141,19 +141,31 @@ def cleared(project, run: str, press, *tasks: str) -> list[list[str]]:
     return project.calls()
 
 
+def cleared_alone(project, ui, run_id: str, tasks: list[str], do_work: list[str]) -> list[list[str]]:
+    """Press a clear of each task without its downstream tasks, the last task first; return what was called.
+
+    Args:
+        do_work: those of them that begin again: nothing that they need has failed.
+    """
+
+    def press() -> None:
+        for task in reversed(tasks):
+            ui.clear_task(DAG_ID, run_id, task, downstream=False)
+
+    return cleared(project, path_of(run_id), press, *do_work)
+
+
 def test_each_task_of_a_finished_run_can_be_cleared_alone_and_goes_on_in_its_attempt(project, ui):
     run_id = ui.trigger(DAG_ID, dt="2022-04-21")
     run = path_of(run_id)
     assert project.ended(run) == "success"
     attempt = attempt_of(project.calls())
-    for task in project.states(run):
-        if task == "start":
-            continue
-        calls = cleared(project, run, functools.partial(ui.clear_task, DAG_ID, run_id, task, downstream=False), task)
-        assert {of(call, "--attempt") for call in calls} <= {attempt}
-        assert project.states(run)[task] == "success"
+    everything = list(project.states(run))
+    later = [task for task in everything if task != "start"]
+    calls = cleared_alone(project, ui, run_id, later, later)
+    assert attempt_of(calls) == attempt and len(calls) == TASKS
+    assert {*project.states(run).values()} == {"success"}
     # The whole run, and its first task alone, begin anew.
-    everything = tuple(project.states(run))
     again = attempt_of(cleared(project, run, lambda: ui.clear_run(DAG_ID, run_id), *everything))
     ui.clear_task(DAG_ID, run_id, "start")
     wait_for("its work", (project.root / "calls.jsonl").exists)
@@ -162,35 +174,85 @@ def test_each_task_of_a_finished_run_can_be_cleared_alone_and_goes_on_in_its_att
     assert len({attempt, again, last}) == 3
 
 
-@pytest.mark.parametrize(
-    "module, code, task, whole_run",
-    [
-        ("etl.quality.judge.audit", EXIT_GATE, "ingest.audit_events", False),  # let through, it judges once more
-        ("evaluation.release.promote", EXIT_CORRECT, "register.promote_model", True),
-    ],
-)
-def test_a_failed_run_goes_on_in_its_attempt_when_its_failed_tasks_are_cleared(
-    project, ui, module, code, task, whole_run
-):
-    project.fault(module, code, once=False)
-    run_id = ui.trigger(DAG_ID, dt="2022-04-21")
+# The tasks that run a stage, in their order, and what that is called with.
+STAGE_OF = {
+    "ingest.build_events": ("etl.jobs.events",),
+    "ingest.audit_events": ("etl.quality.judge.audit", "events"),
+    "sequences.build_sequences": ("etl.jobs.sequences",),
+    "sequences.audit_sequences": ("etl.quality.judge.audit", "sequences"),
+    LAST_GATE: ("etl.quality.judge.audit", "training_input"),
+    "train.train_models": ("training.train",),
+    "evaluate.evaluate_models": ("evaluation.evaluate",),
+    "register.register_model": ("evaluation.release.register",),
+    "register.promote_model": ("evaluation.release.promote",),
+    "caches.build_user_caches": ("evaluation.user_caches",),
+    "prune": ("evaluation.prune",),
+}
+
+
+def test_each_task_that_failed_is_cleared_and_its_run_goes_on_in_its_attempt(project, ui):
+    """One run, which fails at each of its tasks in turn; what has failed is cleared alone, with those behind it."""
+
+    def fails_at(task: str) -> None:
+        module, *stage = STAGE_OF[task]
+        project.fault(module, EXIT_GATE if stage else EXIT_CORRECT, False, *stage)
+
+    tasks = list(STAGE_OF)
+    fails_at(tasks[0])
+    run_id = ui.trigger(DAG_ID, dt="2022-04-21", on_warning="approve")
     run = path_of(run_id)
     assert project.ended(run) == "failed"
-    (project.root / "fault.json").unlink()
-    ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}")
-    keep(ui, "airflow_failed_run")
     attempt = attempt_of(project.calls())
-    left = [
-        name for name, state in project.states(run).items() if state != "success" and name != APPROVAL
-    ]  # which calls no stage
-    if whole_run:
-        ui.clear_run(DAG_ID, run_id, only_failed=True)
-    else:
-        ui.clear_task(DAG_ID, run_id, task)
-    wait_for("the run's success", lambda: project.api.call("GET", run)["state"] == "success", every=1)
-    calls = project.calls()
-    assert attempt_of(calls) == attempt
-    assert len(calls) == len(left)
+
+    def goes_on(press, *done: str, to: str | None) -> None:
+        """Press a clear; what is done again, and then what fails next, are called in the same attempt."""
+        (project.root / "fault.json").unlink(missing_ok=True)
+        if to in STAGE_OF:
+            fails_at(to)
+        again = [*done, *([to] if to else [])]
+        calls = cleared(project, run, press, *again)
+        of_stages = [STAGE_OF[task] for task in again if task in STAGE_OF]
+        assert [(call[0], *([of(call, "--stage")] if "--stage" in call else [])) for call in calls] == of_stages
+        assert {of(call, "--attempt") for call in calls} <= {attempt}
+        states = project.states(run)
+        assert [task for task in states if states[task] == "failed"] == ([to] if to else [])
+
+    def with_downstream(task: str):
+        return functools.partial(ui.clear_task, DAG_ID, run_id, task)
+
+    for failed, following in itertools.pairwise(tasks):
+        done = [failed]
+        if failed == LAST_GATE:  # whose outcome the question before training needs
+            (project.root / "gates").unlink()
+            goes_on(with_downstream(LAST_GATE), LAST_GATE, to=APPROVAL)
+            goes_on(with_downstream(APPROVAL), to=APPROVAL)
+            (project.root / "gates").touch()
+            done += [APPROVAL]
+        if failed == "train.train_models":
+            ui.open(f"/dags/{DAG_ID}/runs/{urllib.parse.quote(run_id)}")
+            keep(ui, "airflow_failed_run")
+            earlier = ["ingest.wait_for_files", *tasks[: tasks.index(failed)], APPROVAL]
+            later = tasks[tasks.index(failed) + 1 :]
+            calls = cleared_alone(project, ui, run_id, earlier + later, earlier)
+            assert attempt_of(calls) == attempt and len(calls) == len(earlier) - 2
+            states = project.states(run)
+            assert states[failed] == "failed" and {states[task] for task in later} == {"upstream_failed"}
+        if failed == "register.promote_model":
+            goes_on(lambda: ui.clear_run(DAG_ID, run_id, only_failed=True), failed, to=following)
+        else:
+            goes_on(with_downstream(failed), *done, to=following)
+    goes_on(with_downstream(tasks[-1]), tasks[-1], to=None)
+    assert project.api.call("GET", run)["state"] == "success"
+
+
+def test_a_first_task_that_failed_refuses_the_same_again_when_it_is_cleared(project, ui):
+    project.calls()
+    run_id = ui.trigger(DAG_ID, dt="2023-01-01")
+    run = path_of(run_id)
+    assert project.ended(run) == "failed"
+    assert cleared(project, run, lambda: ui.clear_task(DAG_ID, run_id, "start"), "start") == []
+    assert project.states(run)["start"] == "failed"
+    assert "dt: 2023-01-01 is outside the data set" in project.error(run, "start", 2)
 
 
 def test_a_question_is_asked_again_when_it_is_cleared_and_holds_what_it_was_answered(project, ui):

@@ -47,8 +47,8 @@ with (root / "calls.jsonl").open("a") as calls:
     calls.write(json.dumps([__spec__.name, *sys.argv[1:]]) + "\\n")
 fault = root / "fault.json"
 if fault.exists():
-    module, code, once = json.loads(fault.read_text())
-    if module == __spec__.name:
+    module, code, once, words = json.loads(fault.read_text())
+    if module == __spec__.name and {*words} <= {*sys.argv}:
         if once:
             fault.unlink()
         print("error: a fault was asked for\\n  remedy: none", file=sys.stderr)
@@ -215,8 +215,9 @@ class Project:
         path.unlink(missing_ok=True)
         return [json.loads(line) for line in lines]
 
-    def fault(self, module: str, code: int, once: bool) -> None:
-        (self.root / "fault.json").write_text(json.dumps([module, code, once]))
+    def fault(self, module: str, code: int, once: bool, *words: str) -> None:
+        """Let a stage fail, where its arguments hold these words."""
+        (self.root / "fault.json").write_text(json.dumps([module, code, once, words]))
 
     def start_backfill(self, first: str, last: str, **body) -> int:
         asked = {
