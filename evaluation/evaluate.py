@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,17 +28,16 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.store import Manifest, TableStore
+from evaluation.log_evaluation import log_evaluation, table
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, thirds
-from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry
+from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry, model_digest
 from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
-from training.tracking import ATTEMPT_TAG, METRICS_FILES, MetricsBuffer, asking_mlflow, attempt_run
+from training.tracking import ATTEMPT_TAG, attempt_run, dataset_of
 
 RESAMPLES = 200
 SCORES_FILE = "scores.parquet"
 TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
-# Of each model, in MLflow: `normalised_entropy`, `ece` and `expected_ratio` say whether its probabilities can be used.
-LOGGED = (*Bootstrap.METRICS, "auc_low", "auc_high", "normalised_entropy", "ece", "expected_ratio")
 ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 
 
@@ -78,9 +76,10 @@ def evaluate(
     items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
 
     scored: dict[str, ScoredTargets] = {}
+    digests: dict[str, str] = {}
     for name, summary in training["models"].items():
         with package_of(summary) as package:
-            scored[name] = load_scorer(package).score(items, sequences)
+            scored[name], digests[name] = load_scorer(package).score(items, sequences), model_digest(package)
         log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
     targets = scored[training["primary"]]
     if not len(targets.score):
@@ -99,12 +98,14 @@ def evaluate(
         "simulated": simulated,
         "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
         "auc_seed_sd": training["config"].get("auc_seed_sd"),
+        "primary": training["primary"],
+        "digests": digests,
         **compare(targets, scores, training["primary"], served),
         "rows": _ingested(store, sequences_manifest),
     }
     write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
-    log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
+    log_evaluation(run_id, run_dir, evaluation, (targets, scores), dataset_of(store, sequences_manifest))
     # Last: what stops the registration is reported with everything that explains it already logged.
     with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
         [primary] = [row for row in evaluation["models"] if row["name"] == training["primary"]]
@@ -133,14 +134,15 @@ def judge_again(
     columns = {name: scored[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
     scores = {name: columns[name] for name in names}
-    items, sequences = store.read(store.require("items", dt)), store.read(store.require("sequences", dt))
+    manifest = store.require("sequences", dt)
+    items, sequences = store.read(store.require("items", dt)), store.read(manifest)
     served, served_scores = score_served(registry, dt, attempt, items, sequences)
     scores |= served_scores
     evaluation = read_evaluation(run_dir) | compare(targets, scores, training["primary"], served)
     write_scores(run_dir, targets, scores)
     write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
-    log_to_mlflow(run_id, run_dir, evaluation, targets, scores)
+    log_evaluation(run_id, run_dir, evaluation, (targets, scores), dataset_of(store, manifest))
     return read_evaluation(run_dir)
 
 
@@ -271,39 +273,6 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
     }
 
 
-def table(evaluation: dict) -> str:
-    """Return the plain text table of an evaluation."""
-    title = f"{evaluation['dataset']} dt={evaluation['dt']}" + ("  (SIMULATED data)" if evaluation["simulated"] else "")
-    lines = [
-        title,
-        (
-            f"{'model':<18}{'AUC':>8}{'95 % interval':>18}{'GAUC':>8}{'log loss':>10}{'pred/obs':>10}{'targets':>10}"
-            f"{'users':>8}"
-        ),
-    ]
-    for row in _rows(evaluation):
-        interval = f"{_cell(row['auc_low'])}..{_cell(row['auc_high'])}"
-        lines.append(
-            f"{row['name']:<18}{_cell(row['auc']):>8}{interval:>18}{_cell(row['gauc']):>8}{_cell(row['logloss']):>10}"
-            f"{_cell(row['calibration']['expected_ratio'], 3):>10}{row['targets']:>10,}{row['users']:>8,}"
-        )
-    if evaluation["best_auc"] is not None:
-        lines.append(f"{'best possible':<18}{_cell(evaluation['best_auc']):>8}  (the simulator's own probabilities)")
-    for name, metrics in evaluation["paired"].items():
-        value, low, high = (_cell(metrics["auc"][key]) for key in ("value", "low", "high"))
-        lines.append(f"AUC {name.replace('_minus_', ' minus ')}: {value}, 95 % interval {low}..{high}")
-    for alias in (CHAMPION, ANCHOR):
-        if (other := evaluation.get(alias)) and other["warning"]:
-            lines.append(f"warning: {alias} version {other['version']} is not compared: {other['warning']}")
-    return "\n".join(lines)
-
-
-def _rows(evaluation: dict) -> list[dict]:
-    """Return the rows of all that was scored: models, champion, and an anchor that is not the champion."""
-    others = [evaluation.get(alias) for alias in (CHAMPION, ANCHOR)]
-    return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
-
-
 def write_json(run_dir: Folder, name: str, value: dict) -> None:
     """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
     run_dir.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False))
@@ -361,86 +330,12 @@ def _best_auc(raw: Path, dt: str) -> float | None:
     return json.loads(marker.read_text()).get("best_auc_by_dt", {}).get(dt) if marker.exists() else None
 
 
-def log_to_mlflow(
-    run_id: str, run_dir: Folder, evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray]
-) -> None:
-    """Log an evaluation to its run, and what training could not send.
-
-    Raises:
-        TryAgainError: MLflow does not answer.
-    """
-    with run_dir.written("evaluation.png") as plot:
-        _plot(evaluation, targets, scores, plot)
-    metrics = {
-        f"{row['name']}/{metric}": value
-        for row in _rows(evaluation)
-        for metric, value in (row | row["calibration"]).items()
-        if metric in LOGGED
-    }
-    metrics |= {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
-    metrics |= {"best_auc": evaluation["best_auc"]}
-    now = int(time.time() * 1000)
-    with asking_mlflow():
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric
-
-        client = MlflowClient()
-        for file in METRICS_FILES:
-            MetricsBuffer(run_id, run_dir, file).send()
-        client.log_batch(
-            run_id,
-            metrics=[
-                Metric(key, value, now, 0)
-                for key, value in metrics.items()
-                if value is not None and math.isfinite(value)
-            ],
-        )
-        for name in ("evaluation.json", "evaluation.png"):
-            with run_dir.read_locally(name) as path:
-                client.log_artifact(run_id, str(path), "evaluation")
-        client.log_text(run_id, table(evaluation), "evaluation/table.txt")
-
-
-def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray], path: Path) -> None:
-    """Draw AUC with intervals, and calibration, of every scored model."""
-    from matplotlib.figure import Figure
-
-    rows = _rows(evaluation)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    bars, curve = figure.subplots(1, 2)
-    values = np.array([row["auc"] for row in rows])
-    spread = np.abs(np.array([[row["auc_low"], row["auc_high"]] for row in rows]).T - values)
-    bars.errorbar(values, np.arange(len(rows)), xerr=spread, fmt="o", capsize=4)
-    bars.set_yticks(np.arange(len(rows)), [row["name"] for row in rows])
-    bars.invert_yaxis()
-    if evaluation["best_auc"] is not None:
-        bars.axvline(evaluation["best_auc"], linestyle="--", color="gray", label="best possible")
-        bars.legend()
-    bars.set_xlabel("AUC, 95 % interval (users resampled)")
-    for name, score in scores.items():
-        bins = calibration(targets.label, score)["bins"]
-        curve.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label=name)
-    end = curve.get_xlim()[1]
-    curve.plot([0, end], [0, end], linestyle="--", color="gray")
-    curve.set_xlabel("predicted probability")
-    curve.set_ylabel("observed share of positives")
-    curve.legend()
-    figure.suptitle(
-        f"{evaluation['dataset']} dt={evaluation['dt']}" + (" (SIMULATED data)" if evaluation["simulated"] else "")
-    )
-    figure.savefig(path, dpi=110)
-
-
 def _without_nan(value):
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

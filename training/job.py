@@ -55,7 +55,9 @@ class Job:
         warehouse, dataset, dt: the published partition.
         attempt: names the run of Ray.
         run_dir: address of the attempt's folder; every worker reaches it.
-        mlflow_run_id: takes the metrics.
+        mlflow_run_id: takes the metrics that are of no single model.
+        model_run_ids: model -> the run that takes its own; None where MLflow did not answer: metrics wait in the
+            folder.
         warm_start: address of the package to begin with; None: begin cold.
         prints: the lines of progress are printed too, not only written to the run's folder.
     """
@@ -67,6 +69,7 @@ class Job:
     run_dir: str
     config: TrainConfig
     mlflow_run_id: str
+    model_run_ids: Mapping[str, str] | None
     warm_start: str | None
     prints: bool
 
@@ -101,7 +104,7 @@ class _Trainings:
             job.warehouse, job.dataset, job.dt, job.config, known
         )
         self.progress = Progress(self.run_dir, job.prints) if worker.rank == 0 else None
-        self.metrics = MetricsBuffer(job.mlflow_run_id, self.run_dir, say=self.say) if worker.rank == 0 else None
+        self.metrics = self._buffer() if worker.rank == 0 else None
         self.checkpoints = Checkpoints(
             self.run_dir.below("checkpoints"),
             identity_of(job, digests, self.data.vocabulary),
@@ -109,6 +112,11 @@ class _Trainings:
             job.config.checkpoint_every_seconds,
             self.say,
         )
+
+    def _buffer(self) -> MetricsBuffer:
+        models = self.job.model_run_ids
+        run_id = None if models is None else self.job.mlflow_run_id
+        return MetricsBuffer(run_id, self.run_dir, say=self.say, models=models)
 
     def say(self, line: str) -> None:
         if self.progress is not None:

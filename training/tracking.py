@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from etl.datasets.definition import DatasetDefinition
 from etl.stage.commands import log
@@ -27,6 +28,10 @@ from etl.stage.uris import without_secrets
 from etl.warehouse.schemas import TABLES
 from etl.warehouse.store import Manifest, TableStore, code_version
 from infra import settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 ATTEMPT_TAG, PARTITION_TAG = "pipeline.attempt", "pipeline.partition"
 NAME_TAG, NOTE_TAG, PARENT_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.parentRunId"  # MLflow's own
@@ -173,11 +178,11 @@ def attempt_run(
             if run.info.run_id is not None and not isinstance(error, TryAgainError):
                 status = "KILLED" if killed.is_set() else "FAILED"
                 with _ending(status):
-                    _client().set_terminated(run.info.run_id, status)
+                    _end(_client(), run, status)
             raise
     if last:
         with asking_mlflow():
-            _client().set_terminated(run.info.run_id, "FINISHED")
+            _end(_client(), run, "FINISHED")
 
 
 def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
@@ -188,7 +193,13 @@ def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
         experiment = client.get_experiment_by_name(definition.name)
         for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
             if run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, status)
+                _end(client, run, status)
+
+
+def _end(client: MlflowClient, run: Run, status: str) -> None:
+    """End a run behind those below it: one that has ended has none that is RUNNING."""
+    for one in (*runs_below(client, run), run):
+        client.set_terminated(one.info.run_id, status)
 
 
 def log_origin(
@@ -240,12 +251,19 @@ class MetricsBuffer:
         folder, name: of the run and its file: JSON lines, {"key", "value", "step", "timestamp"}, only what MLflow does
             not have yet.
         say: takes a warning.
+        models: model -> its run, which gets `<model>/<metric>` as `<metric>`.
     """
 
     def __init__(
-        self, run_id: str | None, folder: Folder, name: str = METRICS_FILE, say: Callable[[str], None] = log
+        self,
+        run_id: str | None,
+        folder: Folder,
+        name: str = METRICS_FILE,
+        say: Callable[[str], None] = log,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         self.run_id, self.folder, self.name, self.say = run_id, folder, name, say
+        self.models = models or {}
         self._server_down = run_id is None
         text = folder.read_text(name)
         self._in_file = text is not None
@@ -287,17 +305,25 @@ class MetricsBuffer:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
-        assert self.run_id is not None
         client = MlflowClient()
         while self._pending:
-            part = self._pending[:METRICS_PER_REQUEST]
+            run_id, _ = self._place_of(self._pending[0])
+            part = [row for row in self._pending if self._place_of(row)[0] == run_id][:METRICS_PER_REQUEST]
             client.log_batch(
-                self.run_id, metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in part]
+                run_id,
+                metrics=[Metric(self._place_of(row)[1], row["value"], row["timestamp"], row["step"]) for row in part],
             )
-            self._pending = self._pending[len(part) :]
+            sent = {id(row) for row in part}
+            self._pending = [row for row in self._pending if id(row) not in sent]
         if self._in_file:
             self.folder.forget(self.name)
             self._in_file = False
+
+    def _place_of(self, row: Mapping) -> tuple[str, str]:
+        """Return the run and the name there."""
+        model, _, metric = row["key"].partition("/")
+        assert self.run_id is not None
+        return (self.models[model], metric) if model in self.models else (self.run_id, row["key"])
 
     def _keep(self, rows: Sequence[dict]) -> None:
         self.folder.append_text(self.name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -330,8 +356,10 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
     for key, value in wanted.items():
         if run.data.tags.get(key) != value:
             client.set_tag(run.info.run_id, key, value)
+            run.data.tags[key] = value
     if run.info.status != "RUNNING":
-        client.update_run(run.info.run_id, status="RUNNING")
+        for one in (run, *runs_below(client, run)):
+            client.update_run(one.info.run_id, status="RUNNING")
     return run
 
 
@@ -368,7 +396,18 @@ def _runs(client, experiment_id: str, attempt: str) -> list:
     )
 
 
-def _client():
+def runs_below(client: MlflowClient, run: Run) -> list[Run]:
+    """Return the runs below an attempt's run, the oldest first: one a model."""
+    return list(
+        client.search_runs(
+            [run.info.experiment_id],
+            filter_string=f"tags.`{PARENT_TAG}` = '{run.info.run_id}'",
+            order_by=["attributes.start_time ASC"],
+        )
+    )
+
+
+def _client() -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient()

@@ -15,20 +15,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.stage.commands import log, run_stage
-from etl.stage.errors import StageError
+from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.stage.worker_counts import worker_range
 from etl.warehouse.store import TableStore, code_version
 from training.config import TrainConfig, load_config
 from training.job import Job, train_all, warm_start_package
 from training.loop import Worker
+from training.model_runs import model_runs, parameters_of
 from training.ray_workers import train_with_ray
 from training.resume import flat
 from training.run_folder import run_folder
-from training.tracking import NAME_TAG, attempt_run, entry, log_origin, run_name
+from training.tracking import NAME_TAG, asking_mlflow, attempt_run, entry, log_origin, run_name
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 TABLES = "sequences", "items"  # that a training reads
 
@@ -82,7 +87,7 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
     run_dir = run_folder(args.runs, args.definition, args.dt, args.attempt, config.digest)
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
-        log_origin(run.info.run_id, flat(config.deciding), store, [store.require(table, args.dt) for table in TABLES])
+        runs_of_models = _runs_of_models(run, config, store, args.dt)
         warm_start = _within_reach(warm_start_package(args.warm_start, args.dataset, args.dt), run_dir)
         job = Job(
             args.warehouse,
@@ -92,6 +97,7 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
             run_dir.address,
             config,
             run.info.run_id,
+            runs_of_models,
             warm_start,
             prints,
         )
@@ -107,6 +113,23 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
     }
     run_dir.write_text("training.json", json.dumps(summary, indent=1))
     log(f"trained {', '.join(summaries)}; packages in {run_dir.address_of('models')}")
+
+
+def _runs_of_models(run: Run, config: TrainConfig, store: TableStore, dt: str) -> dict[str, str] | None:
+    """Return model -> its run below the attempt's, which has what it is made from; None: MLflow does not answer."""
+    if run.info.run_id is None:
+        return None
+    inputs = [store.require(table, dt) for table in TABLES]
+    log_origin(run.info.run_id, flat(config.deciding), store, inputs)
+    try:
+        with asking_mlflow():
+            found = model_runs(run, config.models)
+    except TryAgainError as error:
+        log(f"warning: metrics wait in the folder of the run: {error.what}")
+        return None
+    for name, run_id in found.items():
+        log_origin(run_id, parameters_of(config.deciding, name), store, inputs)
+    return found
 
 
 def _within_reach(package: str | None, run_dir: Folder) -> str | None:

@@ -14,6 +14,7 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError
 from etl.warehouse.store import TableStore, code_version
 from evaluation.evaluate import package_of, read_evaluation, read_training, write_json
+from training.model_runs import has_files, logged_model, model_runs
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
 from training.run_folder import run_folder
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
@@ -96,21 +97,16 @@ def requirements() -> list[str]:
 
 
 def _create_version(registry: Registry, run, package: Path, name: str, tags: dict[str, str]) -> None:
-    """Register the package, from what an earlier try has already logged of it when that is whole."""
+    """Register the package as the model that its metrics belong to, whose files an earlier try may have logged."""
     import mlflow
 
-    logged = None
-    for one in registry.client.search_logged_models(
-        [run.info.experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{tags[ATTEMPT_TAG]}'"
-    ):
-        if logged is None and one.status == "READY" and one.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]:
-            logged = one.model_uri
-        else:
-            registry.client.delete_logged_model(one.model_id)
-    mlflow.register_model(logged or _log_model(run.info.run_id, package, name, tags), registry.name, tags=tags)
+    model = logged_model(run, name, model_runs(run, [name])[name], tags[DIGEST_TAG])
+    if not has_files(model):
+        _log_files(package, model.model_id)
+    mlflow.register_model(model.model_uri, registry.name, tags=tags)
 
 
-def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> str:
+def _log_files(package: Path, model_id: str) -> None:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -127,23 +123,15 @@ def _log_model(run_id: str, package: Path, name: str, tags: dict[str, str]) -> s
         ),
         outputs=Schema([ColSpec(Array(DataType.double), "scores")]),
     )
-    # The client has no way to name the run; leaving it leaves it RUNNING, and an MLflow that is away then has failed
-    # before.
-    mlflow.start_run(run_id=run_id)
-    try:
-        return mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"package": str(package)},
-            code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
-            signature=signature,
-            input_example=request_frame([load_scorer(package).example_request()]),
-            pip_requirements=requirements(),
-            model_type="ranker",
-            tags=tags,
-        ).model_uri
-    finally:
-        mlflow.end_run("RUNNING")
+    mlflow.pyfunc.log_model(
+        model_id=model_id,
+        python_model=str(Path(__file__).with_name("served_model.py")),
+        artifacts={"package": str(package)},
+        code_paths=[str(ROOT / "training"), str(ROOT / "etl")],
+        signature=signature,
+        input_example=request_frame([load_scorer(package).example_request()]),
+        pip_requirements=requirements(),
+    )
 
 
 def _passes(store: TableStore, dt: str, attempt: str) -> dict[str, str]:

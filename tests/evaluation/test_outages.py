@@ -19,14 +19,14 @@ from evaluation.release import promote
 from tests.evaluation.conftest import DATASET, DT
 from tests.evaluation.mlflow_server import MlflowServer
 from training.registry import Registry
-from training.tracking import METRICS_FILE
+from training.tracking import METRICS_FILE, runs_below
 
 ATTEMPT = f"{DATASET}-{DT}-00000000-c0"
 # stage, the request that the server is killed at, whether the server has done it before it dies, exit code of that call
 OUTAGES = [
     ("training.train", ("/runs/create",), True, 0),
     ("training.train", ("/runs/log-batch",), False, 0),  # called again, it sends what the first call kept
-    ("evaluation.evaluate", ("/runs/log-batch", "vql/auc"), True, EXIT_TRY_AGAIN),
+    ("evaluation.evaluate", ("/runs/log-batch", '"auc"'), True, EXIT_TRY_AGAIN),
     ("evaluation.release.register", ("PUT", "/mlflow-artifacts/"), False, EXIT_TRY_AGAIN),
     ("evaluation.release.register", ("/model-versions/create",), True, EXIT_TRY_AGAIN),
     ("evaluation.release.promote", ("/registered-models/alias", "champion"), True, EXIT_TRY_AGAIN),
@@ -84,11 +84,16 @@ def test_a_server_killed_in_every_stage_leaves_one_run_and_one_version(stages, s
 
     registry = Registry(DATASET)
     experiment = registry.client.get_experiment_by_name(DATASET).experiment_id
-    [run] = registry.client.search_runs([experiment])
+    [run] = registry.client.search_runs([experiment], f"tags.`pipeline.attempt` = '{ATTEMPT}'")
+    models = {one.data.tags["pipeline.model"]: one for one in runs_below(registry.client, run)}
     [version] = registry.client.search_model_versions(f"name = '{registry.name}'")
-    [model] = registry.client.search_logged_models([experiment])
+    [model] = registry.client.search_logged_models([experiment], filter_string="name = 'vql'")
     assert run.info.status == "FINISHED"
-    assert {"vql/auc", "mean_pooling/logloss", "hashed_event_share"} <= run.data.metrics.keys()
+    assert len(models) == 3 and len(registry.client.search_runs([experiment])) == 4
+    assert {one.info.status for one in models.values()} == {"FINISHED"}
+    assert {"auc", "hashed_event_share"} <= run.data.metrics.keys()
+    assert {"auc", "train_loss"} <= models["vql"].data.metrics.keys()
+    assert {"logloss", "validation_logloss"} <= models["mean_pooling"].data.metrics.keys()
     assert {"data.snapshot_digest", "config_digest"} <= run.data.tags.keys()
     assert "system/cpu_utilization_percentage" in run.data.metrics
     assert not (stages.runs / ATTEMPT / METRICS_FILE).exists()

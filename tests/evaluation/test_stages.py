@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +24,9 @@ from evaluation.prune import prune_runs
 from evaluation.release import promote, register
 from tests.evaluation.conftest import DATASET, DT, NEXT_DT
 from tests.s3 import BUCKET, s3_server
+from training.model_runs import has_files
 from training.registry import Registry
+from training.tracking import NOTE_TAG, runs_below
 
 MUCH_LATER_MS = 1 << 50
 FIRST, SECOND = f"{DATASET}-{DT}-00000000-c0", f"{DATASET}-{NEXT_DT}-00000000-c0"
@@ -94,11 +99,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert len(Registry(DATASET).client.search_model_versions(f"name = 'vql_{DATASET}'")) == 1
     run = Registry(DATASET).client.get_run(registration["run_id"])
     assert run.info.status == "RUNNING"  # the caches, which end the chain, have not been built
-    [vql, *_] = evaluation["models"]
-    assert run.data.metrics["vql/auc"] == pytest.approx(vql["auc"])
-    assert run.data.metrics["vql/normalised_entropy"] == pytest.approx(vql["normalised_entropy"])
-    for name in ("ece", "expected_ratio"):
-        assert run.data.metrics[f"vql/{name}"] == pytest.approx(vql["calibration"][name])
+    shown_as_users_of_mlflow_expect(run, evaluation, version)
     assert run.data.tags["data.snapshot_digest"] == version.tags["data.snapshot_digest"]
     stages.run("user_caches", FIRST)
     assert TableStore(str(stages.warehouse), DATASET).require("user_caches", DT).rows == 12
@@ -107,6 +108,31 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert prune_runs(runs, DATASET, MUCH_LATER_MS, (FIRST,), False) == []
     [gone] = prune_runs(runs, DATASET, MUCH_LATER_MS, (), False)
     assert gone.name == FIRST and gone.files > 20 and runs.files() == [] and runs.names() == []
+
+
+def shown_as_users_of_mlflow_expect(run: Run, evaluation: dict, version: ModelVersion) -> None:
+    """A run a model below the attempt's with the same names, and a logged model each, which has the figures, too."""
+    client = MlflowClient()
+    below = {one.data.tags["pipeline.model"]: one for one in runs_below(client, run)}
+    models = {one.name: one for one in client.search_logged_models([run.info.experiment_id])}
+    assert below.keys() == models.keys() == {row["name"] for row in evaluation["models"]}
+    for row in evaluation["models"]:
+        name = row["name"]
+        one, model = below[name], models[name]
+        expected = {key: row[key] for key in ("auc", "auc_low", "gauc", "logloss", "normalised_entropy") if row[key]}
+        expected |= {key: row["calibration"][key] for key in ("ece", "expected_ratio")}
+        assert expected == {key: pytest.approx(one.data.metrics[key]) for key in expected}
+        assert (one.info.run_name, one.data.tags["pipeline.partition"]) == (f"{DT} {name}", DT)
+        assert [metric.step for metric in client.get_metric_history(one.info.run_id, "auc")][-1] == 20220421
+        assert [output.model_id for output in one.outputs.model_outputs] == [model.model_id]
+        assert model.source_run_id == one.info.run_id and model.tags["data.snapshot_digest"]
+        [auc] = {(m.value, m.dataset_name) for m in model.metrics if m.key == "auc"}
+        assert auc == (pytest.approx(row["auc"]), f"{DATASET} sequences/dt={DT}")
+        assert has_files(model) == (name == evaluation["primary"])
+    assert version.source == models["vql"].model_uri and version.run_id == below["vql"].info.run_id
+    assert run.data.metrics["auc"] == below["vql"].data.metrics["auc"]
+    assert run.data.metrics["vql_minus_mean_pooling/auc"] is not None
+    assert "| mean_pooling | " in run.data.tags[NOTE_TAG] and run.info.run_name == f"{DT} 0000"
 
 
 def test_requirements_of_a_model_name_no_build_that_an_index_does_not_have(monkeypatch):

@@ -39,10 +39,12 @@ from tests.waiting import PATIENCE_S, wait_for
 from training.configs import tiny
 from training.job import load_training_data
 from training.loop import WorkerLostError
+from training.model_runs import parameters_of
 from training.package import Cutoff
 from training.ray_workers import _cause_of
 from training.resume import flat
 from training.scoring import load_scorer
+from training.tracking import runs_below
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,7 +172,8 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     assert first["mlflow_run_id"] == second["mlflow_run_id"]
     assert first["models"] == second["models"] and weights == bits(tmp_path)
     assert again.stdout.count("epoch 2/2") == 0  # all is done
-    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(first["mlflow_run_id"])
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = client.get_run(first["mlflow_run_id"])
     assert run.data.params == flat(tiny.config().deciding)
     store = TableStore(warehouse, "kuairand")
     digests = {store.require(table, DT).data_digest[:36] for table in ("sequences", "items")}
@@ -180,6 +183,14 @@ def test_a_retry_continues_the_mlflow_run_and_other_settings_are_refused_side_by
     assert run.info.run_name == f"{DT} tiny t"
     assert run.data.tags["mlflow.source.name"] == "training.train" and run.data.tags["config"] == "tiny"
     assert run.data.tags["pipeline.command"].startswith("python -m training.train --dataset kuairand --warehouse ")
+    below = {one.data.tags["pipeline.model"]: one for one in runs_below(client, run)}
+    assert below.keys() == first["models"].keys()
+    for name, one in below.items():
+        assert one.data.params == parameters_of(tiny.config().deciding, name)
+        assert one.data.params["interest"] == repr(tiny.config().models[name].interest)
+        assert {"train_loss", "validation_logloss"} <= one.data.metrics.keys() and one.inputs.dataset_inputs
+        assert one.info.run_name == f"{DT} {name}" and one.data.tags["config"] == "tiny"
+    assert not [key for key in run.data.metrics if key.startswith("vql/")]
     other = train(tmp_path, warehouse, "--workers", "0", "--seed", "8")
     assert other.returncode == 2
     assert "attempt t belongs to config" in other.stderr and "--attempt" in other.stderr
