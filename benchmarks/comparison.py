@@ -71,6 +71,7 @@ def yambda_rows(folder: Path) -> None:
 
     A click is a listen of at least half of the track. An artist has tracks of one topic; nothing else says which.
     """
+    from etl.datasets.definition import SIMULATED_MARKER
     from etl.datasets.simulate import Simulation, write_simulation
 
     logs = folder.with_name(f"{folder.name}_logs")
@@ -98,10 +99,12 @@ def yambda_rows(folder: Path) -> None:
         }
     )
     folder.mkdir(parents=True)
+    shutil.copy(logs / SIMULATED_MARKER, folder)
     pq.write_table(table, folder / "multi_event.parquet")
     items = pacsv.read_csv(next(logs.glob("video_features_basic_*")))
     item_id = items["video_id"].to_numpy()
-    topic = np.array([int(str(tag).split(",")[0]) for tag in items["tag"].to_pylist()])
+    topic = np.array([int(str(tag or -1).split(",")[0]) for tag in items["tag"].to_pylist()])  # some have none
+    topic[topic < 0] = topic.max() + 1
     for name, of_item in (("artist", topic * 20 + item_id % 20), ("album", item_id // 8)):
         mapping = {f"{name}_id": of_item.astype(np.uint32), "item_id": item_id.astype(np.uint32)}
         pq.write_table(pa.table(mapping), folder / f"{name}_item_mapping.parquet")
@@ -116,7 +119,7 @@ SETS = (
     DataSet(_own("kuairand_drifting"), simulated(taste_days=4.0), "2022-04-21", 14, 14, 1, None, (20, 100, 500)),
     DataSet("kuairand", "kuairand", "2022-04-21", 14, 14, 1, None, (10, 50)),
     DataSet("movielens", "movielens_latest_small", "2018-09-24", 8216, 1800, 365, None, (20, 200)),
-    DataSet(_own("buildroot_authors"), "gitlog_buildroot", "2026-08-22", 2920, 730, 180, None, (50, 500)),
+    DataSet(_own("buildroot_authors"), "gitlog_buildroot", "2026-08-22", 1460, 730, 180, None, (50, 500)),
     DataSet(_own("yambda_simulated"), yambda_rows, "2024-01-28", 28, 7, 1, 4_000, (100, 1_000, 16_384)),
 )
 
@@ -134,13 +137,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     args = parser.parse_args()
     known = {each.name: each for each in SETS}
-    for name in args.sets.split(","):
-        if name not in known:
-            parser.error(f"unknown set {name!r}; there are {', '.join(known)}")
+    if unknown := set(args.sets.split(",")) - known.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    wanted = [known[name] for name in args.sets.split(",")]
+    results = args.results or args.to / "results"
+    if args.step == "show":
+        from benchmarks.comparison_page import write_page
+
+        print(write_page({each.name: results / each.name for each in wanted}, args.to))
+        return
+    for each in wanted:
         if args.step == "prepare":
-            prepare(known[name], args.to, args.data)
+            prepare(each, args.to, args.data)
         else:
-            compare(known[name], args)
+            train(each, results / each.name, args)
 
 
 def prepare(data_set: DataSet, to: Path, data: Path) -> None:
@@ -153,16 +163,8 @@ def prepare(data_set: DataSet, to: Path, data: Path) -> None:
     if not isinstance(data_set.raw, str) and not raw.exists():
         raw.parent.mkdir(parents=True, exist_ok=True)
         data_set.raw(raw)
-    common = [
-        "--dataset",
-        data_set.definition,
-        "--warehouse",
-        str(work),
-        "--dt",
-        data_set.dt,
-        "--attempt",
-        "comparison",
-    ]
+    common = ["--dataset", data_set.definition, "--warehouse", str(work), "--dt", data_set.dt]
+    common += ["--attempt", "comparison"]
     events = ["--raw", str(raw.absolute()), "--lookback-days", str(data_set.lookback)]
     targets = ["--target-days", str(data_set.target), "--evaluation-days", str(data_set.evaluation)]
     gate = ["--reports", str(work / "reports")]
@@ -178,24 +180,19 @@ def prepare(data_set: DataSet, to: Path, data: Path) -> None:
         shutil.copytree(work / data_set.name / part, kept / part)
 
 
-def compare(data_set: DataSet, args: argparse.Namespace) -> None:
-    """Train, or show, a set: every kind at the longest length, and some at shorter ones."""
+def train(data_set: DataSet, out: Path, args: argparse.Namespace) -> None:
+    """Train every kind at the longest length, and some at shorter ones; what finds no memory is left to a next call."""
     if not (args.to / "warehouse" / data_set.name).exists():
         print(f"{data_set.name}: left out, there is no {args.to / 'warehouse' / data_set.name}", flush=True)
         return
-    out = (args.results or args.to / "results") / data_set.name
-    module, dataset = (
-        ("evaluation.trials", data_set.name) if args.step == "train" else ("evaluation.compare", data_set.definition)
-    )
-    common = ["--dataset", dataset, "--warehouse", str(args.to / "warehouse"), "--dt", data_set.dt, "--out", str(out)]
-    common += ["--seeds", args.seeds, "--jobs", str(args.jobs)]
+    common = ["--dataset", data_set.name, "--warehouse", str(args.to / "warehouse"), "--dt", data_set.dt]
+    common += ["--out", str(out), "--seeds", args.seeds, "--jobs", str(args.jobs)]
     longest = ["--lengths", str(data_set.longest)] if data_set.longest else []
-    models = ["--models", args.models] if args.models else []
-    calls = [[*models, *longest]]
+    calls = [[*(["--models", args.models] if args.models else []), *longest]]
     if not args.no_sweep:
         calls += [["--models", args.models or SWEPT, "--lengths", ",".join(map(str, data_set.lengths))]]
     for more in calls:
-        subprocess.run([sys.executable, "-m", module, *common, *more], check=args.step == "show")
+        subprocess.run([sys.executable, "-m", "evaluation.trials", *common, *more], check=False)
 
 
 if __name__ == "__main__":

@@ -183,14 +183,56 @@ def _log(
 
     The order of the draws, in here and in what it calls, is part of the simulation: another gives other logs.
     """
+    user, item, time_ms, probability = _shown_with_probability(simulation, items, rng)
+    click = rng.random(len(user)) < probability
+    return _log_columns(user, item, time_ms, click, items["duration_ms"][item], rng), probability
+
+
+def _shown_with_probability(
+    simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return user, item, time_ms and the probability of a click of every exposure."""
     user, time_ms = _exposures(simulation, rng)
     item = _shown(simulation, items["popularity"], user, rng)
     taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
     day = time_ms // MS_PER_DAY - day_number(simulation.first_dt)
     logit = -0.6 + _taste_then(taste, user, items["topic"][item], day, simulation, rng) + items["quality"][item]
-    probability = 1 / (1 + np.exp(-logit))
-    click = rng.random(len(user)) < probability
-    return _log_columns(user, item, time_ms, click, items["duration_ms"][item], rng), probability
+    return user, item, time_ms, 1 / (1 + np.exp(-logit))
+
+
+def exposures(simulation: Simulation) -> dict[str, np.ndarray]:
+    """Return `user_id`, `item_id`, `time_ms` and `probability` (of a click) of every exposure that the logs of a
+    simulation show: what no log says.
+    """
+    rng = np.random.default_rng(simulation.seed)
+    shown = _shown_with_probability(simulation, _items(simulation, rng), rng)
+    return dict(zip(("user_id", "item_id", "time_ms", "probability"), shown, strict=True))
+
+
+def true_probabilities(logs: Path, user: np.ndarray, item: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
+    """Return the probability of a click of some exposures of a folder of simulated logs, float64 [E].
+
+    Raises:
+        StageError: the folder holds no simulation, or it shows no such exposure.
+    """
+    marker = logs / SIMULATED_MARKER
+    if not marker.is_file():
+        raise StageError(f"{logs} holds no simulation", "give the folder that etl.datasets.simulate wrote")
+    shown = exposures(Simulation(**json.loads(marker.read_text())["parameters"]))
+    # An item that a page shows twice has one probability: any of its rows will do.
+    order = np.lexsort((shown["item_id"], shown["time_ms"], shown["user_id"]))
+    known = np.stack([shown[name][order] for name in ("user_id", "time_ms", "item_id")], 1)
+    asked = np.stack([user, time_ms, item], 1)
+    keys = np.unique(np.concatenate([known, asked]), axis=0, return_inverse=True)[1].reshape(-1)
+    row = np.searchsorted(keys[: len(known)], keys[len(known) :])
+    row = np.minimum(row, len(known) - 1)
+    if len(asked) and (strange := keys[: len(known)][row] != keys[len(known) :]).any():
+        user_id, at, item_id = asked[np.flatnonzero(strange)[0]]
+        raise StageError(
+            f"{int(strange.sum()):,} exposures are not in {logs}, such as user {user_id}, item {item_id} at {at}",
+            "give the logs that were scored",
+        )
+    return shown["probability"][order][row]
 
 
 def _exposures(simulation: Simulation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
