@@ -1,0 +1,42 @@
+"""The comparison of all kinds on several data sets: every set can be built, and what was trained is shown."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.comparison import SETS, SWEPT
+from benchmarks.comparison_page import write_page
+from etl.datasets.definition import dataset
+from evaluation.trials import RESAMPLES, RESULTS_FILE
+from tests.evaluation.test_compare import line
+from training.model.interests import INTERESTS
+
+
+@pytest.mark.parametrize("data_set", SETS, ids=lambda data_set: data_set.name)
+def test_a_set_has_a_definition_of_its_name_and_lengths_that_a_target_can_see(data_set):
+    definition = dataset(data_set.definition)
+    assert definition.name == data_set.name
+    assert max(*data_set.lengths, data_set.longest or 0) <= definition.history.max_events
+    assert set(SWEPT.split(",")) <= INTERESTS.keys()
+
+
+def test_the_page_has_a_table_a_set_and_plots_of_what_was_trained(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.01, RESAMPLES)
+    aucs = {"din": 0.70, "vql": 0.72, "eta": 0.71}
+    lines = [line(model, seed, auc + seed / 1_000, noise) for model, auc in aucs.items() for seed in (1, 2)]
+    lines += [line("vql", 1, 0.65, noise) | {"length": 3}]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RESULTS_FILE).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    folders = {name: tmp_path / name for name in ("one", "two", "not trained")}
+    text = write_page(folders, tmp_path / "out").read_text()
+    assert [row for row in text.splitlines() if row.startswith("#")] == ["## one", "## two"]
+    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " | 9 | " in row]
+    assert [row[0] for row in rows] == ["| vql", "| eta", "| din"] * 2  # the best first, at the longest length alone
+    assert [row[6] for row in rows[:3]] == ["-", "-0.0100", "-0.0200"]  # minus vql, whatever was trained first
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {entry["length"] for entry in summary["one"]} == {3, 9}
+    assert all((tmp_path / "out" / name).stat().st_size > 1_000 for name in ("difference.png", "length.png"))
