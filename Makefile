@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM
+export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM ACTION VERSION
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu compare claims validate let-through prune lint up down backup restore lock clean
+.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu compare claims validate let-through release prune lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ validate: setup ## look at one stage of a partition, change nothing: STAGE=event
 let-through: setup ## let a partition that a gate stopped through, once: STAGE=events DT=YYYY-MM-DD DATASET=name REASON="why" BY=name
 	@$(PY) -m etl.quality.judge.pass_once --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--dt "$$DT" --stage "$$STAGE" --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
+
+release: setup ## by hand: ACTION=rollback, ACTION=promote VERSION=N, ACTION=refuse VERSION=N, ACTION=list; DATASET=name REASON="why" BY=name
+	@$(PY) -m evaluation.release.by_hand "$$ACTION" --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--runs "$${LONGVIEW_RUNS:-$${LONGVIEW_HOME:-var}/runs}" $${VERSION:+--version "$$VERSION"} --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
 
 prune: setup ## remove what is no longer current and as old as the definition says: DATASET=name; ARGS=--dry-run shows it with sizes
 	@$(PY) -m evaluation.prune --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \

@@ -167,50 +167,26 @@ def _end_mlflow_run(context: Any) -> None:
     context["task"].end_mlflow_run()
 
 
-class StageOperator(BaseOperator):
-    """Run one stage's command line (docs/stages.md) in a process of its own and follow its output in the task log.
+class CommandOperator(BaseOperator):
+    """Run a command line in a process of its own and follow its output in the task log.
 
     Its exit code decides whether it is tried again (`dags._exits`); what it says of an error stands at that level in
     the log, without a trace of Airflow's behind it. The process and all its children end with the task: when it is
     killed, times out, or dies.
-
-    Args:
-        module: module of the stage, for example `etl.jobs.events`.
-        dataset: name of a built-in data set, or the path of a definition.
-        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell
-            sees them.
     """
 
-    template_fields: Sequence[str] = ("arguments",)
     ui_color = "#e8f0fe"
 
-    def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(on_failure_callback=[_end_mlflow_run, note_failure], **kwargs)
-        self.module = module
-        self.arguments = list(arguments)
-        self.dataset = dataset
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self._process: subprocess.Popen[str] | None = None
-        self._run: dict[str, Any] = {}  # what its first task has handed on
-        self._killed = False
 
-    @ends_as_a_stage
-    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
-        self._run = handed_on(context)  # Airflow renders before all else, so this is asked for once
-        given: Any = {**context, "given": self._run["params"]}
-        super().render_template_fields(given, jinja_env)
+    def follow(self, command: Sequence[str], module: str, context: Any) -> None:
+        """Run the command line of a module to its end.
 
-    def partition(self) -> list[str]:
-        """Return the arguments that every stage takes, of the run whose templates were rendered."""
-        return partition_arguments(self._run, self.dataset)
-
-    def command(self) -> list[str]:
-        """Return the command line of this task."""
-        return [sys.executable, "-m", self.module, *self.partition(), *map(str, self.arguments)]
-
-    @ends_as_a_stage
-    def execute(self, context: Any) -> dict[str, str]:
-        require_done(self, context, self._run["attempt"])
-        command = self.command()
+        Raises:
+            SystemExit: it failed, with its code.
+        """
         self.log.info("running: %s", shlex.join(command))
         run = context["dag_run"]
         env = settings.stage_environment() | {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
@@ -231,12 +207,65 @@ class StageOperator(BaseOperator):
             said = log_lines(self.log, self._process.stdout)
             code = self._process.wait()
         finally:
-            self._end_stage()
+            self._end_process()
         if code != 0:
-            ended = f"{self.module} {explained(code)}"
+            ended = f"{module} {explained(code)}"
             self.log.error(ended)
             self.said = said or ended
             raise SystemExit(code)
+
+    def on_kill(self) -> None:
+        self._end_process()
+
+    def _end_process(self) -> None:
+        """End the process and everything that it started."""
+        process = self._process
+        if process is None:
+            return
+        _signal_group(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=KILL_AFTER_SECONDS)
+        _signal_group(process.pid, signal.SIGKILL)
+
+
+class StageOperator(CommandOperator):
+    """Run one stage's command line (docs/stages.md) on what the first task of the run has handed on.
+
+    Args:
+        module: module of the stage, for example `etl.jobs.events`.
+        dataset: name of a built-in data set, or the path of a definition.
+        arguments: what follows the partition's arguments; templates may name the run's parameters as `given`. No shell
+            sees them.
+    """
+
+    template_fields: Sequence[str] = ("arguments",)
+
+    def __init__(self, *, module: str, dataset: str, arguments: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(on_failure_callback=[_end_mlflow_run, note_failure], **kwargs)
+        self.module = module
+        self.arguments = list(arguments)
+        self.dataset = dataset
+        self._run: dict[str, Any] = {}  # what its first task has handed on
+        self._killed = False
+
+    @ends_as_a_stage
+    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
+        self._run = handed_on(context)  # Airflow renders before all else, so this is asked for once
+        given: Any = {**context, "given": self._run["params"]}
+        super().render_template_fields(given, jinja_env)
+
+    def partition(self) -> list[str]:
+        """Return the arguments that every stage takes, of the run whose templates were rendered."""
+        return partition_arguments(self._run, self.dataset)
+
+    def command(self) -> list[str]:
+        """Return the command line of this task."""
+        return [sys.executable, "-m", self.module, *self.partition(), *map(str, self.arguments)]
+
+    @ends_as_a_stage
+    def execute(self, context: Any) -> dict[str, str]:
+        require_done(self, context, self._run["attempt"])
+        self.follow(self.command(), self.module, context)
         outcome = {"dataset": definition_name(self.dataset), "dt": self._run["dt"], "attempt": self._run["attempt"]}
         for outlet in self.outlets or ():
             context["outlet_events"][outlet].extra = outcome
@@ -244,7 +273,7 @@ class StageOperator(BaseOperator):
 
     def on_kill(self) -> None:
         done = self._process is not None and self._process.poll() is not None  # the task only takes its leave
-        self._end_stage()
+        super().on_kill()
         if self._run and not done:
             self._killed = True
             start_ending(self.partition(), "KILLED")
@@ -272,16 +301,6 @@ class StageOperator(BaseOperator):
         else:
             for line in (done.stdout + done.stderr).splitlines():
                 self.log.info(line)
-
-    def _end_stage(self) -> None:
-        """End the stage and everything that it started."""
-        process = self._process
-        if process is None:
-            return
-        _signal_group(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=KILL_AFTER_SECONDS)
-        _signal_group(process.pid, signal.SIGKILL)
 
 
 def _day(text: str) -> str:

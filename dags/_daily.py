@@ -13,7 +13,7 @@ from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 from dags._common import StageOperator, end_failed_run, note_failure
 from dags._exits import WAIT_AFTER_CRASH, StageRetries
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
-from dags._release import ModelOperator, PromoteOperator
+from dags._release import ModelOperator, PromoteOperator, champion_asset
 from dags._start import StartOperator
 from dags._timetable import PartitionDays
 from dags._wait import WaitForFiles
@@ -175,7 +175,7 @@ class _Tasks:
                 module="evaluation.release.promote",
                 dataset=self.dataset,
                 runs=settings.runs(),
-                champion=Asset(name=f"vql_champion_{self.name}", uri=f"longview://{self.name}/champion"),
+                champion=champion_asset(self.name),
                 max_active_tis_per_dag=1,
             )
             register_model >> promote_model

@@ -18,6 +18,11 @@ from evaluation.release.outcomes import PROMOTED, sentence
 from infra import settings
 
 
+def champion_asset(dataset: str) -> Asset:
+    """Return the asset that has an event whenever another version of the data set's model becomes champion."""
+    return Asset(name=f"vql_champion_{dataset}", uri=f"longview://{dataset}/champion")
+
+
 class ModelOperator(StageOperator):
     """Run a stage of a model, with buttons to the run and the version of its attempt in MLflow.
 

@@ -21,6 +21,7 @@ from etl.warehouse.store import Manifest, TableStore, code_version
 from evaluation.evaluate import package_of, read_training
 from training.data import Joined, Sequences, make_batch
 from training.package import load_package
+from training.registry import CHAMPION, Registry
 from training.run_folder import result_of, run_folder
 from training.tracking import attempt_run
 
@@ -40,11 +41,12 @@ def main() -> None:
 
 
 def _publish_caches(args: argparse.Namespace, store: TableStore, run_dir: Folder, registration: dict) -> None:
-    """Build and publish the caches of what this attempt has promoted; nothing where it did not."""
-    if "champion" not in registration["aliases"]:
+    """Build and publish the caches of what this attempt has promoted; nothing where it did not, or where another has
+    become champion since."""
+    if CHAMPION not in Registry(args.dataset).aliases_of(registration["version"]):
         log(
-            f"version {registration['version']} of {registration['model_name']} was not promoted: the champion's caches"
-            " stay as they are"
+            f"version {registration['version']} of {registration['model_name']} is not the champion, whose caches stay"
+            " as they are"
         )
         return
     training = read_training(run_dir)

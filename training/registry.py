@@ -57,17 +57,23 @@ class Registry:
 
     def aliases(self) -> dict[str, str]:
         """Return alias -> version; empty when the model is not registered yet."""
+        model = self._model()
+        return {} if model is None else {alias: str(version) for alias, version in model.aliases.items()}
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the model itself; empty when it is not registered yet."""
+        model = self._model()
+        return {} if model is None else dict(model.tags)
+
+    def _model(self):
         from mlflow.exceptions import MlflowException
 
         with asking_mlflow():
             try:
-                return {
-                    alias: str(version)
-                    for alias, version in self.client.get_registered_model(self.name).aliases.items()
-                }
+                return self.client.get_registered_model(self.name)
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return {}
+                    return None
                 raise
 
     def version(self, version: str):

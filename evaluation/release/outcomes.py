@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 PROMOTED, UNCHANGED, REFUSED = "promoted", "unchanged", "refused"  # unchanged: the champion is the same model
+ROLLED_BACK = "rolled back to"
+MOVED = (PROMOTED, ROLLED_BACK)  # the champion is another one afterwards
 _SAID = {
     PROMOTED: "promoted",
     UNCHANGED: "NOT promoted, it is the champion's equal",
     REFUSED: "NOT promoted, stays challenger",
+    ROLLED_BACK: "is the champion again",
 }
+# What a person may decide, by name and with a reason.
+PROMOTE, REFUSE, ROLLBACK = "promote", "refuse", "rollback"
 
 
 def sentence(outcome: str, model: str, version: str, reason: str) -> str:

@@ -29,7 +29,8 @@ from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
 from evaluation.evaluate import judge_again, package_of, read_evaluation, read_scores, read_training, write_json
 from evaluation.gate import Decision, anchor_after, quality_gate
-from evaluation.release.outcomes import PROMOTED, REFUSED, UNCHANGED, sentence
+from evaluation.release.moves import GATES, Move, carry_out, name_of, now
+from evaluation.release.outcomes import PROMOTE, PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.release.register import request_frame
 from training.data import Sequences
 from training.registry import ANCHOR, CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
@@ -37,7 +38,7 @@ from training.run_folder import run_folder
 from training.scoring import load_scorer, request_of
 from training.tracking import asking_mlflow, attempt_run
 
-OUTCOME_TAG = "promotion"
+OUTCOME_TAG, MECHANICAL_TAG = "promotion", "mechanical_gate"
 DIGESTS = (DIGEST_TAG, "data.snapshot_digest", "config_digest")
 REASON_LENGTH = 1000
 COMPARISONS = 3
@@ -56,7 +57,7 @@ def main() -> None:
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
     training, evaluation = read_training(run_dir), read_evaluation(run_dir)
     with (
-        _alone(Folder(args.runs, "--runs"), args.dataset),
+        alone(Folder(args.runs, "--runs"), args.dataset),
         attempt_run(args.definition, args.dt, args.attempt, {}) as run,
     ):
         registry = Registry(args.dataset)
@@ -124,19 +125,19 @@ class _Promotion:
             compared = evaluation["champion"]["version"] if evaluation["champion"] else None
             if champion != compared:
                 log(
-                    f"the champion is {_name(champion)} now, the evaluation compared with {_name(compared)}: comparing"
-                    " again"
+                    f"the champion is {name_of(champion)} now, the evaluation compared with {name_of(compared)}:"
+                    " comparing again"
                 )
                 evaluation = judge_again(
                     self.registry, self.store, self.args.dt, self.args.attempt, self.run_dir, self.training, self.run_id
                 )
             decision = quality_gate(evaluation, self.training["primary"])
-            if decision.passed and champion is not None and self._same_as(champion):
+            if decision.passed and champion is not None and same_model(self.registry, self.version, champion):
                 return self._write(
                     UNCHANGED, Decision(True, f"the same model as the champion, version {champion}: no alias moves")
                 )
             if decision.passed:
-                mechanical = mechanical or self._mechanical()
+                mechanical = mechanical or checked(self.registry, self.store, self.args.dt, self.run_dir, self.version)
                 decision = Decision(
                     mechanical.passed,
                     f"{decision.reason}; {mechanical.reason}" if mechanical.passed else mechanical.reason,
@@ -152,20 +153,23 @@ class _Promotion:
         )
 
     def _moved(self, champion: str | None, anchor: str, decision: Decision) -> bool:
-        """Move the aliases while `champion` is still the one that was compared with.
-
-        The champion's move is one call, the last.
-        """
-        client, name = self.registry.client, self.registry.name
+        """Move the aliases while `champion` is still the one that was compared with."""
+        reason, aliases = decision.reason[:REASON_LENGTH], self.registry.aliases()
         with asking_mlflow():
-            client.set_model_version_tag(name, self.version, "gate_reason", decision.reason[:REASON_LENGTH])
-            if self.registry.aliases().get(CHAMPION) != champion:
-                return False
-            client.set_registered_model_alias(name, ANCHOR, anchor)
-            if champion is not None:
-                client.set_registered_model_alias(name, PREVIOUS_CHAMPION, champion)
-            client.set_registered_model_alias(name, CHAMPION, self.version)
-        return True
+            self.registry.client.set_model_version_tag(self.registry.name, self.version, "gate_reason", reason)
+        move = Move(
+            decision=self.args.attempt,
+            at=now(),
+            action=PROMOTE,
+            version=self.version,
+            by=GATES,
+            reason=reason,
+            champion=champion,
+            anchor=aliases.get(ANCHOR),
+            new_anchor=anchor,
+            new_previous=champion if champion is not None else aliases.get(PREVIOUS_CHAMPION),
+        )
+        return carry_out(self.registry, move)
 
     def _write(self, outcome: str, decision: Decision) -> tuple[str, Decision]:
         """Write the decision on the version, its status last."""
@@ -178,30 +182,30 @@ class _Promotion:
                 self.registry.client.set_model_version_tag(self.registry.name, self.version, key, value)
         return outcome, decision
 
-    def _same_as(self, champion: str) -> bool:
-        mine, theirs = (self.registry.version(version).tags.get(DIGEST_TAG) for version in (self.version, champion))
-        return mine is not None and mine == theirs
 
-    def _mechanical(self) -> Decision:
-        primary = self.training["primary"]
-        return mechanical_gate(
-            self.store,
-            self.args.dt,
-            self.run_dir,
-            primary,
-            self.training["models"][primary],
-            self.registry,
-            self.version,
-        )
+def same_model(registry: Registry, version: str, other: str) -> bool:
+    """Say whether two versions are one model: weights, vocabulary and settings."""
+    mine, theirs = (registry.version(one).tags.get(DIGEST_TAG) for one in (version, other))
+    return mine is not None and mine == theirs
 
 
-def _alone(runs: Folder, dataset: str) -> AbstractContextManager[None]:
+def checked(registry: Registry, store: TableStore, dt: str, run_dir: Folder, version: str) -> Decision:
+    """Return what the mechanical gate says of a version; the version's tag says it, too."""
+    training = read_training(run_dir)
+    primary = training["primary"]
+    decision = mechanical_gate(store, dt, run_dir, primary, training["models"][primary], registry, version)
+    with asking_mlflow():
+        said = "passed" if decision.passed else f"failed: {decision.reason}"[:REASON_LENGTH]
+        registry.client.set_model_version_tag(registry.name, version, MECHANICAL_TAG, said)
+    return decision
+
+
+def alone(runs: Folder, dataset: str) -> AbstractContextManager[None]:
     """Return what holds the lock of a folder of runs, where such a folder can have one."""
-    return one_at_a_time(Path(runs.root) / f".promotion_of_{dataset}.lock") if runs.is_local else nullcontext()
-
-
-def _name(version: str | None) -> str:
-    return "none" if version is None else f"version {version}"
+    if not runs.is_local:
+        return nullcontext()
+    lock = Path(runs.root) / f".promotion_of_{dataset}.lock"
+    return one_at_a_time(lock, lambda: log(f"another promotion of {dataset} is at work: waiting for it ({lock})"))
 
 
 def mechanical_gate(

@@ -20,6 +20,8 @@ from etl.stage.folder import Folder
 from etl.warehouse.partitions import MS_PER_DAY, add_days, day_number
 from etl.warehouse.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
+from evaluation.gate import Decision
+from evaluation.release import promote
 from tests.training.conftest import random_partition, vocabulary_of
 from training.config import ModelConfig
 from training.data import Sequences
@@ -30,6 +32,7 @@ from training.scoring import request_of
 from training.tracking import attempt_run
 
 DATASET, DT, NEXT_DT = "kuairand_simulated", "2022-04-21", "2022-04-22"
+FIRST, SECOND = f"{DATASET}-{DT}-00000000-c0", f"{DATASET}-{NEXT_DT}-00000000-c0"
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +143,12 @@ class Stages:
 
 @pytest.fixture
 def stages(tmp_path, mlflow_store, monkeypatch) -> Stages:
-    warehouse, raw = tmp_path / "warehouse", tmp_path / "raw"
+    return stages_below(tmp_path, monkeypatch)
+
+
+def stages_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    """Publish the two days in a warehouse below a folder."""
+    warehouse, raw = folder / "warehouse", folder / "raw"
     raw.mkdir()
     (raw / "SIMULATED.json").write_text(json.dumps({"best_auc_by_dt": {DT: 0.8}}))
     store = TableStore(str(warehouse), DATASET)
@@ -167,7 +175,34 @@ def stages(tmp_path, mlflow_store, monkeypatch) -> Stages:
             inputs={f"events/dt={day}": "x" for day in event_days},
             settings={"cutoff": "event", "availability_lag_ms": 0, "max_events": 60},
         )
-    return Stages(warehouse, tmp_path / "runs", raw, monkeypatch)
+    return Stages(warehouse, folder / "runs", raw, monkeypatch)
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    in_same_process(monkeypatch)
+
+
+def in_same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the fresh process where a test is about something else."""
+    monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    judge_leniently(monkeypatch)
+
+
+def judge_leniently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untrained models have an AUC near 0.5 on 48 targets: let them pass the quality gate."""
+    monkeypatch.setattr(promote, "quality_gate", lambda evaluation, primary: Decision(True, "lenient"))
+
+
+def chain(stages: Stages, attempt: str, dt: str = DT, seed: int = 1) -> None:
+    """Train an attempt and take it to its promotion."""
+    stages.train(attempt, dt, seed)
+    for module in ("evaluate", "release.register", "release.promote"):
+        stages.run(module, attempt, dt)
 
 
 def _with_last_targets_on(sequences: pa.Table, dt: str) -> pa.Table:

@@ -22,32 +22,13 @@ from evaluation.evaluate import read_scores
 from evaluation.gate import Decision
 from evaluation.prune import prune_runs
 from evaluation.release import promote, register
-from tests.evaluation.conftest import DATASET, DT, NEXT_DT
+from tests.evaluation.conftest import DATASET, DT, FIRST, NEXT_DT, SECOND, chain
 from tests.s3 import BUCKET, s3_server
 from training.model_runs import has_files
 from training.registry import Registry
 from training.tracking import NOTE_TAG, runs_below
 
 MUCH_LATER_MS = 1 << 50
-FIRST, SECOND = f"{DATASET}-{DT}-00000000-c0", f"{DATASET}-{NEXT_DT}-00000000-c0"
-
-
-@pytest.fixture
-def same_process(monkeypatch):
-    """Skip the fresh process where a test is about something else."""
-    monkeypatch.setattr(promote, "mechanical_gate", lambda *args: Decision(True, "not checked"))
-
-
-@pytest.fixture
-def lenient(monkeypatch):
-    """Untrained models have an AUC near 0.5 on 48 targets: let them pass the quality gate."""
-    monkeypatch.setattr(promote, "quality_gate", lambda evaluation, primary: Decision(True, "lenient"))
-
-
-def chain(stages, attempt, dt=DT, seed=1):
-    stages.train(attempt, dt, seed)
-    for module in ("evaluate", "release.register", "release.promote"):
-        stages.run(module, attempt, dt)
 
 
 @pytest.fixture(scope="module")
