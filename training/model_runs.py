@@ -62,7 +62,7 @@ def logged_model(run: Run, name: str, model_run: str, digest: str) -> LoggedMode
         digest: `training.registry.model_digest`.
     """
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.entities import LoggedModelStatus
 
     client = MlflowClient()
     attempt = f"tags.`{ATTEMPT_TAG}` = '{run.data.tags[ATTEMPT_TAG]}' AND name = '{name}'"
@@ -83,10 +83,19 @@ def logged_model(run: Run, name: str, model_run: str, digest: str) -> LoggedMode
             model_type="ranker",
         )
         model = client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
-    outputs = client.get_run(model_run).outputs
-    if model.model_id not in {one.model_id for one in (outputs.model_outputs if outputs else [])}:
-        client.log_outputs(model_run, [LoggedModelOutput(model.model_id, step=0)])
+    show_in(model_run, model)
     return model
+
+
+def show_in(run_id: str, model: LoggedModel) -> None:
+    """Let a run list a logged model, and the version that it is registered as, among what came of it."""
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModelOutput
+
+    client = MlflowClient()
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in {one.model_id for one in (outputs.model_outputs if outputs else [])}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 def has_files(model: LoggedModel) -> bool:

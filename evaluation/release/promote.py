@@ -29,6 +29,7 @@ from etl.stage.local_files import one_at_a_time
 from etl.warehouse.store import TableStore
 from evaluation.evaluate import judge_again, package_of, read_evaluation, read_scores, read_training, write_json
 from evaluation.gate import Decision, anchor_after, quality_gate
+from evaluation.release.model_card import write_card
 from evaluation.release.moves import GATES, Move, carry_out, name_of, now
 from evaluation.release.outcomes import PROMOTE, PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.release.register import request_frame
@@ -70,6 +71,7 @@ def main() -> None:
         outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(
             evaluation
         )
+        write_card(registry, args.definition, version, training, read_evaluation(run_dir))
         aliases, tags = registry.aliases_of(version), registry.version(version).tags
     registration = {
         "model_name": registry.name,

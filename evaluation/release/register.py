@@ -14,12 +14,14 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError
 from etl.warehouse.store import TableStore, code_version
 from evaluation.evaluate import package_of, read_evaluation, read_training, write_json
-from training.model_runs import has_files, logged_model, model_runs
+from evaluation.release.model_card import write_card
+from training.model_runs import has_files, logged_model, model_runs, show_in
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
 from training.run_folder import run_folder
-from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, attempt_run
+from training.tracking import ATTEMPT_TAG, PARTITION_TAG, URL_TAG, asking_mlflow, attempt_run
 
 ROOT = Path(__file__).resolve().parents[2]
+OF_THE_RUN = ("data.items_digest", "config", "git.dirty", "pipeline.command", URL_TAG)  # tags that a version takes over
 SERVING_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 LONG_LISTS = (
     "history_item_id",
@@ -57,6 +59,7 @@ def main() -> None:
                 "config_digest": training["config_digest"],
                 "simulated": str(args.definition.simulated).lower(),
                 "validation_status": "pending",
+                **{name: run.data.tags[name] for name in OF_THE_RUN if name in run.data.tags},
                 **_passes(store, args.dt, args.attempt),
                 **{
                     metric: f"{primary[metric]:.6f}"
@@ -72,6 +75,7 @@ def main() -> None:
         with asking_mlflow():
             if (holder := registry.aliases().get(CHALLENGER)) is None or int(holder) < int(version):
                 registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
+        write_card(registry, args.definition, version, training, evaluation)
         registration = {
             "model_name": registry.name,
             "version": version,
@@ -103,6 +107,7 @@ def _create_version(registry: Registry, run, package: Path, name: str, tags: dic
     model = logged_model(run, name, model_runs(run, [name])[name], tags[DIGEST_TAG])
     if not has_files(model):
         _log_files(package, model.model_id)
+    show_in(run.info.run_id, model)
     mlflow.register_model(model.model_uri, registry.name, tags=tags)
 
 

@@ -63,6 +63,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
         "validation_status": "passed",
     }
     assert expected.items() <= version.tags.items()
+    assert f"**Promotion: promoted**: {version.tags['gate_reason']}" in version.description  # the model card
     assert {
         "data.snapshot_digest",
         "mlflow.source.git.commit",
@@ -110,6 +111,7 @@ def shown_as_users_of_mlflow_expect(run: Run, evaluation: dict, version: ModelVe
         [auc] = {(m.value, m.dataset_name) for m in model.metrics if m.key == "auc"}
         assert auc == (pytest.approx(row["auc"]), f"{DATASET} sequences/dt={DT}")
         assert has_files(model) == (name == evaluation["primary"])
+    assert [output.model_id for output in run.outputs.model_outputs] == [models["vql"].model_id]
     assert version.source == models["vql"].model_uri and version.run_id == below["vql"].info.run_id
     assert run.data.metrics["auc"] == below["vql"].data.metrics["auc"]
     assert run.data.metrics["vql_minus_mean_pooling/auc"] is not None
