@@ -202,7 +202,7 @@ class Chosen:
     def of(sequences: Sequences, users: np.ndarray, targets: list[np.ndarray]) -> Chosen:
         """Lay out users with the given targets (positions in the flat target arrays, one array a user)."""
         count_U = np.array([len(chosen) for chosen in targets], np.int64)
-        target_T = np.concatenate([np.zeros(0, np.int64), *targets])
+        target_T = np.concatenate(targets) if targets else np.zeros(0, np.int64)
         first_T, end_T = sequences.target_first[target_T], sequences.target_end[target_T].astype(np.int64)
         start_U = np.concatenate([[0], count_U.cumsum()])
         some_U, begins = count_U > 0, start_U[:-1][count_U > 0]
@@ -212,8 +212,11 @@ class Chosen:
             last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
             end_U[some_U] = np.maximum.reduceat(end_T, begins)
         width = int(end_U.max(initial=0)) + 1
-        cut_off_T = np.sort(np.repeat(np.arange(len(users)) * width, count_U) + end_T)
-        distinct = cut_off_T[np.diff(cut_off_T, prepend=-1) > 0] // width
+        cut_off_T = np.repeat(np.arange(len(users)) * width, count_U) + end_T
+        cut_off_T.sort(kind="stable")  # targets in order of time are sorted already, which this sort makes use of
+        another_T = np.ones(len(cut_off_T), bool)
+        another_T[1:] = cut_off_T[1:] != cut_off_T[:-1]
+        distinct = cut_off_T[another_T] // width
         return Chosen(
             users=users,
             target=target_T,
@@ -426,12 +429,11 @@ class Epoch:
         """Return the users of this worker's part of a global batch, and the target positions of each visit."""
         return self._visited(number, self.batches.rank, self.batches.world)
 
-    def items(self, number: int) -> ItemFeatures:
-        """Return the features of the distinct items of the whole global batch, in the partition's order."""
+    def items(self, number: int) -> np.ndarray:
+        """Return the distinct items of the whole global batch, in the partition's order, int64 [N]."""
         joined = self.batches.joined
         chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
-        read = _items_read(joined.sequences, chosen.events(), chosen.target)
-        return joined.items.take(_distinct(read, joined.items.count)[0])
+        return _distinct(_items_read(joined.sequences, chosen.events(), chosen.target), joined.items.count)[0]
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""
@@ -440,7 +442,7 @@ class Epoch:
         turn, place = divmod(number, self.steps_per_pass)
         start = place * self.batches.users_per_step
         mine = self._order(turn)[start : start + self.batches.users_per_step][rank::world]
-        return self.users[mine[:, 0]], [self._part(turn, int(index), int(part)) for index, part in mine]
+        return self.users[mine[:, 0]], [self._parts(turn, index)[part] for index, part in mine.tolist()]
 
     def _order(self, turn: int) -> np.ndarray:
         """Return the visits of a pass in their order: rows of (index of the user, number of the part)."""
@@ -452,16 +454,26 @@ class Epoch:
             ordered = self._ordered = turn, np.stack([index, part], axis=1)[order]
         return ordered[1]
 
-    def _part(self, turn: int, index: int, part: int) -> np.ndarray:
-        positions, parts = self.positions[index], int(self.visits[index])
-        if parts == 1:
-            return positions
+    def _parts(self, turn: int, index: int) -> list[np.ndarray]:
+        """Return the parts of a user's targets in a pass, each in order."""
+        if self.visits[index] == 1:
+            return [self.positions[index]]
         parted = self._parted
         if parted[0] != turn:
             parted = self._parted = turn, {}
         if index not in parted[1]:  # shuffled once, not for every visit
             # An id may be negative, a key may not.
             user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
-            shuffled = np.random.default_rng([*self.key, turn, user]).permutation(positions)
-            parted[1][index] = [np.sort(shuffled[number::parts]) for number in range(parts)]
-        return parted[1][index][part]
+            shuffled = np.random.default_rng([*self.key, turn, user]).permutation(self.positions[index])
+            parted[1][index] = dealt(shuffled, int(self.visits[index]))
+        return parted[1][index]
+
+
+def dealt(shuffled: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Deal positions out, int64 [N], one after another to so many parts; return each part in order."""
+    rounds = -(-len(shuffled) // parts)
+    longest = len(shuffled) - (rounds - 1) * parts  # so many parts are as long as there are rounds
+    table_PR = np.full(parts * rounds, np.iinfo(np.int64).max)
+    table_PR[: len(shuffled)] = shuffled
+    table_PR = np.sort(table_PR.reshape(rounds, parts).T, axis=1)  # what is missing is last
+    return [row[: rounds - (number >= longest)] for number, row in enumerate(table_PR)]

@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from training.data import Batch, Chosen, Joined, Padding
+from training.model import fused
 from training.model.fused import on_device
 from training.vocabulary import ItemFeatures
 
@@ -52,6 +53,29 @@ def table_of(chosen: Chosen, real: Sizes) -> list[np.ndarray]:
     return [counts, chosen.event_start, chosen.target_start, *where]
 
 
+class Read(NamedTuple):
+    """The rows of a batch's E events and T targets, int64 but for labels and weights, float32.
+
+    Attributes:
+        item_R: [E + T]; interaction_E, event_time_ms_E: [E].
+        target_time_ms_T, context_T, label_T, first_T, end_T: [T]; the bounds count from the user's first event.
+        user_T: of each target.
+        padding: if a part of the batch does not count: weights of events and targets, 1 or 0, and the place among the
+            E events of the first one of each target's user.
+    """
+
+    item_R: Tensor
+    interaction_E: Tensor
+    event_time_ms_E: Tensor
+    target_time_ms_T: Tensor
+    context_T: Tensor
+    label_T: Tensor
+    first_T: Tensor
+    end_T: Tensor
+    user_T: Tensor
+    padding: tuple[Tensor, Tensor, Tensor] | None = None
+
+
 class DeviceRows:
     """Joined rows in a device's memory: 14 bytes an event, 25 a target, 4 a field of an item or a user.
 
@@ -80,6 +104,11 @@ class DeviceRows:
             resident(rows.target_label, np.int8),
         )
         self.target_first, self.target_end = resident(rows.target_first, int32), resident(rows.target_end, int32)
+        self._read_rows: Callable[[DeviceRows, list[Tensor], Sizes, bool], Read] = read_rows
+        if fused.available(torch.empty(0, 1, device=device)):
+            from training import batch_kernels
+
+            self._read_rows = batch_kernels.read_rows
         held = [value for value in vars(self).values() if isinstance(value, Tensor)]
         self.nbytes = sum(tensor.nbytes for tensor in [*held, *self.items.rows.values()])
 
@@ -110,34 +139,22 @@ class DeviceRows:
             lists: the fields of `Batch` that are lists.
             padded: a part of the batch does not count.
         """
-        count, event_start, target_start, source, first, user, target = table.split(sizes.lengths)
-        place_E, place_T = (torch.arange(size, device=self.device) for size in (sizes.events, sizes.targets))
-        user_E, user_T = (
-            torch.searchsorted(start[1:], place, right=True)
-            for start, place in ((event_start, place_E), (target_start, place_T))
-        )
-        source_E = place_E + (source - event_start[:-1])[user_E]
-        bounds = [rows[target].long() - first[user_T] for rows in (self.target_first, self.target_end)]
-        padding = None
-        if padded:
-            source_E = source_E.clamp(max=len(self.history_item) - 1)
-            real_E, real_T = place_E < count[1], place_T < count[0]
-            bounds = [bound * real_T for bound in bounds]
-            padding = Padding(count.float(), real_E.float(), real_T.float(), event_start[user_T])
-        items, place_R = self._distinct(torch.cat([self.history_item[source_E], self.target_item[target]]).long())
+        parts = list(table.split(sizes.lengths))
+        read = self._read_rows(self, parts, sizes, padded)
+        items, place_R = self._distinct(read.item_R)
         return Batch(
             items=items,
             event_item=place_R[: sizes.events],
-            event_interaction=self.history_interaction[source_E].long(),
-            event_time_ms=self.history_time_ms[source_E],
+            event_interaction=read.interaction_E,
+            event_time_ms=read.event_time_ms_E,
             target_item=place_R[sizes.events :],
-            target_time_ms=self.target_time_ms[target],
-            target_context=self.target_context[target].long(),
-            target_first=bounds[0],
-            target_end=bounds[1],
-            target_label=self.target_label[target].float(),
-            user_rows=self.user_rows[user[user_T]].long(),
-            padding=padding,
+            target_time_ms=read.target_time_ms_T,
+            target_context=read.context_T,
+            target_first=read.first_T,
+            target_end=read.end_T,
+            target_label=read.label_T,
+            user_rows=self.user_rows[read.user_T].long(),
+            padding=None if read.padding is None else Padding(parts[0].float(), *read.padding),
             **lists,
         )
 
@@ -156,6 +173,41 @@ class DeviceRows:
         wanted_N = torch.arange(1, len(read_R) + 1, dtype=torch.int32, device=self.device)
         item_N = torch.searchsorted(rank, wanted_N).clamp(max=items - 1)
         return self.items.take(item_N), rank[read_R].long() - 1
+
+
+def read_rows(rows: DeviceRows, parts: list[Tensor], sizes: Sizes, padded: bool) -> Read:
+    """Read the rows of a batch; `training.batch_kernels` does the same on a GPU.
+
+    Args:
+        parts: of a `table_of`.
+        padded: a part of the batch does not count.
+    """
+    count, event_start, target_start, source, first, user, target = parts
+    place_E, place_T = (torch.arange(size, device=target.device) for size in (sizes.events, sizes.targets))
+    user_E, user_T = (
+        torch.searchsorted(start[1:], place, right=True)
+        for start, place in ((event_start, place_E), (target_start, place_T))
+    )
+    source_E = place_E + (source - event_start[:-1])[user_E]
+    first_T, end_T = (held[target].long() - first[user_T] for held in (rows.target_first, rows.target_end))
+    padding = None
+    if padded:
+        source_E = source_E.clamp(max=len(rows.history_item) - 1)
+        real_E, real_T = place_E < count[1], place_T < count[0]
+        first_T, end_T = first_T * real_T, end_T * real_T
+        padding = real_E.float(), real_T.float(), event_start[user_T]
+    return Read(
+        torch.cat([rows.history_item[source_E], rows.target_item[target]]).long(),
+        rows.history_interaction[source_E].long(),
+        rows.history_time_ms[source_E],
+        rows.target_time_ms[target],
+        rows.target_context[target].long(),
+        rows.target_label[target].float(),
+        first_T,
+        end_T,
+        user[user_T],
+        padding,
+    )
 
 
 def lists_of(chosen: Chosen) -> dict[str, list[int]]:

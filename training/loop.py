@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import time
@@ -27,10 +28,13 @@ from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
-from training.recorded_steps import Prepared, RecordedSteps
-from training.vocabulary import Vocabulary
+from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong
+from training.vocabulary import ItemFeatures, Vocabulary
 
 T = TypeVar("T")
+# Each worker records its exchanges at steps of its own; NCCL would have all of them agree on buffers whenever one does.
+os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+LONGEST_STEP_S = 600.0  # of a recorded step whose exchange waits for another worker, which nothing else watches
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,14 @@ def train_model(
         WorkerLostError: another worker no longer answers.
     """
     run = Training(name, data, config, worker, start)
-    for _epoch in range(run.epoch, config.epochs):
-        result = run.run_epoch(on_step)
-        on_epoch(result)
-        if result.finished:
-            break
+    try:
+        for _epoch in range(run.epoch, config.epochs):
+            result = run.run_epoch(on_step)
+            on_epoch(result)
+            if result.finished:
+                break
+    finally:
+        run.forget_recordings()
     if run.best_model is None:
         raise FloatingPointError(f"the validation loss of {name} is not finite")
     run.model.load_state_dict(run.best_model)
@@ -225,29 +232,29 @@ class Training:
             self._go_on_from(start.resume)
 
     def _recorded(self, rows: DeviceRows | None) -> RecordedSteps | None:
-        """Return what records steps, where that is possible: on one GPU that holds the rows, if nothing is compiled and
+        """Return what records steps, where that is possible: on a GPU that holds the rows, if nothing is compiled and
         no bit has to be the same in every run."""
         config, model = self.config, self.model
-        if rows is None or self.worker.world > 1 or config.compiled or config.deterministic:
+        if rows is None or config.compiled or config.deterministic or not model.interest.reads_tensors_alone():
             return None
-        if not model.interest.reads_tensors_alone():
-            return None
-        return RecordedSteps(rows, config.users_per_step, model.interest, self._learn)
+        patience_s = LONGEST_STEP_S if self.worker.world > 1 else None
+        return RecordedSteps(rows, config.users_per_step, model.interest, self._learn, patience_s)
 
     def _fit_optimizer(self) -> None:
         """Let the optimizer's groups, which may be of another kind of device, suit this one; its rate is set anew."""
         on_gpu = self.worker.device != "cpu"
+        self.rate = torch.zeros((), device=self.worker.device)
         for group in self.optimizer.param_groups:
             group["fused"] = group["capturable"] = on_gpu
-            group["lr"] = torch.zeros((), device=self.worker.device) if on_gpu else 0.0
+            group["lr"] = self.rate if on_gpu else 0.0
 
     def _set_rate(self, rate: float) -> None:
         """Set the learning rate, on a GPU in its memory: a recorded step reads it there."""
+        if self.worker.device != "cpu":
+            self.rate.fill_(rate)
+            return
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = rate
 
     def _go_on_from(self, state: TrainingState) -> None:
         self.model.load_state_dict(state.model)
@@ -256,6 +263,11 @@ class Training:
         self.totals.copy_(state.totals)
         self.best_model, self.best_logloss, self.best_epoch = state.best_model, state.best_logloss, state.best_epoch
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
+
+    def forget_recordings(self) -> None:
+        """Free what was recorded: a group of workers is not left before, and waits for it for ever."""
+        if self.recorded is not None:
+            self.recorded.recordings.clear()
 
     def state(self) -> TrainingState:
         """Copy the state to the CPU."""
@@ -324,10 +336,9 @@ class Training:
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
             return self.recorded.prepared(chosen) if self.recorded is not None and chosen is not None else chosen
 
-        # Rows that lie on the device, and those of a CPU, whose steps need its cores, are read when they are wanted.
-        elsewhere = device != "cpu" and self.rows is None
+        # A CPU's steps need its cores: what they read is read when it is wanted.
         numbers = range(self.position, len(order))
-        batches = ahead(made, numbers) if elsewhere else map(made, numbers)
+        batches = ahead(made, numbers) if device != "cpu" else map(made, numbers)
         mark = time.perf_counter()
         for batch in batches:
             yield batch, time.perf_counter() - mark
@@ -337,11 +348,14 @@ class Training:
         if self.device_time is not None:
             self.device_time.begin()
         # The stream of dropout: each worker's own, the same after a restart.
-        torch.manual_seed(_stream(self.config.seed, self.step, self.worker.rank))
+        _seed(_stream(self.config.seed, self.step, self.worker.rank), self.worker.device)
         self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
         if isinstance(ready, Prepared):
             assert self.recorded is not None
-            self.recorded(ready, self.model.coded is not None and self.model.coded.quantizer.is_started())
+            try:
+                self.recorded(ready, self.model.coded is not None and self.model.coded.quantizer.is_started())
+            except StepTakesTooLong as error:  # it exchanges sums: another worker is gone, or hangs
+                raise WorkerLostError(f"worker {self.worker.rank} waits for another one in vain: {error}") from error
         elif isinstance(ready, Chosen):
             assert self.rows is not None
             self._learn(self.rows.batch_of(ready))
@@ -349,7 +363,7 @@ class Training:
             self._learn(ready)
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
-        _tend_codebooks(self.model, order, self.position, self.step, warmed_up, self.config, self.worker)
+        self._tend_codebooks(order, warmed_up)
         self.position += 1
         if self.device_time is not None:
             self.device_time.end()
@@ -362,6 +376,41 @@ class Training:
         self.optimizer.step()
         if self.model.coded is not None and self.model.coded.quantizer.is_started():
             self.model.coded.quantizer.move_averages()
+
+    @torch.no_grad()
+    def _tend_codebooks(self, order: Epoch, warmed_up: bool) -> None:
+        """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
+
+        Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
+        """
+        coded, worker = self.model.coded, self.worker
+        if coded is None:
+            return
+        quantizer = coded.quantizer
+        started = quantizer.is_started()
+        starting = not started and warmed_up
+        if not starting and not (started and self.step % self.config.revive_every_steps == 0):
+            return
+        seed = _stream(self.config.seed, self.step)
+        _seed(seed, worker.device)
+        generator = torch.Generator().manual_seed(seed)
+        keys_NHd = coded.keys(self.model.items(self._features(order.items(self.position))))
+        quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
+        if worker.world == 1:
+            return
+        with _answered(worker):  # sums of a GPU differ in their last bits
+            for tensor in [
+                quantizer.codebook_GCw.data,
+                quantizer.usage_GC,
+                *([quantizer.average_GCk] if quantizer.ema_decay is not None else []),
+            ]:
+                dist.broadcast(tensor, src=0)
+
+    def _features(self, items: np.ndarray) -> ItemFeatures:
+        """Return the features of some of the partition's items on the device."""
+        if self.rows is None:
+            return self.data.joined.items.take(items).to(self.worker.device)
+        return self.rows.items.take(on_device(items, self.rows.device))
 
     def _judged(self, metrics: dict[str, float], speed: dict[str, float]) -> EpochResult:
         """Return the result of the epoch whose last step was taken, and go to the next one."""
@@ -401,6 +450,14 @@ def learning_rate(config: TrainConfig, step: int, planned: int) -> float:
     gone = min(1.0, (step - rising) / max(1, planned - rising))
     share = config.learning_rate_end + (1 - config.learning_rate_end) * (1 + math.cos(math.pi * gone)) / 2
     return config.learning_rate * share
+
+
+def _seed(seed: int, device: str) -> None:
+    """Seed what dropout draws from on a device: `torch.manual_seed` seeks every kind of device, .3 ms a step."""
+    if device == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.cuda.manual_seed(seed)
 
 
 def _make_repeatable(config: TrainConfig, worker: Worker) -> None:
@@ -447,8 +504,8 @@ class _StepSums:
     """What a step sums over the workers, in one flat array: gradients, losses, and what the codebooks count.
 
     A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a
-    worker without a part takes part. There is one exchange of two counts before the backward pass and one of the array
-    after it.
+    worker without a part takes part. There is one exchange of two counts beside the forward pass and one of the array
+    behind the backward pass.
 
     Attributes:
         parameters: those that are trained; their gradients are set by `of`.
@@ -464,23 +521,27 @@ class _StepSums:
         sizes = [*(p.numel() for p in self.parameters), counted, 2]
         self.flat = torch.zeros(sum(sizes), device=worker.device)
         *gradients, self.counted, self.losses = self.flat.split(sizes)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        self.gradients = [gradient.view_as(p) for p, gradient in zip(self.parameters, gradients, strict=True)]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         self.totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
 
     def of(self, batch: Batch | None, bf16: bool) -> None:
         """Run forward and backward pass on this worker's part of the global batch, and sum over the workers."""
-        self.flat.zero_()
         mine = _counted(batch, self.flat.device)
-        counts = _summed(mine.clone(), self.worker)
+        counts, exchanged = _summing(mine.clone(), self.worker)
         quantizer = self.quantizer
-        if batch is not None:
+        if batch is None:
+            exchanged()
+            self.flat.zero_()
+        else:
             with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
                 logits, auxiliary = self.model(batch)
             weight = None if batch.padding is None else batch.padding.target_weight
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, weight, reduction="sum")
+            exchanged()
             # The auxiliary loss is a mean over the events of this part.
-            (loss / counts[0] + auxiliary * (mine[1] / counts[1].clamp(min=1))).backward()
+            self._differentiate(loss / counts[0] + auxiliary * (mine[1] / counts[1].clamp(min=1)))
             self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * mine[1]]))
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
@@ -488,6 +549,15 @@ class _StepSums:
         if quantizer is not None:
             quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
         self.totals = torch.cat([self.losses, counts]).double()
+
+    def _differentiate(self, loss: Tensor) -> None:
+        """Write the gradients of all parameters, by one launch where `backward` would add up each by one."""
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        pairs = list(zip(self.gradients, found, strict=True))
+        if unused := [view for view, gradient in pairs if gradient is None]:
+            torch._foreach_zero_(unused)
+        used = [(view, gradient.contiguous()) for view, gradient in pairs if gradient is not None]
+        torch._foreach_copy_([view for view, _ in used], [gradient for _, gradient in used])
 
 
 def _counted(batch: Batch | None, device: torch.device) -> Tensor:
@@ -508,6 +578,24 @@ def _summed(tensor: Tensor, worker: Worker) -> Tensor:
         with _answered(worker):
             dist.all_reduce(tensor)
     return tensor
+
+
+def _summing(tensor: Tensor, worker: Worker) -> tuple[Tensor, Callable[[], object]]:
+    """Begin to sum a tensor over the workers, in place; return it, and what waits until that is done.
+
+    Raises:
+        WorkerLostError: another worker no longer answers.
+    """
+    if worker.world == 1:
+        return tensor, lambda: None
+    with _answered(worker):
+        work = dist.all_reduce(tensor, async_op=True)
+    return tensor, functools.partial(_finished, work, worker)
+
+
+def _finished(work: dist.Work, worker: Worker) -> None:
+    with _answered(worker):
+        work.wait()
 
 
 def from_first(value: T | None, worker: Worker) -> T:
@@ -539,38 +627,6 @@ def _on_cpu(tree):
     if isinstance(tree, dict):
         return {key: _on_cpu(value) for key, value in tree.items()}
     return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
-
-
-@torch.no_grad()
-def _tend_codebooks(
-    model: Ranker, order: Epoch, position: int, step: int, warmed_up: bool, config: TrainConfig, worker: Worker
-) -> None:
-    """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
-
-    Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
-    """
-    coded = model.coded
-    if coded is None:
-        return
-    quantizer = coded.quantizer
-    started = quantizer.is_started()
-    starting = not started and warmed_up
-    if not starting and not (started and step % config.revive_every_steps == 0):
-        return
-    seed = _stream(config.seed, step)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    keys_NHd = coded.keys(model.items(order.items(position).to(worker.device)))
-    quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
-    if worker.world == 1:
-        return
-    with _answered(worker):  # sums of a GPU differ in their last bits
-        for tensor in [
-            quantizer.codebook_GCw.data,
-            quantizer.usage_GC,
-            *([quantizer.average_GCk] if quantizer.ema_decay is not None else []),
-        ]:
-            dist.broadcast(tensor, src=0)
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ are padded as `training.data.Chosen.padded` says, which changes no result beyond
 
 from __future__ import annotations
 
+import gc
+import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,6 +26,11 @@ from training.model.fused_codes import CodeWork
 from training.model.interests.interface import Interest
 
 STEPS_AHEAD = 3  # that the host prepares while the device works
+POLL_S = 1e-4
+
+
+class StepTakesTooLong(RuntimeError):
+    """A step did not end in time."""
 
 
 class StepPlan(NamedTuple):
@@ -54,11 +62,19 @@ class RecordedSteps:
     Args:
         users: of a batch at most.
         interest: of the model that learns.
-        step: what a step does with a batch, on the device alone.
+        step: what a step does with a batch, on the device alone; exchanges with other GPUs are recorded with it.
+        patience_s: the longest that a step may take; None: it is waited for as long as it takes.
     """
 
-    def __init__(self, rows: DeviceRows, users: int, interest: Interest, step: Callable[[Batch], None]) -> None:
-        self.rows, self.users, self.interest, self.step = rows, users, interest, step
+    def __init__(
+        self,
+        rows: DeviceRows,
+        users: int,
+        interest: Interest,
+        step: Callable[[Batch], None],
+        patience_s: float | None = None,
+    ) -> None:
+        self.rows, self.users, self.interest, self.step, self.patience_s = rows, users, interest, step, patience_s
         self.recordings: dict[Hashable, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.seen: set[Hashable] = set()
         self.stream, self.pool = torch.cuda.Stream(rows.device), torch.cuda.graph_pool_handle()
@@ -73,6 +89,9 @@ class RecordedSteps:
 
         Args:
             phase: what else the step's Python code decides by.
+
+        Raises:
+            StepTakesTooLong: longer than `patience_s`.
         """
         plan, sent = prepared
         self._stay_near()
@@ -90,7 +109,8 @@ class RecordedSteps:
     def _recorded(self, table: Tensor, plan: StepPlan) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         """Record a step that reads the table that is returned; nothing runs."""
         held, graph = torch.empty_like(table), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # What other threads ask the device (NCCL's watchdog does) is no part of it.
+        with _no_collection(), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             self.step(self._batch(held, plan))
         return held, graph
 
@@ -122,10 +142,32 @@ class RecordedSteps:
     def _stay_near(self) -> None:
         """Wait until no more than a few steps are under way: tables wait in memory, and a report would come late."""
         if len(self.ahead) == STEPS_AHEAD:
-            self.ahead.popleft().synchronize()
+            self._wait_for(self.ahead.popleft())
         event = torch.cuda.Event(blocking=True)
         event.record()
         self.ahead.append(event)
+
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        if self.patience_s is None:
+            event.synchronize()
+            return
+        end = time.monotonic() + self.patience_s
+        while not event.query():
+            if time.monotonic() > end:
+                raise StepTakesTooLong(f"a step has not ended within {self.patience_s:.0f} s")
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: an older recording among it would be freed, which ends the one that is made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def planned(chosen: Chosen, users: int, interest: Interest) -> Prepared:
@@ -162,30 +204,17 @@ def rounded_up(count: int) -> int:
 
 def work_tables(padded: Chosen, sizes: Sizes, heads: int, chosen_U: np.ndarray | None = None) -> list[np.ndarray]:
     """Return the tables of `fused.Work` for a padded batch, with idle rows up to what such sizes may need."""
-    starts = padded.event_start.tolist(), padded.target_start.tolist()
-    work = fused.Work.of(*starts, heads, torch.device("cpu"), chosen_U)
     tiles = -(-sizes.targets // fused.TILE) + sizes.users
     # A chunk is at least so long that pieces beyond the first of a tile are PIECES in all, and their rounding.
     pieces = tiles + -(-fused.PIECES // heads) + 8
     blocks = -(-sizes.events // fused.BLOCK) + sizes.users
-    # A block of no event: its program reads the row before its first one.
-    idle = [[0] * 5, [0] * 4, [1, 0, 0, 0, 0]]
-    return _filled([work.pieces_W5, work.tiles_X4, work.blocks_N5], idle, [pieces, tiles, blocks])
+    rows = pieces, tiles, blocks
+    return fused.work_tables(padded.event_start, padded.target_start, heads, chosen_U, rows)
 
 
 def code_tables(padded: Chosen, sizes: Sizes, chosen_U: np.ndarray) -> list[np.ndarray]:
     """Return the tables of `fused_codes.CodeWork` for a padded batch, with idle rows."""
-    lists = padded.event_start.tolist(), padded.target_start.tolist(), padded.cut_offs.tolist()
-    work = CodeWork.of(*lists, chosen_U, torch.device("cpu"))
     blocks = -(-sizes.events // fused_codes.BLOCK) + sizes.users
     tiles = -(-sizes.targets // fused_codes.BY_TARGET["P"]) + sizes.users
-    idle = [[0] * 5, [0] * 3, [0] * 3]
-    return _filled([work.users_V5, work.blocks_N3, work.tiles_X3], idle, [sizes.users, blocks, tiles])
-
-
-def _filled(tables: list[Tensor], idle: list[list[int]], counts: list[int]) -> list[np.ndarray]:
-    """Return tables with idle rows up to their counts."""
-    return [
-        np.concatenate([table.numpy(), np.tile(np.array(row, np.int64), (count - len(table), 1))])
-        for table, row, count in zip(tables, idle, counts, strict=True)
-    ]
+    rows = sizes.users, blocks, tiles
+    return fused_codes.code_tables(padded.event_start, padded.target_start, padded.cut_offs, chosen_U, rows)

@@ -8,6 +8,7 @@ category, list<string> categories, float64 a number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -51,6 +52,13 @@ class ItemFeatures:
     @property
     def count(self) -> int:
         return len(next(iter(self.rows.values())))
+
+    @functools.cached_property
+    def places(self) -> list[Any]:
+        """`Places` of every field's rows, flattened: batches that share these items, tensors, share their order."""
+        from training.model.fused_rows import Places
+
+        return [Places(rows.flatten()) for rows in self.rows.values()]
 
     def take(self, index: Array) -> ItemFeatures:
         return ItemFeatures({name: rows[index] for name, rows in self.rows.items()})

@@ -134,7 +134,7 @@ def check(made: Case, precision="exact", least=0.0, times=1):
     print(precision, {name: f"{distance:.1e}" for name, distance in distances.items()})
     for name, distance in distances.items():
         # A kernel's gradients are small differences of large sums.
-        assert distance < times * TOLERANCE[precision] * (10 if name == "kernel" else 1), name
+        assert distance < times * TOLERANCE[precision] * (10 if name == "kernel" else 1), (name, distances)
 
 
 @pytest.mark.parametrize("precision", TOLERANCE if DEVICE.type == "cuda" else ["exact"])

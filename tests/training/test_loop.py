@@ -19,7 +19,7 @@ from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
 from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training.config import ModelConfig, TrainConfig
-from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
+from training.data import Joined, Sequences, UserBatches, split_targets
 from training.loop import Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
 from training.vocabulary import Vocabulary
@@ -190,14 +190,14 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
         targets_per_visit=48,
         deterministic=True,
     )
-    seen: list[bytes] = []
-    visited = Epoch.visited
-    monkeypatch.setattr(Epoch, "visited", lambda self, number: seen.append(number) or visited(self, number))
-    whole, ended = train_model(name, data, config, Worker(device=device), lambda result: None)
+    seen: list[tuple[int, int]] = []
+    note = lambda now: seen.append((now.epoch, now.position))  # noqa: E731
+    whole, ended = train_model(name, data, config, Worker(device=device), lambda result: None, note)
     expected, losses = seen.copy(), []
     seen.clear()
 
     def keep(at: int, now: Training) -> None:
+        note(now)
         if now.step == at:
             torch.save(vars(now.state()), tmp_path / "state.pt")
             raise Stop
@@ -222,7 +222,8 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
         config,
         Worker(device=device),
         lambda result: losses.append(result.metrics["train_loss"]),
-        start=Start(resume),
+        note,
+        Start(resume),
     )
     assert seen == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True))
@@ -295,8 +296,15 @@ def trained_by(
     ]
 
 
-@pytest.mark.parametrize("gpus", [False, pytest.param(True, marks=[pytest.mark.gpu, needs_two_gpus])])
-def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path, gpus):
+@pytest.mark.parametrize(
+    ("gpus", "deterministic"),
+    [
+        pytest.param(False, True, id="CPU"),
+        pytest.param(True, True, id="GPUs", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param(True, False, id="GPUs, steps recorded", marks=[pytest.mark.gpu, needs_two_gpus]),
+    ],
+)
+def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path, gpus, deterministic):
     vql = ModelConfig(codes=16, dropout=0.0)
     models = {
         "vql": vql,
@@ -314,7 +322,7 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
         revive_every_steps=3,
     )
     worlds = [1, *([2] if gpus else [2, 3, 4])]
-    trained = trained_by(worlds, tmp_path, dataclasses.replace(config, deterministic=True), gpus=gpus)
+    trained = trained_by(worlds, tmp_path, dataclasses.replace(config, deterministic=deterministic), gpus=gpus)
     for name in models:
         [one] = trained(name, 1)
         for world in worlds[1:]:
@@ -322,11 +330,9 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
             assert len({rank["bits"] for rank in ranks}) == 1, (name, world)
             assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
             for key, weight in one["model"].items():
-                assert torch.allclose(weight.float(), ranks[0]["model"][key].float(), rtol=1e-3, atol=2e-4), (
-                    name,
-                    world,
-                    key,
-                )
+                # Of rounding, which Adam blows up where a gradient is nearly 0; a GPU's sums differ by more of it.
+                apart = (weight.double() - ranks[0]["model"][key].double()).norm() / weight.double().norm().clamp(min=1)
+                assert apart < (3e-3 if gpus else 3e-4), (name, world, key, apart)
 
 
 def test_a_worker_whose_users_have_no_history_does_not_stop_the_others(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from benchmarks.train_loop import make_data
+from tests.training import test_fused as fused_tests
 from training.config import ModelConfig, TrainConfig
 from training.data import Chosen
+from training.device_batches import DeviceRows, Sizes, read_rows, table_of
 from training.loop import COLD, Training, TrainingData, Worker, train_model
 from training.model import fused, fused_codes
 from training.recorded_steps import RecordedSteps, budget, rounded_up, work_tables
@@ -123,3 +126,51 @@ def test_a_training_of_recorded_steps_comes_to_where_the_plain_one_does(name, mo
         )
     assert len(taken) > 30
     assert losses[True] == pytest.approx(losses[False], abs=0.01)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or fused_tests.INTERPRETED), reason="needs a GPU, or Triton's interpreter"
+)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("users", [[0], [3, 0, 17, 5, 5], list(range(40)), []], ids=len)
+def test_rows_read_by_kernels_are_those_read_by_torch(users, padded):
+    from training import batch_kernels
+
+    data, _ = loaded(EXACT)
+    sequences, rows = data.joined.sequences, DeviceRows(data.joined, fused_tests.DEVICE)
+    rng = np.random.default_rng(len(users))
+    targets = [np.sort(rng.choice(np.arange(130) + 130 * user, 1 + user % 90, False)) for user in users]
+    chosen = Chosen.of(sequences, np.array(users, np.int64), targets)
+    real = sizes = Sizes.of(chosen)
+    if padded:
+        sizes = budget(chosen, 43)
+        chosen = chosen.padded(41, sizes.events, sizes.targets)
+        sizes = dataclasses.replace(sizes, users=len(chosen.users))
+    table = torch.from_numpy(np.concatenate(table_of(chosen, real))).to(rows.device)
+    given = rows, list(table.split(sizes.lengths)), sizes, padded
+    ours, theirs = batch_kernels.read_rows(*given), read_rows(*given)
+    for one, other in zip([*ours[:-1], *(ours.padding or ())], [*theirs[:-1], *(theirs.padding or ())], strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+@needs_a_gpu
+def test_an_older_recording_among_the_garbage_does_not_end_a_new_one():
+    data, config = loaded(EXACT)
+    run = Training("it", data, config, Worker(device="cuda"), COLD)
+    chosen = Chosen.of(data.joined.sequences, *run.order(0).visited(0))
+    other = Training("it", data, config, Worker(device="cuda"), COLD)
+    for _ in range(2):
+        step_of(other, chosen, other.recorded)
+    assert other.recorded.recordings
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        del other  # it holds itself, by its step
+        step_of(run, chosen, run.recorded)
+        gc.set_threshold(1, 1, 1)
+        gc.enable()
+        step_of(run, chosen, run.recorded)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert run.recorded.recordings

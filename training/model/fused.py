@@ -84,39 +84,57 @@ class Work:
         Args:
             chosen_U: bool, the users to work on; None: all.
         """
-        event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
-        length_U, tiles_U = np.diff(event_U), -(-np.diff(target_U) // TILE)
-        if chosen_U is not None:
-            length_U, tiles_U = length_U * chosen_U, tiles_U * chosen_U
-        user_X, tile_X = expanded(tiles_U)
-        first_X = target_U[user_X] + TILE * tile_X
-        stop_X = np.minimum(first_X + TILE, target_U[user_X + 1])
-        even = int((length_U * tiles_U).sum()) * heads // PIECES
-        chunk = -(-max(LEAST_CHUNK, even) // LEAST_CHUNK) * LEAST_CHUNK
-        pieces_X = np.maximum(1, -(-length_U[user_X] // chunk))
-        tile_W, place_W = expanded(pieces_X)
-        user_W, place_W = user_X[tile_W], place_W * chunk
-        ends_W = np.minimum(place_W + chunk, length_U[user_W])
-        user_N, low_N = expanded(-(-length_U // BLOCK))
-        low_N, last_X = low_N * BLOCK, pieces_X.cumsum()
-        tables = [
-            np.stack([first_X[tile_W], stop_X[tile_W], event_U[user_W], place_W, ends_W], 1),
-            np.stack([first_X, stop_X, last_X - pieces_X, last_X], 1),
-            np.stack(
-                [
-                    event_U[user_N],
-                    low_N,
-                    np.minimum(low_N + BLOCK, length_U[user_N]),
-                    target_U[user_N],
-                    target_U[user_N + 1],
-                ],
-                1,
-            ),
-        ]
-        flat = on_device(np.concatenate([table.ravel() for table in tables]), device)
-        parts = flat.split([table.size for table in tables])
-        pieces, tiles, blocks = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
+        pieces, tiles, blocks = tables_on(device, work_tables(event_start, target_start, heads, chosen_U))
         return Work(pieces, tiles, blocks, whole=chosen_U is None or bool(chosen_U.all()))
+
+
+def work_tables(
+    event_start: Sequence[int] | np.ndarray,
+    target_start: Sequence[int] | np.ndarray,
+    heads: int,
+    chosen_U: np.ndarray | None = None,
+    rows: Sequence[int] = (0, 0, 0),
+) -> list[np.ndarray]:
+    """Return the tables of `Work`, int64 [W, 5], [X, 4] and [N, 5], with idle rows behind up to so many `rows`."""
+    event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
+    length_U, tiles_U = event_U[1:] - event_U[:-1], -(-(target_U[1:] - target_U[:-1]) // TILE)
+    if chosen_U is not None:
+        length_U, tiles_U = length_U * chosen_U, tiles_U * chosen_U
+    user_X, tile_X = expanded(tiles_U)
+    first_X = target_U[user_X] + TILE * tile_X
+    stop_X = np.minimum(first_X + TILE, target_U[user_X + 1])
+    even = int((length_U * tiles_U).sum()) * heads // PIECES
+    chunk = -(-max(LEAST_CHUNK, even) // LEAST_CHUNK) * LEAST_CHUNK
+    pieces_X = np.maximum(1, -(-length_U[user_X] // chunk))
+    tile_W, place_W = expanded(pieces_X)
+    user_W, place_W = user_X[tile_W], place_W * chunk
+    ends_W = np.minimum(place_W + chunk, length_U[user_W])
+    user_N, low_N = expanded(-(-length_U // BLOCK))
+    low_N, last_X = low_N * BLOCK, pieces_X.cumsum()
+    high_N = np.minimum(low_N + BLOCK, length_U[user_N])
+    return [
+        as_table([first_X[tile_W], stop_X[tile_W], event_U[user_W], place_W, ends_W], rows[0]),
+        as_table([first_X, stop_X, last_X - pieces_X, last_X], rows[1]),
+        # A block of no event: its program reads the row before its first one.
+        as_table([event_U[user_N], low_N, high_N, target_U[user_N], target_U[user_N + 1]], rows[2], (1, 0, 0, 0, 0)),
+    ]
+
+
+def as_table(columns: Sequence[np.ndarray], rows: int = 0, idle: Sequence[int] | int = 0) -> np.ndarray:
+    """Return columns side by side, int64, with idle rows behind up to so many `rows`."""
+    count = len(columns[0])
+    table = np.empty((max(count, rows), len(columns)), np.int64)
+    for number, column in enumerate(columns):
+        table[:count, number] = column
+    table[count:] = idle
+    return table
+
+
+def tables_on(device: torch.device, tables: Sequence[np.ndarray]) -> list[Tensor]:
+    """Copy tables to a device at once, without waiting for what it is doing."""
+    flat = on_device(np.concatenate([table.ravel() for table in tables]), device)
+    parts = flat.split([table.size for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -127,8 +145,8 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 def expanded(count_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return, for `count` rows of every x in turn, x and the row's number within it."""
-    of = np.repeat(np.arange(len(count_X)), count_X)
-    return of, np.arange(len(of)) - np.repeat(count_X.cumsum() - count_X, count_X)
+    of = np.arange(len(count_X)).repeat(count_X)
+    return of, np.arange(len(of)) - (count_X.cumsum() - count_X)[of]
 
 
 @dataclass(frozen=True)

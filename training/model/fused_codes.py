@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.model.fused import TILE, Seen, expanded, on_device, precision_of
+from training.model.fused import TILE, Seen, as_table, expanded, precision_of, tables_on
 from training.model.fused_rows import Places, summed
 from training.model.kernel import MixtureKernel
 
@@ -71,27 +71,41 @@ class CodeWork:
         Args:
             cut_offs: distinct ends of each user's targets; more than there are cost time alone.
         """
-        event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
-        segments_V = np.asarray(cut_offs, np.int64)[chosen_U]
-        event_V, first_V, last_V = event_U[:-1][chosen_U], target_U[:-1][chosen_U], target_U[1:][chosen_U]
-        length_V = np.diff(event_U)[chosen_U]
-        tile = BY_TARGET["P"]
-        user_N, block_N = expanded(-(-length_V // BLOCK))
-        user_X, tile_X = expanded(-(-(last_V - first_V) // tile))
-        low_N, low_X = block_N * BLOCK, first_V[user_X] + tile_X * tile
-        tables = [
-            np.stack([event_V, first_V, last_V, segments_V.cumsum() - segments_V, segments_V], 1),
-            np.stack([user_N, low_N, np.minimum(low_N + BLOCK, length_V[user_N])], 1),
-            np.stack([user_X, low_X, np.minimum(low_X + tile, last_V[user_X])], 1),
-        ]
-        flat = on_device(np.concatenate([table.ravel() for table in tables]), device)
-        parts = flat.split([table.size for table in tables])
-        users, blocks, tiles = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
-        return CodeWork(users, blocks, tiles, int(segments_V.sum()), whole=bool(chosen_U.all()))
+        tables = code_tables(event_start, target_start, cut_offs, chosen_U)
+        users, blocks, tiles = tables_on(device, tables)
+        segments = int(np.asarray(cut_offs)[chosen_U].sum())
+        return CodeWork(users, blocks, tiles, segments, whole=bool(chosen_U.all()))
+
+
+def code_tables(
+    event_start: Sequence[int] | np.ndarray,
+    target_start: Sequence[int] | np.ndarray,
+    cut_offs: Sequence[int] | np.ndarray,
+    chosen_U: np.ndarray,
+    rows: Sequence[int] = (0, 0, 0),
+) -> list[np.ndarray]:
+    """Return the tables of `CodeWork`, int64 [V, 5], [N, 3] and [X, 3], with idle rows behind up to so many `rows`."""
+    event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
+    segments_V = np.asarray(cut_offs, np.int64)[chosen_U]
+    event_V, first_V, last_V = event_U[:-1][chosen_U], target_U[:-1][chosen_U], target_U[1:][chosen_U]
+    length_V = event_U[1:][chosen_U] - event_V
+    tile = BY_TARGET["P"]
+    user_N, block_N = expanded(-(-length_V // BLOCK))
+    user_X, tile_X = expanded(-(-(last_V - first_V) // tile))
+    low_N, low_X = block_N * BLOCK, first_V[user_X] + tile_X * tile
+    return [
+        as_table([event_V, first_V, last_V, segments_V.cumsum() - segments_V, segments_V], rows[0]),
+        as_table([user_N, low_N, np.minimum(low_N + BLOCK, length_V[user_N])], rows[1]),
+        as_table([user_X, low_X, np.minimum(low_X + tile, last_V[user_X])], rows[2]),
+    ]
 
 
 def preferred(
-    event_start: Sequence[int], target_start: Sequence[int], cut_offs: Sequence[int], words: torch.Size, components: int
+    event_start: Sequence[int] | np.ndarray,
+    target_start: Sequence[int] | np.ndarray,
+    cut_offs: Sequence[int] | np.ndarray,
+    words: torch.Size,
+    components: int,
 ) -> np.ndarray:
     """Say for which users this pass is the cheaper one, bool [U], by costs fitted to the table in benchmarks/LOG.md.
 
@@ -99,7 +113,9 @@ def preferred(
         words: [H, C, d] of the codewords.
     """
     heads, codes, width = words
-    length_U, targets_U, segments_U = np.diff(event_start), np.diff(target_start), np.asarray(cut_offs, np.int64)
+    event_U, target_U = np.asarray(event_start, np.int64), np.asarray(target_start, np.int64)
+    length_U, targets_U = event_U[1:] - event_U[:-1], target_U[1:] - target_U[:-1]
+    segments_U = np.asarray(cut_offs, np.int64)
     table = components * codes * width * (width + 2)  # numbers a segment and head
     pairs_U = length_U * (-(-targets_U // TILE) * TILE)
     cost_U = EVENT_PAIRS * length_U + TABLE_PAIRS * table * segments_U + TARGET_PAIRS * targets_U

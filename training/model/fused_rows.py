@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from training.model import fused
 
 ROWS = 64  # events of a program
+UNSORTED = 8_192  # events at most
 NARROW = (2**8, torch.uint8), (2**15, torch.int16)
 
 
@@ -23,20 +24,24 @@ class Places:
     """Which row of a table each event takes.
 
     Attributes:
-        row_E: int64 [E].
+        row_E: int64 or int32 [E], contiguous.
     """
 
     def __init__(self, row_E: Tensor) -> None:
-        self.row_E = row_E
+        self.row_E = row_E.contiguous()
 
         self._ordered: tuple[Tensor, Tensor] | None = None
 
     def ordered(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return (order, ids): the events in the order of their rows, and these rows, int64 and int32 [E].
 
+        A few are left in their order: to sort them takes longer than to add each by itself.
+
         Args:
             rows: of the table: with few of them a sort has few digits to look at.
         """
+        if self._ordered is None and len(self.row_E) <= UNSORTED:
+            self._ordered = torch.arange(len(self.row_E), device=self.row_E.device), self.row_E.int()
         if self._ordered is None:
             narrow = next((kind for most, kind in NARROW if rows <= most), torch.int32)
             ids, order = self.row_E.to(narrow).sort()
@@ -55,13 +60,23 @@ def gathered(table: Tensor, places: Places, other: Tensor | None = None, other_p
     dtype = table.dtype
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
-    return _Gathered.apply(table, other, places, other_places, dtype)
+    return _Gathered.apply(table, other, places, other_places, dtype, None)
 
 
 def gathered_exactly(table: Tensor, places: Places) -> Tensor:
     """Return table[row] of every event in the table's own precision."""
     with torch.autocast(table.device.type, enabled=False):
         return gathered(table, places)
+
+
+def embedded(table: nn.Module, places: Places, shape: torch.Size) -> Tensor:
+    """Return rows [*shape, d] of an `nn.Embedding` in its own precision; its padding row, if any, has no gradient."""
+    assert isinstance(table, nn.Embedding)
+    if not fused.available(table.weight):
+        return table(places.row_E.view(shape))
+    with torch.autocast(table.weight.device.type, enabled=False):
+        rows = _Gathered.apply(table.weight, None, places, None, table.weight.dtype, table.padding_idx)
+    return rows.view(*shape, -1)
 
 
 def normalised(rows: Tensor) -> Tensor:
@@ -102,13 +117,21 @@ class _Normalised(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table: Tensor, other: Tensor | None, places: Places, other_places: Places | None, dtype) -> Tensor:
+    def forward(
+        ctx,
+        table: Tensor,
+        other: Tensor | None,
+        places: Places,
+        other_places: Places | None,
+        dtype: torch.dtype,
+        padding_row: int | None,
+    ) -> Tensor:
         from training.model.fused_kernels import gather_kernel
 
         table = table.contiguous()
         second = table if other is None else other.contiguous()
         ctx.places, ctx.shapes = (places, other_places), (table.shape, second.shape)
-        ctx.dtypes = table.dtype, second.dtype
+        ctx.dtypes, ctx.padding_row = (table.dtype, second.dtype), padding_row
         events, width = len(places.row_E), table[0].numel()
         out = table.new_empty(events, *table.shape[1:], dtype=dtype)
         if events:
@@ -136,7 +159,9 @@ class _Gathered(torch.autograd.Function):
                 ctx.places, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, strict=False
             )
         ]
-        return *found, None, None, None
+        if ctx.padding_row is not None and found[0] is not None:
+            found[0][ctx.padding_row].zero_()
+        return *found, None, None, None, None
 
 
 def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:

@@ -24,7 +24,7 @@ from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.cache import UserCache
 from training.model.fused import on_device
-from training.model.fused_rows import Places, gathered, gathered_exactly
+from training.model.fused_rows import Places, embedded, gathered, gathered_exactly
 from training.model.history import Events, Items, Targets
 from training.model.interests import interest_class
 from training.model.interests.interface import Coded
@@ -71,11 +71,12 @@ class ItemEncoder(nn.Module):
 
     def forward(self, items: ItemFeatures) -> Tensor:
         parts = []
-        for kind, table, rows in zip(self.kinds, self.tables, items.rows.values(), strict=True):
+        fields = zip(self.kinds, self.tables, items.rows.values(), items.places, strict=True)
+        for kind, table, rows, places in fields:
             if kind != "categories":
-                part = gathered_exactly(table.get_parameter("weight"), Places(rows))
+                part = gathered_exactly(table.get_parameter("weight"), places)
             else:
-                part = table(rows)
+                part = embedded(table, places, rows.shape)
                 part = part.sum(1) / (rows > 0).sum(1, keepdim=True).clamp(min=1)
             parts.append(self.id_dropout(part) if kind == "id" else part)
         return torch.cat(parts, -1)
@@ -146,7 +147,10 @@ class Ranker(nn.Module):
         interest = interest_THd.flatten(1)
         target = gathered(self.to_target(items.static_NS), targets.by_item)
         context = gathered_exactly(self.context.weight, Places(batch.target_context))
-        fields = [table(batch.user_rows[:, column]) for column, table in enumerate(self.user_fields)]
+        fields = [
+            embedded(table, Places(rows), rows.shape)
+            for table, rows in zip(self.user_fields, batch.user_rows.unbind(1), strict=True)
+        ]
         parts = [interest, target, interest * target, *fields, context, _recency(batch)]
         return self.head(torch.cat(parts, -1)).squeeze(-1)
 

@@ -48,8 +48,7 @@ class Vql(Coded):
         if not self.quantizer.is_started() or self.config.recent_window or self.config.refine_k:
             return np.zeros(len(cut_offs), bool)
         words = torch.Size((self.config.heads, self.quantizer.codes, self.config.head_width))
-        sizes = event_start.tolist(), target_start.tolist(), cut_offs.tolist()
-        return preferred(*sizes, words, max(1, self.config.kernel_components))
+        return preferred(event_start, target_start, cut_offs, words, max(1, self.config.kernel_components))
 
     def coded_keys(self, key_NHd: Tensor, events: Events) -> tuple[Keys, Tensor]:
         """Return the keys of the batch's items with their codes, and the weighted quantization loss."""
