@@ -18,11 +18,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from etl.stage.errors import EXIT_CORRECT
+from etl.stage.local_files import replace_text
+from etl.warehouse.store import TableStore
 from infra import settings
 from infra.airflow_api import AirflowApi, InfraError
 from infra.local import services
-from tests.processes import free_port
+from tests.processes import free_port, start
+from tests.training.conftest import DT, random_partition
+from tests.training.test_train import publish
 from tests.waiting import PATIENCE_S, wait_for
+from training.configs import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
@@ -891,14 +897,24 @@ def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_t
     stack.pause(True, dag)
 
 
-def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(stack):
+@pytest.fixture(scope="module")
+def untrained(stack) -> str:
+    """A run whose training has failed: to clear it is the shortest way to a training under the scheduler."""
+    stack.fault("training.train", EXIT_CORRECT, once=True)
+    run = stack.trigger(DT, config="tiny", workers="1")
+    assert stack.ended(run) == "failed"
+    return run
+
+
+def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(stack, untrained):
     for file in ("tracking", "ended"):
         shutil.copy(settings.ROOT / "training" / f"{file}.py", stack.root / "training")
     stack.calls()
 
     train, evaluate = "train.train_models", "evaluate.evaluate_models"
     stack.hold_at("training.train")
-    run = stack.trigger("2022-04-18")
+    run = untrained
+    stack.clear(run, train)
     attempt = stack.held("training.train")
     stack.mark(run, train, "failed")
     assert stack.ended(run) == "failed"
@@ -940,6 +956,57 @@ def test_a_state_that_a_person_sets_ends_the_run_in_mlflow_and_promotes_nothing(
     stack.training_slots(1)
     (stack.root / "training" / "tracking.py").unlink()
     (stack.root / "training" / "ended.py").write_text(ENDED)
+
+
+# The real training, of the tree under test, held at a step.
+HELD_TRAIN = (
+    STAGE
+    + f"""
+os.chdir({str(settings.ROOT)!r})
+os.environ.update(PYTHONPATH=os.getcwd(), HELD_FOLDER=str(root), OMP_NUM_THREADS="1")
+os.execv(sys.executable, [sys.executable, "-m", "tests.training.held_training", *sys.argv[1:]])
+"""
+)
+
+
+def test_a_killed_training_is_tried_again_and_goes_on_to_the_bits_of_an_undisturbed_one(stack, untrained):
+    items, sequences = random_partition(users=60, longest=40)
+    store = TableStore(str(stack.root / "var" / "warehouse"), "kuairand_simulated")
+    for table, rows in (("items", items), ("sequences", sequences)):
+        publish(store, table, rows, {"cutoff": "day_start", "availability_lag_ms": 60_000, "max_events": 30})
+    (stack.root / "training" / "train.py").write_text(HELD_TRAIN)
+    limit, reached = stack.root / "limit", stack.root / "reached"
+    replace_text(limit, "12")
+    stack.calls()
+    run, task = untrained, "train.train_models"
+    stack.clear(run, task, downstream=False)
+    wait_for("step 12", lambda: reached.exists() and reached.read_text() == "12")
+    [call] = stack.calls()
+    runs, attempt, before = Path(of(call, "--runs")), of(call, "--attempt"), stack.tries(run, task)
+    wait_for("a checkpoint", lambda: list((runs / attempt / "checkpoints").glob("*.pt")))
+    held = {"tests.training.held_training", attempt}
+    [driver] = [one for one in psutil.process_iter(["cmdline"]) if held <= {*(one.info["cmdline"] or ())}]
+    driver.kill()
+
+    words = [sys.executable, "-m", "training.train", *call[1:]]
+    words[words.index(attempt)], words[words.index(str(runs))] = "alone", str(stack.root / "alone")
+    env = stack.env | {"MLFLOW_TRACKING_URI": f"sqlite:///{stack.root / 'alone.db'}", "OMP_NUM_THREADS": "1"}
+    code, said = start(words, stack.root / "alone.log", settings.ROOT, env | {"PYTHONPATH": ""}).finish()
+    assert code == 0, said
+
+    wait_for("another try", lambda: stack.tries(run, task) > before, every=1)
+    replace_text(limit, "1000000")  # what the killed one had started has ended
+    wait_for("its end", lambda: stack.states(run)[task] in ("success", "failed"), every=1)
+    assert stack.states(run)[task] == "success"
+    said = stack.log(run, task, before + 1)
+    assert "going on with vql after step" in said and "Traceback" not in said
+    for name in tiny.config().models:
+        one, other = (
+            (folder / "models" / name / "model.safetensors").read_bytes()
+            for folder in (runs / attempt, stack.root / "alone" / "alone")
+        )
+        assert one == other, name
+    (stack.root / "training" / "train.py").write_text(TRAIN)
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
