@@ -5,7 +5,8 @@
     python -m benchmarks.comparison show --to var/comparison     # tables and plots of what was trained
 
 `prepare` builds partitions by the jobs and gates of the pipeline and leaves `items` and `sequences` with their
-manifests below TO/warehouse, which is all that `train` reads; results stand below TO/results, a folder a data set.
+manifests below TO/warehouse, which is all that `train` reads. All results are lines of one file below TO/results: calls
+of other --sets may run at the same time.
 """
 
 from __future__ import annotations
@@ -144,13 +145,13 @@ def main() -> None:
     if args.step == "show":
         from benchmarks.comparison_page import write_page
 
-        print(write_page({each.name: results / each.name for each in wanted}, args.to))
+        print(write_page(results, [each.name for each in wanted], args.to))
         return
     for each in wanted:
         if args.step == "prepare":
             prepare(each, args.to, args.data)
         else:
-            train(each, results / each.name, args)
+            train(each, results, args)
 
 
 def prepare(data_set: DataSet, to: Path, data: Path) -> None:

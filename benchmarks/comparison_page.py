@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ FIRST = "vql"  # what the others are compared with
 COLUMNS = 3  # of panels
 
 
-def write_page(results: Mapping[str, Path], to: Path) -> Path:
+def write_page(results: Path, sets: Sequence[str], to: Path) -> Path:
     """Write tables.md, summary.json, difference.png and length.png; return the first one's path.
 
     Args:
-        results: data set -> its folder of results; one without results is left out.
+        results: folder of the results; sets: those that are shown, in this order, one without results is left out.
     """
-    found = {name: entries for name, folder in results.items() if (entries := summarised(folder))}
+    lines = read(results / RESULTS_FILE)
+    found = {name: entries for name in sets if (entries := summarised(lines, name))}
     parts = []
     for name, entries in found.items():
         longest = at_longest(entries)
@@ -36,10 +37,10 @@ def write_page(results: Mapping[str, Path], to: Path) -> Path:
     return to / "tables.md"
 
 
-def summarised(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of a folder of results, best AUC first."""
-    lines = read(folder / RESULTS_FILE)
-    return summaries(sorted(lines, key=lambda line: line["model"] != FIRST))
+def summarised(lines: Sequence[dict[str, Any]], data_set: str) -> list[dict[str, Any]]:
+    """Return the entries of a data set, best AUC first."""
+    mine = [line for line in lines if line["dataset"] == data_set]
+    return summaries(sorted(mine, key=lambda line: line["model"] != FIRST))
 
 
 def at_longest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,9 +76,9 @@ def interval(
     """
     if not lines or min(line["users"] for line in lines) < LEAST_USERS:
         return None, None
-    auc_SR = np.array([line["resampled"]["auc"] for line in lines])
+    auc_SR = np.array([line["resampled_auc"] for line in lines])
     if minus is not None:
-        auc_SR = auc_SR - np.array([line["resampled"]["auc"] for line in minus])
+        auc_SR = auc_SR - np.array([line["resampled_auc"] for line in minus])
     rng = np.random.default_rng(0)
     seeds, resamples = auc_SR.shape
     drawn = auc_SR[rng.integers(seeds, size=(DRAWS, seeds)), rng.integers(resamples, size=DRAWS)[:, None]].mean(1)

@@ -146,37 +146,42 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
 def trained(wanted: Wanted) -> list[dict[str, Any]]:
     """Train what the results do not hold yet; return the line of every training that is wanted, by model and length.
 
+    A kind that these rows cannot have, such as one of categories where items have none, is said and left out.
+
     Raises:
         StageError: a model or a length is unknown, or the memory of the device was too small for some trainings.
     """
-    rows, config = Rows.read(wanted.partition), load_config(wanted.partition.config)
+    partition = wanted.partition
+    rows, config = Rows.read(partition), load_config(partition.config)
     trials = trials_of(wanted.models, wanted.lengths, wanted.seeds, rows.most_events)
     file = wanted.out / RESULTS_FILE
     wanted.out.mkdir(parents=True, exist_ok=True)
-    identity = {"format": FORMAT, "dt": wanted.partition.dt, "config": config.digest, **rows.digests}
+    identity = {"format": FORMAT, "dataset": partition.dataset, "dt": partition.dt, "config": config.digest}
+    identity |= rows.digests
     done = {trial_of(line): line for line in read(file) if identity.items() <= line.items()}
     # Seed by seed, so that one that is stopped has seen every model; the data of a seed and length is joined once.
     missing = sorted((trial for trial in trials if trial not in done), key=lambda trial: (trial.seed, -trial.length))
     log(f"{len(trials)} trainings, {len(trials) - len(missing)} of them are in {file}")
     too_large = []
-    with file.open("a") as out:
-        if out.tell() and not file.read_text().endswith("\n"):
-            out.write("\n")  # a killed process left half a line
+    # A line is one write at the file's end: commands of several data sets may share the file.
+    with file.open("ab", buffering=0) as out:
+        if out.tell() and not file.read_bytes().endswith(b"\n"):
+            out.write(b"\n")  # a killed process left half a line
         for number, line in enumerate(_each(missing, wanted), 1):
-            trial, said = trial_of(line), line.get("failed") or line.get("out_of_memory") or f"AUC {line['auc']:.4f}"
+            trial, not_trained = trial_of(line), line.get("impossible") or line.get("out_of_memory")
+            said = not_trained or line.get("failed") or f"AUC {line['auc']:.4f}"
             log(f"[{number}/{len(missing)}] {trial.model}, {trial.length} events, seed {trial.seed}: {said}")
             if "out_of_memory" in line:
                 too_large.append(trial)
-                continue
-            done[trial] = identity | line
-            out.write(json.dumps(done[trial]) + "\n")
-            out.flush()
+            if not not_trained:
+                done[trial] = identity | line
+                out.write(f"{json.dumps(done[trial])}\n".encode())
     if too_large:
         raise StageError(
             f"{len(too_large)} of {len(trials)} trainings found no memory on the device, such as {too_large[0]}",
             "run the same command again with a smaller --jobs, which trains these alone",
         )
-    return [done[trial] for trial in trials]
+    return [done[trial] for trial in trials if trial in done]
 
 
 def trials_of(models: Sequence[str], lengths: Sequence[int], seeds: Sequence[int], most_events: int) -> list[Trial]:
@@ -208,6 +213,8 @@ def read(results: Path) -> list[dict[str, Any]]:
     lines = results.read_text().splitlines() if results.exists() else []
     whole = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             whole.append(json.loads(line))
         except json.JSONDecodeError:
@@ -231,7 +238,7 @@ def _each(trials: Sequence[Trial], wanted: Wanted) -> Iterator[dict[str, Any]]:
 
 
 def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dict[str, Any]:
-    """Train one model; return its line. What diverges or finds no memory is a line, too."""
+    """Train one model; return its line. What diverges, finds no memory or does not suit the rows is a line, too."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     config = load_config(partition.config)
     base = next(iter(config.models.values()))
@@ -242,6 +249,8 @@ def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dic
         return about | {"device": _name_of(device), "jobs": jobs} | figures
     except FloatingPointError as error:
         return about | {"failed": str(error)}
+    except StageError as error:
+        return about | {"impossible": f"left out, {error}"}
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
     torch.cuda.empty_cache()  # when the error, which holds the training's tensors, is gone
@@ -289,15 +298,15 @@ def measured(config: TrainConfig, data: TrainingData, items: pa.Table, device: s
 
 def quality(scored: ScoredTargets) -> dict[str, Any]:
     """Return metrics with the intervals of resampled users (None: too few), those of the thirds of history length, and
-    what each resample of the users gives: resample n is of the same users for every model of a partition.
+    the AUC that each resample of the users gives: resample n is of the same users for every model of a partition.
     """
     bootstrap = Bootstrap(scored.user_id, scored.label, {"it": scored.score}, RESAMPLES)
-    figures: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users, "resampled": {}}
+    resampled = [round(value, 5) for value in bootstrap.values["it"]["auc"][1:].tolist()]
+    figures: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users, "resampled_auc": resampled}
     for metric in Bootstrap.METRICS:
         interval = bootstrap.interval("it", metric)
         bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         figures |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
-        figures["resampled"][metric] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
     slices = []
     for rows in thirds(scored.history_length):
         label, score, length = scored.label[rows], scored.score[rows], scored.history_length[rows]

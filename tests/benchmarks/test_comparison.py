@@ -28,11 +28,9 @@ def test_the_page_has_a_table_a_set_and_plots_of_what_was_trained(tmp_path):
     aucs = {"din": 0.70, "vql": 0.72, "eta": 0.71}
     lines = [line(model, seed, auc + seed / 1_000, noise) for model, auc in aucs.items() for seed in (1, 2)]
     lines += [line("vql", 1, 0.65, noise) | {"length": 3}]
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / RESULTS_FILE).write_text("\n".join(map(json.dumps, lines)) + "\n")
-    folders = {name: tmp_path / name for name in ("one", "two", "not trained")}
-    text = write_page(folders, tmp_path / "out").read_text()
+    both = [one | {"dataset": name} for name in ("two", "one") for one in lines]
+    (tmp_path / RESULTS_FILE).write_text("\n".join(map(json.dumps, both)) + "\n")
+    text = write_page(tmp_path, ["one", "two", "not trained"], tmp_path / "out").read_text()
     assert [row for row in text.splitlines() if row.startswith("#")] == ["## one", "## two"]
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " | 9 | " in row]
     assert [row[0] for row in rows] == ["| vql", "| eta", "| din"] * 2  # the best first, at the longest length alone

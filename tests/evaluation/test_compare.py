@@ -97,9 +97,8 @@ def line(model: str, seed: int, auc: float, noise: np.ndarray, users: int = 100)
     """A line of results whose AUC is `auc`, and `auc` plus noise in each resample of the users."""
     figures = dict.fromkeys(("gauc", "logloss", "train_seconds", "score_ms_per_target", "parameters"), 1.0)
     third = {"low": 0, "high": 4, "targets": 9, "auc": auc, "gauc": auc, "logloss": 1.0}
-    resampled = {"auc": (auc + noise).tolist()}
     about = {"model": model, "length": 9, "seed": seed, "users": users, "slices": [third]}
-    return {**about, "auc": auc, "resampled": resampled, **figures}
+    return {**about, "auc": auc, "resampled_auc": (auc + noise).tolist(), **figures}
 
 
 def test_a_training_that_diverged_is_counted_and_not_averaged():
@@ -125,6 +124,20 @@ def test_intervals_are_over_seeds_and_users_and_differences_are_paired():
     assert reach(second, "difference") == pytest.approx(2 * seeds_alone, rel=0.15)
     few = [one | {"users": LEAST_USERS - 1} for one in ours]
     assert summaries(few)[0]["auc_low"] is None and "| 0.7500 | - | 0.0079 |" in table(summaries(few))
+
+
+def test_a_kind_that_the_rows_cannot_have_is_said_and_the_others_are_trained(stages, tmp_path, monkeypatch, capsys):
+    train = trials.train_model
+
+    def choosy(name, *rest):
+        if name == "sim_hard":
+            raise StageError("items have no category: their fields are item_id", "leave out the models")
+        return train(name, *rest)
+
+    monkeypatch.setattr(trials, "train_model", choosy)
+    said, found = run(stages, tmp_path / "out", monkeypatch, capsys, "sim_hard,mean_pooling", "--lengths", "8")
+    assert "sim_hard, 8 events, seed 7: left out, items have no category" in said
+    assert [entry["model"] for entry in found["models"]] == ["mean_pooling"]
 
 
 @pytest.mark.slow
