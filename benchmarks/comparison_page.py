@@ -73,6 +73,7 @@ def _plot_differences(found: Mapping[str, list[dict[str, Any]]], path: Path) -> 
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(f"AUC minus {FIRST}", fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
     figure.savefig(path, dpi=80)
 
 
