@@ -44,3 +44,10 @@ class ModelVersionLink(_AddressLink):
 
     name = "Model version"
     key, attribute = "model_version", "version_url"
+
+
+class EvaluationReportLink(_AddressLink):
+    """The page of the evaluation that the task's attempt was judged by."""
+
+    name = "Evaluation report"
+    key, attribute = "evaluation_report", "evaluation_url"

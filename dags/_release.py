@@ -11,10 +11,10 @@ from typing import Any
 from airflow.sdk import Asset, AssetAlias
 
 from dags._common import StageOperator, outcome_line
-from dags._links import MlflowRunLink, ModelVersionLink
+from dags._links import EvaluationReportLink, MlflowRunLink, ModelVersionLink
 from dags._notes import append_note
 from etl.stage.errors import StageError
-from evaluation.release.outcomes import PROMOTED, sentence
+from evaluation.release.outcomes import EVALUATION_PAGE, PROMOTED, sentence
 from infra import settings
 
 
@@ -24,18 +24,18 @@ def champion_asset(dataset: str) -> Asset:
 
 
 class ModelOperator(StageOperator):
-    """Run a stage of a model, with buttons to the run and the version of its attempt in MLflow.
+    """Run a stage of a model, with buttons to the run, the version and the evaluation of its attempt in MLflow.
 
     Args:
         runs: folder of runs, which the stage gets as --runs.
     """
 
-    operator_extra_links = (MlflowRunLink(), ModelVersionLink())
+    operator_extra_links = (MlflowRunLink(), ModelVersionLink(), EvaluationReportLink())
 
     def __init__(self, *, runs: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.runs = runs
-        self.run_url = self.version_url = ""
+        self.run_url = self.version_url = self.evaluation_url = ""
 
     def command(self) -> list[str]:
         return [*super().command(), "--runs", self.runs]
@@ -68,7 +68,10 @@ class ModelOperator(StageOperator):
         if run_id and experiment_id:
             self.run_url = settings.mlflow_run_url(experiment_id, run_id)
             self.log.info("run in MLflow: %s", self.run_url)
-        if registration:
+        if registration:  # it was evaluated
+            if self.run_url:
+                self.evaluation_url = settings.mlflow_artifact_url(experiment_id, run_id, EVALUATION_PAGE)
+                self.log.info("evaluation in MLflow: %s", self.evaluation_url)
             self.version_url = settings.mlflow_version_url(registration["model_name"], registration["version"])
             self.log.info("model version in MLflow: %s", self.version_url)
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from etl.stage.folder import Folder
+from evaluation.figures import cell, rows_of
 from evaluation.metrics import Bootstrap, calibration
+from evaluation.report import log_report
 from training.model_runs import logged_model, model_runs
 from training.registry import ANCHOR, CHAMPION
 from training.scoring import ScoredTargets
@@ -46,12 +48,6 @@ def table(evaluation: dict) -> str:
         if (other := evaluation.get(alias)) and other["warning"]:
             lines.append(f"warning: {alias} version {other['version']} is not compared: {other['warning']}")
     return "\n".join(lines)
-
-
-def rows_of(evaluation: Mapping[str, Any]) -> list[dict]:
-    """Return the rows of all that was scored: models, champion, and an anchor that is not the champion."""
-    others = [evaluation.get(alias) for alias in (CHAMPION, ANCHOR)]
-    return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
 
 
 def log_evaluation(
@@ -96,6 +92,7 @@ def log_evaluation(
                 client.log_artifact(run_id, str(path), "evaluation")
         client.log_text(run_id, table(evaluation), "evaluation/table.txt")
         about = run.data.tags.get(NOTE_TAG, "").partition("\n\n")[0]
+        log_report(run_id, runs[evaluation["primary"]], evaluation, run.data.tags)
         client.set_tag(run_id, NOTE_TAG, f"{about}\n\n{markdown_table(evaluation)}")
 
 
@@ -166,7 +163,3 @@ def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray
         f"{evaluation['dataset']} dt={evaluation['dt']}" + (" (SIMULATED data)" if evaluation["simulated"] else "")
     )
     figure.savefig(path, dpi=110)
-
-
-def cell(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

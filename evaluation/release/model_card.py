@@ -7,10 +7,12 @@ from typing import Any
 
 from etl.datasets.definition import DatasetDefinition
 from etl.warehouse.schemas import WATCH_RATIO_EDGES
-from evaluation.log_evaluation import cell, markdown_table
+from evaluation.figures import cell
+from evaluation.log_evaluation import markdown_table
 from evaluation.metrics import LEAST_USERS
+from evaluation.report import lineage
 from training.registry import Registry
-from training.tracking import ATTEMPT_TAG, PARTITION_TAG, URL_TAG, asking_mlflow
+from training.tracking import asking_mlflow
 
 MOST_CHARACTERS = 5_000  # of a version's description, in MLflow's own table
 MOST_NAMES = 30  # of fields that are listed
@@ -102,17 +104,12 @@ def _limits(definition: DatasetDefinition, evaluation: Mapping[str, Any]) -> Ite
 
 
 def _lineage(training: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    rows = {
-        "partition": tags[PARTITION_TAG],
-        "attempt": tags[ATTEMPT_TAG],
-        "commit": tags["mlflow.source.git.commit"] + (" (and changes)" if tags.get("git.dirty") == "true" else ""),
-        "configuration": f"{tags.get('config', '')} ({tags['config_digest']}), seed {training['seed']}",
-        "sequences": tags["data.snapshot_digest"],
-        "items": tags.get("data.items_digest", ""),
-        "Airflow": f"[run]({tags[URL_TAG]})" if URL_TAG in tags else "",
-        "command": f"`{tags['pipeline.command']}`" if "pipeline.command" in tags else "",
-    }
-    return "### From\n\n" + "\n".join(f"* {name}: {value}" for name, value in rows.items() if value)
+    rows = lineage(tags) | {"seed": training["seed"]}
+    if "Airflow" in rows:
+        rows["Airflow"] = f"[run]({rows['Airflow']})"
+    if "command" in rows:
+        rows["command"] = f"`{rows['command']}`"
+    return "### From\n\n" + "\n".join(f"* {name}: {value}" for name, value in rows.items())
 
 
 def _request(definition: DatasetDefinition) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 PROMOTED, UNCHANGED, REFUSED = "promoted", "unchanged", "refused"  # unchanged: the champion is the same model
 ROLLED_BACK = "rolled back to"
 MOVED = (PROMOTED, ROLLED_BACK)  # the champion is another one afterwards
+EVALUATION_PAGE = "evaluation/report.html"  # among the artifacts of the attempt's run in MLflow
 _SAID = {
     PROMOTED: "promoted",
     UNCHANGED: "NOT promoted, it is the champion's equal",

@@ -33,6 +33,7 @@ from evaluation.release.model_card import write_card
 from evaluation.release.moves import GATES, Move, carry_out, name_of, now
 from evaluation.release.outcomes import PROMOTE, PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.release.register import request_frame
+from evaluation.report import log_report
 from training.data import Sequences
 from training.registry import ANCHOR, CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, ArtifactGone, Registry
 from training.run_folder import run_folder
@@ -71,8 +72,12 @@ def main() -> None:
         outcome, decision = _Promotion(registry, store, args, run_dir, training, run.info.run_id, version).decided(
             evaluation
         )
-        write_card(registry, args.definition, version, training, read_evaluation(run_dir))
-        aliases, tags = registry.aliases_of(version), registry.version(version).tags
+        evaluation = read_evaluation(run_dir)
+        write_card(registry, args.definition, version, training, evaluation)
+        decided = registry.version(version)
+        with asking_mlflow():
+            log_report(run.info.run_id, decided.run_id, evaluation, decided.tags)
+        aliases, tags = registry.aliases_of(version), decided.tags
     registration = {
         "model_name": registry.name,
         "version": version,

@@ -1096,7 +1096,7 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
     tmp_path, monkeypatch, outcome, aliases, event
 ):
     from dags import _release
-    from dags._links import MlflowRunLink, ModelVersionLink
+    from dags._links import EvaluationReportLink, MlflowRunLink, ModelVersionLink
 
     notes: list[str] = []
     monkeypatch.setattr(_release, "append_note", lambda context, line: notes.append(line))
@@ -1117,6 +1117,8 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
         MlflowRunLink().get_link(task, ti_key=None).endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
     )
     assert ModelVersionLink().get_link(task, ti_key=None).endswith("/#/models/vql_kuairand/versions/3")
+    page = "/#/experiments/7/runs/abc/artifacts/evaluation/report.html?workflowType=machine_learning"
+    assert EvaluationReportLink().get_link(task, ti_key=None).endswith(page)
 
 
 def test_a_promotion_that_failed_says_nothing_and_still_leads_to_its_run(tmp_path, monkeypatch):

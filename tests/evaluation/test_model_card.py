@@ -51,7 +51,8 @@ def test_it_says_each_bit_and_field_of_a_request_with_the_decision_and_where_the
         "`tab` as logged",
         "in this order: `user_active_degree`, ",
         "* commit: 0123abcd (and changes)",
-        "* configuration: default (c0), seed 7",
+        "* configuration: default c0",
+        "* seed: 7",
         "* Airflow: [run](http://127.0.0.1:8080/dags/d/runs/r)",
     ):
         assert words in card

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from evaluation.evaluate import read_scores
 from evaluation.gate import Decision
 from evaluation.prune import prune_runs
 from evaluation.release import promote, register
+from evaluation.release.outcomes import EVALUATION_PAGE
 from tests.evaluation.conftest import DATASET, DT, FIRST, NEXT_DT, SECOND, chain
 from tests.s3 import BUCKET, s3_server
 from training.model_runs import has_files
@@ -115,6 +117,8 @@ def shown_as_users_of_mlflow_expect(run: Run, evaluation: dict, version: ModelVe
     assert version.source == models["vql"].model_uri and version.run_id == below["vql"].info.run_id
     assert run.data.metrics["auc"] == below["vql"].data.metrics["auc"]
     assert run.data.metrics["vql_minus_mean_pooling/auc"] is not None
+    page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{EVALUATION_PAGE}")
+    assert "<b>promoted</b>" in page and "mean_pooling" in page
     assert "| mean_pooling | " in run.data.tags[NOTE_TAG] and run.info.run_name == f"{DT} 0000"
 
 

@@ -152,7 +152,7 @@ def partition_page(partition: Partition, plots: Sequence[Plot], index: str) -> s
         _statistics(p),
         _docs(p),
     ]
-    return _document(f"{p.dataset} {p.dt}: {p.verdict}", "".join(parts))
+    return document(f"{p.dataset} {p.dt}: {p.verdict}", "".join(parts))
 
 
 def index_page(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -182,14 +182,14 @@ def index_page(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             f' href="{_address(address)}"><code>{_text(entry["attempt"])}</code></a></td>'
             f"<td>{_time(entry['written_at_ms'])}</td><td>{docs}</td></tr>"
         )
-    table = _table(
+    listed = table(
         ("day", "data set", "verdict", "failed expectations", "report of the attempt", "written", "Data Docs"), rows
     )
     body = (
         "<h1>Partitions</h1><p>One row an attempt at a partition: the newest day first, and of a day the newest"
-        " attempt.</p>" + (table if rows else "<p>No gate has run yet.</p>")
+        " attempt.</p>" + (listed if rows else "<p>No gate has run yet.</p>")
     )
-    return _document("Partitions", body)
+    return document("Partitions", body)
 
 
 # ---- parts of the page -----------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def _decisions(p: Partition) -> str:
         if gate.passed is not None
     ]
     return (
-        "<h2>Let through by a person</h2>" + _table(("gate", "who, when", "why", "what had failed", "in attempt"), rows)
+        "<h2>Let through by a person</h2>" + table(("gate", "who, when", "why", "what had failed", "in attempt"), rows)
         if rows
         else ""
     )
@@ -232,7 +232,7 @@ def _bounds(p: Partition) -> str:
         f" class=number>{_value(bound['default'])}</td><td>{_text(bound['reason'], WHOLE)}</td></tr>"
         for name, bound in sorted(stated.items())
     ]
-    return "<h2>Bounds of this data set</h2>" + _table(("bound", "value", "default", "why"), rows) if rows else ""
+    return "<h2>Bounds of this data set</h2>" + table(("bound", "value", "default", "why"), rows) if rows else ""
 
 
 def _failures(p: Partition) -> str:
@@ -249,7 +249,7 @@ def _failures(p: Partition) -> str:
     ]
     columns = ("severity", "gate", "what", "observed", "expected", "what to do", "")
     if rows:
-        parts.append(_table(columns, rows))
+        parts.append(table(columns, rows))
     elif not p.stopped_by:
         parts.append("<p>Nothing: no critical expectation and no warning.</p>")
     if p.pass_commands:
@@ -261,7 +261,7 @@ def _failures(p: Partition) -> str:
         )
     if recorded := [_failure(stage, outcome, p.data_docs) for stage, outcome in p.failed("info")]:
         parts.append(
-            f"<details><summary>{len(recorded)} recorded as info</summary>{_table(columns, recorded)}</details>"
+            f"<details><summary>{len(recorded)} recorded as info</summary>{table(columns, recorded)}</details>"
         )
     return "".join(parts)
 
@@ -320,7 +320,7 @@ def _quarantine(quarantine: Quarantine | None) -> str:
     if quarantine.by_reason:
         counts = sorted(quarantine.by_reason.items(), key=lambda item: (-item[1], item[0]))
         parts.append(
-            _table(
+            table(
                 ("reason", "rows"),
                 [f"<tr><td>{_text(reason)}</td><td class=number>{rows:,}</td></tr>" for reason, rows in counts],
             )
@@ -332,7 +332,7 @@ def _quarantine(quarantine: Quarantine | None) -> str:
             f"<td><code>{_text(row['raw_text'])}</code></td></tr>"
             for row in quarantine.sample
         ]
-        parts.append(f"<h3>A sample of {len(rows)}</h3>" + _table(("file", "row", "reason", "raw text"), rows))
+        parts.append(f"<h3>A sample of {len(rows)}</h3>" + table(("file", "row", "reason", "raw text"), rows))
     return "".join(parts)
 
 
@@ -351,8 +351,8 @@ def _statistics(p: Partition) -> str:
             )
     if not rows:
         return ""
-    table = _table(("gate", "metric", "this day", f"the {BAND_DAYS} days before"), rows)
-    return f"<details><summary>All {len(rows)} statistics of the day</summary>{table}</details>"
+    listed = table(("gate", "metric", "this day", f"the {BAND_DAYS} days before"), rows)
+    return f"<details><summary>All {len(rows)} statistics of the day</summary>{listed}</details>"
 
 
 def _docs(p: Partition) -> str:
@@ -437,12 +437,14 @@ def _joined(folder: str, address: str) -> str:
     return address if "://" in address or not folder else f"{folder}/{address}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[str]) -> str:
+def table(columns: Sequence[str], rows: Sequence[str]) -> str:
+    """Return a table of rows that are HTML already."""
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _document(title: str, body: str) -> str:
+def document(title: str, body: str) -> str:
+    """Return a page in the style of all, of a body that is HTML already."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
         ' content="width=device-width, initial-scale=1">'

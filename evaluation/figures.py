@@ -1,0 +1,19 @@
+"""The figures of an evaluation as its table, its pages and MLflow show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from training.registry import ANCHOR, CHAMPION
+
+
+def rows_of(evaluation: Mapping[str, Any]) -> list[dict]:
+    """Return the rows of all that was scored: models, champion, and an anchor that is not the champion."""
+    others = [evaluation.get(alias) for alias in (CHAMPION, ANCHOR)]
+    return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
+
+
+def cell(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

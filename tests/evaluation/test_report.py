@@ -1,0 +1,55 @@
+"""The page of an evaluation is whole in itself, and says what it knows and what it does not."""
+
+from __future__ import annotations
+
+import re
+import xml.dom.minidom
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.evaluate import compare
+from evaluation.report import report_page
+from training.scoring import ScoredTargets
+
+TAGS = {"pipeline.partition": "2022-04-21", "airflow.run_url": "javascript:alert(1)", "pipeline.command": "<b>python"}
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    user, label = np.repeat(np.arange(40), 10), rng.integers(0, 2, 400)
+    scores = {name: np.clip(0.5 + w * (label - 0.5) + rng.normal(0, 0.2, 400), 0.01, 0.99) for name, w in WEIGHTS}
+    targets = ScoredTargets(user, user, user, label, user + 1, scores["vql"])
+    served = {"champion": {"version": "3", "partition": "2022-04-20", "attempt": "a", "warning": None}}
+    found = compare(targets, scores, "vql", served)
+    return {"dt": "2022-04-21", "dataset": "own", "simulated": True, "best_auc": 0.9, "primary": "vql", **found}
+
+
+WEIGHTS = (("vql", 0.3), ("mean_pooling", 0.1), ("champion", 0.2))
+
+
+def test_the_page_has_every_model_interval_slice_and_drawing_and_needs_nothing_beside_it(evaluation):
+    probe = {"probe_1_to_99_events/attention_error": 0.1069, "probe_1_to_99_events/bound": 0.5, "train_loss": 0.7}
+    page = report_page(evaluation, probe, TAGS | {"promotion": "refused", "gate_reason": "log loss & <more>"})
+    assert "<b>refused</b>log loss &amp; &lt;more&gt;" in page and "SIMULATED data" in page
+    for row in (*evaluation["models"], evaluation["champion"]):
+        assert f"{row['auc']:.4f}" in page and f"{row['auc_low']:.4f} to {row['auc_high']:.4f}" in page
+    assert "vql minus champion" in page
+    assert page.count(" events, ") == len(evaluation["slices"]) * 3
+    assert "0.1069" in page and "train_loss" not in page
+    drawings = re.findall("<svg.*?</svg>", page)
+    assert len(drawings) == 2
+    for drawing in drawings:
+        xml.dom.minidom.parseString(drawing)
+    assert drawings[1].count("<polyline") == 3
+    assert "<script" not in page and "src=" not in page and "href" not in page and "&lt;b&gt;python" in page
+
+
+def test_what_is_not_known_is_no_error(evaluation):
+    rows = [row | {"auc_low": None, "auc_high": None} for row in evaluation["models"]]
+    warned = {"version": "9", "warning": "it is gone"}
+    page = report_page(evaluation | {"models": rows, "champion": warned, "best_auc": None, "slices": []}, {}, {})
+    assert "not decided" in page and "champion version 9 is not compared: it is gone" in page
+    assert "- to -" in page and "Attention error" not in page
