@@ -42,6 +42,7 @@ STAGES = (
     "evaluation.release.promote",
     "evaluation.user_caches",
     "evaluation.prune",
+    "evaluation.release.by_hand",
 )
 STAGE = """
 import contextlib, json, os, sys, time
@@ -116,6 +117,21 @@ folder.mkdir(parents=True, exist_ok=True)
     "gate": {"passed": outcome != "refused", "reason": "the reason"}}))
 """
 )
+# A decision by hand leaves what the real one does.
+BY_HAND = (
+    STAGE
+    + """
+Path(sys.argv[sys.argv.index("--result") + 1]).write_text(json.dumps({
+    "outcome": "rolled back to", "model": "vql_model", "version": "2", "by": "Ada", "reason": "complaints",
+    "aliases": ["champion"], "dt": "2022-04-20", "attempt": "a", "digests": {"model.digest": "d2"}}))
+"""
+)
+STAGE_OF = {
+    "etl.quality.judge.audit": GATE,
+    "training.train": TRAIN,
+    "evaluation.release.promote": PROMOTE,
+    "evaluation.release.by_hand": BY_HAND,
+}
 ENDED = """
 import sys
 from pathlib import Path
@@ -161,11 +177,7 @@ class Project:
         for module in STAGES:
             path = root / f"{module.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                {"etl.quality.judge.audit": GATE, "training.train": TRAIN, "evaluation.release.promote": PROMOTE}.get(
-                    module, STAGE
-                )
-            )
+            path.write_text(STAGE_OF.get(module, STAGE))
         shutil.copy(settings.ROOT / "evaluation" / "release" / "outcomes.py", root / "evaluation" / "release")
         shutil.copytree(
             settings.ROOT / "training" / "configs",
@@ -841,6 +853,38 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
     )
     assert "--dt 2022-04-19" in ended
     assert ended.endswith("--status FAILED\n")
+
+
+def test_a_decision_by_hand_is_an_event_and_its_clear_takes_it_no_second_time(stack):
+    stack.calls()
+    dag = "/api/v2/dags/vql_release"
+    given = {"data_set": "kuairand_simulated", "action": "rollback", "by": "Ada", "reason": "complaints"}
+    for wrong, says in (({"by": ""}, "by"), ({"action": "undo"}, "action"), ({"version": -1}, "version")):
+        with pytest.raises(InfraError, match=says):
+            stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": given | wrong})
+    stack.pause(False, dag)
+    run = stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": given})["dag_run_id"]
+    path = f"{dag}/dagRuns/{urllib.parse.quote(run)}"
+    assert stack.ended(path) == "success"
+    said = "vql_model version 2 is the champion again: by Ada: complaints"
+    assert said in stack.api.call("GET", path)["note"]
+    found = stack.api.call("GET", "/api/v2/assets/events")["asset_events"]
+    [event] = [event for event in found if event["source_run_id"] == run]
+    assert event["uri"] == "longview://kuairand_simulated/champion"
+    assert {"by": "Ada", "version": "2", "model.digest": "d2"}.items() <= event["extra"].items()
+    links = stack.api.call("GET", f"{path}/taskInstances/decide/links")["extra_links"]
+    assert links["Model version"].endswith("/#/models/vql_model/versions/2")
+    stack.clear(path)
+    assert stack.ended(path) == "success"
+    assert [of(call, "--decision") for call in stack.calls()] == [run, run]
+    # What the form cannot know is refused in the task, by the field's name.
+    conf = given | {"action": "promote"}
+    run = stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+    path = f"{dag}/dagRuns/{urllib.parse.quote(run)}"
+    assert stack.ended(path) == "failed"
+    assert "version: which version to promote?" in stack.error(path, "decide")
+    assert stack.calls() == []
+    stack.pause(True, dag)
 
 
 def test_a_manual_run_beside_a_backfill_and_a_scheduled_run_promotes_one_after_the_other(stack):
