@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
-from etl.datasets.definition import SIMULATED_MARKER
+from etl.datasets.definition import SIMULATED_MARKER, DatasetDefinition
 from etl.quality.judge.audit import Audit
 from etl.quality.judge.page_process import written_after
 from etl.quality.measure.partition import Partition
@@ -88,7 +88,7 @@ def evaluate(
             "check the raw logs of that day, or choose another --dt",
         )
     scores = {name: result.score for name, result in scored.items()}
-    served, served_scores = score_served(Registry(args.dataset), args.dt, args.attempt, items, sequences)
+    served, served_scores = score_served(Registry(args.dataset), args, items, sequences)
     scores |= served_scores
     write_scores(run_dir, targets, scores)
     evaluation = {
@@ -124,7 +124,7 @@ def read_training(run_dir: Folder) -> dict:
 
 
 def judge_again(
-    registry: Registry, store: TableStore, dt: str, attempt: str, run_dir: Folder, training: dict, run_id: str
+    registry: Registry, store: TableStore, args: argparse.Namespace, run_dir: Folder, training: dict, run_id: str
 ) -> dict:
     """Compare the attempt with the champion of now, which is not the one that its evaluation met.
 
@@ -134,9 +134,9 @@ def judge_again(
     columns = {name: scored[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
     targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
     scores = {name: columns[name] for name in names}
-    manifest = store.require("sequences", dt)
-    items, sequences = store.read(store.require("items", dt)), store.read(manifest)
-    served, served_scores = score_served(registry, dt, attempt, items, sequences)
+    manifest = store.require("sequences", args.dt)
+    items, sequences = store.read(store.require("items", args.dt)), store.read(manifest)
+    served, served_scores = score_served(registry, args, items, sequences)
     scores |= served_scores
     evaluation = read_evaluation(run_dir) | compare(targets, scores, training["primary"], served)
     write_scores(run_dir, targets, scores)
@@ -176,8 +176,14 @@ def write_scores(run_dir: Folder, targets: ScoredTargets, scores: dict[str, np.n
         pq.write_table(pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), path)
 
 
+def task_of(definition: DatasetDefinition) -> dict[str, str]:
+    """Return what a model is trained to tell, and from what its histories say, as tags: under another label or other
+    signals the same rows mean something else."""
+    return {"data.label": definition.targets.label or "", "data.signals": ",".join(definition.feedback_fields)}
+
+
 def score_served(
-    registry: Registry, dt: str, attempt: str, items: pa.Table, sequences: pa.Table
+    registry: Registry, args: argparse.Namespace, items: pa.Table, sequences: pa.Table
 ) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
     """Score the day with the champion in service and with the anchor.
 
@@ -191,7 +197,7 @@ def score_served(
     versions = {alias: aliases[alias] for alias in (CHAMPION, ANCHOR) if alias in aliases}
     tags = {version: registry.version(version).tags for version in set(versions.values())}
     for alias, version in list(versions.items()):
-        if tags[version].get(ATTEMPT_TAG) == attempt:
+        if tags[version].get(ATTEMPT_TAG) == args.attempt:
             del versions[alias]
             if alias == CHAMPION and PREVIOUS_CHAMPION in aliases:
                 versions[alias] = aliases[PREVIOUS_CHAMPION]
@@ -201,14 +207,14 @@ def score_served(
         if alias == ANCHOR and versions[ANCHOR] == versions.get(CHAMPION):
             found[ANCHOR] = found[CHAMPION]
             continue
-        found[alias], scored = _scored(registry, alias, versions[alias], dt, (items, sequences))
+        found[alias], scored = _scored(registry, alias, versions[alias], args, (items, sequences))
         if scored is not None:
             scores[alias] = scored
     return found, scores
 
 
 def _scored(
-    registry: Registry, alias: str, version: str, dt: str, day: tuple[pa.Table, pa.Table]
+    registry: Registry, alias: str, version: str, args: argparse.Namespace, day: tuple[pa.Table, pa.Table]
 ) -> tuple[dict, np.ndarray | None]:
     """Return what is known of a version that others are compared with, and its scores of the day if it has some."""
     tags = registry.version(version).tags
@@ -218,8 +224,11 @@ def _scored(
         "attempt": tags.get(ATTEMPT_TAG),
         "warning": None,
     }
-    if (known["partition"] or "") > dt:
-        return known | {"warning": f"it is of partition {known['partition']}, so it was trained on {dt}"}, None
+    if (known["partition"] or "") > args.dt:
+        return known | {"warning": f"it is of partition {known['partition']}, so it was trained on {args.dt}"}, None
+    task = task_of(args.definition)
+    if other := [f"{tag} {tags[tag]}, now {now}" for tag, now in task.items() if tags.get(tag, now) != now]:
+        return known | {"warning": f"it was trained for another task: {'; '.join(other)}"}, None
     try:
         return known, load_scorer(registry.package(version)).score(*day).score
     except TryAgainError:
@@ -228,7 +237,7 @@ def _scored(
         reason = (
             str(error)
             if isinstance(error, ArtifactGone)
-            else f"it cannot be loaded or scored: {type(error).__name__}: {error}"
+            else f"it cannot be loaded or scored: {type(error).__name__}: {getattr(error, 'what', error)}"
         )
         log(
             f"warning: {alias} version {version}: {reason}. remedy: restore it, or point the alias {alias} at"

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.stage.errors import StageError
 from training.config import VocabularyConfig
 
 Array = Any  # a numpy array from the reader; a torch tensor once `Batch.to` moved it
@@ -228,9 +229,18 @@ class Vocabulary:
         return field
 
     def item_features(self, items: pa.Table) -> ItemFeatures:
-        """Join a table with the static columns of `items` to embedding rows."""
+        """Join a table with the static columns of `items` to embedding rows.
+
+        Raises:
+            StageError: a field is not there.
+        """
         rows = {}
         for name, field in self.items.items():
+            if name not in items.column_names:
+                raise StageError(
+                    f"these items have no field {name}, which the model was trained with",
+                    "score rows of the definition that it was trained with, or train it anew",
+                )
             column = items[name]
             if isinstance(field, IdField):
                 rows[name] = field.row_of(column.fill_null(0).to_numpy(), column.is_null().to_numpy())
@@ -255,7 +265,16 @@ class Vocabulary:
         return pa.table(columns)
 
     def user_rows(self, user_fields: list[list[str]]) -> np.ndarray:
-        """Return int64 [U, F] rows of the users' field values."""
+        """Return int64 [U, F] rows of the users' field values.
+
+        Raises:
+            StageError: the users have more or fewer fields than the model knows.
+        """
+        if other := {len(user) for user in user_fields} - {len(self.user_fields)}:
+            raise StageError(
+                f"these users have {other.pop()} fields, and the model was trained with {len(self.user_fields)}",
+                "score rows of the definition that it was trained with, or train it anew",
+            )
         lookups = [{value: 1 + row for row, value in enumerate(field.values)} for field in self.user_fields]
         rows = [[lookup.get(value, 0) for lookup, value in zip(lookups, user, strict=True)] for user in user_fields]
         return np.array(rows, dtype=np.int64).reshape(len(user_fields), len(lookups))

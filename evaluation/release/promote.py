@@ -135,9 +135,7 @@ class _Promotion:
                     f"the champion is {name_of(champion)} now, the evaluation compared with {name_of(compared)}:"
                     " comparing again"
                 )
-                evaluation = judge_again(
-                    self.registry, self.store, self.args.dt, self.args.attempt, self.run_dir, self.training, self.run_id
-                )
+                evaluation = judge_again(self.registry, self.store, self.args, self.run_dir, self.training, self.run_id)
             decision = quality_gate(evaluation, self.training["primary"])
             if decision.passed and champion is not None and same_model(self.registry, self.version, champion):
                 return self._write(

@@ -13,7 +13,7 @@ from etl.quality.judge.outcomes import read_outcomes
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError
 from etl.warehouse.store import TableStore, code_version
-from evaluation.evaluate import package_of, read_evaluation, read_training, write_json
+from evaluation.evaluate import package_of, read_evaluation, read_training, task_of, write_json
 from evaluation.release.model_card import write_card
 from training.model_runs import has_files, logged_model, model_runs, show_in
 from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
@@ -58,6 +58,7 @@ def main() -> None:
                 "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
                 "config_digest": training["config_digest"],
                 "simulated": str(args.definition.simulated).lower(),
+                **task_of(args.definition),
                 "validation_status": "pending",
                 **{name: run.data.tags[name] for name in OF_THE_RUN if name in run.data.tags},
                 **_passes(store, args.dt, args.attempt),

@@ -36,6 +36,7 @@ from tests.evaluation.conftest import (
 from tests.evaluation.mlflow_server import MlflowServer
 from tests.waiting import wait_for
 from training.registry import Registry
+from training.scoring import load_scorer
 
 THIRD = SECOND.replace("c0", "c1")
 WHY = ("--by", "Ada", "--reason", "users complain")
@@ -249,6 +250,34 @@ def test_a_rollback_that_died_before_its_move_does_not_stand_in_the_way_of_anoth
             decide(three, "rollback", *WHY)
     decide(three, "rollback", *WHY)
     assert aliases() == {"anchor": "1", "champion": "2", "previous_champion": "1"}
+
+
+def test_under_another_label_or_other_fields_nothing_is_compared_until_a_person_promotes(three):
+    registry, store = Registry(DATASET), TableStore(str(three.warehouse), DATASET)
+
+    def warning(attempt: str) -> str:
+        three.run("evaluate", attempt, NEXT_DT)
+        return str(three.json(attempt, "evaluation")["champion"]["warning"])
+
+    label = tags("3")["data.label"]
+    registry.client.set_model_version_tag(registry.name, "3", "data.label", "is_like")
+    assert warning(THIRD) == "None"  # of a retry the champion meant is the one before
+    fourth, fifth = (SECOND.replace("c0", f"c{number}") for number in (2, 3))
+    three.train(fourth, NEXT_DT, 4)
+    assert warning(fourth) == f"it was trained for another task: data.label is_like, now {label}"
+    assert "vql_minus_champion" not in three.json(fourth, "evaluation")["paired"]
+    assert "vql_minus_anchor" in three.json(fourth, "evaluation")["paired"]  # which is of the same task
+    registry.client.set_model_version_tag(registry.name, "3", "data.label", label)
+    # Fields of the items and of the users that the champion knows, and the rows do not.
+    items, sequences = (store.read(store.require(table, NEXT_DT)) for table in ("items", "sequences"))
+    with pytest.raises(StageError, match="these items have no field author_id"):
+        load_scorer(registry.package("3")).score(items.drop(["author_id"]), sequences)
+    three.without_user_fields(NEXT_DT)
+    three.train(fifth, NEXT_DT, 5)
+    assert "StageError: these users have 0 fields, and the model was trained with" in warning(fifth)
+    three.run("release.register", fifth, NEXT_DT)
+    decide(three, "promote", "--version", "4", *WHY)
+    assert aliases() == {"anchor": "4", "champion": "4", "previous_champion": "3"}
 
 
 def test_an_anchor_that_was_deleted_since_is_replaced_by_the_champion_itself(three):
