@@ -27,6 +27,7 @@ from etl.stage.folder import Folder
 from etl.stage.identity import attempt_name
 from etl.warehouse.store import TableStore
 from evaluation.release import promote
+from evaluation.release.model_card import write_card
 from evaluation.release.moves import RECORD, Move, Served, carry_out, line_of, name_of, now, read_moves, table
 from evaluation.release.outcomes import (
     PROMOTE,
@@ -307,7 +308,8 @@ class _Desk:
             self._say_on_version(move)
 
     def _say_on_version(self, move: Move) -> None:
-        """Write the outcome where the gates write theirs, so that a stage of the version's attempt finds it decided."""
+        """Write the outcome where the gates write theirs, so that a stage of the version's attempt finds it decided,
+        and into its card."""
         tags = self.registry.version(move.version).tags
         status = tags.get("validation_status", "pending")
         if move.action == REFUSE:
@@ -325,6 +327,10 @@ class _Desk:
                 ("validation_status", status),
             ):
                 self.registry.client.set_model_version_tag(self.registry.name, move.version, key, value)
+        run_dir = run_folder(self.runs.address, self.definition, tags[PARTITION_TAG], tags[ATTEMPT_TAG])
+        if run_dir.exists():  # else the card stays as it was: what it is made of is gone
+            card = promote.read_training(run_dir), promote.read_evaluation(run_dir)
+            write_card(self.registry, self.definition, move.version, *card)
 
     def let_caches_follow(self, version: str) -> None:
         """Publish the caches of the newest day that has some, or of the version's own where that is newer, anew if they

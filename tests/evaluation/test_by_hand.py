@@ -145,6 +145,7 @@ def test_a_promotion_by_hand_is_what_later_models_are_measured_by_until_it_is_ro
     assert aliases() == {"anchor": "2", "champion": "2", "previous_champion": "1"}
     assert cached_of(three)[NEXT_DT] == "2"
     assert tags("2")["gate_reason"].startswith("promoted by Ada: users complain (before: lenient")
+    assert "promoted by Ada: users complain" in Registry(DATASET).version("2").description  # its card
     decide(three, "rollback", *WHY)
     assert aliases() == {"anchor": "1", "champion": "1", "previous_champion": "3"}
     decide(three, "rollback", *WHY)
