@@ -68,10 +68,10 @@ class ModelOperator(StageOperator):
         if run_id and experiment_id:
             self.run_url = settings.mlflow_run_url(experiment_id, run_id)
             self.log.info("run in MLflow: %s", self.run_url)
-        if registration:  # it was evaluated
-            if self.run_url:
+            if registration:  # it was evaluated
                 self.evaluation_url = settings.mlflow_artifact_url(experiment_id, run_id, EVALUATION_PAGE)
                 self.log.info("evaluation in MLflow: %s", self.evaluation_url)
+        if registration:
             self.version_url = settings.mlflow_version_url(registration["model_name"], registration["version"])
             self.log.info("model version in MLflow: %s", self.version_url)
 

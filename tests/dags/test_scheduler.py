@@ -836,6 +836,7 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]
         assert links["MLflow run"].endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
         assert links["Model version"].endswith("/#/models/vql_model/versions/3")
+        assert "/#/experiments/7/runs/abc/artifacts/evaluation/report.html" in links["Evaluation report"]
         [event] = events()  # still that of the promotion
         if outcome == "promoted":
             assert {"dt": "2022-04-19", "attempt": attempt, "version": "3", "model.digest": "d1"}.items() <= event[
