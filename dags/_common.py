@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -159,8 +160,11 @@ def note_failure(context: Any) -> None:
 
 
 def outcome_line(dt: str, outcome: str) -> str:
-    """Return what became of a run as a line of its note, behind its day, '' where it has none."""
-    return (f"dt={dt}: {outcome}" if dt else outcome)[:NOTED_LENGTH]
+    """Return what became of a run as a line of its note, behind its day, '' where it has none.
+
+    A long one ends behind a whole word: half a number is another number.
+    """
+    return textwrap.shorten(f"dt={dt}: {outcome}" if dt else outcome, NOTED_LENGTH, placeholder=" ...")
 
 
 def _end_mlflow_run(context: Any) -> None:

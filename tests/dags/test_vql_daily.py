@@ -790,6 +790,17 @@ def test_of_a_note_that_gets_too_long_the_oldest_lines_go():
     assert len(with_line(["old"], "x" * 5_000)) == LONGEST_NOTE
 
 
+def test_a_long_line_of_a_note_ends_behind_a_whole_number_and_says_that_it_goes_on():
+    from dags._common import NOTED_LENGTH, outcome_line
+
+    assert outcome_line("", "promoted: the reason") == "promoted: the reason"
+    for cut in range(10):  # wherever the end of the line falls
+        reason = "x" * cut + " AUC minus champion's has lower bound -0.2049, which is not above -0.0209" * 5
+        line = outcome_line("2022-04-21", reason)
+        assert len(line) <= NOTED_LENGTH and line.endswith(" ...")
+        assert {*line.split()} <= {"dt=2022-04-21:", "...", *reason.split()}
+
+
 def test_a_note_that_cannot_be_written_costs_the_task_nothing(monkeypatch, tmp_path, caplog):
     from dags._notes import append_note
 
@@ -937,7 +948,7 @@ def test_what_a_stage_says_of_an_error_stands_at_that_level_in_the_log(tmp_path,
     [
         ("error: no raw rows\\n  remedy: give RAW", 2, "dt=2022-04-21: stage failed: no raw rows"),
         ("", 9, "dt=2022-04-21: stage failed: stage crashed (exit code 9)"),
-        ("error: " + 500 * "x", 75, "dt=2022-04-21: stage failed: " + 271 * "x"),
+        ("error:" + 125 * " xyz", 75, "dt=2022-04-21: stage failed:" + 67 * " xyz" + " ..."),
     ],
 )
 def test_a_task_that_has_failed_says_why_in_the_note_of_its_run(tmp_path, monkeypatch, says, code, noted):
