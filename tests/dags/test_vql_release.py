@@ -38,10 +38,11 @@ def form(**changes) -> dict:
 def test_graph_is_the_golden_one():
     golden = GOLDEN.with_name("vql_release.json")
     graph = graph_of(dag_now())
+    # A data set more changes no graph.
+    assert graph["decide"].pop("outlets") == [f"vql_champion_{name}" for name in built_in_names()]
     if os.environ.get("UPDATE_GOLDEN") == "1":
         golden.write_text(json.dumps(graph, indent=1) + "\n")
     assert graph == json.loads(golden.read_text()), "UPDATE_GOLDEN=1 rewrites the file; look at its diff"
-    assert graph["decide"]["outlets"] == [f"vql_champion_{name}" for name in built_in_names()]
     assert dag_now().schedule is None  # nothing decides by itself
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from training.model.fused import Work
+from training.model.fused import Work, on_device
 from training.model.fused_codes import CodeWork
 from training.model.fused_rows import Places
 
@@ -95,6 +96,16 @@ class Targets:
     def bound_T(self) -> Tensor | None:
         """`first_T`, or None where every target sees its user's events from the first on, which saves a mask."""
         return self.first_T if any(self.shared_from) else None
+
+
+def begin_of_users(events: Events, targets: Targets) -> Tensor:
+    """Return the place among the E events of the first one of each target's user, int64 [T].
+
+    What a target sees are the places `begin + first_T` to `begin + end_T - 1`.
+    """
+    counts_U = [b - a for a, b in pairwise(targets.start)]
+    begin_T = np.repeat(np.asarray(events.start[:-1], np.int64), counts_U)
+    return on_device(begin_T, targets.end_T.device)
 
 
 def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Targets, slice]]:

@@ -9,6 +9,9 @@ import copy
 import datetime as dtm
 import itertools
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -547,3 +550,26 @@ def test_a_format_is_refused_or_never_crashes(directive, form):
     assert there
     assert not wrong
     assert ms // 86_400_000 == int(moment.timestamp()) // 86_400
+
+
+def test_a_definition_is_checked_alone_and_the_page_shows_the_message_of_a_wrong_one(tmp_path):
+    page = (ROOT / "docs" / "datasets.md").read_text()
+    right = (ROOT / "docs" / "definitions" / "buildroot.yaml").read_text()
+    wrong = tmp_path / "shop.yaml"
+    for old, new in {
+        "unit: seconds": "unit: hours",
+        "max_events: 100000": "max_events: 0",
+        "name: b": "name: shop #",
+    }.items():
+        assert right.count(old) == 1
+        right = right.replace(old, new)
+    wrong.write_text(right)
+    said = {}
+    for path in (ROOT / "docs" / "definitions" / "buildroot.yaml", wrong):
+        ended = subprocess.run(
+            [sys.executable, "-m", "etl.datasets.check", str(path)], capture_output=True, text=True, cwd=ROOT
+        )
+        said[path.stem] = ended.returncode, ended.stdout + ended.stderr
+    assert said["buildroot"][0] == 0 and "the definition is right" in said["buildroot"][1]
+    [example] = re.findall(r"^error: the data set definition shop\.yaml is wrong: .*$", page, re.MULTILINE)
+    assert said["shop"][0] == 2 and example in said["shop"][1].replace(str(tmp_path) + "/", "")

@@ -11,21 +11,13 @@ Legend: N distinct items, E events (flat), T targets (flat), W events of the win
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
 from etl.stage.errors import StageError
 from training.config import ModelConfig
-from training.model.history import Events, Items, Targets
+from training.model.history import Events, Items, Targets, begin_of_users
 from training.model.interests.interface import Interest
-
-
-def _of_users(event_start: list[int], target_start: list[int], device: torch.device) -> Tensor:
-    """Return the first event of each target's user, int64 [T]."""
-    targets_U = torch.tensor([b - a for a, b in pairwise(target_start)], device=device)
-    return torch.tensor(event_start[:-1], device=device).repeat_interleave(targets_U)
 
 
 class Dien(Interest):
@@ -53,7 +45,7 @@ class Dien(Interest):
         count_T = (targets.end_T - targets.first_T).clamp(max=window)
         step_W = torch.arange(window, device=value_ED.device)
         real_TW = step_W < count_T[:, None]
-        begin_T = _of_users(events.start, targets.start, value_ED.device)
+        begin_T = begin_of_users(events, targets)
         # Padding stands behind the events, where no state of an event depends on it.
         event_TW = torch.where(real_TW, (begin_T + targets.end_T - count_T)[:, None] + step_W, 0)
         state_TWD = self.read(value_ED[event_TW])[0]
