@@ -20,7 +20,7 @@ from dags._notes import append_note
 from dags._release import champion_asset
 from etl.datasets.definition import built_in_names
 from etl.stage.errors import StageError
-from evaluation.release.outcomes import MOVED, PROMOTE, REFUSE, ROLLBACK, sentence
+from evaluation.release.outcomes import ACTIONS, MOVED, sentence, version_problem
 from infra import settings
 
 MODULE = "evaluation.release.by_hand"
@@ -41,7 +41,7 @@ def params() -> dict[str, Param]:
         ),
         "action": Param(
             type="string",
-            enum=[ROLLBACK, PROMOTE, REFUSE],
+            enum=list(ACTIONS),
             title="Action",
             description=(
                 "rollback: the champion before serves again. promote: a version serves, whatever the quality gate said."
@@ -144,9 +144,7 @@ def problems(own: Any, given: Mapping[str, Any]) -> list[str]:
             own.get_param(name).resolve(given.get(name))
         except ParamValidationError as error:
             found.append(f"{name}: {str(error).splitlines()[0]}")
-    action, version = given.get("action"), given.get("version")
-    if action in (PROMOTE, REFUSE) and version is None:
-        found.append(f"version: which version to {action}?")
-    if action == ROLLBACK and version is not None:
-        found.append("version: a rollback goes to the champion before and takes none")
+    action = given.get("action")
+    if action in ACTIONS and (wrong := version_problem(action, given.get("version"))):
+        found.append(wrong)
     return found

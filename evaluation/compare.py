@@ -16,6 +16,7 @@ import numpy as np
 from etl.datasets.arguments import dataset_parser, definition_of
 from etl.stage.commands import run_stage
 from etl.stage.local_files import replace_text
+from evaluation.figures import cell
 from evaluation.metrics import LEAST_USERS, Bootstrap
 from evaluation.trials import add_arguments, trained, wanted_of
 
@@ -110,16 +111,16 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
             entry["model"],
             f"{entry['length']:,}",
             f"{entry['seeds']}{failed}",
-            _cell(entry["auc"], ".4f"),
+            cell(entry["auc"], ".4f"),
             _between(entry["auc_low"], entry["auc_high"], ".4f"),
-            _cell(entry["auc_sd"], ".4f"),
-            _cell(entry["difference"], "+.4f"),
+            cell(entry["auc_sd"], ".4f"),
+            cell(entry["difference"], "+.4f"),
             _between(entry["difference_low"], entry["difference_high"], "+.4f"),
-            _cell(entry["gauc"], ".4f"),
-            _cell(entry["logloss"], ".4f"),
-            _cell(entry["parameters"], ",.0f"),
-            _cell(entry["train_seconds"], ",.1f"),
-            _cell(entry["score_ms_per_target"], ".3f"),
+            cell(entry["gauc"], ".4f"),
+            cell(entry["logloss"], ".4f"),
+            cell(entry["parameters"], ",.0f"),
+            cell(entry["train_seconds"], ",.1f"),
+            cell(entry["score_ms_per_target"], ".3f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -135,14 +136,10 @@ def slices_table(entries: Sequence[dict[str, Any]]) -> str:
         bounds = [f"{part['low']:,} to {part['high']:,}" for part in mine[0]["slices"]]
         lines = [f"| AUC by history, at most {length:,} | {' | '.join(bounds)} |", "|" + "---|" * (len(bounds) + 1)]
         for entry in mine:
-            cells = [_cell(part["auc"], ".4f") for part in entry["slices"]]
+            cells = [cell(part["auc"], ".4f") for part in entry["slices"]]
             lines.append(f"| {entry['model']} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None or not np.isfinite(value) else format(value, form)
 
 
 def _between(low: float | None, high: float | None, form: str) -> str:

@@ -15,5 +15,5 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[dict]:
     return [*evaluation["models"], *(row for row in others if row and "auc" in row)]
 
 
-def cell(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+def cell(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)

@@ -37,7 +37,7 @@ def table(evaluation: dict) -> str:
         interval = f"{cell(row['auc_low'])}..{cell(row['auc_high'])}"
         lines.append(
             f"{row['name']:<18}{cell(row['auc']):>8}{interval:>18}{cell(row['gauc']):>8}{cell(row['logloss']):>10}"
-            f"{cell(row['calibration']['expected_ratio'], 3):>10}{row['targets']:>10,}{row['users']:>8,}"
+            f"{cell(row['calibration']['expected_ratio'], '.3f'):>10}{row['targets']:>10,}{row['users']:>8,}"
         )
     if evaluation["best_auc"] is not None:
         lines.append(f"{'best possible':<18}{cell(evaluation['best_auc']):>8}  (the simulator's own probabilities)")
@@ -130,7 +130,7 @@ def markdown_table(evaluation: Mapping[str, Any]) -> str:
         values = (row["auc"], row["gauc"], row["logloss"])
         auc, gauc, logloss = (cell(value) for value in values)
         interval = f"{cell(row['auc_low'])} to {cell(row['auc_high'])}"
-        ratio = cell(row["calibration"]["expected_ratio"], 3)
+        ratio = cell(row["calibration"]["expected_ratio"], ".3f")
         lines.append(f"| {row['name']} | {auc} | {interval} | {gauc} | {logloss} | {ratio} |")
     return "\n".join(lines)
 

@@ -95,7 +95,11 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> str:
     for number, row in enumerate(rows, 1):
         values = [value for name in Bootstrap.METRICS for value in (cell(row[name]), _range(row, f"{name}_"))]
         calibration = row["calibration"]
-        values += [cell(row["normalised_entropy"]), cell(calibration["ece"]), cell(calibration["expected_ratio"], 3)]
+        values += [
+            cell(row["normalised_entropy"]),
+            cell(calibration["ece"]),
+            cell(calibration["expected_ratio"], ".3f"),
+        ]
         values += [f"{row['targets']:,}", f"{row['users']:,}"]
         name = f'<span style="color: var(--line-{number})">●</span> {escape(row["name"])}'
         lines.append(_row(name, values))

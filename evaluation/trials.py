@@ -66,26 +66,16 @@ class Partition:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tables of a published partition.
-
-    Attributes:
-        digests: of its tables; results of other rows are others.
-        most_events: that a target sees of it: the largest length that can be compared.
-    """
+    """The tables of a published partition, which every process that trains reads once."""
 
     items: pa.Table
     sequences: pa.Table
-    most_events: int
-    digests: dict[str, str]
 
     @staticmethod
-    def read(partition: Partition) -> Rows:
+    @functools.lru_cache(maxsize=1)
+    def of(partition: Partition) -> Rows:
         store = TableStore(partition.warehouse, partition.dataset)
-        of_sequences, of_items = store.require("sequences", partition.dt), store.require("items", partition.dt)
-        most_events = Cutoff.of_settings(of_sequences.settings).max_events
-        assert most_events is not None
-        digests = {"sequences": of_sequences.data_digest, "items": of_items.data_digest}
-        return Rows(store.read(of_items), store.read(of_sequences), most_events, digests)
+        return Rows(*(store.read(store.require(table, partition.dt)) for table in ("items", "sequences")))
 
 
 @dataclass(frozen=True)
@@ -152,12 +142,17 @@ def trained(wanted: Wanted) -> list[dict[str, Any]]:
         StageError: a model or a length is unknown, or the memory of the device was too small for some trainings.
     """
     partition = wanted.partition
-    rows, config = Rows.read(partition), load_config(partition.config)
-    trials = trials_of(wanted.models, wanted.lengths, wanted.seeds, rows.most_events)
+    store, config = TableStore(partition.warehouse, partition.dataset), load_config(partition.config)
+    manifests = {table: store.require(table, partition.dt) for table in ("sequences", "items")}
+    most_events = Cutoff.of_settings(manifests["sequences"].settings).max_events
+    assert most_events is not None  # published sequences have a bound
+    trials = trials_of(wanted.models, wanted.lengths, wanted.seeds, most_events)
     file = wanted.out / RESULTS_FILE
     wanted.out.mkdir(parents=True, exist_ok=True)
     identity = {"format": FORMAT, "dataset": partition.dataset, "dt": partition.dt, "config": config.digest}
-    identity |= rows.digests
+    identity |= {
+        table: manifest.data_digest for table, manifest in manifests.items()
+    }  # results of other rows are others
     done = {trial_of(line): line for line in read(file) if identity.items() <= line.items()}
     # Seed by seed, so that one that is stopped has seen every model; the data of a seed and length is joined once.
     missing = sorted((trial for trial in trials if trial not in done), key=lambda trial: (trial.seed, -trial.length))
@@ -245,7 +240,7 @@ def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dic
     config = replace(config, models={trial.model: model_config(trial.model, base)}, seed=trial.seed)
     about = {"model": trial.model, "length": trial.length, "seed": trial.seed}
     try:
-        figures = measured(config, _data(partition, trial.length, trial.seed), _rows(partition).items, device)
+        figures = measured(config, _data(partition, trial.length, trial.seed), Rows.of(partition).items, device)
         return about | {"device": _name_of(device), "jobs": jobs} | figures
     except FloatingPointError as error:
         return about | {"failed": str(error)}
@@ -258,14 +253,9 @@ def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dic
 
 
 @functools.lru_cache(maxsize=1)
-def _rows(partition: Partition) -> Rows:
-    return Rows.read(partition)
-
-
-@functools.lru_cache(maxsize=1)
 def _data(partition: Partition, length: int, seed: int) -> TrainingData:
     """Return the data of a length and seed, which all models share."""
-    rows, config = _rows(partition), replace(load_config(partition.config), seed=seed)
+    rows, config = Rows.of(partition), replace(load_config(partition.config), seed=seed)
     return TrainingData.of(Sequences.from_arrow(rows.sequences, length), rows.items, config)
 
 

@@ -38,6 +38,7 @@ from evaluation.release.outcomes import (
     ROLLED_BACK,
     UNCHANGED,
     sentence,
+    version_problem,
 )
 from evaluation.user_caches import build_user_caches
 from training.package import load_package
@@ -156,11 +157,9 @@ class _Desk:
                 "a decision needs who takes it and why",
                 "give --reason with a sentence that others will understand, and --by with a name",
             )
-        if (asked.version is None) != (asked.action == ROLLBACK):
+        if wrong := version_problem(asked.action, asked.version):
             raise StageError(
-                "--version: a rollback goes to the champion before and takes none"
-                if asked.version
-                else f"--version: which version to {asked.action}?",
+                f"--{wrong}",
                 f"`list` in place of `{asked.action}` shows what was decided; promote --version N serves any version",
             )
         move = self._begun() or self._move()

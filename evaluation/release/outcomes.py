@@ -14,6 +14,14 @@ _SAID = {
 }
 # What a person may decide, by name and with a reason.
 PROMOTE, REFUSE, ROLLBACK = "promote", "refuse", "rollback"
+ACTIONS = (ROLLBACK, PROMOTE, REFUSE)
+
+
+def version_problem(action: str, version: object) -> str | None:
+    """Return what is wrong with the version that an action is given, None where nothing is; nothing may be given."""
+    if action == ROLLBACK:
+        return None if version is None else "version: a rollback goes to the champion before and takes none"
+    return f"version: which version to {action}?" if version is None else None
 
 
 def sentence(outcome: str, model: str, version: str, reason: str) -> str:

@@ -110,7 +110,7 @@ def side_by_side(tags: Mapping[str, str], again: Mapping[str, float], same_model
     lines = [f"{'':<10}{'version':>12}{'again':>12}"]
     for name, value in again.items():
         before = float(tags[name]) if name in tags else None
-        lines.append(f"{name:<10}{cell(before, 6):>12}{cell(value, 6):>12}")
+        lines.append(f"{name:<10}{cell(before, '.6f'):>12}{cell(value, '.6f'):>12}")
     return "\n".join([*lines, f"the weights are {'the same, bit for bit' if same_model else 'other ones'}"])
 
 

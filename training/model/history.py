@@ -98,14 +98,15 @@ class Targets:
         return self.first_T if any(self.shared_from) else None
 
 
-def begin_of_users(events: Events, targets: Targets) -> Tensor:
+def begin_of_users(event_start: list[int], target_start: list[int], device: torch.device) -> Tensor:
     """Return the place among the E events of the first one of each target's user, int64 [T].
 
     What a target sees are the places `begin + first_T` to `begin + end_T - 1`.
+
+    Args:
+        event_start, target_start: `Events.start` and `Targets.start`.
     """
-    counts_U = [b - a for a, b in pairwise(targets.start)]
-    begin_T = np.repeat(np.asarray(events.start[:-1], np.int64), counts_U)
-    return on_device(begin_T, targets.end_T.device)
+    return on_device(np.repeat(np.asarray(event_start[:-1], np.int64), np.diff(target_start)), device)
 
 
 def each_user(events: Events, targets: Targets) -> Iterator[tuple[Events, Targets, slice]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,9 +22,8 @@ from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.cache import UserCache
-from training.model.fused import on_device
 from training.model.fused_rows import Places, embedded, gathered, gathered_exactly
-from training.model.history import Events, Items, Targets
+from training.model.history import Events, Items, Targets, begin_of_users
 from training.model.interests import interest_class
 from training.model.interests.interface import Coded
 from training.model.kernel import age_days
@@ -232,8 +230,7 @@ def _targets(batch: Batch) -> Targets:
 def _recency(batch: Batch) -> Tensor:
     """log(1 + visible events) and log(1 + days since the last visible event), [T, 2]."""
     if batch.padding is None:
-        of_users = np.repeat(np.asarray(batch.event_start[:-1], np.int64), np.diff(batch.target_start))
-        begin_T = on_device(of_users, batch.target_end.device)
+        begin_T = begin_of_users(batch.event_start, batch.target_start, batch.target_end.device)
     else:
         begin_T = batch.padding.event_begin
     last = (begin_T + batch.target_end - 1).clamp(min=0)

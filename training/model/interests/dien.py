@@ -45,7 +45,7 @@ class Dien(Interest):
         count_T = (targets.end_T - targets.first_T).clamp(max=window)
         step_W = torch.arange(window, device=value_ED.device)
         real_TW = step_W < count_T[:, None]
-        begin_T = begin_of_users(events, targets)
+        begin_T = begin_of_users(events.start, targets.start, value_ED.device)
         # Padding stands behind the events, where no state of an event depends on it.
         event_TW = torch.where(real_TW, (begin_T + targets.end_T - count_T)[:, None] + step_W, 0)
         state_TWD = self.read(value_ED[event_TW])[0]
