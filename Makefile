@@ -41,8 +41,7 @@ bench-etl: setup ## speed and size of the Spark jobs on 20 M simulated rows, aga
 	@$(PY) -m benchmarks.etl $(ARGS)
 
 compare: setup ## every model on one published partition: DT=YYYY-MM-DD DATASET=name MODELS=vql,din,... LENGTHS=200,1000 SEEDS=7,8,9 CONFIG=default
-	@$(PY) -m evaluation.compare --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" --dt "$$DT" \
-		--out "$${LONGVIEW_HOME:-var}/compare/$$(basename "$${DATASET:-kuairand_simulated}" .yaml)-$$DT" --config "$${CONFIG:-default}" \
+	@$(PY) -m evaluation.compare --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" --dt "$$DT" --config "$${CONFIG:-default}" \
 		$${MODELS:+--models "$$MODELS"} $${LENGTHS:+--lengths "$$LENGTHS"} $${SEEDS:+--seeds "$$SEEDS"} $(ARGS)
 
 claims: setup ## every claim of the method on one page (var/claims/index.html); what benchmarks/results/claims holds is not measured again

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from etl.stage.folder import Folder
-from evaluation.figures import cell, rows_of
+from evaluation.figures import cell, metrics_of, rows_of
 from evaluation.metrics import Bootstrap, calibration
 from evaluation.report import log_report
 from training.model_runs import logged_model, model_runs
@@ -81,12 +79,12 @@ def log_evaluation(
         runs = model_runs(run, names)
         for file in METRICS_FILES:
             MetricsBuffer(run_id, run_dir, file, models=runs).send()
-        client.log_batch(run_id, metrics=_metrics(figures_of_attempt(evaluation), step))
+        client.log_batch(run_id, metrics=metrics_of(figures_of_attempt(evaluation), step))
         for row in evaluation["models"]:
             name = row["name"]
             model = logged_model(run, name, runs[name], evaluation["digests"][name])
             linked = {"model_id": model.model_id, "dataset_name": dataset[0], "dataset_digest": dataset[1]}
-            client.log_batch(runs[name], metrics=_metrics(figures_of(row), step, run_id=runs[name], **linked))
+            client.log_batch(runs[name], metrics=metrics_of(figures_of(row), step, run_id=runs[name], **linked))
         for name in ("evaluation.json", "evaluation.png"):
             with run_dir.read_locally(name) as path:
                 client.log_artifact(run_id, str(path), "evaluation")
@@ -110,17 +108,6 @@ def figures_of_attempt(evaluation: Mapping[str, Any]) -> dict[str, float | None]
         elif row["name"] in (CHAMPION, ANCHOR):
             figures |= {f"{row['name']}/{metric}": value for metric, value in figures_of(row).items()}
     return figures | {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
-
-
-def _metrics(figures: Mapping[str, float | None], step: int, **linked: str) -> list:
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    return [
-        Metric(key, value, now, step, **linked)
-        for key, value in figures.items()
-        if value is not None and math.isfinite(value)
-    ]
 
 
 def markdown_table(evaluation: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import json
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from training.scoring import ScoredTargets, score_joined
 
 RESAMPLES = 200
 RESULTS_FILE = "results.jsonl"
+TABLES = ("sequences", "items")  # that a training reads
 FORMAT = 2  # of a line; those of another one are trained again
 # What a kind cannot do without, where the configuration's model has none: the size that its source uses, or 100.
 NEEDED = {"recent_attention": {"recent_window": 200}, "dien": {"recent_window": 100}} | {
@@ -101,13 +102,14 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, metavar="NAME", help="its folder below the warehouse")
     parser.add_argument("--warehouse", required=True, help="root of the tables: a path, or a URI that Arrow reads")
     add_arguments(parser)
+    parser.add_argument("--out", required=True, help="folder of the results, which a later call goes on with")
     args = parser.parse_args()
     found = trained(wanted_of(args))
     log(f"{len(found)} trainings stand in {args.out}/{RESULTS_FILE}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which trainings are wanted, besides --dataset and --warehouse."""
+    """Add what says which trainings are wanted, besides --dataset, --warehouse and --out."""
     words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
     numbers = lambda text: [int(word) for word in words(text)]  # noqa: E731
     parser.add_argument("--dt", required=True, help="partition: a UTC day, YYYY-MM-DD")
@@ -121,7 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=numbers, default=[7], help="with commas (default: 7)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, a process each (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", required=True, help="folder of the results, which a later call goes on with")
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
@@ -133,31 +134,70 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     return Wanted(partition, args.models, args.lengths, args.seeds, Path(args.out), args.jobs, args.device)
 
 
-def trained(wanted: Wanted) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted, and what of it stands.
+
+    Attributes:
+        identity: of the partition's rows and the configuration: a line of other ones is none of this plan.
+        trainings: all that are wanted.
+        done: the lines of `identity` in the file of results, those of other trainings, too.
+    """
+
+    identity: Mapping[str, Any]
+    trainings: Sequence[Trial]
+    done: dict[Trial, dict[str, Any]]
+
+    @property
+    def missing(self) -> list[Trial]:
+        """Those to be trained, seed by seed, so that one that is stopped has seen every model; the data of a seed and
+        length is joined once.
+        """
+        missing = (trial for trial in self.trainings if trial not in self.done)
+        return sorted(missing, key=lambda trial: (trial.seed, -trial.length))
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The line of every training that is wanted and stands, by model and length."""
+        return [self.done[trial] for trial in self.trainings if trial in self.done]
+
+
+def planned(wanted: Wanted) -> Plan:
+    """Return what is wanted and what of it stands.
+
+    Raises:
+        StageError: the partition is not published, or a model or a length is unknown.
+    """
+    partition = wanted.partition
+    store, config = TableStore(partition.warehouse, partition.dataset), load_config(partition.config)
+    manifests = {table: store.require(table, partition.dt) for table in TABLES}
+    most_events = Cutoff.of_settings(manifests["sequences"].settings).max_events
+    assert most_events is not None  # published sequences have a bound
+    trials = trials_of(wanted.models, wanted.lengths, wanted.seeds, most_events)
+    identity = {"format": FORMAT, "dataset": partition.dataset, "dt": partition.dt, "config": config.digest}
+    identity |= {table: manifest.data_digest for table, manifest in manifests.items()}
+    found = read(wanted.out / RESULTS_FILE)
+    return Plan(identity, trials, {trial_of(line): line for line in found if identity.items() <= line.items()})
+
+
+def trained(
+    wanted: Wanted, plan: Plan | None = None, ended: Callable[[dict[str, Any]], None] = lambda line: None
+) -> list[dict[str, Any]]:
     """Train what the results do not hold yet; return the line of every training that is wanted, by model and length.
 
     A kind that these rows cannot have, such as one of categories where items have none, is said and left out.
 
+    Args:
+        plan: of `wanted` (default: made here).
+        ended: takes the line of each training once it stands in the file.
+
     Raises:
-        StageError: a model or a length is unknown, or the memory of the device was too small for some trainings.
+        StageError: what `planned` raises, or the memory of the device was too small for some trainings.
     """
-    partition = wanted.partition
-    store, config = TableStore(partition.warehouse, partition.dataset), load_config(partition.config)
-    manifests = {table: store.require(table, partition.dt) for table in ("sequences", "items")}
-    most_events = Cutoff.of_settings(manifests["sequences"].settings).max_events
-    assert most_events is not None  # published sequences have a bound
-    trials = trials_of(wanted.models, wanted.lengths, wanted.seeds, most_events)
-    file = wanted.out / RESULTS_FILE
+    plan = plan or planned(wanted)
+    file, missing, too_large = wanted.out / RESULTS_FILE, plan.missing, []
     wanted.out.mkdir(parents=True, exist_ok=True)
-    identity = {"format": FORMAT, "dataset": partition.dataset, "dt": partition.dt, "config": config.digest}
-    identity |= {
-        table: manifest.data_digest for table, manifest in manifests.items()
-    }  # results of other rows are others
-    done = {trial_of(line): line for line in read(file) if identity.items() <= line.items()}
-    # Seed by seed, so that one that is stopped has seen every model; the data of a seed and length is joined once.
-    missing = sorted((trial for trial in trials if trial not in done), key=lambda trial: (trial.seed, -trial.length))
-    log(f"{len(trials)} trainings, {len(trials) - len(missing)} of them are in {file}")
-    too_large = []
+    log(f"{len(plan.trainings)} trainings, {len(plan.trainings) - len(missing)} of them are in {file}")
     # A line is one write at the file's end: commands of several data sets may share the file.
     with file.open("ab", buffering=0) as out:
         if out.tell() and not file.read_bytes().endswith(b"\n"):
@@ -169,14 +209,16 @@ def trained(wanted: Wanted) -> list[dict[str, Any]]:
             if "out_of_memory" in line:
                 too_large.append(trial)
             if not not_trained:
-                done[trial] = identity | line
-                out.write(f"{json.dumps(done[trial])}\n".encode())
+                plan.done[trial] = {**plan.identity, **line}
+                out.write(f"{json.dumps(plan.done[trial])}\n".encode())
+                ended(plan.done[trial])
     if too_large:
         raise StageError(
-            f"{len(too_large)} of {len(trials)} trainings found no memory on the device, such as {too_large[0]}",
+            f"{len(too_large)} of {len(plan.trainings)} trainings found no memory on the device, such as"
+            f" {too_large[0]}",
             "run the same command again with a smaller --jobs, which trains these alone",
         )
-    return [done[trial] for trial in trials if trial in done]
+    return plan.lines
 
 
 def trials_of(models: Sequence[str], lengths: Sequence[int], seeds: Sequence[int], most_events: int) -> list[Trial]:
@@ -288,12 +330,12 @@ def measured(config: TrainConfig, data: TrainingData, items: pa.Table, device: s
 
 def quality(scored: ScoredTargets) -> dict[str, Any]:
     """Return metrics with the intervals of resampled users (None: too few), those of the thirds of history length, and
-    the AUC that each resample of the users gives: resample n is of the same users for every model of a partition.
+    what each resample of the users gives: resample n is of the same users for every model of a partition.
     """
     bootstrap = Bootstrap(scored.user_id, scored.label, {"it": scored.score}, RESAMPLES)
-    resampled = [round(value, 5) for value in bootstrap.values["it"]["auc"][1:].tolist()]
-    figures: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users, "resampled_auc": resampled}
+    figures: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users}
     for metric in Bootstrap.METRICS:
+        figures[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
         interval = bootstrap.interval("it", metric)
         bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         figures |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}

@@ -136,6 +136,11 @@ def reports() -> Path:
     return Path(_address("LONGVIEW_REPORTS") or home() / "reports")
 
 
+def comparison(dataset: str, dt: str) -> str:
+    """Folder of what was trained to compare models on a partition."""
+    return str(home() / "compare" / f"{dataset}-{dt}")
+
+
 def airflow_home() -> Path:
     return home() / "airflow"
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etl.datasets.definition import DatasetDefinition
 from etl.stage.commands import log
@@ -163,10 +163,23 @@ def attempt_run(
         TryAgainError: MLflow does not answer.
         StageError: it refuses, the experiment was deleted, or the attempt is another partition's.
     """
+    with kept_open(lambda: run_of_attempt(definition, dt, attempt, tags), _end, required, last) as run:
+        yield run
+
+
+@contextmanager
+def kept_open(
+    begin: Callable[[], Run], end: Callable[[MlflowClient, Run, str], None], required: bool, last: bool
+) -> Iterator:
+    """Yield the run that `begin` finds or creates, and end it as `attempt_run` says.
+
+    Args:
+        end: gives the run a status, and what stands below it.
+    """
     with _heard_sigterm() as killed:
         try:
             with asking_mlflow():
-                run = run_of_attempt(definition, dt, attempt, tags)
+                run: Any = begin()
         except TryAgainError as error:
             if required:
                 raise
@@ -178,11 +191,11 @@ def attempt_run(
             if run.info.run_id is not None and not isinstance(error, TryAgainError):
                 status = "KILLED" if killed.is_set() else "FAILED"
                 with _ending(status):
-                    _end(_client(), run, status)
+                    end(_client(), run, status)
             raise
-    if last:
+    if last and run.info.run_id is not None:
         with asking_mlflow():
-            _end(_client(), run, "FINISHED")
+            end(_client(), run, "FINISHED")
 
 
 def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
@@ -191,7 +204,7 @@ def end_run(definition: DatasetDefinition, attempt: str, status: str) -> None:
         set_tracking()
         client = _client()
         experiment = client.get_experiment_by_name(definition.name)
-        for run in _runs(client, experiment.experiment_id, attempt) if experiment else []:
+        for run in _runs(client, experiment.experiment_id, ATTEMPT_TAG, attempt) if experiment else []:
             if run.info.status == "RUNNING":
                 _end(client, run, status)
 
@@ -334,14 +347,11 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
     """Return the attempt's one run, made where there is none, RUNNING and with these tags; see `attempt_run`."""
     uri = set_tracking()
     client = _client()
-    experiment_id = _experiment(client, definition.name, uri)
-    wanted = {**_standard_tags(definition, dt, attempt), **tags}
-    note = _note(definition, dt, attempt)
-    if not _runs(client, experiment_id, attempt):
-        first = {NAME_TAG: run_name(definition.name, dt, attempt), NOTE_TAG: note, "mlflow.user": _user()}
-        client.create_run(experiment_id, tags=first | wanted)
-    # A request whose answer was lost is sent again: the oldest run counts, as it does for every other process.
-    run, *extra = _runs(client, experiment_id, attempt)
+    experiment_id = experiment_of(client, definition.name, uri)
+    wanted = {ATTEMPT_TAG: attempt, **standard_tags(definition, dt), **tags}
+    note = note_of(definition, dt, f"attempt `{attempt}`")
+    first = {NAME_TAG: run_name(definition.name, dt, attempt), NOTE_TAG: note, "mlflow.user": user_name()}
+    run = only_run(client, experiment_id, (ATTEMPT_TAG, attempt), first | wanted)
     other = run.data.tags.get(PARTITION_TAG)
     if other != dt:
         raise StageError(
@@ -349,21 +359,40 @@ def run_of_attempt(definition: DatasetDefinition, dt: str, attempt: str, tags: M
             f" dt={dt}",
             "give every day an --attempt of its own",
         )
-    for double in extra:
-        client.delete_run(double.info.run_id)
-    if wanted.get(URL_TAG, "") not in run.data.tags.get(NOTE_TAG, ""):  # Airflow goes on with what began elsewhere
-        wanted[NOTE_TAG] = note
-    for key, value in wanted.items():
-        if run.data.tags.get(key) != value:
-            client.set_tag(run.info.run_id, key, value)
-            run.data.tags[key] = value
+    set_tags(client, run, wanted, note)
     if run.info.status != "RUNNING":
         for one in (run, *runs_below(client, run)):
             client.update_run(one.info.run_id, status="RUNNING")
     return run
 
 
-def _experiment(client, name: str, uri: str) -> str:
+def only_run(client: MlflowClient, experiment_id: str, tag: tuple[str, str], first: Mapping[str, str]) -> Run:
+    """Return the one run with a tag, made where there is none.
+
+    A request whose answer was lost is sent again: the oldest run counts, as it does for every other process.
+
+    Args:
+        first: the tags of a new one.
+    """
+    if not _runs(client, experiment_id, *tag):
+        client.create_run(experiment_id, tags={**first, tag[0]: tag[1]})
+    run, *extra = _runs(client, experiment_id, *tag)
+    for double in extra:
+        client.delete_run(double.info.run_id)
+    return run
+
+
+def set_tags(client: MlflowClient, run: Run, wanted: Mapping[str, str], note: str) -> None:
+    """Give a run the tags that it lacks, and the description where another run in Airflow goes on with it."""
+    if wanted.get(URL_TAG, "") not in run.data.tags.get(NOTE_TAG, ""):
+        wanted = {**wanted, NOTE_TAG: note}
+    for key, value in wanted.items():
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
+            run.data.tags[key] = value
+
+
+def experiment_of(client, name: str, uri: str) -> str:
     """Return the id of the experiment, made where there is none."""
     from mlflow.exceptions import MlflowException
 
@@ -388,23 +417,18 @@ def _experiment(client, name: str, uri: str) -> str:
     return experiment.experiment_id
 
 
-def _runs(client, experiment_id: str, attempt: str) -> list:
+def _runs(client: MlflowClient, experiment_id: str, tag: str, value: str) -> list[Run]:
+    """Return the runs with a tag, the oldest first."""
     return list(
         client.search_runs(
-            [experiment_id], filter_string=f"tags.`{ATTEMPT_TAG}` = '{attempt}'", order_by=["attributes.start_time ASC"]
+            [experiment_id], filter_string=f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time ASC"]
         )
     )
 
 
 def runs_below(client: MlflowClient, run: Run) -> list[Run]:
-    """Return the runs below an attempt's run, the oldest first: one a model."""
-    return list(
-        client.search_runs(
-            [run.info.experiment_id],
-            filter_string=f"tags.`{PARENT_TAG}` = '{run.info.run_id}'",
-            order_by=["attributes.start_time ASC"],
-        )
-    )
+    """Return the runs below another one, the oldest first: one a model of an attempt, a training of a comparison."""
+    return _runs(client, run.info.experiment_id, PARENT_TAG, run.info.run_id)
 
 
 def _client() -> MlflowClient:
@@ -451,7 +475,8 @@ def _ending(status: str) -> Iterator[None]:
         log(f"warning: MLflow still shows the run as RUNNING, not as {status}: {_first_line(error)}")
 
 
-def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict[str, str]:
+def standard_tags(definition: DatasetDefinition, dt: str) -> dict[str, str]:
+    """Return what every run of a partition says of it, of the code and of the run in Airflow."""
     dirty = subprocess.run(
         ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"],
         capture_output=True,
@@ -459,7 +484,6 @@ def _standard_tags(definition: DatasetDefinition, dt: str, attempt: str) -> dict
         check=False,
     )
     tags = {
-        ATTEMPT_TAG: attempt,
         PARTITION_TAG: dt,
         "pipeline.dataset": definition.name,
         "simulated": str(definition.simulated).lower(),
@@ -490,16 +514,14 @@ def entry() -> str:
     return spec.name if spec is not None else Path(sys.argv[0]).name
 
 
-def _note(definition: DatasetDefinition, dt: str, attempt: str) -> str:
+def note_of(definition: DatasetDefinition, dt: str, what: str) -> str:
     """Return the description of a run that holds no figures yet, in Markdown."""
     simulated = ", SIMULATED data" if definition.simulated else ""
     url = os.environ.get(RUN_URL_VARIABLE)
-    return f"{definition.title}{simulated}: partition **{dt}**, attempt `{attempt}`" + (
-        f" · [Run in Airflow]({url})" if url else ""
-    )
+    return f"{definition.title}{simulated}: partition **{dt}**, {what}" + (f" · [Run in Airflow]({url})" if url else "")
 
 
-def _user() -> str:
+def user_name() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may run as a number that has no name

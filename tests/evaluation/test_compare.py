@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from etl.stage.errors import StageError
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.identity import RUN_URL_VARIABLE
+from etl.warehouse.store import TableStore
 from evaluation import compare, trials
 from evaluation.compare import slices_table, summaries, table
+from evaluation.log_comparison import training_name
 from evaluation.metrics import LEAST_USERS
 from evaluation.trials import RESAMPLES, Trial, model_config, read, trials_of
 from tests.evaluation.conftest import DATASET, DT
+from tests.processes import free_port
 from tests.test_arrows import ROOT
 from training.config import ModelConfig
 from training.model.interests import INTERESTS
+from training.tracking import NAME_TAG, NOTE_TAG, runs_below
 
 
 def run(stages, out, monkeypatch, capsys, models: str, *more: str) -> tuple[str, dict]:
@@ -28,7 +35,8 @@ def run(stages, out, monkeypatch, capsys, models: str, *more: str) -> tuple[str,
     monkeypatch.setattr(sys, "argv", ["compare", *words, "--models", models, "--out", str(out), *more])
     compare.main()
     said = capsys.readouterr().out
-    return said, json.loads(said.splitlines()[-1])
+    last = said.splitlines()[-1:]
+    return said, json.loads(last[0]) if last and last[0].startswith("{") else {}
 
 
 def test_what_is_there_is_not_trained_again_and_more_can_be_added(stages, tmp_path, monkeypatch, capsys):
@@ -51,7 +59,7 @@ def test_what_is_there_is_not_trained_again_and_more_can_be_added(stages, tmp_pa
     said, more = run(stages, out, monkeypatch, capsys, "mean_pooling,din", "--lengths", "3,8", "--seeds", "1,2")
     assert "8 trainings, 4 of them" in said
     assert [entry["seeds"] for entry in more["models"]] == [2] * 4
-    assert (out / "table.md").read_text().count("| 3 |") == 2 and (out / "auc_by_length.png").stat().st_size > 1000
+    assert (out / "table.md").read_text().count("| 3 |") == 2 and (out / "plots.png").stat().st_size > 1000
 
 
 def test_the_length_bounds_what_a_target_sees(stages, tmp_path, monkeypatch, capsys):
@@ -95,7 +103,7 @@ def test_without_lengths_a_target_sees_all_that_the_partition_gives_it():
 
 def line(model: str, seed: int, auc: float, noise: np.ndarray, users: int = 100) -> dict:
     """A line of results whose AUC is `auc`, and `auc` plus noise in each resample of the users."""
-    figures = dict.fromkeys(("gauc", "logloss", "train_seconds", "score_ms_per_target", "parameters"), 1.0)
+    figures: dict = dict.fromkeys(("gauc", "logloss", "train_seconds", "score_ms_per_target", "parameters"), 1.0)
     third = {"low": 0, "high": 4, "targets": 9, "auc": auc, "gauc": auc, "logloss": 1.0}
     about = {"model": model, "length": 9, "seed": seed, "users": users, "slices": [third]}
     return {**about, "auc": auc, "resampled_auc": (auc + noise).tolist(), **figures}
@@ -187,3 +195,110 @@ def test_a_machine_with_torch_and_arrow_alone_can_train():
             waiting.append(other) if (ROOT / top).is_dir() else others.add(top)
     assert "training.loop" in seen
     assert others - sys.stdlib_module_names <= {"torch", "triton", "numpy", "pyarrow", "safetensors"}
+
+
+def in_mlflow() -> tuple:
+    """Return the only run of a comparison, and the runs of its trainings by their names."""
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(f"{DATASET} comparisons").experiment_id
+    [parent] = client.search_runs([experiment], "tags.`pipeline.comparison` LIKE '%'")
+    below = runs_below(client, parent)
+    assert len({one.data.tags[NAME_TAG] for one in below}) == len(below), "a training has two runs"
+    return parent, {one.data.tags[NAME_TAG]: one for one in below}
+
+
+def test_each_training_has_one_run_below_the_comparisons_with_equal_names(stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(RUN_URL_VARIABLE, "http://airflow/run")
+    out, asked = tmp_path / "out", ["--lengths", "8", "--seeds", "1,2"]
+    run(stages, out, monkeypatch, capsys, "mean_pooling", *asked)
+    lines = {training_name(line): line for line in read(out / "results.jsonl")}
+    parent, before = in_mlflow()
+    assert (parent.info.status, {*before}) == ("FINISHED", {*lines})
+    about = parent.data.tags[NOTE_TAG]
+    assert "(http://airflow/run)" in about and "SIMULATED" in about and "| mean_pooling | 8 | 2 |" in about
+    artifacts = {one.path for one in MlflowClient().list_artifacts(parent.info.run_id)}
+    assert artifacts == {"table.md", "plots.png", "comparison.json"}
+    one = before["mean_pooling L=8 seed 2"]
+    store = TableStore(str(stages.warehouse), DATASET)
+    assert {
+        "model": "mean_pooling",
+        "length": "8",
+        "seed": "2",
+        "dataset": DATASET,
+        "dt": DT,
+        "sequences_digest": store.require("sequences", DT).data_digest,
+    }.items() <= one.data.params.items()
+    line = lines["mean_pooling L=8 seed 2"]
+    assert {name: line[name] for name in ("auc", "gauc", "logloss", "train_seconds", "parameters")}.items() <= (
+        one.data.metrics.items()
+    )
+    assert one.data.metrics["history_third_1/auc"] == line["slices"][0]["auc"]
+    seconds = (one.info.end_time - one.info.start_time) / 1000
+    assert seconds >= line["train_seconds"] - 0.01
+
+    # More trainings come beside those that are there; one that was trained again replaces its run.
+    lost = [text for text in (out / "results.jsonl").read_text().splitlines() if '"seed": 2' not in text]
+    (out / "results.jsonl").write_text("\n".join(lost) + "\n")
+    run(stages, out, monkeypatch, capsys, "mean_pooling", "--lengths", "8", "--seeds", "1,2,3")
+    again, after = in_mlflow()
+    assert again.info.run_id == parent.info.run_id and again.info.status == "FINISHED" and len(after) == 3
+    same = {name for name in before if after[name].info.run_id == before[name].info.run_id}
+    assert same == {"mean_pooling L=8 seed 1"}
+    history = MlflowClient().get_metric_history(parent.info.run_id, "auc/mean_pooling")
+    assert {point.step for point in history} == {8}
+
+
+def test_a_comparison_ends_as_its_command_does_and_what_diverged_has_failed(stages, tmp_path, monkeypatch, capsys):
+    def diverges(*_):
+        raise FloatingPointError("loss is nan")
+
+    monkeypatch.setattr(trials, "train_model", diverges)
+    run(stages, tmp_path / "out", monkeypatch, capsys, "din", "--lengths", "8")
+    parent, below = in_mlflow()
+    assert [one.info.status for one in below.values()] == ["FAILED"] and parent.info.status == "FINISHED"
+
+    def crashes(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(trials, "train_model", crashes)
+    with pytest.raises(RuntimeError):
+        run(stages, tmp_path / "out", monkeypatch, capsys, "vql", "--lengths", "8")
+    assert in_mlflow()[0].info.status == "FAILED"
+
+
+def test_a_comparison_goes_on_without_mlflow_which_has_all_of_it_later(stages, tmp_path, monkeypatch, capsys):
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", "1")):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    said, _ = run(stages, tmp_path / "out", monkeypatch, capsys, "mean_pooling", "--lengths", "8", "--only", "train")
+    assert "warning: going on without MLflow" in said
+    with pytest.raises(TryAgainError):
+        run(stages, tmp_path / "out", monkeypatch, capsys, "mean_pooling", "--lengths", "8", "--only", "show")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    said, _ = run(stages, tmp_path / "out", monkeypatch, capsys, "mean_pooling", "--lengths", "8")
+    assert "1 trainings, 1 of them" in said and list(in_mlflow()[1]) == ["mean_pooling L=8 seed 7"]
+
+
+def test_each_step_alone_does_its_part_and_says_what_stands(stages, tmp_path, monkeypatch, capsys):
+    out, result = tmp_path / "out", tmp_path / "result.json"
+
+    def step(only: str, seeds: str) -> dict:
+        words = ["--lengths", "8", "--seeds", seeds, "--only", only, "--result", str(result)]
+        run(stages, out, monkeypatch, capsys, "mean_pooling", *words)
+        return json.loads(result.read_text())
+
+    planned = step("plan", "1,2")
+    assert [one["name"] for one in planned["trainings"]] == [f"mean_pooling L=8 seed {seed}" for seed in (1, 2)]
+    assert planned["stand"] == 0 and planned["best"] is None and not out.exists()
+    assert in_mlflow()[0].info.status == "RUNNING"
+    with pytest.raises(StageError, match="none of these 2 trainings stands"):
+        step("show", "1,2")
+    trained = step("train", "2")
+    parent, below = in_mlflow()
+    assert trained["run_id"] == below["mean_pooling L=8 seed 2"].info.run_id and not (out / "table.md").exists()
+    shown = step("show", "1,2")  # trains nothing
+    assert (shown["stand"], shown["run_id"]) == (1, parent.info.run_id) and "| 8 | 1 |" in (
+        out / "table.md"
+    ).read_text()
+    assert shown["best"].startswith("mean_pooling L=8 seed 2, AUC 0.")
