@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     SETTINGS: (STAGE,),
     "infra": (*SHARED, SETTINGS),
     "training": (*SHARED, SETTINGS),
-    "evaluation": (*SHARED, QUALITY, "training"),  # it hands the scores in and asks for the judgement
+    "evaluation": (*SHARED, SETTINGS, QUALITY, "training"),  # it hands the scores in and asks for the judgement
     # A DAG builds command lines and sees which files came. tests/dags asks what is loaded when its file is read.
     "dags": (
         STAGE,
