@@ -27,6 +27,7 @@ from benchmarks.train_loop import items_table, write_partition
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
 from training.loop import Training, TrainingData, Worker, train_model
+from training.recorded_steps import most_rows
 
 WARM_STEPS, EXCHANGES = 20, 20
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4_096)
     parser.add_argument("--targets", type=int, default=64, help="of a visit")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--table-learning-rate", type=float, help="move ids by row-wise Adagrad; default: by AdamW")
     args = parser.parse_args()
     counts = [int(count) for count in args.gpus.split(",")]
     found = []
@@ -106,11 +108,12 @@ def _work(
     worker = _join(rank, count, folder)
     config = dataclasses.replace(
         load_config("default"), models={name: ModelConfig(interest=name, dropout=0.0)}, users_per_step=users_per_step,
-        targets_per_visit=args.targets, epochs=1, warmup_steps=WARM_STEPS // 2, min_epoch_steps=args.steps,
+        targets_per_visit=args.targets, table_learning_rate=args.table_learning_rate,
+        epochs=1, warmup_steps=WARM_STEPS // 2, min_epoch_steps=args.steps,
     )  # fmt: skip
     data = _data(items, args, config, Path(folder) / f"{rank}.parquet")
     marks: dict[int, float] = {}
-    bits = hashlib.sha256()
+    bits, exchanged = hashlib.sha256(), {}
 
     def look(now: Training) -> None:
         if now.step in (WARM_STEPS, args.steps):
@@ -118,15 +121,17 @@ def _work(
                 torch.cuda.synchronize()
             marks[now.step] = time.perf_counter()
         if now.step == args.steps:
-            for tensor in now.state().model.values():
+            state = now.state()
+            for tensor in (*state.model.values(), *state.row_sums):
                 bits.update(tensor.numpy().tobytes())
+            exchanged.update(sizes_of_exchange(now))
 
     losses: list[float] = []
     note = lambda result: losses.append(result.metrics["train_loss"])  # noqa: E731
-    model, _ = train_model(name, data, config, worker, note, look)
+    train_model(name, data, config, worker, note, look)
     figures = {
         "step_ms": (marks[args.steps] - marks[WARM_STEPS]) / (args.steps - WARM_STEPS) * 1_000,
-        "exchange_ms": _exchange_ms(sum(p.numel() for p in model.parameters()), worker),
+        "exchange_ms": _exchange_ms(worker, **exchanged),
         "train_loss": losses[-1],
         "bits": bits.hexdigest(),
     }
@@ -154,17 +159,26 @@ def _data(items: int, args: argparse.Namespace, config: TrainConfig, path: Path)
     return TrainingData.of(Sequences.from_arrow(pq.read_table(path)), items_table(items), config)
 
 
-def _exchange_ms(parameters: int, worker: Worker) -> float:
-    """Return the time of summing the gradients of so many parameters over the workers, alone."""
+def sizes_of_exchange(run: Training) -> dict[str, int]:
+    """Return how many numbers a step sums over the workers, and how many each sends to all others."""
+    rows = most_rows(run.order(0).shares(0)) if run.sums.in_part else 0
+    return {"summed": len(run.sums.flat), "sent": rows * sum(1 + table.embedding_dim for table in run.sums.in_part)}
+
+
+def _exchange_ms(worker: Worker, summed: int, sent: int) -> float:
+    """Return the time of an exchange of so many numbers alone."""
     if worker.world == 1:
         return 0.0
-    flat = torch.zeros(parameters, device=worker.device)
+    flat, mine = (torch.zeros(size, device=worker.device) for size in (summed, sent))
+    theirs = mine.new_empty(worker.world * sent)
     wait = torch.cuda.synchronize if worker.device != "cpu" else lambda: None
     for turn in range(EXCHANGES + 3):
         if turn == 3:  # those before it connect the workers
             wait()
             began = time.perf_counter()
         dist.all_reduce(flat)
+        if sent:
+            dist.all_gather_into_tensor(theirs, mine)
     wait()
     return (time.perf_counter() - began) / EXCHANGES * 1_000
 

@@ -246,7 +246,7 @@ def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, how:
             )
     optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda", capturable=device == "cuda")
 
-    def learn(batch: Batch) -> None:
+    def learn(batch: Batch, _most: int = 0) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             logits, auxiliary = model(batch)
         weight = None if batch.padding is None else batch.padding.target_weight

@@ -99,6 +99,8 @@ class TrainConfig:
             of all epochs.
         revive_every_steps: how often codes without use are moved to keys of the batch.
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
+        table_learning_rate: tables of ids (items, authors) are moved by row-wise Adagrad, at this rate in place of
+            `learning_rate` and by the same schedule, and only in rows that a step read; None: by AdamW, in all rows.
         learning_rate_warmup_steps: the rate rises linearly over so many steps, then falls by a cosine until the last
             step of `epochs`.
         learning_rate_end: share of the rate that is left there; 1 = it does not fall.
@@ -124,6 +126,7 @@ class TrainConfig:
     warmup_steps: int = 300
     revive_every_steps: int = 50
     learning_rate: float = 3e-3
+    table_learning_rate: float | None = None
     learning_rate_warmup_steps: int = 50
     learning_rate_end: float = 0.0
     weight_decay: float = 1e-2

@@ -98,7 +98,7 @@ class Padding:
     """Which part of a batch of a fixed size is real, as tensors: a recorded step reads them anew, and no list.
 
     Attributes:
-        count: float32 [2], the targets and the events that count; they come first.
+        count: float32 [4], the targets and the events that count, which come first, and those of the global batch.
         event_weight: float32 [E], target_weight: float32 [T]; 1, or 0 for padding.
         event_begin: int64 [T], the place among the E events of each target's user's first one.
         work, codes: what the fused passes work on (`Work`, `CodeWork` of training/model/), None where they do not run.
@@ -176,6 +176,36 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Targets of some users laid out one user after another, and the events that any of them may see.
+
+    Attributes:
+        target: int64 [T]; count: int64 [U], targets of each user.
+        first, end: int64 [U]: events of the user's history; last_first: the largest of the targets' first ones.
+    """
+
+    target: np.ndarray
+    count: np.ndarray
+    first: np.ndarray
+    last_first: np.ndarray
+    end: np.ndarray
+
+    @staticmethod
+    def of(sequences: Sequences, targets: list[np.ndarray]) -> Spans:
+        """Lay out targets (positions in the flat target arrays, one array a user)."""
+        count_U = np.array([len(chosen) for chosen in targets], np.int64)
+        target_T = np.concatenate(targets) if targets else np.zeros(0, np.int64)
+        first_T, end_T = sequences.target_first[target_T], sequences.target_end[target_T]
+        some_U, begins = count_U > 0, (count_U.cumsum() - count_U)[count_U > 0]
+        first_U, last_first_U, end_U = (np.zeros(len(targets), np.int64) for _ in range(3))
+        if len(begins):
+            first_U[some_U] = np.minimum.reduceat(first_T, begins)
+            last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
+            end_U[some_U] = np.maximum.reduceat(end_T, begins)
+        return Spans(target_T, count_U, first_U, last_first_U, end_U)
+
+
+@dataclass(frozen=True)
 class Chosen:
     """Users of a batch and the targets drawn for each, one after another.
 
@@ -201,31 +231,22 @@ class Chosen:
     @staticmethod
     def of(sequences: Sequences, users: np.ndarray, targets: list[np.ndarray]) -> Chosen:
         """Lay out users with the given targets (positions in the flat target arrays, one array a user)."""
-        count_U = np.array([len(chosen) for chosen in targets], np.int64)
-        target_T = np.concatenate(targets) if targets else np.zeros(0, np.int64)
-        first_T, end_T = sequences.target_first[target_T], sequences.target_end[target_T].astype(np.int64)
-        start_U = np.concatenate([[0], count_U.cumsum()])
-        some_U, begins = count_U > 0, start_U[:-1][count_U > 0]
-        first_U, last_first_U, end_U = (np.zeros(len(users), np.int64) for _ in range(3))
-        if len(begins):
-            first_U[some_U] = np.minimum.reduceat(first_T, begins)
-            last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
-            end_U[some_U] = np.maximum.reduceat(end_T, begins)
-        width = int(end_U.max(initial=0)) + 1
-        cut_off_T = np.repeat(np.arange(len(users)) * width, count_U) + end_T
+        spans = Spans.of(sequences, targets)
+        width = int(spans.end.max(initial=0)) + 1
+        cut_off_T = np.repeat(np.arange(len(users)) * width, spans.count) + sequences.target_end[spans.target]
         cut_off_T.sort(kind="stable")  # targets in order of time are sorted already, which this sort makes use of
         another_T = np.ones(len(cut_off_T), bool)
         another_T[1:] = cut_off_T[1:] != cut_off_T[:-1]
         distinct = cut_off_T[another_T] // width
         return Chosen(
             users=users,
-            target=target_T,
-            target_start=start_U,
-            event_start=np.concatenate([[0], (end_U - first_U).cumsum()]),
-            first=first_U,
-            source=sequences.history_start[users] + first_U,
+            target=spans.target,
+            target_start=np.concatenate([[0], spans.count.cumsum()]),
+            event_start=np.concatenate([[0], (spans.end - spans.first).cumsum()]),
+            first=spans.first,
+            source=sequences.history_start[users] + spans.first,
             cut_offs=np.bincount(distinct, minlength=len(users)),
-            shared_from=last_first_U - first_U,
+            shared_from=spans.last_first - spans.first,
         )
 
     def padded(self, users: int, events: int, targets: int) -> Chosen:
@@ -428,6 +449,14 @@ class Epoch:
     def visited(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of this worker's part of a global batch, and the target positions of each visit."""
         return self._visited(number, self.batches.rank, self.batches.world)
+
+    def shares(self, number: int) -> np.ndarray:
+        """Return the targets and the events of every worker's part of a global batch, int64 [W, 2]."""
+        spans = Spans.of(self.batches.joined.sequences, self._visited(number, 0, 1)[1])
+        shares_W2 = np.zeros((self.batches.world, 2), np.int64)
+        worker_U = np.arange(len(spans.count)) % self.batches.world
+        np.add.at(shares_W2, worker_U, np.stack([spans.count, spans.end - spans.first], axis=1))
+        return shares_W2
 
     def items(self, number: int) -> np.ndarray:
         """Return the distinct items of the whole global batch, in the partition's order, int64 [N]."""

@@ -43,12 +43,15 @@ class Sizes:
     @property
     def lengths(self) -> list[int]:
         """Lengths of the parts of `table_of`."""
-        return [2, self.users + 1, self.users + 1, self.users, self.users, self.users, self.targets]
+        return [4, self.users + 1, self.users + 1, self.users, self.users, self.users, self.targets]
 
 
-def table_of(chosen: Chosen, real: Sizes) -> list[np.ndarray]:
-    """Return all that the device gets of a batch, int64: counts that are real, offsets, and what to read."""
-    counts = np.array([real.targets, real.events], np.int64)
+def table_of(chosen: Chosen, counts: np.ndarray) -> list[np.ndarray]:
+    """Return all that the device gets of a batch, int64: counts, offsets, and what to read.
+
+    Args:
+        counts: int64 [4], as `training.data.Padding` has them.
+    """
     where = [chosen.source, chosen.first, chosen.users, chosen.target]
     return [counts, chosen.event_start, chosen.target_start, *where]
 
@@ -129,7 +132,8 @@ class DeviceRows:
     def batch_of(self, chosen: Chosen) -> Batch:
         """Return the batch of what was chosen, as `make_batch` does."""
         sizes = Sizes.of(chosen)
-        table = on_device(np.concatenate(table_of(chosen, sizes)), self.device)
+        counts = np.array([sizes.targets, sizes.events] * 2, np.int64)
+        table = on_device(np.concatenate(table_of(chosen, counts)), self.device)
         return self.gathered(table, sizes, lists_of(chosen))
 
     def gathered(self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False) -> Batch:

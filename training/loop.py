@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
 import time
@@ -28,7 +27,8 @@ from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
-from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong
+from training.read_rows import RowGradients, Rows, RowwiseAdagrad, read_in_part
+from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong, most_rows
 from training.vocabulary import ItemFeatures, Vocabulary
 
 T = TypeVar("T")
@@ -108,6 +108,7 @@ class TrainingState:
         step: steps of all epochs; epoch, position: the next batch.
         totals: of the epoch so far, of all workers, as `_StepSums.totals`.
         model, optimizer: their states; codebook statistics and the end of the warm-up are buffers of the model.
+        row_sums: of the tables that row-wise Adagrad moves, as `RowwiseAdagrad.sums`.
         best_model: at the best validation log loss so far, None before the first that counts.
     """
 
@@ -117,6 +118,7 @@ class TrainingState:
     totals: Tensor
     model: dict
     optimizer: dict
+    row_sums: list[Tensor]
     best_model: dict | None
     best_logloss: float
     best_epoch: int
@@ -137,6 +139,13 @@ class Start:
 
 
 COLD = Start()
+
+
+class _Ready(NamedTuple):
+    """What a step is to read, None without a part of the batch, and targets and events of every worker's part."""
+
+    read: Batch | Chosen | Prepared | None
+    shares_W2: np.ndarray
 
 
 class Taken(NamedTuple):
@@ -213,7 +222,12 @@ class Training:
             inherit(self.model, data.vocabulary, *start.warm_start)
         if config.compiled:
             self.model.compile()
-        self.sums = _StepSums(self.model, worker)
+        self.sums = _StepSums(self.model, worker, _read_in_part(self.model, data.joined, config))
+        self.row_wise = None
+        if config.table_learning_rate is not None:
+            self.row_wise = RowwiseAdagrad(self.sums.in_part, config.weight_decay)
+        else:
+            self.sums.keep_whole_gradients()
         groups = _parameter_groups(self.model, config)
         self.optimizer = torch.optim.AdamW(groups, fused=worker.device != "cpu")
         self._fit_optimizer()
@@ -250,8 +264,8 @@ class Training:
 
     def _set_rate(self, rate: float) -> None:
         """Set the learning rate, on a GPU in its memory: a recorded step reads it there."""
+        self.rate.fill_(rate)
         if self.worker.device != "cpu":
-            self.rate.fill_(rate)
             return
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -260,6 +274,8 @@ class Training:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self._fit_optimizer()
+        if self.row_wise is not None:
+            self.row_wise.load(state.row_sums)
         self.totals.copy_(state.totals)
         self.best_model, self.best_logloss, self.best_epoch = state.best_model, state.best_logloss, state.best_epoch
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
@@ -272,8 +288,10 @@ class Training:
     def state(self) -> TrainingState:
         """Copy the state to the CPU."""
         model, optimizer = _on_cpu(self.model.state_dict()), _on_cpu(self.optimizer.state_dict())
+        row_sums = _on_cpu(self.row_wise.sums) if self.row_wise is not None else []
         best = _on_cpu(self.best_model), self.best_logloss, self.best_epoch
-        return TrainingState(self.step, self.epoch, self.position, _on_cpu(self.totals), model, optimizer, *best)
+        where = self.step, self.epoch, self.position
+        return TrainingState(*where, _on_cpu(self.totals), model, optimizer, row_sums, *best)
 
     def taken(self) -> Taken:
         """Return what the steps so far came to: only differences between two calls mean anything in a training that
@@ -321,20 +339,23 @@ class Training:
             losses["train_codebook_loss"] = sums.codebook_loss / max(1.0, sums.events)
         return self._judged(losses, speed)
 
-    def _upcoming(self, order: Epoch) -> Iterator[tuple[Batch | Chosen | Prepared | None, float]]:
+    def _upcoming(self, order: Epoch) -> Iterator[tuple[_Ready, float]]:
         """Yield what the epoch's steps are still to read, and the seconds that each was waited for.
 
         All that the host does for a step; where the rows lie on the device, nothing of what that does.
         """
         sequences, device = self.data.joined.sequences, self.worker.device
 
-        def made(number: int) -> Batch | Chosen | Prepared | None:
+        def made(number: int) -> _Ready:
+            shares_W2 = order.shares(number)
             if self.rows is None:
                 batch = order[number]
-                return batch.to(device) if batch is not None else None
+                return _Ready(batch.to(device) if batch is not None else None, shares_W2)
             users, targets = order.visited(number)
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
-            return self.recorded.prepared(chosen) if self.recorded is not None and chosen is not None else chosen
+            if self.recorded is None or chosen is None:
+                return _Ready(chosen, shares_W2)
+            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2)
 
         # A CPU's steps need its cores: what they read is read when it is wanted.
         numbers = range(self.position, len(order))
@@ -344,23 +365,26 @@ class Training:
             yield batch, time.perf_counter() - mark
             mark = time.perf_counter()
 
-    def _take_step(self, ready: Batch | Chosen | Prepared | None, order: Epoch) -> None:
+    def _take_step(self, ready: _Ready, order: Epoch) -> None:
         if self.device_time is not None:
             self.device_time.begin()
         # The stream of dropout: each worker's own, the same after a restart.
         _seed(_stream(self.config.seed, self.step, self.worker.rank), self.worker.device)
         self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
-        if isinstance(ready, Prepared):
+        read = ready.read
+        if isinstance(read, Prepared):
             assert self.recorded is not None
             try:
-                self.recorded(ready, self.model.coded is not None and self.model.coded.quantizer.is_started())
+                self.recorded(read, self.model.coded is not None and self.model.coded.quantizer.is_started())
             except StepTakesTooLong as error:  # it exchanges sums: another worker is gone, or hangs
                 raise WorkerLostError(f"worker {self.worker.rank} waits for another one in vain: {error}") from error
-        elif isinstance(ready, Chosen):
-            assert self.rows is not None
-            self._learn(self.rows.batch_of(ready))
         else:
-            self._learn(ready)
+            if isinstance(read, Chosen):
+                assert self.rows is not None
+                read = self.rows.batch_of(read)
+            mine, counts = ready.shares_W2[self.worker.rank], ready.shares_W2.sum(0)
+            count = on_device(np.concatenate([mine, counts]).astype(np.float32), self.rate.device)
+            self._move(read, count, most_rows(ready.shares_W2))
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
         self._tend_codebooks(order, warmed_up)
@@ -368,12 +392,29 @@ class Training:
         if self.device_time is not None:
             self.device_time.end()
 
-    def _learn(self, batch: Batch | None) -> None:
-        """Move the weights by this worker's part of a global batch; of the host nothing but the batch is read."""
-        self.sums.of(batch, self.config.bf16)
+    def _learn(self, batch: Batch, most: int) -> None:
+        """Move the weights by a batch that says what counts of it, as a recorded step does."""
+        assert batch.padding is not None
+        self._move(batch, batch.padding.count, most)
+
+    def _move(self, batch: Batch | None, count: Tensor, most: int) -> None:
+        """Move the weights by this worker's part of a global batch; of the host nothing but the batch is read.
+
+        Args:
+            count: as `training.data.Padding` has it.
+            most: rows of items that any worker's part reads at most.
+        """
+        self.sums.of(batch, count, most, self.config.bf16)
         self.totals += self.sums.totals
-        nn.utils.clip_grad_norm_(self.sums.parameters, self.config.gradient_clip)
-        self.optimizer.step()
+        self.sums.clip(self.config.gradient_clip)
+        if self.row_wise is not None:
+            assert self.config.table_learning_rate is not None
+            ratio = self.config.table_learning_rate / self.config.learning_rate
+            self.row_wise.step(self.sums.read, self.rate * ratio)
+            self.optimizer.step()
+        else:
+            with self.sums.whole_gradients():
+                self.optimizer.step()
         if self.model.coded is not None and self.model.coded.quantizer.is_started():
             self.model.coded.quantizer.move_averages()
 
@@ -490,10 +531,25 @@ def _fill_unseen_rows(model: Ranker, data: TrainingData) -> None:
             weight[unread] = weight[read].mean(0)
 
 
+def _read_in_part(model: Ranker, joined: Joined, config: TrainConfig) -> list[nn.Embedding]:
+    """Return the tables whose gradients are rows: large ones, and those that row-wise Adagrad moves."""
+    if config.table_learning_rate is not None:
+        return model.items.of_ids()
+    rows = joined.sequences
+    a_visit = len(rows.history_item) / max(1, rows.users) + config.targets_per_visit
+    return read_in_part(model.items.of_ids(), config.users_per_step * a_visit)
+
+
 def _parameter_groups(model: Ranker, config: TrainConfig) -> list[dict]:
-    """Decay on embedding tables only: ids overfit, codebooks and norms must not shrink."""
+    """Decay on embedding tables only: ids overfit, codebooks and norms must not shrink.
+
+    Tables of ids are not AdamW's where row-wise Adagrad moves them.
+    """
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     known = {id(p) for p in tables}
+    if config.table_learning_rate is not None:
+        others = {id(table.weight) for table in model.items.of_ids()}
+        tables = [p for p in tables if id(p) not in others]
     return [
         {"params": tables, "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0},
@@ -504,18 +560,21 @@ class _StepSums:
     """What a step sums over the workers, in one flat array: gradients, losses, and what the codebooks count.
 
     A parameter's gradient is a view into it, so one that a worker's part of the batch does not touch adds zeros, and a
-    worker without a part takes part. There is one exchange of two counts beside the forward pass and one of the array
-    behind the backward pass.
+    worker without a part takes part. Tables of which little is read are exchanged by the rows that were.
 
     Attributes:
-        parameters: those that are trained; their gradients are set by `of`.
+        parameters: those that are trained but for the tables; their gradients are set by `of`.
+        in_part: tables whose gradients are rows. read: these gradients of the last global batch.
         totals: of the last global batch, float64 [4]: the task's loss summed over targets, the codebooks' summed over
             events, targets, events.
     """
 
-    def __init__(self, model: Ranker, worker: Worker) -> None:
-        self.model, self.worker = model, worker
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, model: Ranker, worker: Worker, in_part: list[nn.Embedding]) -> None:
+        self.model, self.worker, self.in_part = model, worker, in_part
+        by_rows = {id(table.weight) for table in in_part}
+        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
+        self.by_rows = RowGradients(in_part, worker.world)
+        self.read: list[Rows] = []
         self.quantizer = model.coded.quantizer if model.coded is not None else None
         counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
         sizes = [*(p.numel() for p in self.parameters), counted, 2]
@@ -526,46 +585,70 @@ class _StepSums:
             parameter.grad = gradient
         self.totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
 
-    def of(self, batch: Batch | None, bf16: bool) -> None:
-        """Run forward and backward pass on this worker's part of the global batch, and sum over the workers."""
-        mine = _counted(batch, self.flat.device)
-        counts, exchanged = _summing(mine.clone(), self.worker)
-        quantizer = self.quantizer
+    def of(self, batch: Batch | None, count: Tensor, most: int, bf16: bool) -> None:
+        """Run forward and backward pass on this worker's part of the global batch, and sum over the workers.
+
+        Args:
+            count, most: as in `Training._move`.
+        """
+        quantizer, events, counts = self.quantizer, count[1], count[2:]
+        found: list[Tensor | None] = [None] * len(self.in_part)
         if batch is None:
-            exchanged()
             self.flat.zero_()
         else:
             with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
                 logits, auxiliary = self.model(batch)
             weight = None if batch.padding is None else batch.padding.target_weight
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, weight, reduction="sum")
-            exchanged()
             # The auxiliary loss is a mean over the events of this part.
-            self._differentiate(loss / counts[0] + auxiliary * (mine[1] / counts[1].clamp(min=1)))
-            self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * mine[1]]))
+            found = self._differentiate(loss / counts[0] + auxiliary * (events / counts[1].clamp(min=1)))
+            self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * events]))
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
         _summed(self.flat, self.worker)
+        if self.in_part:
+            with _answered(self.worker):
+                self.read = self.by_rows.summed(found, most, dist.all_gather_into_tensor)
         if quantizer is not None:
             quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
         self.totals = torch.cat([self.losses, counts]).double()
 
-    def _differentiate(self, loss: Tensor) -> None:
-        """Write the gradients of all parameters, by one launch where `backward` would add up each by one."""
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        pairs = list(zip(self.gradients, found, strict=True))
+    def clip(self, longest: float) -> None:
+        """Shorten all gradients together to this length, if they are longer."""
+        gradients = [*self.gradients, *(rows.values for rows in self.read)]
+        length = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (longest / (length + 1e-6)).clamp(max=1.0))
+
+    def keep_whole_gradients(self) -> None:
+        """Let AdamW, which moves every row, find gradients of whole tables, zeros between two steps."""
+        for table in self.in_part:
+            table.weight.grad = torch.zeros_like(table.weight)
+
+    @contextmanager
+    def whole_gradients(self) -> Iterator[None]:
+        """Have the rows that were read in the gradients of the whole tables."""
+        whole = [table.weight.grad for table in self.in_part]
+        for gradient, rows in zip(whole, self.read, strict=True):
+            assert gradient is not None
+            gradient.index_add_(0, rows.ids, rows.values)
+        yield
+        for gradient, rows in zip(whole, self.read, strict=True):
+            assert gradient is not None
+            gradient.index_fill_(0, rows.ids, 0)
+
+    def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        """Write the gradients of all parameters, by one launch where `backward` would add up each by one.
+
+        Returns those of the tables that are read in part.
+        """
+        tables = [table.weight for table in self.in_part]
+        found = torch.autograd.grad(loss, [*self.parameters, *tables], allow_unused=True)
+        pairs = list(zip(self.gradients, found[: len(self.gradients)], strict=True))
         if unused := [view for view, gradient in pairs if gradient is None]:
             torch._foreach_zero_(unused)
         used = [(view, gradient.contiguous()) for view, gradient in pairs if gradient is not None]
         torch._foreach_copy_([view for view, _ in used], [gradient for _, gradient in used])
-
-
-def _counted(batch: Batch | None, device: torch.device) -> Tensor:
-    """Return the targets and the events of a batch that count, float32 [2]."""
-    if batch is not None and batch.padding is not None:
-        return batch.padding.count
-    sizes = (len(batch.target_label), len(batch.event_item)) if batch is not None else (0, 0)
-    return on_device(np.array(sizes, np.float32), device)
+        return list(found[len(self.gradients) :])
 
 
 def _summed(tensor: Tensor, worker: Worker) -> Tensor:
@@ -578,24 +661,6 @@ def _summed(tensor: Tensor, worker: Worker) -> Tensor:
         with _answered(worker):
             dist.all_reduce(tensor)
     return tensor
-
-
-def _summing(tensor: Tensor, worker: Worker) -> tuple[Tensor, Callable[[], object]]:
-    """Begin to sum a tensor over the workers, in place; return it, and what waits until that is done.
-
-    Raises:
-        WorkerLostError: another worker no longer answers.
-    """
-    if worker.world == 1:
-        return tensor, lambda: None
-    with _answered(worker):
-        work = dist.all_reduce(tensor, async_op=True)
-    return tensor, functools.partial(_finished, work, worker)
-
-
-def _finished(work: dist.Work, worker: Worker) -> None:
-    with _answered(worker):
-        work.wait()
 
 
 def from_first(value: T | None, worker: Worker) -> T:

@@ -40,6 +40,7 @@ class StepPlan(NamedTuple):
         sizes: of the batch. bound: some targets do not see their user's events from the first on.
         shapes: of the tables of `fused.Work` and `fused_codes.CodeWork`, () for a pass that does not run.
         segments: of the pass over codes. whole: it is the only pass.
+        most_rows: of items that any worker's part of the global batch reads at most.
     """
 
     sizes: Sizes
@@ -47,6 +48,7 @@ class StepPlan(NamedTuple):
     shapes: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
     segments: int
     whole: bool
+    most_rows: int
 
 
 class Prepared(NamedTuple):
@@ -62,7 +64,8 @@ class RecordedSteps:
     Args:
         users: of a batch at most.
         interest: of the model that learns.
-        step: what a step does with a batch, on the device alone; exchanges with other GPUs are recorded with it.
+        step: what a step does with a batch, and with the rows that any worker's part reads at most, on the device
+            alone; exchanges with other GPUs are recorded with it.
         patience_s: the longest that a step may take; None: it is waited for as long as it takes.
     """
 
@@ -71,7 +74,7 @@ class RecordedSteps:
         rows: DeviceRows,
         users: int,
         interest: Interest,
-        step: Callable[[Batch], None],
+        step: Callable[[Batch, int], None],
         patience_s: float | None = None,
     ) -> None:
         self.rows, self.users, self.interest, self.step, self.patience_s = rows, users, interest, step, patience_s
@@ -80,9 +83,13 @@ class RecordedSteps:
         self.stream, self.pool = torch.cuda.Stream(rows.device), torch.cuda.graph_pool_handle()
         self.ahead: deque[torch.cuda.Event] = deque()
 
-    def prepared(self, chosen: Chosen) -> Prepared:
-        """Return what a step on this batch takes; nothing runs on the device."""
-        return planned(chosen, self.users, self.interest)
+    def prepared(self, chosen: Chosen, shares_W2: np.ndarray | None = None) -> Prepared:
+        """Return what a step on this batch takes; nothing runs on the device.
+
+        Args:
+            shares_W2: targets and events of every worker's part; None: there is no other worker.
+        """
+        return planned(chosen, self.users, self.interest, shares_W2)
 
     def __call__(self, prepared: Prepared, phase: Hashable) -> None:
         """Take a step: as it is where such a batch comes for the first time, recorded where it comes again.
@@ -98,7 +105,7 @@ class RecordedSteps:
         table, name = fused.on_device(sent, self.rows.device), (plan, phase)
         if name not in self.seen:
             self.seen.add(name)
-            self._on_its_stream(lambda: self.step(self._batch(table, plan)))
+            self._on_its_stream(lambda: self.step(self._batch(table, plan), plan.most_rows))
             return
         if name not in self.recordings:
             self.recordings[name] = self._recorded(table, plan)
@@ -111,7 +118,7 @@ class RecordedSteps:
         held, graph = torch.empty_like(table), torch.cuda.CUDAGraph()
         # What other threads ask the device (NCCL's watchdog does) is no part of it.
         with _no_collection(), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            self.step(self._batch(held, plan))
+            self.step(self._batch(held, plan), plan.most_rows)
         return held, graph
 
     def _batch(self, table: Tensor, plan: StepPlan) -> Batch:
@@ -170,9 +177,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def planned(chosen: Chosen, users: int, interest: Interest) -> Prepared:
-    """Return what a step knows of a batch, padded to a budget of at most so many users, and its table."""
+def planned(chosen: Chosen, users: int, interest: Interest, shares_W2: np.ndarray | None = None) -> Prepared:
+    """Return what a step knows of a batch, padded to a budget of at most so many users, and its table.
+
+    Args:
+        shares_W2: targets and events of every worker's part; None: there is no other worker.
+    """
     real, bound, heads = Sizes.of(chosen), bool(chosen.shared_from.any()), interest.config.heads
+    mine = np.array([real.targets, real.events], np.int64)
+    shares_W2 = mine[None] if shares_W2 is None else shares_W2
     none = np.zeros(len(chosen.users), bool)
     coded_U = none if bound else interest.by_codes(chosen.event_start, chosen.target_start, chosen.cut_offs)
     whole, some = bool(coded_U.all()), bool(coded_U.any())
@@ -185,9 +198,21 @@ def planned(chosen: Chosen, users: int, interest: Interest) -> Prepared:
     padded.cut_offs[-1] = rounded_up(segments) - segments if some else 0
     work = () if some and whole else work_tables(padded, sizes, heads, ~coded_U)
     codes = code_tables(padded, sizes, coded_U) if some else ()
-    sent = np.concatenate([part.ravel() for part in (*table_of(padded, real), *work, *codes)])
+    counts = np.concatenate([mine, shares_W2.sum(0)])
+    sent = np.concatenate([part.ravel() for part in (*table_of(padded, counts), *work, *codes)])
     shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
-    return Prepared(StepPlan(sizes, bound, shapes, rounded_up(segments) if some else 0, some and whole), sent)
+    segments = rounded_up(segments) if some else 0
+    return Prepared(StepPlan(sizes, bound, shapes, segments, some and whole, most_rows(shares_W2)), sent)
+
+
+def most_rows(shares_W2: np.ndarray) -> int:
+    """Return the rows of items that any worker's part of a batch reads at most, padding included.
+
+    Args:
+        shares_W2: targets and events of every worker's part.
+    """
+    targets, events = shares_W2.max(0).tolist()
+    return rounded_up(events) + rounded_up(targets) + fused.TILE
 
 
 def budget(chosen: Chosen, users: int, more_targets: int = 0) -> Sizes:

@@ -64,7 +64,7 @@ def step(model, batch) -> dict[str, torch.Tensor]:
 def padded_batch(rows: DeviceRows, chosen: Chosen, sizes: Sizes) -> Batch:
     """Return a batch of these sizes, as a recorded step gathers it."""
     real, chosen = Sizes.of(chosen), chosen.padded(sizes.users - 2, sizes.events, sizes.targets)
-    table = torch.from_numpy(np.concatenate(table_of(chosen, real)))
+    table = torch.from_numpy(np.concatenate(table_of(chosen, np.array([real.targets, real.events] * 2))))
     return rows.gathered(table, sizes, lists_of(chosen), padded=True)
 
 

@@ -18,6 +18,7 @@ from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
 from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
+from training import loop
 from training.config import ModelConfig, TrainConfig
 from training.data import Joined, Sequences, UserBatches, split_targets
 from training.loop import Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
@@ -189,6 +190,7 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
         min_epoch_steps=10,
         targets_per_visit=48,
         deterministic=True,
+        table_learning_rate=0.05 if name == "softmax_attention" else None,
     )
     seen: list[tuple[int, int]] = []
     note = lambda now: seen.append((now.epoch, now.position))  # noqa: E731
@@ -235,7 +237,9 @@ def test_a_run_that_was_cut_continues_to_the_same_bits_and_sees_every_batch_once
     assert len(losses) == 3
 
 
-def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int, gpus: bool) -> None:
+def _train_as_rank(
+    rank: int, ports: dict[int, int], folder: str, config: TrainConfig, silent: int, gpus: bool, by_rows: bool
+) -> None:
     """Train every model of the configuration as this rank of every group that has it, on a GPU of its own or on the
     CPU.
     """
@@ -243,6 +247,8 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
     device = f"cuda:{rank}" if gpus else "cpu"
     if gpus:
         torch.cuda.set_device(rank)
+    if by_rows:
+        loop.read_in_part = lambda tables, _rows: tables
     data = planted(users=30, length=50, topics=4, seed=3)
     sequences = data.joined.sequences
     none = np.repeat(np.arange(30) < silent, 50)  # users without history
@@ -263,6 +269,7 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
                 tensors = [
                     *now.model.values(),
                     *(t for moments in now.optimizer["state"].values() for t in moments.values()),
+                    *now.row_sums,
                     now.totals,
                 ]
                 for tensor in tensors:
@@ -283,28 +290,34 @@ def _train_as_rank(rank: int, ports: dict[int, int], folder: str, config: TrainC
 
 
 def trained_by(
-    worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0, gpus: bool = False
+    worlds: list[int], folder: Path, config: TrainConfig, silent: int = 0, gpus: bool = False, by_rows: bool = False
 ) -> Callable[[str, int], list[dict]]:
     """Train with groups of so many processes.
 
     Return what (name, workers) saw, a rank each: a digest of every bit after every step, losses, the model.
     """
     ports = {world: free_port() for world in worlds}
-    mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent, gpus), nprocs=max(worlds))
+    mp.spawn(_train_as_rank, args=(ports, str(folder), config, silent, gpus, by_rows), nprocs=max(worlds))
     return lambda name, world: [
         torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True, map_location="cpu") for rank in range(world)
     ]
 
 
 @pytest.mark.parametrize(
-    ("gpus", "deterministic"),
+    ("gpus", "deterministic", "tables"),
     [
-        pytest.param(False, True, id="CPU"),
-        pytest.param(True, True, id="GPUs", marks=[pytest.mark.gpu, needs_two_gpus]),
-        pytest.param(True, False, id="GPUs, steps recorded", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param(False, True, "whole", id="CPU"),
+        pytest.param(False, True, "by rows", id="CPU, tables by rows"),
+        pytest.param(False, True, "row-wise", id="CPU, row-wise Adagrad"),
+        pytest.param(True, True, "whole", id="GPUs", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param(True, False, "whole", id="GPUs, steps recorded", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param(True, False, "by rows", id="GPUs, tables by rows", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param(True, False, "row-wise", id="GPUs, row-wise Adagrad", marks=[pytest.mark.gpu, needs_two_gpus]),
     ],
 )
-def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(tmp_path, gpus, deterministic):
+def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same_bits(
+    tmp_path, gpus, deterministic, tables
+):
     vql = ModelConfig(codes=16, dropout=0.0)
     models = {
         "vql": vql,
@@ -321,9 +334,14 @@ def test_any_number_of_workers_comes_to_the_weights_of_one_and_all_hold_the_same
         warmup_steps=6,
         revive_every_steps=3,
     )
+    if tables != "whole":
+        config = dataclasses.replace(
+            config, models={"softmax": models["softmax"]}, table_learning_rate=0.05 if tables == "row-wise" else None
+        )
     worlds = [1, *([2] if gpus else [2, 3, 4])]
-    trained = trained_by(worlds, tmp_path, dataclasses.replace(config, deterministic=deterministic), gpus=gpus)
-    for name in models:
+    config = dataclasses.replace(config, deterministic=deterministic)
+    trained = trained_by(worlds, tmp_path, config, gpus=gpus, by_rows=tables == "by rows")
+    for name in config.models:
         [one] = trained(name, 1)
         for world in worlds[1:]:
             ranks = trained(name, world)

@@ -76,7 +76,8 @@ def step_of(run: Training, chosen: Chosen, recorded: RecordedSteps | None) -> li
         recorded(recorded.prepared(chosen), run.model.coded is not None and run.model.coded.quantizer.is_started())
     else:
         targets = np.split(chosen.target, chosen.target_start[1:-1])
-        run._learn(run.batches.make(chosen.users, targets))
+        count = torch.tensor([len(chosen.target), chosen.event_start[-1]] * 2, dtype=torch.float32, device="cuda")
+        run._move(run.batches.make(chosen.users, targets), count, most=0)
     return [part.clone() for part in (run.sums.flat, run.totals, *run.model.buffers())]
 
 
@@ -146,7 +147,8 @@ def test_rows_read_by_kernels_are_those_read_by_torch(users, padded):
         sizes = budget(chosen, 43)
         chosen = chosen.padded(41, sizes.events, sizes.targets)
         sizes = dataclasses.replace(sizes, users=len(chosen.users))
-    table = torch.from_numpy(np.concatenate(table_of(chosen, real))).to(rows.device)
+    counts = np.array([real.targets, real.events] * 2)
+    table = torch.from_numpy(np.concatenate(table_of(chosen, counts))).to(rows.device)
     given = rows, list(table.split(sizes.lengths)), sizes, padded
     ours, theirs = batch_kernels.read_rows(*given), read_rows(*given)
     for one, other in zip([*ours[:-1], *(ours.padding or ())], [*theirs[:-1], *(theirs.padding or ())], strict=True):

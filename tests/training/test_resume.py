@@ -19,7 +19,7 @@ from training.resume import Checkpoint, Checkpoints, flat
 
 
 def state(step: int) -> TrainingState:
-    return TrainingState(step, 1, 2, torch.zeros(2), {"w": torch.full((100,), float(step))}, {}, None, 0.5, -1)
+    return TrainingState(step, 1, 2, torch.zeros(2), {"w": torch.full((100,), float(step))}, {}, [], None, 0.5, -1)
 
 
 def checkpoints(folder, said: list[str], every_steps: int = 1, **identity: str) -> Checkpoints:

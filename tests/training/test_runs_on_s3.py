@@ -37,7 +37,7 @@ def test_a_damaged_newest_checkpoint_gives_way_and_a_store_that_is_away_does_not
     saved = Checkpoints(folder, {"seed": "7"}, 1, 1e9, said.append)
     assert saved.newest() == Checkpoint()
     for step in range(1, 5):
-        state = TrainingState(step, 1, 2, torch.zeros(2), {"w": torch.full((100,), float(step))}, {}, None, 0.5, -1)
+        state = TrainingState(step, 1, 2, torch.zeros(2), {"w": torch.full((100,), float(step))}, {}, [], None, 0.5, -1)
         saved.write(Checkpoint({}, "vql", state))
     older, newest = folder.names()
     assert (older[:8], newest[:8]) == ("00000003", "00000004")

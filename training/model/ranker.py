@@ -71,13 +71,20 @@ class ItemEncoder(nn.Module):
         parts = []
         fields = zip(self.kinds, self.tables, items.rows.values(), items.places, strict=True)
         for kind, table, rows, places in fields:
-            if kind != "categories":
+            if isinstance(table, nn.Embedding) and table.sparse:
+                part = F.embedding(rows.long(), table.weight, sparse=True)
+            elif kind != "categories":
                 part = gathered_exactly(table.get_parameter("weight"), places)
             else:
                 part = embedded(table, places, rows.shape)
                 part = part.sum(1) / (rows > 0).sum(1, keepdim=True).clamp(min=1)
             parts.append(self.id_dropout(part) if kind == "id" else part)
         return torch.cat(parts, -1)
+
+    def of_ids(self) -> list[nn.Embedding]:
+        """Return the tables whose rows are ids."""
+        tables = zip(self.kinds, self.tables, strict=True)
+        return [table for kind, table in tables if kind == "id" and isinstance(table, nn.Embedding)]
 
 
 class InteractionEncoder(nn.Module):

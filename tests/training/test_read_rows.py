@@ -1,0 +1,123 @@
+"""Tables of which a step reads few rows: gradients, exchange and updates by rows are those of whole tables."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.train_loop import make_data
+from training import loop
+from training.config import ModelConfig, TrainConfig, VocabularyConfig
+from training.data import Chosen, UserBatches
+from training.loop import Training, Worker, epoch_of, train_model
+from training.read_rows import RowGradients, RowwiseAdagrad, read_in_part
+
+IDS = torch.tensor([5, 2, 5, 9, 2, 5, 0])  # hashed items share rows
+
+
+def gradient(table: nn.Embedding, seed: int, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return autograd's sparse gradient of a table and the whole one, of random gradients of `ids`."""
+    values = torch.randn(len(ids), table.embedding_dim, generator=torch.Generator().manual_seed(seed))
+    sparse, whole = (
+        torch.autograd.grad((F.embedding(ids, table.weight, sparse=how) * values).sum(), table.weight)[0]
+        for how in (True, False)
+    )
+    return sparse, whole
+
+
+def test_rows_of_several_workers_add_up_to_the_gradient_of_the_whole_table():
+    torch.manual_seed(1)
+    tables = [nn.Embedding(11, 3), nn.Embedding(10, 2)]
+    for table in tables:
+        table.sparse = True
+    # Three workers: one with more rows than the others, one without a part of the batch.
+    theirs = [[gradient(table, seed, IDS[:size]) for table in tables] for seed, size in ((1, 7), (2, 4))]
+    found = [[sparse for sparse, _ in worker] for worker in theirs] + [[None, None]]
+    sent: list[torch.Tensor] = []
+    for worker in found:
+        RowGradients(tables, 3).summed(worker, 8, lambda out, mine: sent.append(mine) or out.zero_())
+    for worker in found:
+        rows = RowGradients(tables, 3).summed(worker, 8, lambda out, _: out.copy_(torch.cat(sent)))
+        for number, table in enumerate(tables):
+            expected = theirs[0][number][1] + theirs[1][number][1]
+            got = torch.zeros_like(table.weight).index_add_(0, rows[number].ids, rows[number].values)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+            alone = rows[number].ids[rows[number].values.abs().sum(1) > 0]
+            assert len(alone) == len(alone.unique()) == 4, "a row's sum stands once"
+
+
+def test_row_wise_adagrad_moves_rows_that_were_read_as_its_definition_says():
+    torch.manual_seed(2)
+    table = nn.Embedding(11, 3)
+    by_rows, adagrad = RowGradients([table], 1), RowwiseAdagrad([table], decay=0.1)
+    weight, sums = table.weight.detach().double().clone(), torch.zeros(11, dtype=torch.float64)
+    for step in range(4):
+        sparse, whole = gradient(table, step, IDS[: 7 - step])
+        adagrad.step(by_rows.summed([sparse], 8, lambda *_: None), torch.tensor(0.05))
+        for row in range(11):
+            if (g := whole[row].double()).any():
+                sums[row] += g.square().mean()
+                weight[row] -= 0.05 * (g / sums[row].sqrt() + 0.1 * weight[row])
+    torch.testing.assert_close(table.weight.detach().double(), weight, rtol=0, atol=1e-6)
+    assert torch.equal(table.weight[1], weight[1].float()), "a row that no step read"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Return what trains a model on data in which many items share rows, and says its weights."""
+    config = TrainConfig(
+        models={"it": ModelConfig(interest="softmax_attention", dropout=0.0)}, users_per_step=6, targets_per_visit=20,
+        min_epoch_steps=12, vocabulary=VocabularyConfig(min_occurrences=60, hashed_rows=8),
+    )  # fmt: skip
+    data = make_data(users=20, length=90, items=60, config=config)
+    assert data.hashed_event_share() > 0.2
+
+    def train(**changes) -> dict[str, torch.Tensor]:
+        changed = dataclasses.replace(config, **changes)
+        return train_model("it", data, changed, Worker(), lambda _: None)[0].state_dict()
+
+    return train, data, config
+
+
+def test_adamw_by_rows_comes_to_the_weights_of_whole_gradients(trained, monkeypatch):
+    train = trained[0]
+    whole = train()
+    monkeypatch.setattr(loop, "read_in_part", lambda tables, _rows: tables)
+    for name, weight in train().items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_step_of_row_wise_adagrad_moves_the_rows_that_it_read_and_no_other(trained):
+    config = dataclasses.replace(trained[2], table_learning_rate=0.05, users_per_step=1, max_epoch_steps=1, epochs=2)
+    data = make_data(users=20, length=90, items=900, config=dataclasses.replace(config, vocabulary=VocabularyConfig()))
+    run = Training("it", data, config, Worker(), loop.COLD)
+    tables = run.model.items.of_ids()
+    before = [table.weight.detach().clone() for table in tables]
+    read = run.order(0)[0].items
+    run.run_epoch(None)
+    for kind in ("item_id", "author_id"):
+        table = dict(zip(read.rows, run.model.items.tables, strict=True))[kind]
+        moved = (table.weight != before[tables.index(table)]).any(1).nonzero().flatten()
+        assert set(moved.tolist()) == set(np.unique(read.rows[kind]).tolist()), kind
+        assert 0 < len(moved) < len(table.weight)
+
+
+def test_a_table_is_exchanged_by_rows_where_a_step_reads_a_small_part_of_it():
+    tables = [nn.Embedding(100, 2), nn.Embedding(1_000, 2)]
+    assert read_in_part(tables, rows_a_step=60) == tables[1:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shares_are_what_each_worker_reads(trained, world):
+    _, data, config = trained
+    sequences = data.joined.sequences
+    for number in range(4):
+        found = []
+        for rank in range(world):
+            order = epoch_of(UserBatches(data.joined, rank, world, 6, 7), data, config, 1)
+            chosen = Chosen.of(sequences, *order.visited(number))
+            found.append([len(chosen.target), chosen.event_start[-1]])
+        assert np.array_equal(order.shares(number), found)
