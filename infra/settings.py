@@ -34,6 +34,8 @@ TRAININGS = (
 DATABASE = "LONGVIEW_AIRFLOW_DB"  # may hold a password: Airflow's alone
 EMBEDDED = "LONGVIEW_DB"  # which database a home has of its own: SQLite, POSTGRESQL
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
+MODEL_ENVIRONMENT = "LONGVIEW_MODEL_ENVIRONMENT"  # where the mechanical gate runs a model: OWN, PIPELINE
+OWN, PIPELINE = "own", "pipeline"
 SOCKET_PATH_BYTES = 103  # of a Unix socket on every system (Linux 107), its end not counted
 STAGE_NAMES = frozenset(
     """
@@ -74,6 +76,8 @@ STAGE_PREFIXES = (
     "MKL_",
     "OPENBLAS_",
     "KMP_",
+    "PIP_",
+    "UV_",
 )
 RETRY_WAITS = "30 60 120 240 300"  # seconds before each retry of what may pass by itself: 12.5 minutes in all
 START = "start"  # the first task of every run, which names its attempt
@@ -214,6 +218,23 @@ def postgres_address(database: str) -> str:
 
 def artifact_root() -> Path:
     return home() / "mlartifacts"
+
+
+def model_environment() -> str:
+    """Return where the mechanical gate runs a model: in an environment of its OWN requirements, or the PIPELINE's.
+
+    Raises:
+        StageError: LONGVIEW_MODEL_ENVIRONMENT is neither.
+    """
+    text = os.environ.get(MODEL_ENVIRONMENT) or OWN
+    if text not in (OWN, PIPELINE):
+        raise StageError(f"{MODEL_ENVIRONMENT}={text!r} is unknown", f"give {OWN} or {PIPELINE}, or nothing: {OWN}")
+    return text
+
+
+def model_environments() -> Path:
+    """Folder of the environments that models ask for, one for each list of requirements."""
+    return home() / "model_environments"
 
 
 def retry_waits() -> list[float]:

@@ -150,8 +150,8 @@ class Registry:
             attempts=frozenset(one.tags[ATTEMPT_TAG] for one in served if ATTEMPT_TAG in one.tags),
         )
 
-    def package(self, version: str) -> Path:
-        """Download a version and return its package folder.
+    def files(self, version: str) -> Path:
+        """Download a version and return the folder of the model that MLflow has logged.
 
         Raises:
             ArtifactGone: its files are not there any more.
@@ -161,13 +161,21 @@ class Registry:
 
         with asking_mlflow():
             try:
-                folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}"))
+                return Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}"))
             except (MlflowException, OSError) as error:
                 if _is_gone(error):
                     raise ArtifactGone(
                         f"the files of version {version} of {self.name} are gone: {type(error).__name__}: {error}"[:500]
                     ) from error
                 raise
+
+    def package(self, version: str) -> Path:
+        """Download a version and return its package folder.
+
+        Raises:
+            ArtifactGone: its files are not there any more.
+        """
+        folder = self.files(version)
         weights = next(folder.glob("artifacts/*/model.safetensors"), None)
         if weights is None:
             raise ArtifactGone(f"version {version} of {self.name} holds no artifacts/*/model.safetensors")

@@ -279,7 +279,7 @@ class _Desk:
                 )
             promote.checked(self.registry, self.store, dt, run_dir, version)
             said = self.registry.version(version).tags[promote.MECHANICAL_TAG]
-        if said != "passed":
+        if not said.startswith("passed"):
             raise GateError(
                 f"version {version} of {self.registry.name} has not passed the mechanical gate: {said}",
                 "promote another version; --despite-mechanical-gate serves this one all the same",
@@ -314,7 +314,7 @@ class _Desk:
         if move.action == REFUSE:
             status = "failed"
         elif status == "pending":
-            status = "passed" if tags.get(promote.MECHANICAL_TAG) == "passed" else "failed"
+            status = "passed" if tags.get(promote.MECHANICAL_TAG, "").startswith("passed") else "failed"
         outcome = OUTCOMES[move.action]
         said = f"{outcome} by {move.by}: {move.reason}"
         gates = tags.get("gate_reason", "")

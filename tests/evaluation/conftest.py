@@ -22,6 +22,7 @@ from etl.warehouse.schemas import EVALUATION, TABLES, TRAIN, schema_fingerprint
 from etl.warehouse.store import Manifest, TableStore
 from evaluation.gate import Decision
 from evaluation.release import promote
+from infra import settings
 from tests.training.conftest import random_partition, vocabulary_of
 from training.config import ModelConfig
 from training.data import Sequences
@@ -150,6 +151,8 @@ def stages_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     """Publish the two days in a warehouse below a folder."""
     warehouse, raw = folder / "warehouse", folder / "raw"
     raw.mkdir()
+    # An environment of its own takes seconds and an index: test_mechanical_gate.py makes some.
+    monkeypatch.setenv(settings.MODEL_ENVIRONMENT, settings.PIPELINE)
     (raw / "SIMULATED.json").write_text(json.dumps({"best_auc_by_dt": {DT: 0.8}}))
     store = TableStore(str(warehouse), DATASET)
     event_days = [add_days(DT, -1), DT]

@@ -194,7 +194,7 @@ def test_an_artifact_that_failed_in_a_fresh_process_is_promoted_only_if_that_is_
     registry = Registry(DATASET)
     registry.client.delete_model_version_tag(registry.name, "4", "mechanical_gate")
     decide(three, *asked)
-    assert (aliases()["champion"], tags("4")["mechanical_gate"]) == ("4", "passed")
+    assert (aliases()["champion"], tags("4")["mechanical_gate"]) == ("4", "passed: it runs")
     assert cached_of(three)[NEXT_DT] == "4"
     decide(three, "rollback", *WHY)
     registry.client.delete_model_version_tag(registry.name, "4", "mechanical_gate")
