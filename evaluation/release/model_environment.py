@@ -90,7 +90,7 @@ def _make(folder: Path, requirements: Path) -> None:
         try:
             done = subprocess.run(
                 [*words, "-r", str(requirements)],
-                env=os.environ | _links_of_pip(),
+                env=os.environ | links_of_pip(),
                 capture_output=True,
                 text=True,
                 timeout=BUILD_SECONDS,
@@ -117,7 +117,7 @@ def _uv() -> str:
     return shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
 
 
-def _links_of_pip() -> dict[str, str]:
+def links_of_pip() -> dict[str, str]:
     """Return the folder of wheels that pip is configured with, for uv, which does not read pip's configuration."""
     if os.environ.get("UV_FIND_LINKS"):
         return {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +22,17 @@ from evaluation.release import model_environment
 from evaluation.release.mechanical_gate import LONG_HISTORY, Asked, judged, odd_requests, pace
 from evaluation.release.model_environment import RequirementsUnmet, environment_of
 from infra import settings
+from infra.local.services import http_ok
+from tests.evaluation.conftest import DATASET, FIRST, NEXT_DT, SECOND, chain
+from tests.processes import free_port, start
 from tests.training.conftest import random_partition, vocabulary_of
+from tests.waiting import wait_for
 from training.config import ModelConfig
 from training.data import Sequences
 from training.model.ranker import FieldSizes, Ranker
 from training.package import Cutoff
-from training.scoring import Scorer, request_of
+from training.registry import Registry
+from training.scoring import Scorer, load_scorer, request_of
 
 EXPECTED = np.array([0.25, 0.5])
 HISTORY = {"history_item_id": [1] * 500}
@@ -201,3 +209,51 @@ def test_the_pipelines_environment_is_taken_only_if_that_is_asked_for_and_is_sai
     (model / "python_env.yaml").write_text("python: '2.7.18'\n")
     with pytest.raises(StageError, match=r"asks for Python 2\.7"):
         environment_of(model)
+
+
+@pytest.mark.slow
+def test_in_an_environment_of_its_own_a_version_passes_serves_and_stops_one_that_is_ten_times_slower(
+    stages, lenient, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(settings.MODEL_ENVIRONMENT)
+    chain(stages, FIRST)
+    gate = stages.json(FIRST, "registration")["gate"]
+    assert gate["passed"] and "artifact in an environment of its own 6 pinned requirements" in gate["reason"], gate
+    assert "no champion to compare the time with" in gate["reason"]
+    stages.train(SECOND, NEXT_DT, seed=2)
+    for module in ("evaluate", "release.register"):
+        stages.run(module, SECOND, NEXT_DT)
+    code = Registry(DATASET).files("2") / "served_model.py"
+    slow = "import time\n        time.sleep(0.05)\n        requests = model_input"
+    code.write_text(code.read_text().replace("requests = model_input", slow))
+    stages.run("release.promote", SECOND, NEXT_DT)
+    gate = stages.json(SECOND, "registration")["gate"]
+    assert not gate["passed"] and "times as long as champion version 1 takes for it" in gate["reason"], gate
+    assert Registry(DATASET).aliases()["champion"] == "1"
+    served_as_documented(Registry(DATASET), tmp_path)
+
+
+def served_as_documented(registry: Registry, folder: Path) -> None:
+    """Run the command of the page, and send its request: the answer is what the package gives."""
+    page = (settings.ROOT / "docs" / "evaluation.md").read_text()
+    [command] = re.findall(r"^mlflow (models serve .*)$", page, re.MULTILINE)
+    [text] = re.findall(r'^\{"dataframe_records".*?^\]\}$', page, re.MULTILINE | re.DOTALL)
+    port, asked = free_port(), json.loads(text)
+    [request] = asked["dataframe_records"]
+    scorer = load_scorer(registry.package("1"))
+    request["user_fields"] = request["user_fields"][: len(scorer.example_request()["user_fields"])]  # of these rows
+    words = command.replace("vql_kuairand@", f"{registry.name}@").replace("5001", str(port)).split()
+    env = os.environ | model_environment.links_of_pip() | {"MLFLOW_ENV_ROOT": str(folder / "environments")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    server = start([sys.executable, "-m", "mlflow", *words], folder / "serve.log", folder, env)
+    try:
+        wait_for("answer of the served model", lambda: http_ok(f"http://127.0.0.1:{port}/ping"))
+        sent = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        answer = json.loads(urllib.request.urlopen(sent).read())
+    finally:
+        server.stop()
+    [prediction] = answer["predictions"]
+    assert prediction["scores"] == pytest.approx(scorer.score_request(request), abs=1e-4)
