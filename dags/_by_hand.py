@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from airflow.sdk import AssetAlias, Param
-from airflow.sdk.exceptions import ParamValidationError
 
 from dags._common import CommandOperator, outcome_line
 from dags._exits import ends_as_a_stage
+from dags._form import data_sets, refused_fields, unknown_fields
 from dags._links import ModelVersionLink
 from dags._notes import append_note
 from dags._release import champion_asset
-from etl.datasets.definition import built_in_names
 from etl.stage.errors import StageError
 from evaluation.release.outcomes import ACTIONS, MOVED, sentence, version_problem
 from infra import settings
 
 MODULE = "evaluation.release.by_hand"
-
-
-def data_sets() -> dict[str, str]:
-    """Return the name of each data set that has a DAG -> what a stage is given as --dataset."""
-    built_in = {name: name for name in built_in_names()}
-    own = {path.stem: str(path) for path in sorted(settings.definitions().glob("*.yaml"))}
-    return built_in | {name: path for name, path in own.items() if name not in built_in}
 
 
 def params() -> dict[str, Param]:
@@ -96,11 +83,7 @@ class DecisionOperator(CommandOperator):
             raise StageError(
                 "this decision cannot be taken: " + "; ".join(wrong), "trigger it again, with these corrected"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "result.json"
-            words = arguments(given, context["dag_run"].run_id, str(result))
-            self.follow([sys.executable, "-m", MODULE, *words], MODULE, context)
-            decided: dict[str, Any] = json.loads(result.read_text())
+        decided = self.result_of(MODULE, arguments(given, context["dag_run"].run_id), context)
         self.version_url = settings.mlflow_version_url(decided["model"], decided["version"])
         reason = f"by {decided['by']}: {decided['reason']}"
         said = sentence(decided["outcome"], decided["model"], decided["version"], reason)
@@ -113,16 +96,15 @@ class DecisionOperator(CommandOperator):
         return decided
 
 
-def arguments(given: Mapping[str, Any], decision: str, result: str) -> list[str]:
+def arguments(given: Mapping[str, Any], decision: str) -> list[str]:
     """Return what follows the module on the command line.
 
     Args:
         decision: its name: the id of the run.
-        result: the file that gets what was decided.
     """
     words = [given["action"], "--dataset", data_sets()[given["data_set"]]]
     words += ["--warehouse", settings.warehouse(), "--runs", settings.runs()]
-    words += ["--by", given["by"], "--reason", given["reason"], "--decision", decision, "--result", result]
+    words += ["--by", given["by"], "--reason", given["reason"], "--decision", decision]
     if given["version"] is not None:
         words += ["--version", str(given["version"])]
     return words + ["--" + name.replace("_", "-") for name in ("despite_mechanical_gate", "dry_run") if given[name]]
@@ -134,16 +116,7 @@ def problems(own: Any, given: Mapping[str, Any]) -> list[str]:
     Args:
         own: the parameters of the DAG.
     """
-    found = []
-    for name in given:
-        if name not in own and not name.startswith("airflow/"):
-            near = difflib.get_close_matches(name, list(own), 1)
-            found.append(f"{name}: no parameter of this DAG" + (f"; did you mean {near[0]}?" if near else ""))
-    for name in own:
-        try:
-            own.get_param(name).resolve(given.get(name))
-        except ParamValidationError as error:
-            found.append(f"{name}: {str(error).splitlines()[0]}")
+    found = [*unknown_fields(own, given), *refused_fields(own, given).values()]
     action = given.get("action")
     if action in ACTIONS and (wrong := version_problem(action, given.get("version"))):
         found.append(wrong)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime as dtm
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator, BaseSensorOperator
@@ -156,7 +159,9 @@ def note_failure(context: Any) -> None:
     task = context["task"]
     if said := getattr(task, "said", ""):
         day = getattr(task, "_run", {}).get("dt", "")
-        append_note(context, outcome_line(day, f"{task.task_id} failed: {said.removeprefix('error: ')}"))
+        of_mapped = getattr(context.get("ti"), "rendered_map_index", None)
+        name = f"{task.task_id} {of_mapped}" if of_mapped else task.task_id
+        append_note(context, outcome_line(day, f"{name} failed: {said.removeprefix('error: ')}"))
 
 
 def outcome_line(dt: str, outcome: str) -> str:
@@ -217,6 +222,18 @@ class CommandOperator(BaseOperator):
             self.log.error(ended)
             self.said = said or ended
             raise SystemExit(code)
+
+    def result_of(self, module: str, arguments: Sequence[str], context: Any) -> dict[str, Any]:
+        """Run a module to its end; return what it leaves in the file that it is given as --result.
+
+        Raises:
+            SystemExit: it failed, with its code.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.json"
+            self.follow([sys.executable, "-m", module, *arguments, "--result", str(result)], module, context)
+            found: dict[str, Any] = json.loads(result.read_text())
+        return found
 
     def on_kill(self) -> None:
         self._end_process()

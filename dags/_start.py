@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import datetime as dtm
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import ParamValidationError
 
 from dags._common import partition_of
 from dags._exits import ends_as_a_stage
+from dags._form import refused_fields, unknown_fields
 from dags._notes import append_note
 from etl.datasets.definition import DatasetDefinition, dataset
 from etl.stage.errors import StageError
@@ -94,14 +93,7 @@ def problems(
         configs: the training configurations that there are.
         today: the UTC day, YYYY-MM-DD; only a run that names it with `dt` may build it before it has ended.
     """
-    found = []
-    for name in params:
-        if name not in known and not name.startswith("airflow/"):
-            near = difflib.get_close_matches(name, known, 1)
-            found.append(
-                f"{name}: no parameter of this DAG; there are {', '.join(known)}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+    found = unknown_fields(known, params)
     if outside := definition.outside(dt, today):
         found.append(f"dt: {dt} {outside}")
     elif dt == today and not params.get("dt"):
@@ -132,16 +124,11 @@ def problems(
 
 
 def _schema_problems(own: Any, params: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name in own:
-        try:
-            own.get_param(name).resolve(params.get(name))
-        except ParamValidationError as error:
-            # Of these `problems` says more, and of an address without what it may hide.
-            said_there = OPTIONS[name].check is not None or (name == "raw" and isinstance(params.get(name), str))
-            if not said_there:
-                found.append(f"{name}: {str(error).splitlines()[0]}")
-    return found
+    def said_elsewhere(name: str) -> bool:
+        """Whether `problems` says more of it, and of an address without what it may hide."""
+        return OPTIONS[name].check is not None or (name == "raw" and isinstance(params.get(name), str))
+
+    return [problem for name, problem in refused_fields(own, params).items() if not said_elsewhere(name)]
 
 
 def _today() -> str:

@@ -35,7 +35,7 @@ NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments_of()
     wanted = wanted_of(args)
     plan = planned(wanted)
     if args.only == SHOW and not plan.lines:
@@ -57,7 +57,8 @@ def main() -> None:
             Path(args.result).write_text(json.dumps(_result(args.only, plan, run)))
 
 
-def _arguments() -> argparse.Namespace:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line, by default of this process."""
     parser = dataset_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--out", help="folder of the results (default: compare/<data set>-<dt> in LONGVIEW_HOME)")
@@ -67,7 +68,7 @@ def _arguments() -> argparse.Namespace:
         help="plan: check what is asked for, train nothing; train: neither table nor plots; show: those of what stands",
     )
     parser.add_argument("--result", metavar="FILE", help="gets, as JSON, what is asked for and what of it stands")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.out = args.out or settings.comparison(args.dataset, args.dt)
     return args
 

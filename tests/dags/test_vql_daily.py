@@ -198,7 +198,7 @@ def test_import_is_fast_and_light(own):
     code = (
         "import sys, json, airflow.sdk\nfrom airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Asset, Param,"
         " TaskGroup, chain\nimport airflow.timetables.base\nbefore = set(sys.modules)\nimport dags.vql_daily,"
-        " dags.vql_daily_own, dags.vql_release\nprint(json.dumps([sorted(set(sys.modules) - before),"
+        " dags.vql_daily_own, dags.vql_release, dags.vql_compare\nprint(json.dumps([sorted(set(sys.modules) - before),"
         f" [m for m in {HEAVY!r} if m in sys.modules], dags.vql_daily_own.dag.dag_id]))"
     )
     done = subprocess.run(
@@ -314,7 +314,12 @@ def test_only_files_with_dags_are_parsed_every_few_seconds():
     from airflow.utils.file import find_dag_file_paths
 
     found = find_dag_file_paths(settings.ROOT / "dags", safe_mode=True)
-    assert {Path(path).name for path in found} == {"vql_daily.py", "vql_daily_own.py", "vql_release.py"}
+    assert {Path(path).name for path in found} == {
+        "vql_daily.py",
+        "vql_daily_own.py",
+        "vql_release.py",
+        "vql_compare.py",
+    }
 
 
 def test_without_own_definitions_there_is_no_own_dag(tmp_path, monkeypatch):
@@ -361,11 +366,11 @@ def test_a_wrong_own_definition_is_an_import_error_of_its_file_only(own, file, w
     assert Path(where).name == "vql_daily_own.py"
     assert f"{file}.yaml" in error
     assert says in error
-    assert set(bag.dags) == {"vql_release", *(f"vql_daily_{name}" for name in built_in_names())}
+    assert set(bag.dags) == {"vql_compare", "vql_release", *(f"vql_daily_{name}" for name in built_in_names())}
     (own.parent / f"{file}.yaml").unlink()
     corrected = DagBag(dag_folder=str(settings.ROOT / "dags"))
     assert corrected.import_errors == {}
-    assert set(corrected.dags) == {"vql_release", *(f"vql_daily_{name}" for name in (*built_in_names(), "shop"))}
+    assert set(corrected.dags) == set(bag.dags) | {"vql_daily_shop"}
 
 
 # ---- which day -------------------------------------------------------------------------------------------------------

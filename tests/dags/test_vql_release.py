@@ -22,7 +22,7 @@ pytestmark = pytest.mark.airflow
 
 FIELDS = {"data_set": "kuairand", "action": "rollback", "reason": "users complain", "by": "Ada"}
 PLACE = ["--warehouse", settings.warehouse(), "--runs", settings.runs()]
-WHO = ["--by", "Ada", "--reason", "users complain", "--decision", "manual__1", "--result", "R"]
+WHO = ["--by", "Ada", "--reason", "users complain", "--decision", "manual__1"]
 
 
 def dag_now():
@@ -94,16 +94,17 @@ def test_the_command_takes_what_the_form_gives(changes, words):
     from dags._by_hand import arguments
     from evaluation.release.by_hand import _parser
 
-    assert arguments(form(**changes), "manual__1", "R") == words
+    assert arguments(form(**changes), "manual__1") == words
     args = _parser().parse_args(words)
-    assert (args.action, args.by, args.decision, args.result) == (words[0], "Ada", "manual__1", "R")
+    assert (args.action, args.by, args.decision) == (words[0], "Ada", "manual__1")
 
 
 def test_an_own_data_set_is_named_and_given_by_its_path(own):
-    from dags._by_hand import arguments, data_sets
+    from dags._by_hand import arguments
+    from dags._form import data_sets
 
     assert list(data_sets()) == [*built_in_names(), "shop"]
-    assert arguments(form(data_set="shop"), "d", "R")[:3] == ["rollback", "--dataset", str(own)]
+    assert arguments(form(data_set="shop"), "d")[:3] == ["rollback", "--dataset", str(own)]
     (own.parent / "wrong.yaml").write_text("name: wrong\nlogs: [")  # stands in nobody's way
     assert "wrong" in data_sets()
 

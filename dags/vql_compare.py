@@ -1,0 +1,49 @@
+"""The Airflow DAG that trains several models on one published partition and compares them."""
+
+import datetime as dtm
+
+from airflow.sdk import DAG
+
+from dags._common import note_failure
+from dags._compare import PLAN, TABLE, TRAIN, PlanOperator, TableOperator, TrainingOperator, params
+from dags._exits import WAIT_AFTER_CRASH, StageRetries
+from infra import settings
+
+DOC = """
+One run compares **models side by side** on a published partition: the same rows, loop and budget for all, each model at
+each length and with each seed. **Trigger** it and fill in the form; nothing runs by itself.
+
+`plan` checks the form and names the trainings, `train` has a task for each of them, `table` makes the table and the
+plots, with intervals over seeds and users, of those that stand. Trainings share the pool `training` with those of the
+daily runs, which go first. Each training is a line of a file, and what stands there is not trained again: **clear** any
+task, or trigger another run with more models, lengths or seeds. `make compare` is the same without Airflow
+(docs/evaluation.md). Nothing is registered.
+"""
+
+with DAG(
+    dag_id="vql_compare",
+    dag_display_name="VQL compare: models side by side",
+    description="Several models on one published partition, by lengths and seeds: table, plots, runs in MLflow",
+    doc_md=DOC,
+    schedule=None,
+    catchup=False,
+    tags=["longview", "vql", "compare"],
+    default_args={
+        "owner": "longview",
+        "retries": len(settings.retry_waits()),
+        "retry_policy": StageRetries(),
+        "retry_delay": WAIT_AFTER_CRASH,
+        "execution_timeout": dtm.timedelta(hours=1),
+        "on_failure_callback": note_failure,
+        "pool": "default_pool",
+    },
+    params=params(),
+) as dag:
+    plan = PlanOperator(task_id=PLAN)
+    trainings = TrainingOperator.partial(
+        task_id=TRAIN,
+        map_index_template="{{ task.training.name }}",
+        pool="training",
+        execution_timeout=dtm.timedelta(hours=6),
+    ).expand(training=plan.output)
+    trainings >> TableOperator(task_id=TABLE, trigger_rule="all_done_min_one_success")
