@@ -1,7 +1,7 @@
 """DIN of this repository against the layer of FuxiCTR: the same weights, events and targets, in double precision.
 
     pip install --target var/peers --no-deps fuxictr==2.3.10 polars polars-runtime-32 h5py keras_preprocessing
-    python -m benchmarks.peers --package var/peers
+    python -m benchmarks.peers --package var/peers      # benchmarks/peer_trainings.py trains whole models side by side
 
 An activation unit has one layer of weights for both, so they are compared by what they compute, and by the gradients
 that reach weights and embeddings, and not by trainings that differ in all else. FuxiCTR mixes the embeddings

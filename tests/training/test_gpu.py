@@ -4,19 +4,23 @@ python -m pytest --noconftest tests/training/test_gpu.py
 """
 
 import dataclasses
+import functools
 import time
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.train_step import make_batch
+from evaluation.trials import model_config
 from training.config import ModelConfig
 from training.device_time import DeviceTime
 from training.model import fused_codes
 from training.model.attention import CodedKeys
 from training.model.factored import factored_attention
 from training.model.history import one_user
+from training.model.interests import INTERESTS
 from training.model.kernel import MixtureKernel
 from training.model.ranker import FieldSizes, Ranker
 
@@ -165,3 +169,34 @@ def test_a_gpu_that_waits_for_the_host_is_idle_for_so_long():
     torch.cuda.synchronize()
     working_ms, waiting_ms = (now - then for now, then in zip(spent.spent_ms(), before, strict=True))
     assert waiting_ms < 0.2 * working_ms
+
+
+@functools.cache
+def longest_batch():
+    """What a step of the configuration `default` reads, every history at the length that the comparison ends with."""
+    return make_batch(users=4, length=16_384, targets=128, cut_offs=128).to("cuda")
+
+
+@pytest.mark.parametrize("name", INTERESTS)
+def test_every_kind_trains_on_histories_of_16_384_events(name, record_property):
+    torch.manual_seed(0)
+    config = model_config(name, ModelConfig(dropout=0.0))
+    model, batch = Ranker(SIZES, config).cuda().train(), longest_batch()
+    if model.coded is not None:
+        with torch.no_grad():
+            keys_NHd = model.coded.keys(model.items(batch.items))
+            model.coded.quantizer.start_from_keys(keys_NHd, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # a sum over all events, as that of DIN, is large
+    torch.cuda.reset_peak_memory_stats()
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        logits, auxiliary = model(batch)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.target_label) + auxiliary
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    record_property("peak_gib", round(torch.cuda.max_memory_allocated() / 2**30, 1))
+    assert np.isfinite(losses).all() and min(losses[1:]) < losses[0]
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    torch.cuda.empty_cache()
