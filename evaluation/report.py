@@ -11,10 +11,14 @@ from etl.quality.report.pages import document, table
 from evaluation.figures import cell, rows_of
 from evaluation.metrics import Bootstrap
 from evaluation.release.outcomes import EVALUATION_PAGE
+from training.model_runs import MODEL_TAG
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, URL_TAG
 
 PROBE = re.compile(r"probe_(\d+)_to_(\d+)_events/(attention_error|bound|key_error)")
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 260, 150, 30  # of a drawing, in its own units
+LINES = 8  # colours of lines that a page has
+MOST_DAYS, MOST_RUNS = 30, 300  # that are drawn, and that are asked for
+Days = Mapping[str, Mapping[str, tuple[float, float | None, float | None]]]  # model -> day -> AUC, its bounds
 
 
 def log_report(run_id: str, model_run: str, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -27,16 +31,34 @@ def log_report(run_id: str, model_run: str, evaluation: Mapping[str, Any], tags:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    client.log_text(run_id, report_page(evaluation, client.get_run(model_run).data.metrics, tags), EVALUATION_PAGE)
+    run = client.get_run(model_run)
+    days = aucs_over_days(client, run.info.experiment_id, evaluation["dt"])
+    client.log_text(run_id, report_page(evaluation, run.data.metrics, tags, days), EVALUATION_PAGE)
 
 
-def report_page(evaluation: Mapping[str, Any], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
+def aucs_over_days(client: Any, experiment_id: str, dt: str) -> Days:
+    """Return the AUC of each model on its days up to `dt`, of the newest attempt of a day that has one."""
+    wanted = f"tags.`{MODEL_TAG}` LIKE '%' AND metrics.auc >= 0"
+    found = client.search_runs([experiment_id], wanted, order_by=["start_time DESC"], max_results=MOST_RUNS)
+    days: dict[str, dict[str, tuple[float, float | None, float | None]]] = {}
+    for run in found:
+        day, metrics = run.data.tags.get(PARTITION_TAG, ""), run.data.metrics
+        if day and day <= dt:
+            auc = (metrics["auc"], metrics.get("auc_low"), metrics.get("auc_high"))
+            days.setdefault(run.data.tags[MODEL_TAG], {}).setdefault(day, auc)
+    return days
+
+
+def report_page(
+    evaluation: Mapping[str, Any], metrics: Mapping[str, float], tags: Mapping[str, str], days: Days | None = None
+) -> str:
     """Return the page.
 
     Args:
         evaluation: `evaluation.json`.
         metrics: of the registered model's training; those of its probe are shown.
         tags: see `log_report`.
+        days: what each model had on this day and those before.
     """
     rows = rows_of(evaluation)
     simulated = ' <span class="simulated">SIMULATED data</span>' if evaluation["simulated"] else ""
@@ -47,7 +69,7 @@ def report_page(evaluation: Mapping[str, Any], metrics: Mapping[str, float], tag
         f"<h2>Models</h2>{_models(rows)}"
         f'<div class="plots">{_intervals(rows, evaluation["best_auc"])}{_reliability(rows)}</div>'
         f"<h2>Differences, paired by user</h2>{_differences(evaluation)}"
-        f"<h2>By length of the history</h2>{_slices(evaluation)}"
+        f"<h2>By length of the history</h2>{_slices(evaluation)}{_over_days(days or {}, [row['name'] for row in rows])}"
         f"{_probe(metrics)}<h2>Where it came from</h2>{_lineage(tags)}",
     )
 
@@ -149,6 +171,48 @@ def _probe(metrics: Mapping[str, float]) -> str:
         "<p>How far the model's attention is from that over exact keys, and the bound that its keys' error gives.</p>"
     )
     return f"<h2>Attention error</h2>{said}{table(('events', 'error', 'bound', 'error of keys'), lines)}"
+
+
+def _over_days(days: Days, first: Sequence[str]) -> str:
+    """Return every model over the partitions, as a drawing and a table; nothing where there is one day alone.
+
+    Args:
+        first: the order of the other tables, whose colours models have here, too.
+    """
+    shown = sorted({day for of in days.values() for day in of})[-MOST_DAYS:]
+    if len(shown) < 2:
+        return ""
+    known = [value for of in days.values() for day in shown for value in of.get(day, ()) if value is not None]
+    least, span = min(known), (max(known) - min(known)) or 1.0
+
+    def at(day: str, value: float) -> tuple[float, float]:
+        right, up = shown.index(day) / (len(shown) - 1), (value - least) / span
+        return 50 + (WIDTH - 80) * right, (HEIGHT - BOTTOM) * (1 - up) + 6
+
+    parts: list[str] = []
+    legend: list[str] = []
+    lines: dict[str, list[str]] = {day: [] for day in reversed(shown)}
+    names = [name for name in first if name in days] + sorted(days.keys() - set(first))
+    for number, (name, of) in enumerate(((name, days[name]) for name in names), 1):
+        colour = f"var(--line-{(number - 1) % LINES + 1})"
+        legend.append(f'<span style="color: {colour}">●</span> {escape(name)}')
+        there = [day for day in shown if day in of]
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(day, of[day][0]) for day in there))
+        parts.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for day in there:
+            _, low, high = of[day]
+            if low is not None and high is not None:
+                (x, y1), (_, y2) = at(day, low), at(day, high)
+                parts.append(f'<line x1="{x:.1f}" y1="{y1:.1f}" x2="{x:.1f}" y2="{y2:.1f}" stroke="{colour}"/>')
+        for day, line in lines.items():
+            auc, low, high = of.get(day, (None, None, None))
+            line.append("" if auc is None else f"{cell(auc)} ({cell(low)} to {cell(high)})")
+    parts += [_label(at(day, least)[0], HEIGHT - 8, day[5:]) for day in shown[:: -(-len(shown) // 5)]]
+    parts += [_label(22, at(shown[0], value)[1] + 4, f"{value:.3f}") for value in (least, least + span)]
+    drawing = _figure("AUC of each day's models with 95 % intervals over users", parts)
+    rows = [_row(day, values) for day, values in lines.items()]
+    head = f'<h2>Over the partitions</h2><p>{" ".join(legend)}</p><div class="plots">{drawing}</div>'
+    return head + table(("day", *names), rows)
 
 
 def _lineage(tags: Mapping[str, str]) -> str:

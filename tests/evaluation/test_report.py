@@ -47,6 +47,22 @@ def test_the_page_has_every_model_interval_slice_and_drawing_and_needs_nothing_b
     assert "<script" not in page and "src=" not in page and "href" not in page and "&lt;b&gt;python" in page
 
 
+def test_every_model_is_one_line_over_the_partitions(evaluation):
+    days = {
+        f"2022-04-{day:02d}": (0.5 + day / 100, 0.49 + day / 100, None if day == 3 else 0.52) for day in range(1, 11)
+    }
+    gone = {day: of for day, of in days.items() if day != "2022-04-05"}
+    page = report_page(evaluation, {}, TAGS, {"vql": days, "<b>": gone})
+    section = page[page.index("Over the partitions") : page.index("Where it came from")]
+    [drawing] = re.findall("<svg.*?</svg>", section)
+    xml.dom.minidom.parseString(drawing)
+    assert [len(places.split()) for places in re.findall('points="(.*?)"', drawing)] == [10, 9]
+    assert drawing.count("<line") == 8 + 9  # a bound is unknown: no interval is drawn
+    assert "0.5300 (0.5200 to -)" in section and "<b>" not in section and section.count("<tr>") == 11
+    assert section.index("2022-04-10") < section.index("2022-04-09")  # the newest is on top
+    assert "Over the partitions" not in report_page(evaluation, {}, TAGS, {"vql": {"2022-04-01": (0.5, None, None)}})
+
+
 def test_what_is_not_known_is_no_error(evaluation):
     rows = [row | {"auc_low": None, "auc_high": None} for row in evaluation["models"]]
     warned = {"version": "9", "warning": "it is gone"}

@@ -152,6 +152,11 @@ def test_second_promotion_keeps_the_old_champion_for_rollback(stages, lenient, s
     assert champion["auc"] is not None
     assert "vql_minus_champion" in stages.json(SECOND, "evaluation")["paired"]
     assert stages.json(SECOND, "evaluation")["anchor"]["version"] == "1"
+    run = Registry(DATASET).client.get_run(stages.json(SECOND, "registration")["run_id"])
+    page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{EVALUATION_PAGE}").partition("Over the partitions")[2]
+    figures = [stages.json(attempt, "evaluation")["models"] for attempt in (SECOND, FIRST)]
+    assert page.index(f"<td>{NEXT_DT}</td>") < page.index(f"<td>{DT}</td>")
+    assert all(f"{row['auc']:.4f} (" in page for rows in figures for row in rows)
     assert "vql_minus_anchor" not in stages.json(SECOND, "evaluation")["paired"]  # it is the champion: scored once
     for module in ("evaluate", "release.register", "release.promote"):
         stages.run(module, SECOND, NEXT_DT)
