@@ -259,8 +259,8 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
         rows[name] = row | {
             "normalised_entropy": normalised_entropy(label, score),
             "targets": len(label),
-            "users": len(np.unique(user)),
-            "users_with_both_classes": gauc(user, label, score)[1],
+            "users": bootstrap.users,
+            "users_with_both_classes": bootstrap.users_with_both_classes,
             "calibration": calibration(label, score),
         }
     paired = {

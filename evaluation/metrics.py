@@ -1,17 +1,21 @@
 """Ranking and probability metrics in numpy, with paired bootstrap intervals that resample users.
 
+Of all targets at once there is one sorted key, 8 bytes each, and what is asked for; all else is done a chunk at a time,
+so that 100 million targets take some 3 GB (benchmarks/evaluation.py).
+
 Legend: T targets, U users, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 PROBABILITY_FLOOR = 1e-7
 CALIBRATION_BINS = 10
+CHUNK = 1 << 20  # targets
 LEAST_USERS = 30  # resamples of fewer say nothing of other users: their intervals are unknown
 
 
@@ -25,34 +29,45 @@ class Interval:
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
-    """Return P(score of a positive > score of a negative), ties counted half; nan when a class is missing."""
-    return float(_RankedTargets(label, score, np.zeros(len(label), np.int64)).auc(np.ones((1, 1)))[0])
+    """Return P(score of a positive > score of a negative), ties counted half; nan without both classes, or of a nan."""
+    return float(_RankedTargets(label, score, np.zeros(len(label), np.int32)).auc(np.ones((1, 1), np.uint8))[0])
 
 
 def user_aucs(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (auc, impressions), float64 [U], of users 0..max(user); nan for users without both classes."""
+    """Return (auc, impressions), float64 [U], of users 0..max(user); nan for users without both classes, and for all
+    where a score is nan."""
     users = int(user.max(initial=-1)) + 1
-    order = np.lexsort((score, user))
-    u, s, y = user[order], score[order], label[order].astype(np.float64)
-    count = np.bincount(u, minlength=users).astype(np.float64)
-    start = np.concatenate([[0], np.cumsum(count)[:-1]])
-    # Mid-ranks within the user: positions of a tie group are replaced by their mean.
-    new_group = np.ones(len(u), dtype=bool)
-    new_group[1:] = (u[1:] != u[:-1]) | (s[1:] != s[:-1])
-    group = np.cumsum(new_group) - 1
-    position = np.arange(1, len(u) + 1) - start[u]
-    rank = (np.bincount(group, weights=position) / np.bincount(group))[group] if len(u) else position
-    positives = np.bincount(u, weights=y, minlength=users)
-    negatives = count - positives
-    rank_sum = np.bincount(u, weights=rank * y, minlength=users)
+    key = _sorted_key(user, label, score, by_user=True)
+    pairs, positives, count = np.zeros((3, users))
+    start = 0
+    while start < len(key):
+        # Whole users: the chunk ends before the user of the row behind it, or behind that user if it has but one.
+        end = min(start + CHUNK, len(key))
+        if end < len(key):
+            border = (key[end] >> _USER) << _USER
+            before = start + int(np.searchsorted(key[start:end], border))
+            end = before if before > start else int(np.searchsorted(key, border + np.uint64(1 << _USER)))
+        owner, positive, negative = _ties(key[start:end])
+        below = np.cumsum(negative) - negative
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        below -= np.repeat(below[first], np.diff(first, append=len(owner)))
+        low, high = int(owner[0]), int(owner[-1]) + 1
+        for sums, values in (
+            (pairs, positive * (below + negative / 2)),
+            (positives, positive),
+            (count, positive + negative),
+        ):
+            sums[low:high] += np.bincount(owner - low, weights=values, minlength=high - low)
+        start = end
+    both = positives * (count - positives)
     with np.errstate(invalid="ignore", divide="ignore"):
-        result = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
-    return np.where(positives * negatives > 0, result, np.nan), count
+        result = pairs / both
+    return np.where((both > 0) & ~_has_nan(score), result, np.nan), count
 
 
 def gauc(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> tuple[float, int]:
     """Return (mean of the users' AUCs weighted by impressions, number of users with both classes)."""
-    values, count = user_aucs(np.unique(user, return_inverse=True)[1], label, score)
+    values, count = user_aucs(numbered(user)[1], label, score)
     both = ~np.isnan(values)
     return (float(np.average(values[both], weights=count[both])) if both.any() else float("nan")), int(both.sum())
 
@@ -65,7 +80,8 @@ def target_logloss(label: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def logloss(label: np.ndarray, score: np.ndarray) -> float:
     """Return the mean of `target_logloss`; nan without targets."""
-    return float(target_logloss(label, score).mean()) if len(label) else float("nan")
+    total = sum(float(target_logloss(label[part], score[part]).sum()) for part in _chunks(len(label)))
+    return total / len(label) if len(label) else float("nan")
 
 
 def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
@@ -109,6 +125,15 @@ def thirds(length: np.ndarray) -> list[np.ndarray]:
     return [part == number for number in np.unique(part)]
 
 
+def numbered(user: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return (number of users, int32 [T] of 0..U-1: the place of each target's user among them in ascending order)."""
+    ids = np.unique(user)
+    place = np.empty(len(user), np.int32)
+    for part in _chunks(len(user)):
+        place[part] = np.searchsorted(ids, user[part])
+    return len(ids), place
+
+
 class Bootstrap:
     """The same resamples of users for every model, so that differences between models are paired.
 
@@ -132,25 +157,31 @@ class Bootstrap:
         seed: int = 0,
         level: float = 0.95,
     ) -> None:
-        ids, owner = np.unique(user, return_inverse=True)
-        users = len(ids)
-        rng = np.random.default_rng(seed)
-        multiplicity = rng.multinomial(users, np.full(users, 1 / max(users, 1)), size=resamples).astype(np.float64)
-        self.tail, self.users = 100 * (1 - level) / 2, users
-        # Row 0 is the data as it is, rows 1..R are the resamples.
-        self.multiplicity = np.vstack([np.ones((1, users)), multiplicity])
+        users, owner = numbered(user)
+        rng, equal = np.random.default_rng(seed), np.full(users, 1 / max(users, 1))
+        self.tail, self.users, self.users_with_both_classes = 100 * (1 - level) / 2, users, 0
+        # Row 0 is the data as it is, rows 1..R are the resamples. Nobody is drawn 255 times.
+        self.multiplicity = np.ones((1 + resamples, users), np.uint8)
+        for row in self.multiplicity[1:]:
+            row[:] = rng.multinomial(users, equal)
         self.values = {name: self._metrics(owner, label, score) for name, score in scores.items()}
 
     def _metrics(self, owner: np.ndarray, label: np.ndarray, score: np.ndarray) -> dict[str, np.ndarray]:
         per_user, count = user_aucs(owner, label, score)
         both = ~np.isnan(per_user)
-        losses = np.bincount(owner, weights=target_logloss(label, score), minlength=len(count))
+        self.users_with_both_classes = max(self.users_with_both_classes, int(both.sum()))
+        losses = np.zeros(len(count))
+        for part in _chunks(len(label)):
+            low = int(owner[part].min())
+            sums = np.bincount(owner[part] - low, weights=target_logloss(label[part], score[part]))
+            losses[low : low + len(sums)] += sums
+        of_users = np.stack([np.where(both, per_user * count, 0.0), np.where(both, count, 0.0), losses, count], axis=1)
+        ranked, counted, lost, all_targets = np.array([row @ of_users for row in self.multiplicity]).T
         with np.errstate(invalid="ignore", divide="ignore"):
             return {
                 "auc": _RankedTargets(label, score, owner).auc(self.multiplicity),
-                "gauc": (self.multiplicity[:, both] @ (per_user * count)[both])
-                / (self.multiplicity[:, both] @ count[both]),
-                "logloss": (self.multiplicity @ losses) / (self.multiplicity @ count),
+                "gauc": ranked / counted,
+                "logloss": lost / all_targets,
             }
 
     def interval(self, model: str, metric: str) -> Interval:
@@ -168,27 +199,85 @@ class Bootstrap:
         return Interval(float(values[0]), float(low), float(high))
 
 
+# A key is the user, the score and the label of a target in one number: 31, 32 and 1 bits.
+_USER, _SCORE = np.uint64(33), np.uint64(1)
+_LAST = np.uint64(32)  # of a key that is ordered by score: what lies above user and label
+
+
 class _RankedTargets:
     """Targets sorted by score once; AUC under any weights of the users is then one pass over them."""
 
     def __init__(self, label: np.ndarray, score: np.ndarray, owner: np.ndarray) -> None:
-        positive, negative = np.flatnonzero(label > 0), np.flatnonzero(label <= 0)
-        positive, negative = (rows[np.argsort(score[rows], kind="stable")] for rows in (positive, negative))
-        self.positive_owner, self.negative_owner = owner[positive], owner[negative]
-        # Of each positive: negatives that score less, and negatives that score no more.
-        self.below = np.searchsorted(score[negative], score[positive], side="left")
-        self.not_above = np.searchsorted(score[negative], score[positive], side="right")
+        self.known = not _has_nan(score)
+        self.key = _sorted_key(owner, label, score, by_user=False)
 
     def auc(self, user_weights: np.ndarray) -> np.ndarray:
         """Return float64 [R] for user weights [R, U]."""
-        return np.array([self._auc(weights) for weights in user_weights])
+        # Of each resample: pairs won, and the weights of positives and negatives so far; those of the last score's tie
+        # apart, for it may go on in the next chunk.
+        won, positives, negatives, tied_positive, tied_negative = np.zeros((5, len(user_weights)))
+        last = -1
+        for part in _chunks(len(self.key)):
+            key = self.key[part]
+            label, owner = (key & _SCORE).astype(bool), ((key & np.uint64(0xFFFFFFFF)) >> _SCORE).astype(np.int64)
+            score = key >> _LAST
+            first = np.flatnonzero(np.concatenate([[True], score[1:] != score[:-1]]))
+            goes_on = int(score[0]) == last
+            last = int(score[-1])
+            for row, weights in enumerate(user_weights):
+                weight = weights[owner].astype(np.float64)
+                both = np.add.reduceat(weight, first)
+                positive = np.add.reduceat(np.where(label, weight, 0.0), first)
+                negative = both - positive
+                if goes_on:
+                    positive[0] += tied_positive[row]
+                    negative[0] += tied_negative[row]
+                else:
+                    won[row] += tied_positive[row] * (negatives[row] + tied_negative[row] / 2)
+                    positives[row] += tied_positive[row]
+                    negatives[row] += tied_negative[row]
+                tied_positive[row], tied_negative[row] = positive[-1], negative[-1]
+                below = np.cumsum(negative) - negative + negatives[row]
+                won[row] += float(positive[:-1] @ (below[:-1] + negative[:-1] / 2))
+                positives[row] += positive[:-1].sum()
+                negatives[row] += negative[:-1].sum()
+        won += tied_positive * (negatives + tied_negative / 2)
+        pairs = (positives + tied_positive) * (negatives + tied_negative)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((pairs > 0) & self.known, won / pairs, np.nan)
 
-    def _auc(self, weights: np.ndarray) -> float:
-        weight_below = np.concatenate([[0.0], np.cumsum(weights[self.negative_owner])])
-        positive = weights[self.positive_owner]
-        pairs = positive.sum() * weight_below[-1]
-        return (
-            0.5 * float(positive @ (weight_below[self.below] + weight_below[self.not_above])) / pairs
-            if pairs > 0
-            else float("nan")
-        )
+
+def _sorted_key(user: np.ndarray, label: np.ndarray, score: np.ndarray, by_user: bool) -> np.ndarray:
+    """Return uint64 [T], ascending by user and score, or by score alone."""
+    if score.dtype != np.float32:  # its order, in 32 bits
+        score = np.unique(score, return_inverse=True)[1].astype(np.uint32)
+    key = np.empty(len(score), np.uint64)
+    for part in _chunks(len(score)):
+        order = _ordered(score[part]) if score.dtype == np.float32 else score[part]
+        owner, positive = user[part].astype(np.uint64), (label[part] > 0).astype(np.uint64)
+        rank = order.astype(np.uint64)
+        key[part] = (owner << _USER | rank << _SCORE if by_user else rank << _LAST | owner << _SCORE) | positive
+    key.sort()
+    return key
+
+
+def _ordered(score: np.ndarray) -> np.ndarray:
+    """Return uint32 in the order of float32 scores, equal where they are equal."""
+    bits = (score + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _ties(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (user, positives, negatives) of each group of equal user and score, float64 but for the user."""
+    group = key >> _SCORE
+    first = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
+    positive = np.add.reduceat((key & _SCORE).astype(np.float64), first)
+    return (key[first] >> _USER).astype(np.int64), positive, np.diff(first, append=len(key)) - positive
+
+
+def _has_nan(score: np.ndarray) -> bool:
+    return any(bool(np.isnan(score[part]).any()) for part in _chunks(len(score)))
+
+
+def _chunks(targets: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, targets)) for start in range(0, targets, CHUNK))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
+from evaluation import metrics
 from evaluation.metrics import LEAST_USERS, Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, user_aucs
 
 # (user, label, score) with few distinct scores, so that ties are common.
@@ -25,9 +28,45 @@ def arrays(rows):
     return user, label.astype(np.int8), (score / 6 + 0.05).astype(np.float32)
 
 
-@settings(max_examples=60)
+@pytest.fixture(params=[3, metrics.CHUNK])
+def chunk(request, monkeypatch):
+    """Ties, users and resamples that go on behind the end of a chunk count as within one."""
+    monkeypatch.setattr(metrics, "CHUNK", request.param)
+
+
+ANY_ROWS = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@ANY_ROWS
 @given(TARGETS)
-def test_auc_counts_pairs_and_half_of_ties(rows):
+def test_auc_and_gauc_are_those_of_scikit_learn_on_ties_and_users_of_one_class(chunk, rows):
+    user, label, score = arrays(rows)
+    if 0 < label.sum() < len(label):
+        assert auc(label, score) == pytest.approx(roc_auc_score(label, score), abs=1e-9)
+    parts = [user == one for one in np.unique(user) if 0 < label[user == one].mean() < 1]
+    value, users = gauc(user, label, score)
+    assert users == len(parts)
+    if parts:
+        expected = [roc_auc_score(label[part], score[part]) for part in parts]
+        assert value == pytest.approx(np.average(expected, weights=[part.sum() for part in parts]), abs=1e-9)
+
+
+def test_many_targets_take_no_more_memory_than_their_columns_and_one_key(monkeypatch):
+    targets, users = 2_000_000, 20_000
+    monkeypatch.setattr(metrics, "CHUNK", 1 << 16)
+    rng = np.random.default_rng(3)
+    user, label = np.arange(targets) * users // targets, rng.integers(0, 2, targets, np.int8)
+    score = rng.uniform(size=targets).astype(np.float32)
+    tracemalloc.start()
+    Bootstrap(user, label, {"a": score, "b": score}, resamples=2)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 16 * targets + 20 * 2**20  # users in order, then a place and a key for each target
+
+
+@ANY_ROWS
+@given(TARGETS)
+def test_auc_counts_pairs_and_half_of_ties(chunk, rows):
     _, label, score = arrays(rows)
     assert auc(label, score) == pytest.approx(brute_auc(label, score), nan_ok=True)
 
@@ -44,9 +83,9 @@ def test_gauc_is_the_weighted_mean_of_users_with_both_classes(rows):
     assert value == pytest.approx(expected, nan_ok=True)
 
 
-@settings(max_examples=40)
+@ANY_ROWS
 @given(TARGETS, st.integers(0, 1000))
-def test_a_resample_of_users_equals_the_metrics_of_the_repeated_rows(rows, seed):
+def test_a_resample_of_users_equals_the_metrics_of_the_repeated_rows(chunk, rows, seed):
     user, label, score = arrays(rows)
     bootstrap = Bootstrap(user, label, {"m": score}, resamples=3, seed=seed)
     ids = np.unique(user)
@@ -69,6 +108,21 @@ def test_one_class_has_no_auc_and_no_targets_have_no_metric():
     assert math.isnan(auc(empty, empty))
     assert math.isnan(logloss(empty, empty))
     assert gauc(empty.astype(int), empty, empty)[1] == 0
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_score_that_is_no_number_leaves_nothing_known(kind):
+    user, label = np.array([0, 0, 1, 1]), np.array([1, 0, 1, 0])
+    score = np.array([0.9, 0.1, np.nan, 0.3], kind)
+    assert (
+        math.isnan(auc(label, score)) and math.isnan(gauc(user, label, score)[0]) and math.isnan(logloss(label, score))
+    )
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_scores_of_any_kind_and_sign_are_ranked_as_they_are(kind):
+    label, score = np.array([0, 0, 1, 1, 0, 1]), np.array([-3, 0, -0.0, 2, 1, -5]).astype(kind)
+    assert auc(label, score) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
 
 
 def test_a_user_of_one_class_has_no_part_in_gauc():
