@@ -198,19 +198,8 @@ class CommandOperator(BaseOperator):
         """
         self.log.info("running: %s", shlex.join(command))
         run = context["dag_run"]
-        env = settings.stage_environment() | {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
-        self._process = subprocess.Popen(
-            command,
-            cwd=settings.ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+        run_url = {RUN_URL_VARIABLE: settings.airflow_run_url(run.dag_id, run.run_id)}
+        self._process = started(command, run_url, start_new_session=True)
         try:
             assert self._process.stdout is not None
             said = log_lines(self.log, self._process.stdout)
@@ -322,6 +311,27 @@ class StageOperator(CommandOperator):
         else:
             for line in (done.stdout + done.stderr).splitlines():
                 self.log.info(line)
+
+
+def started(
+    command: Sequence[str],
+    more_env: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    start_new_session: bool = False,
+) -> subprocess.Popen[str]:
+    """Start a command line that ends with this process; what it says, errors among it, is a pipe of text."""
+    return subprocess.Popen(
+        command,
+        cwd=settings.ROOT,
+        env={**settings.stage_environment(), **(more_env or {})},
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=start_new_session,
+        preexec_fn=end_with_parent,
+    )
 
 
 def _day(text: str) -> str:

@@ -14,12 +14,12 @@ from airflow.sdk.exceptions import DownstreamTasksSkipped
 
 from dags._common import (
     StageOperator,
-    end_with_parent,
     handed_on,
     outcome_line,
     partition_arguments,
     require_done,
     start_ending,
+    started,
 )
 from dags._exits import ends_as_a_stage, explained, log_lines
 from dags._links import ReportLink
@@ -83,17 +83,7 @@ class GateOperator(StageOperator):
             self.reports,
             "--when-input-ends",
         ]
-        self._logger = subprocess.Popen(
-            command,
-            cwd=settings.ROOT,
-            env=settings.stage_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=end_with_parent,
-        )
+        self._logger = started(command, stdin=subprocess.PIPE)
         return self._logger
 
     def _log_report(self) -> None:
