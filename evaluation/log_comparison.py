@@ -193,14 +193,8 @@ def comparison_run(
 
 def figures_of(line: Mapping[str, Any]) -> dict[str, float | None]:
     """Return what MLflow shows of one training."""
-    names = [
-        "targets",
-        "users",
-        "epochs",
-        *COSTS,
-        *(f"{metric}{end}" for metric in Bootstrap.METRICS for end in ("", "_low", "_high")),
-    ]
-    figures = {name: line.get(name) for name in names}
+    of_metrics = [f"{metric}{end}" for metric in Bootstrap.METRICS for end in ("", "_low", "_high")]
+    figures = {name: line.get(name) for name in (*of_metrics, *COSTS, "targets", "users", "epochs")}
     for number, part in enumerate(line.get("slices", ()), 1):
         figures |= {f"history_third_{number}/{metric}": part[metric] for metric in Bootstrap.METRICS}
     return figures

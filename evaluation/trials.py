@@ -149,12 +149,15 @@ class Plan:
     done: dict[Trial, dict[str, Any]]
 
     @property
-    def missing(self) -> list[Trial]:
-        """Those to be trained, seed by seed, so that one that is stopped has seen every model; the data of a seed and
-        length is joined once.
+    def in_order(self) -> list[Trial]:
+        """All, seed by seed, so that a comparison that is stopped has seen every model; the data of a seed and length
+        is joined once.
         """
-        missing = (trial for trial in self.trainings if trial not in self.done)
-        return sorted(missing, key=lambda trial: (trial.seed, -trial.length))
+        return sorted(self.trainings, key=lambda trial: (trial.seed, -trial.length))
+
+    @property
+    def missing(self) -> list[Trial]:
+        return [trial for trial in self.in_order if trial not in self.done]
 
     @property
     def lines(self) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ STAGES = (
     "evaluation.user_caches",
     "evaluation.prune",
     "evaluation.release.by_hand",
+    "evaluation.compare",
 )
 STAGE = """
 import contextlib, json, os, sys, time
@@ -126,11 +127,21 @@ Path(sys.argv[sys.argv.index("--result") + 1]).write_text(json.dumps({
     "aliases": ["champion"], "dt": "2022-04-20", "attempt": "a", "digests": {"model.digest": "d2"}}))
 """
 )
+# A comparison is the real one, of the tree under test.
+COMPARE = (
+    STAGE
+    + f"""
+os.chdir({str(settings.ROOT)!r})
+os.environ.update(PYTHONPATH=os.getcwd(), OMP_NUM_THREADS="1")
+os.execv(sys.executable, [sys.executable, "-m", "evaluation.compare", *sys.argv[1:]])
+"""
+)
 STAGE_OF = {
     "etl.quality.judge.audit": GATE,
     "training.train": TRAIN,
     "evaluation.release.promote": PROMOTE,
     "evaluation.release.by_hand": BY_HAND,
+    "evaluation.compare": COMPARE,
 }
 ENDED = """
 import sys
@@ -1014,11 +1025,17 @@ os.execv(sys.executable, [sys.executable, "-m", "tests.training.held_training", 
 )
 
 
-def test_a_killed_training_is_tried_again_and_goes_on_to_the_bits_of_an_undisturbed_one(stack, untrained):
+@pytest.fixture(scope="module")
+def partition(stack) -> None:
+    """Publish a day that real stages can train on."""
     items, sequences = random_partition(users=60, longest=40)
     store = TableStore(str(stack.root / "var" / "warehouse"), "kuairand_simulated")
     for table, rows in (("items", items), ("sequences", sequences)):
         publish(store, table, rows, {"cutoff": "day_start", "availability_lag_ms": 60_000, "max_events": 30})
+
+
+@pytest.mark.usefixtures("partition")
+def test_a_killed_training_is_tried_again_and_goes_on_to_the_bits_of_an_undisturbed_one(stack, untrained):
     (stack.root / "training" / "train.py").write_text(HELD_TRAIN)
     limit, reached = stack.root / "limit", stack.root / "reached"
     replace_text(limit, "12")
@@ -1052,6 +1069,59 @@ def test_a_killed_training_is_tried_again_and_goes_on_to_the_bits_of_an_undistur
         )
         assert one == other, name
     (stack.root / "training" / "train.py").write_text(TRAIN)
+
+
+@pytest.mark.usefixtures("partition")
+def test_a_comparison_is_a_task_a_training_and_trains_nothing_twice(stack):
+    dag = "/api/v2/dags/vql_compare"
+    given = {"data_set": "kuairand_simulated", "dt": DT, "models": "vql,din", "lengths": "20", "config": "tiny"}
+    with pytest.raises(InfraError, match="seeds"):
+        stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": given | {"seeds": "seven"}})
+    stack.calls()
+    stack.pause(False, dag)
+    stack.fault("evaluation.compare", EXIT_CORRECT, False, "train", "vql", "8")  # of the training with these alone
+    run = stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": given | {"seeds": "7,8"}})
+    path = f"{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+    assert stack.ended(path) == "failed"
+
+    def trainings() -> list[dict]:
+        found = stack.api.call("GET", f"{path}/taskInstances")["task_instances"]
+        return sorted((task for task in found if task["task_id"] == "train"), key=lambda task: task["map_index"])
+
+    tasks = trainings()
+    assert [(task["rendered_map_index"], task["state"]) for task in tasks] == [
+        ("vql L=20 seed 7", "success"),
+        ("din L=20 seed 7", "success"),
+        ("vql L=20 seed 8", "failed"),
+        ("din L=20 seed 8", "success"),
+    ]
+    spans = sorted((task["start_date"], task["end_date"]) for task in tasks)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "two trained at once"
+    note = stack.api.call("GET", path)["note"]
+    assert "3 of 4 trainings stand" in note and "train vql L=20 seed 8 failed: a fault was asked for" in note
+    results = stack.root / "var" / "compare" / f"kuairand_simulated-{DT}"
+    lines = (results / "results.jsonl").read_text()
+    assert len(lines.splitlines()) == 3 and "| vql | 20 | 1 |" in (results / "table.md").read_text()
+
+    # Cleared, it alone is trained; one that stands trains nothing.
+    (stack.root / "fault.json").unlink()
+    stack.clear(path, only_failed=True)
+    assert stack.ended(path) == "success"
+    after = (results / "results.jsonl").read_text()
+    assert after.startswith(lines) and len(after.splitlines()) == 4
+    assert "| vql | 20 | 2 |" in (results / "table.md").read_text()
+
+    # One run in MLflow, and one a training below it; the buttons lead there, and they lead back.
+    experiments = stack.ask_mlflow("experiments", {"max_results": 100})["experiments"]
+    [experiment] = [one["experiment_id"] for one in experiments if one["name"] == "kuairand_simulated comparisons"]
+    found = stack.ask_mlflow("runs", {"experiment_ids": [experiment]})["runs"]
+    runs = {one["info"]["run_name"]: one["info"] for one in found}
+    assert len(found) == len(runs) == 5 and {one["status"] for one in runs.values()} == {"FINISHED"}
+    tags = {tag["key"]: tag["value"] for one in found for tag in one["data"]["tags"]}
+    assert tags["airflow.run_url"].endswith(f"/dags/vql_compare/runs/{urllib.parse.quote(run['dag_run_id'])}")
+    link = stack.api.call("GET", f"{path}/taskInstances/train/links?map_index=1")["extra_links"]["MLflow run"]
+    assert f"/experiments/{experiment}/runs/{runs['din L=20 seed 7']['run_id']}" in link
+    stack.pause(True, dag)
 
 
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):

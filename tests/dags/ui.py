@@ -90,10 +90,9 @@ class Airflow:
     def _fill(self, dialog, fields: dict[str, str]) -> None:
         for name, value in fields.items():
             field = dialog.locator(f"[name=element_{name}]")
-            if field.get_attribute("type") == "hidden":  # a list to choose from
-                field.locator("xpath=ancestor::*[.//input[@role='combobox' or @type='text']][1]").locator(
-                    "input:visible"
-                ).first.click()
+            chosen = field.locator("xpath=..").locator("input[role='combobox']")
+            if chosen.count():  # a list to choose from
+                chosen.click()
                 self.page.get_by_role("option", name=value, exact=True).click()
             else:
                 field.fill(value)
