@@ -33,6 +33,15 @@ def seen(batch) -> list[int]:
     return [] if batch is None else (batch.target_time_ms - DAY_MS).tolist()
 
 
+def test_the_published_sweep_of_din_over_lengths_trains_on_rows_at_hand():
+    config = dataclasses.replace(load_config("longctr_din"), epochs=1, max_epoch_steps=2)
+    assert config.users_per_step * config.targets_per_visit == 8_192
+    for length in (10, 10_000):
+        data = TrainingData.of(Sequences.from_arrow(ROWS, length), ITEMS, config)
+        model, result = train_model("din", data, config, Worker(), lambda _: None)
+        assert np.isfinite(result.best_logloss) and model.config.width == 7 * 32
+
+
 def test_a_first_look_takes_seconds_of_any_partition():
     config = load_config("tiny")
     assert config.max_epoch_steps is not None and config.max_epoch_steps * config.epochs <= 200
