@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export RAW DT DATASET STAGE CONFIG TARGET_DAYS LOOKBACK_DAYS EVALUATION_DAYS MAX_HISTORY WARM_START ON_WARNING WORKERS REASON BY KEEP FROM ACTION VERSION
 export LONGVIEW_VENV := $(abspath $(VENV))
 
-.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu compare claims validate let-through release prune lint up down backup restore lock clean
+.PHONY: help setup data run test readme test-slow bench-etl bench-train bench-multigpu compare claims validate let-through release reproduce prune lint up down backup restore lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ let-through: setup ## let a partition that a gate stopped through, once: STAGE=e
 release: setup ## by hand: ACTION=rollback, ACTION=promote VERSION=N, ACTION=refuse VERSION=N, ACTION=list; DATASET=name REASON="why" BY=name
 	@$(PY) -m evaluation.release.by_hand "$$ACTION" --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
 		--runs "$${LONGVIEW_RUNS:-$${LONGVIEW_HOME:-var}/runs}" $${VERSION:+--version "$$VERSION"} --reason "$$REASON" $${BY:+--by "$$BY"} $(ARGS)
+
+reproduce: setup ## train a registered version again from its tags alone, and print the same metrics: VERSION=N DATASET=name
+	@$(PY) -m evaluation.release.reproduce --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \
+		--version "$$VERSION" $(ARGS)
 
 prune: setup ## remove what is no longer current and as old as the definition says: DATASET=name; ARGS=--dry-run shows it with sizes
 	@$(PY) -m evaluation.prune --dataset "$${DATASET:-kuairand_simulated}" --warehouse "$${LONGVIEW_WAREHOUSE:-$${LONGVIEW_HOME:-var}/warehouse}" \

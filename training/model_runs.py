@@ -30,8 +30,10 @@ def model_runs(run: Run, names: Iterable[str]) -> dict[str, str]:
     if missing := [name for name in names if name not in found]:
         tags = {key: value for key, value in run.data.tags.items() if key not in OF_THE_ATTEMPT}
         for name in missing:
-            own = {PARENT_TAG: run.info.run_id, MODEL_TAG: name, NAME_TAG: f"{tags[PARTITION_TAG]} {name}"}
-            client.create_run(run.info.experiment_id, tags=tags | own)
+            dt = tags[PARTITION_TAG]
+            own = {PARENT_TAG: run.info.run_id, MODEL_TAG: name, NAME_TAG: f"{dt} {name}"}
+            about = {NOTE_TAG: f"`{name}`, trained on the days before {dt} and judged on that day."}
+            client.create_run(run.info.experiment_id, tags=tags | own | about)
         found = _by_model(client, run)
     return {name: found[name] for name in names}
 

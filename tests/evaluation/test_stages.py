@@ -106,6 +106,7 @@ def shown_as_users_of_mlflow_expect(run: Run, evaluation: dict, version: ModelVe
         expected |= {key: row["calibration"][key] for key in ("ece", "expected_ratio")}
         assert expected == {key: pytest.approx(one.data.metrics[key]) for key in expected}
         assert (one.info.run_name, one.data.tags["pipeline.partition"]) == (f"{DT} {name}", DT)
+        assert one.data.tags[NOTE_TAG] == f"`{name}`, trained on the days before {DT} and judged on that day."
         assert [metric.step for metric in client.get_metric_history(one.info.run_id, "auc")][-1] == 20220421
         assert [output.model_id for output in one.outputs.model_outputs] == [model.model_id]
         assert model.source_run_id == one.info.run_id and model.tags["data.snapshot_digest"]
