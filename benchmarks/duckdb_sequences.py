@@ -54,8 +54,8 @@ def sequences_sql(events: str, items: str, users: str, definition: DatasetDefini
         f"(watch_time_ms::DOUBLE / duration_ms >= {edge}::DOUBLE)::TINYINT" for edge in WATCH_RATIO_EDGES
     )
     watch = f"(CASE WHEN duration_ms <= 0 THEN 0 WHEN watch_time_ms <= 0 THEN 1 ELSE 2 + {passed} END)::TINYINT"
-    event = f"{{i: item_index, t: event_time_ms, f: feedback, w: {watch}, c: context, e: earlier}}"
-    apart = ", ".join(f"list_transform(events, lambda x: x.{name}) AS {name}" for name in "itfwce")
+    event = f"{{i: item_index, t: event_time_ms, f: feedback, w: {watch}, c: context, r: is_random, e: earlier}}"
+    apart = ", ".join(f"list_transform(events, lambda x: x.{name}) AS {name}" for name in "itfwcre")
     fields = ", ".join(f"coalesce({name}, '')" for name in definition.user_fields)
     none = ", ".join("''" for _ in definition.user_fields)
     return f"""
@@ -72,7 +72,7 @@ def sequences_sql(events: str, items: str, users: str, definition: DatasetDefini
             f[trimmed + 1 : seen] AS history_feedback, w[trimmed + 1 : seen] AS history_watch_bucket,
             i[before + 1 :] AS target_item_index, t[before + 1 :] AS target_time_ms,
             list_transform(f[before + 1 :], lambda x: ((x >> {definition.label_bit}) & 1)::TINYINT) AS target_label,
-            c[before + 1 :] AS target_context,
+            c[before + 1 :] AS target_context, r[before + 1 :] AS target_is_random,
             list_transform(t[before + 1 :], lambda x: (
                 CASE WHEN x >= {first_evaluation_ms} THEN {EVALUATION} ELSE {TRAIN} END)::TINYINT) AS target_split,
             list_transform(e[before + 1 :], lambda x: x - trimmed) AS target_history_end

@@ -31,7 +31,8 @@ def main() -> None:
     targets, scores = drawn(args.targets, args.users, args.models)
     before = peak_gb()
     began, worked = time.perf_counter(), time.process_time()
-    found = compare(targets, scores, "model_0", {})  # type: ignore[arg-type]
+    nowhere = np.zeros(args.targets, bool)  # random traffic
+    found = compare(targets, scores, "model_0", {}, nowhere)  # type: ignore[arg-type]
     figures = {name: found["models"][0][name] for name in ("auc", "auc_low", "auc_high", "gauc", "logloss", "users")}
     measured = {
         "targets": args.targets,

@@ -24,7 +24,7 @@ from etl.warehouse.store import TableStore
 LENGTH = 10_000
 SPARE = 900  # users differ in what chance puts before their first target
 HISTORY = ("history_item_index", "history_time_ms", "history_feedback", "history_watch_bucket")
-TARGET = ("target_item_index", "target_time_ms", "target_label", "target_context", "target_split")
+TARGET = ("target_item_index", "target_time_ms", "target_label", "target_context", "target_is_random", "target_split")
 DELTA = {
     "history_time_ms.list.element": "DELTA_BINARY_PACKED",
     "target_time_ms": "DELTA_BINARY_PACKED",
@@ -38,6 +38,7 @@ CODES = [
     "target_item_index",
     "target_label",
     "target_context",
+    "target_is_random",
     "target_split",
 ]
 

@@ -163,6 +163,7 @@ def make_data(users: int, length: int, items: int, config: TrainConfig) -> Train
             "target_time_ms": times[user],
             "target_label": label[user].astype(int),
             "target_context": np.ones(length, int),
+            "target_is_random": np.zeros(length, bool),
             "target_split": np.full(length, TRAIN),
             "target_history_end": np.searchsorted(times[user], times[user] // MS_PER_DAY * MS_PER_DAY),
         }
@@ -202,6 +203,7 @@ def write_partition(path: Path, users: int, length: int, targets: int, items: in
         "target_time_ms": np.take_along_axis(times, ends - 1, 1) + 1,
         "target_label": rng.integers(0, 2, (users, targets)),
         "target_context": np.ones((users, targets)),
+        "target_is_random": np.zeros((users, targets)),
         "target_split": np.broadcast_to(split, (users, targets)),
         "target_history_end": ends,
     }

@@ -6,6 +6,7 @@ Write one table with intervals.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from etl.quality.measure.scores import Scores
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
+from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import Manifest, TableStore
 from evaluation.log_evaluation import log_evaluation, table
 from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, thirds
@@ -100,7 +102,7 @@ def evaluate(
         "auc_seed_sd": training["config"].get("auc_seed_sd"),
         "primary": training["primary"],
         "digests": digests,
-        **compare(targets, scores, training["primary"], served),
+        **compare(targets, scores, training["primary"], served, by_chance(sequences)),
         "rows": _ingested(store, sequences_manifest),
     }
     write_json(run_dir, "evaluation.json", evaluation)
@@ -138,7 +140,8 @@ def judge_again(
     items, sequences = store.read(store.require("items", args.dt)), store.read(manifest)
     served, served_scores = score_served(registry, args, items, sequences)
     scores |= served_scores
-    evaluation = read_evaluation(run_dir) | compare(targets, scores, training["primary"], served)
+    judged = compare(targets, scores, training["primary"], served, by_chance(sequences))
+    evaluation = read_evaluation(run_dir) | judged
     write_scores(run_dir, targets, scores)
     write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
@@ -246,8 +249,33 @@ def _scored(
         return known | {"warning": reason[:500]}, None
 
 
-def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str, served: dict[str, dict]) -> dict:
-    """Return the `models`, `champion`, `anchor`, `paired` and `slices` entries of evaluation.json."""
+def by_chance(sequences: pa.Table) -> np.ndarray:
+    """Say which evaluation targets random traffic exposed, bool [T], in the order that they are scored in.
+
+    A partition that was published before the column was there does not say: none then.
+    """
+
+    def flat(name: str) -> np.ndarray:
+        return sequences[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+    judged = flat("target_split") == EVALUATION
+    if "target_is_random" not in sequences.column_names:
+        return np.zeros(judged.sum(), bool)
+    return flat("target_is_random")[judged]
+
+
+def compare(
+    targets: ScoredTargets,
+    scores: dict[str, np.ndarray],
+    primary: str,
+    served: dict[str, dict],
+    is_random: np.ndarray,
+) -> dict:
+    """Return the `models`, `champion`, `anchor`, `paired`, `slices` and `exposures` entries of evaluation.json.
+
+    Args:
+        is_random: bool [T], as `by_chance` says.
+    """
     label, user = targets.label, targets.user_id
     bootstrap = Bootstrap(user, label, scores, RESAMPLES)
     rows = {}
@@ -279,6 +307,7 @@ def compare(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str,
         **others,
         "paired": paired,
         "slices": length_slices(targets, scores, primary),
+        "exposures": exposure_slices(targets, is_random, scores, primary),
     }
 
 
@@ -320,6 +349,39 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary
             }
         )
     return slices
+
+
+def exposure_slices(
+    targets: ScoredTargets, is_random: np.ndarray, scores: dict[str, np.ndarray], primary: str
+) -> list[dict]:
+    """Metrics on the targets that random traffic exposed, and on the others; none where random traffic exposed none.
+
+    What a recommender showed says how a model ranks its choices; what chance showed says how it ranks any items.
+    """
+    parts = []
+    for exposure, rows in (("random", is_random), ("standard", ~is_random)):
+        if not is_random.any() or not rows.any():
+            continue
+        here = {name: of[rows] for name, of in scores.items()}
+        bootstrap = Bootstrap(targets.user_id[rows], targets.label[rows], here, RESAMPLES)
+        models: dict[str, dict[str, float]] = {name: {} for name in scores}
+        for name, metric in itertools.product(scores, Bootstrap.METRICS):
+            interval = bootstrap.interval(name, metric)
+            models[name] |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        parts.append(
+            {
+                "exposure": exposure,
+                "targets": int(rows.sum()),
+                "users": bootstrap.users,
+                "models": models,
+                "paired": {
+                    f"{primary}_minus_{name}": asdict(bootstrap.difference(primary, name, "auc"))
+                    for name in scores
+                    if name != primary
+                },
+            }
+        )
+    return parts
 
 
 def _ingested(store: TableStore, sequences: Manifest) -> dict[str, int]:

@@ -42,6 +42,11 @@ def table(evaluation: dict) -> str:
     for name, metrics in evaluation["paired"].items():
         value, low, high = (cell(metrics["auc"][key]) for key in ("value", "low", "high"))
         lines.append(f"AUC {name.replace('_minus_', ' minus ')}: {value}, 95 % interval {low}..{high}")
+    for part in evaluation["exposures"]:
+        own = part["models"][evaluation["primary"]]
+        interval = f"95 % interval {cell(own['auc_low'])}..{cell(own['auc_high'])}"
+        exposed = f"{part['targets']:,} targets of {part['users']:,} users by {part['exposure']} exposure"
+        lines.append(f"AUC of {evaluation['primary']} on {exposed}: {cell(own['auc'])}, {interval}")
     for alias in (CHAMPION, ANCHOR):
         if (other := evaluation.get(alias)) and other["warning"]:
             lines.append(f"warning: {alias} version {other['version']} is not compared: {other['warning']}")
@@ -107,6 +112,9 @@ def figures_of_attempt(evaluation: Mapping[str, Any]) -> dict[str, float | None]
             figures |= figures_of(row)
         elif row["name"] in (CHAMPION, ANCHOR):
             figures |= {f"{row['name']}/{metric}": value for metric, value in figures_of(row).items()}
+    for part in evaluation["exposures"]:
+        own = part["models"][evaluation["primary"]]
+        figures |= {f"{part['exposure']}_exposure/{metric}": own[metric] for metric in Bootstrap.METRICS}
     return figures | {f"{name}/auc": value["auc"]["value"] for name, value in evaluation["paired"].items()}
 
 

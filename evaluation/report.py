@@ -69,7 +69,8 @@ def report_page(
         f"<h2>Models</h2>{_models(rows)}"
         f'<div class="plots">{_intervals(rows, evaluation["best_auc"])}{_reliability(rows)}</div>'
         f"<h2>Differences, paired by user</h2>{_differences(evaluation)}"
-        f"<h2>By length of the history</h2>{_slices(evaluation)}{_over_days(days or {}, [row['name'] for row in rows])}"
+        f"<h2>By length of the history</h2>{_slices(evaluation)}{_exposures(evaluation)}"
+        f"{_over_days(days or {}, [row['name'] for row in rows])}"
         f"{_probe(metrics)}<h2>Where it came from</h2>{_lineage(tags)}",
     )
 
@@ -154,6 +155,21 @@ def _slices(evaluation: Mapping[str, Any]) -> str:
         for name, of in part["models"].items()
     ]
     return table(("histories", "model", "AUC", "GAUC", "log loss"), lines)
+
+
+def _exposures(evaluation: Mapping[str, Any]) -> str:
+    lines = [
+        _row(
+            f"{part['exposure']}, {part['targets']:,} targets of {part['users']:,} users",
+            [escape(name), *(value for m in Bootstrap.METRICS for value in (cell(of[m]), _range(of, f"{m}_")))],
+        )
+        for part in evaluation["exposures"]
+        for name, of in part["models"].items()
+    ]
+    if not lines:
+        return ""
+    columns = ("exposed by", "model", "AUC", "95 %", "GAUC", "95 %", "log loss", "95 %")
+    return f"<h2>By what exposed the target</h2>{table(columns, lines)}"
 
 
 def _probe(metrics: Mapping[str, float]) -> str:

@@ -146,7 +146,8 @@ class Targets:
 
     Attributes:
         owner: int64 [T], position of its user, ascending. item: int32 [T]. time_ms: int64 [T]. split: int8 [T].
-        context: int16 [T]. label: int8 [T]. end: int64 [T], stored events of the user that lie before its cut-off.
+        context: int16 [T]. is_random: bool [T]. label: int8 [T].
+        end: int64 [T], stored events of the user that lie before its cut-off.
     """
 
     owner: np.ndarray
@@ -154,6 +155,7 @@ class Targets:
     time_ms: np.ndarray
     split: np.ndarray
     context: np.ndarray
+    is_random: np.ndarray
     label: np.ndarray
     end: np.ndarray
 
@@ -166,10 +168,11 @@ class Targets:
         wide = np.concatenate([self.item[:, None], drawn], 1)
         there = wide >= 0
         label = (np.arange(wide.shape[1]) == 0).astype(np.int8) * np.ones((len(wide), 1), np.int8)
-        owner, time_ms, split, context, end = (
-            np.repeat(v, there.sum(1)) for v in (self.owner, self.time_ms, self.split, self.context, self.end)
+        owner, time_ms, split, context, is_random, end = (
+            np.repeat(v, there.sum(1))
+            for v in (self.owner, self.time_ms, self.split, self.context, self.is_random, self.end)
         )
-        return Targets(owner, wide[there], time_ms, split, context, label[there], end)
+        return Targets(owner, wide[there], time_ms, split, context, is_random, label[there], end)
 
 
 def _logged_targets(
@@ -177,9 +180,10 @@ def _logged_targets(
 ) -> Targets:
     feedback, bit = owned.feedback[target], definition.label_bit
     label = np.ones(len(target), np.int8) if bit is None else (feedback >> bit & 1).astype(np.int8)
-    context = events["context"].to_numpy()[owned.row][target]
+    row = owned.row[target]
+    context, is_random = (events[name].to_numpy()[row] for name in ("context", "is_random"))
     owner, item, time_ms = owned.owner[target], owned.item[target], owned.time_ms[target]
-    return Targets(owner, item, time_ms, owned.split[target], context, label, end)
+    return Targets(owner, item, time_ms, owned.split[target], context, is_random, label, end)
 
 
 def _positives(targets: Targets, user_id: np.ndarray) -> Positives:
@@ -218,6 +222,7 @@ def _table(
             "target_time_ms": lists(targets.time_ms, target_start, pa.int64()),
             "target_label": lists(targets.label, target_start, pa.int8()),
             "target_context": lists(targets.context, target_start, pa.int16()),
+            "target_is_random": lists(targets.is_random, target_start, pa.bool_()),
             "target_split": lists(targets.split, target_start, pa.int8()),
             "target_history_end": lists(targets.end.astype(np.int32), target_start, pa.int32()),
         },

@@ -62,6 +62,7 @@ SEQUENCES = pa.schema(
             "target_label", pa.list_(pa.int8()), nullable=False
         ),  # 1 = the label signal happened; 0 for sampled items
         pa.field("target_context", pa.list_(pa.int16()), nullable=False),
+        pa.field("target_is_random", pa.list_(pa.bool_()), nullable=False),  # see EVENTS; a sampled one as its positive
         pa.field("target_split", pa.list_(pa.int8()), nullable=False),  # TRAIN, VALIDATION or EVALUATION
         pa.field("target_history_end", pa.list_(pa.int32()), nullable=False),
     ]

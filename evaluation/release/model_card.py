@@ -43,6 +43,7 @@ def model_card(
         _decision(definition, evaluation, tags),
         f"### On its day\n\n{markdown_table(evaluation)}\n\n{_comparisons(evaluation)}",
         _slices(evaluation),
+        _exposures(evaluation),
         "### Limits\n\n" + "\n".join(f"* {line}" for line in _limits(definition, evaluation)),
         _lineage(training, tags),
         _request(definition),
@@ -84,6 +85,19 @@ def _slices(evaluation: Mapping[str, Any]) -> str:
         own = part["models"][evaluation["primary"]]
         values = " | ".join(cell(own[name]) for name in ("auc", "gauc", "logloss"))
         lines.append(f"| {part['low']:,} to {part['high']:,} | {part['targets']:,} | {values} |")
+    return "\n".join(lines)
+
+
+def _exposures(evaluation: Mapping[str, Any]) -> str:
+    if not evaluation["exposures"]:
+        return ""
+    lines = ["### By what exposed the target", "", "| exposed by | targets | AUC | 95 % | GAUC | log loss |"]
+    lines.append("|---|---|---|---|---|---|")
+    for part in evaluation["exposures"]:
+        own = part["models"][evaluation["primary"]]
+        interval = f"{cell(own['auc_low'])} to {cell(own['auc_high'])}"
+        values = " | ".join((cell(own["auc"]), interval, cell(own["gauc"]), cell(own["logloss"])))
+        lines.append(f"| {part['exposure']} | {part['targets']:,} | {values} |")
     return "\n".join(lines)
 
 

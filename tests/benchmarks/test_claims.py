@@ -121,6 +121,7 @@ def test_a_target_sees_no_more_than_the_pipeline_would_show_it(tmp_path):
                 "target_time_ms": [2, 4],
                 "target_label": [0, 1],
                 "target_context": [0, 0],
+                "target_is_random": [False, False],
                 "target_split": [0, 2],
                 "target_history_end": [1, 3],
             }.items()

@@ -93,6 +93,8 @@ def test_different_sequences_are_told_apart(tmp_path):
             if not pa.types.is_list(field.type)
             else [["a"], ["b"]]
             if field.name == "user_fields"
+            else [[True, False], [True]]
+            if field.name == "target_is_random"
             else [[3, 4], [5]]
         )
         for field in SEQUENCES

@@ -33,6 +33,7 @@ def evaluation(users: int = 900) -> dict[str, Any]:
         "champion": None,
         "anchor": None,
         "paired": {"vql_minus_mean_pooling": {"auc": {"value": 0.1, "low": 0.08, "high": 0.12}}},
+        "exposures": [],
         "slices": [{"low": 1, "high": 1_234, "targets": 5_000, "models": {"vql": figures}}],
     }
 
@@ -66,6 +67,15 @@ def test_what_the_data_cannot_say_stands_among_the_limits():
     assert "SIMULATED data: no figure says anything about users" in card
     assert "fewer than 30 users" in card
     assert "negatives are sampled" in model_card(dataset("tmall"), {"seed": 7}, simulated, TAGS)
+
+
+def test_a_card_says_what_random_traffic_says_where_there_is_some():
+    card = model_card(dataset("kuairand"), {"seed": 7}, evaluation(), TAGS)
+    assert "exposed" not in card
+    own = evaluation()["models"][0] | {"auc": 0.61}
+    parts = [{"exposure": "random", "targets": 1_200, "models": {"vql": own}}]
+    card = model_card(dataset("kuairand"), {"seed": 7}, evaluation() | {"exposures": parts}, TAGS)
+    assert "| random | 1,200 | 0.6100 | 0.7000 to - | 0.6500 | 0.6000 |" in card
 
 
 def test_a_long_card_is_cut_to_what_a_database_of_mlflow_takes_and_says_so():

@@ -51,7 +51,8 @@ def judged(
     scores = {name: score[rows] for name, score in given.items() if score is not None}
     served = {name: {"version": str(n), "warning": None} for n, name in enumerate(("anchor", "champion"), 1)}
     served = {name: known for name, known in served.items() if name in scores}
-    return evaluate.compare(targets, scores, "vql", served) | {"auc_seed_sd": SEED_SD}  # type: ignore[arg-type]
+    random = np.zeros(rows.sum(), bool)
+    return evaluate.compare(targets, scores, "vql", served, random) | {"auc_seed_sd": SEED_SD}  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

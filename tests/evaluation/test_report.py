@@ -7,9 +7,12 @@ import xml.dom.minidom
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from evaluation.evaluate import compare
+from evaluation.evaluate import by_chance, compare
+from evaluation.log_evaluation import figures_of_attempt, table
+from evaluation.metrics import auc
 from evaluation.report import report_page
 from training.scoring import ScoredTargets
 
@@ -17,16 +20,23 @@ TAGS = {"pipeline.partition": "2022-04-21", "airflow.run_url": "javascript:alert
 
 
 @pytest.fixture(scope="module")
-def evaluation() -> dict[str, Any]:
+def scored() -> tuple[ScoredTargets, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     user, label = np.repeat(np.arange(40), 10), rng.integers(0, 2, 400)
     scores = {name: np.clip(0.5 + w * (label - 0.5) + rng.normal(0, 0.2, 400), 0.01, 0.99) for name, w in WEIGHTS}
     targets = ScoredTargets(user, user, user, label, user + 1, scores["vql"])
+    return targets, scores
+
+
+@pytest.fixture(scope="module")
+def evaluation(scored) -> dict[str, Any]:
+    targets, scores = scored
     served = {"champion": {"version": "3", "partition": "2022-04-20", "attempt": "a", "warning": None}}
-    found = compare(targets, scores, "vql", served)
+    found = compare(targets, scores, "vql", served, RANDOM)
     return {"dt": "2022-04-21", "dataset": "own", "simulated": True, "best_auc": 0.9, "primary": "vql", **found}
 
 
+RANDOM = np.arange(400) % 4 == 0
 WEIGHTS = (("vql", 0.3), ("mean_pooling", 0.1), ("champion", 0.2))
 
 
@@ -39,6 +49,9 @@ def test_the_page_has_every_model_interval_slice_and_drawing_and_needs_nothing_b
     assert "vql minus champion" in page
     assert page.count(" events, ") == len(evaluation["slices"]) * 3
     assert "0.1069" in page and "train_loss" not in page
+    for part, targets in zip(evaluation["exposures"], (100, 300), strict=True):
+        assert f"{part['exposure']}, {targets} targets of 40 users" in page
+        assert all(f"{of['auc_low']:.4f} to {of['auc_high']:.4f}" in page for of in part["models"].values())
     drawings = re.findall("<svg.*?</svg>", page)
     assert len(drawings) == 2
     for drawing in drawings:
@@ -61,6 +74,40 @@ def test_every_model_is_one_line_over_the_partitions(evaluation):
     assert "0.5300 (0.5200 to -)" in section and "<b>" not in section and section.count("<tr>") == 11
     assert section.index("2022-04-10") < section.index("2022-04-09")  # the newest is on top
     assert "Over the partitions" not in report_page(evaluation, {}, TAGS, {"vql": {"2022-04-01": (0.5, None, None)}})
+
+
+def test_what_chance_showed_is_measured_beside_what_a_recommender_did(scored):
+    targets, scores = scored
+    found = compare(targets, scores, "vql", {}, RANDOM)
+    random, standard = found["exposures"]
+    assert (random["exposure"], standard["exposure"]) == ("random", "standard")
+    assert random["targets"] + standard["targets"] == found["models"][0]["targets"] == 400
+    for part, rows in ((random, RANDOM), (standard, ~RANDOM)):
+        for name, of in part["models"].items():
+            assert of["auc"] == pytest.approx(auc(targets.label[rows], scores[name][rows]))
+            assert of["auc_low"] < of["auc"] < of["auc_high"]
+        assert part["paired"]["vql_minus_champion"]["value"] == pytest.approx(
+            part["models"]["vql"]["auc"] - part["models"]["champion"]["auc"]
+        )
+    evaluated = {"simulated": True, "dt": "2022-04-21", "dataset": "own", "best_auc": None, "primary": "vql", **found}
+    assert f"100 targets of 40 users by random exposure: {random['models']['vql']['auc']:.4f}" in table(evaluated)
+    assert figures_of_attempt(evaluated)["random_exposure/auc"] == random["models"]["vql"]["auc"]
+
+
+def test_which_targets_chance_exposed_is_read_in_their_order_and_none_of_an_older_partition():
+    columns = {"target_split": [[0, 2, 2], [], [2, 0]], "target_is_random": [[True, False, True], [], [True, False]]}
+    sequences = pa.table(columns)
+    assert by_chance(sequences).tolist() == [False, True, True]
+    assert by_chance(sequences.slice(1)).tolist() == [True]
+    assert by_chance(sequences.drop_columns("target_is_random")).tolist() == [False] * 3
+
+
+def test_without_random_traffic_nothing_is_said_of_exposures(scored):
+    targets, scores = scored
+    found = compare(targets, scores, "vql", {}, np.zeros(400, bool))
+    assert found["exposures"] == []
+    whole = {"simulated": True, "dt": "2022-04-21", "dataset": "own", "best_auc": None, "primary": "vql", **found}
+    assert "exposure" not in table(whole) and "exposed" not in report_page(whole, {}, {})
 
 
 def test_what_is_not_known_is_no_error(evaluation):

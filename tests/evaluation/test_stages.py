@@ -50,6 +50,8 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert evaluation["rows"] == {"rows_read": 20, "events": 14, "duplicates": 4, "quarantined": 2}
     assert set(evaluation["paired"]) == {"vql_minus_softmax_attention", "vql_minus_mean_pooling"}
     assert evaluation["models"][0]["targets"] == 48 == sum(part["targets"] for part in evaluation["slices"])
+    assert {part["exposure"] for part in evaluation["exposures"]} == {"random", "standard"}
+    assert sum(part["targets"] for part in evaluation["exposures"]) == 48
     assert read_scores(runs.below(FIRST)).num_rows == 48
     assert "SIMULATED" in capsys.readouterr().out
     assert registration["gate"]["passed"], registration["gate"]

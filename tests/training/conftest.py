@@ -54,6 +54,7 @@ def random_partition(users: int = 6, items: int = 40, longest: int = 60, seed: i
                 "target_time_ms": target_times.tolist(),
                 "target_label": rng.integers(0, 2, 8).tolist(),
                 "target_context": rng.integers(-1, 15, 8).tolist(),
+                "target_is_random": [n == user % 8 for n in range(8)],
                 "target_split": np.where(target_times >= DAY_MS, EVALUATION, TRAIN).tolist(),
                 "target_history_end": np.searchsorted(times, target_times, side="left").tolist(),
             }

@@ -49,6 +49,7 @@ def planted() -> tuple[tuple[pa.Table, pa.Table], tuple[pa.Table, pa.Table]]:
             "target_time_ms": [*user["target_time_ms"], more["time_ms"]],
             "target_label": [*user["target_label"], number % 2],
             "target_context": [*user["target_context"], 99],
+            "target_is_random": [*user["target_is_random"], True],
             "target_split": [*user["target_split"], EVALUATION],
             "target_history_end": [*user["target_history_end"], len(user["history_time_ms"])],
         }

@@ -34,6 +34,7 @@ TARGET_LISTS = (
     "target_time_ms",
     "target_label",
     "target_context",
+    "target_is_random",
     "target_split",
     "target_history_end",
 )

@@ -15,8 +15,10 @@ from etl.datasets.definition import DatasetDefinition, dataset
 from etl.ingest.event_rows import EVENT, REFUSED, parse_split, write_day_bucket
 from etl.ingest.features import read_features
 from etl.ingest.raw import RawLocation, hashed_ids
+from etl.sequences.sequence_rows import sequence_rows
 from etl.warehouse.buckets import Layout
-from etl.warehouse.partitions import day_number
+from etl.warehouse.partitions import Window, day_number
+from etl.warehouse.schemas import EVENTS
 from etl.warehouse.store import TableStore
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,6 +53,22 @@ def test_kuairand_time_ms_counts_and_not_the_servers_clock(tmp_path):
     (tmp_path / "log_standard_4_08_to_4_21_x.csv").write_text(f"{KUAIRAND_HEADER}\n{row}\n")
     [event], refused = parsed(dataset("kuairand"), tmp_path, ["2022-04-08"])
     assert (event["event_time_ms"], event["duration_ms"], event["watch_time_ms"], refused) == (time_ms, 0, 5, [])
+
+
+def test_kuairands_random_log_is_read_beside_the_standard_one_and_its_targets_say_so(tmp_path):
+    at = 1_650_600_000_000  # 2022-04-22 04:00 UTC
+    for name, video, random in (("standard_4_22_to_5_08_1k", 2, 0), ("random_4_22_to_5_08_1k", 3, 1)):
+        row = f"1,{video},20220422,1200,{at + video},1,0,0,0,0,0,0,5,0,-1,-1,0,{random},1"
+        (tmp_path / f"log_{name}.csv").write_text(f"{KUAIRAND_HEADER}\n{row}\n")
+    rows, refused = parsed(dataset("kuairand"), tmp_path, ["2022-04-22"])
+    assert len(rows) == 2 and not refused
+    rows.sort(key=lambda row: row["event_time_ms"])
+    events = pa.Table.from_pylist([{name: row[name] for name in EVENTS.names} for row in rows], schema=EVENTS)
+    window = Window("2022-04-22", 2, 2)
+    [user] = sequence_rows(events, np.array([2, 3]), np.ones(2, np.int64), {}, window, dataset("kuairand"))[
+        0
+    ].to_pylist()
+    assert (user["target_item_index"], user["target_is_random"]) == ([0, 1], [False, True])
 
 
 # ---- KuaiRec
@@ -160,8 +178,6 @@ def test_tmall_days_without_year_or_leading_zero_empty_brands_and_action_codes(t
 
 
 def test_tmall_same_day_clicks_are_kept_and_never_each_others_history(tmp_path):
-    from etl.sequences.sequence_rows import sequence_rows
-    from etl.warehouse.partitions import Window
 
     tmall = dataset("tmall")
     tmall = tmall.model_copy(update={"targets": tmall.targets.model_copy(update={"min_events": 3})})
@@ -182,6 +198,7 @@ def test_tmall_same_day_clicks_are_kept_and_never_each_others_history(tmp_path):
             ("watch_time_ms", pa.int64()),
             ("duration_ms", pa.int64()),
             ("context", pa.int16()),
+            ("is_random", pa.bool_()),
         ]
     )
     rows.sort(key=lambda r: (r["event_time_ms"], r["item_id"]))

@@ -371,6 +371,7 @@ def user_rows() -> dict[str, list]:
         rows["target_time_ms"].append(targets)
         rows["target_label"].append([user % 2, (user // 2) % 2, 1 - user % 2])
         rows["target_context"].append([0, 1, -1])
+        rows["target_is_random"].append([False] * 3)
         rows["target_split"].append([TRAIN, EVALUATION, EVALUATION])
         rows["target_history_end"].append([2, 3, 4])
     return rows

@@ -47,6 +47,7 @@ def table(rows: list) -> pa.Table:
             columns[name].append(list(values))
         for name in ("target_item_index", "target_label", "target_context"):
             columns[name].append([0] * len(targets))
+        columns["target_is_random"].append([False] * len(targets))
     return pa.table(columns, schema=SEQUENCES)
 
 

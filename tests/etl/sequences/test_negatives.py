@@ -111,6 +111,7 @@ def test_own_history_gives_items_of_the_users_past():
     for j in range(2, len(row["target_label"]), 2):
         positive, negative = items[row["target_item_index"][j]], items[row["target_item_index"][j + 1]]
         assert 10 <= negative < positive
+        assert row["target_is_random"][j : j + 2] == [positive % 3 == 0] * 2
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -35,7 +35,7 @@ def events_table(rows: list[tuple[int, int, int, int]]) -> pa.Table:
             "watch_time_ms": [500] * n,
             "duration_ms": [1000] * n,
             "context": [1] * n,
-            "is_random": [False] * n,
+            "is_random": [i % 3 == 0 for i in item],
         },
         schema=EVENTS,
     )
@@ -137,12 +137,13 @@ def test_a_target_never_sees_its_own_page():
     assert row["target_history_end"] == [0, 1, 1, 1]
 
 
-def test_labels_and_items_follow_their_events():
+def test_labels_items_and_who_exposed_them_follow_their_events():
     now = FIRST_MS + 5 * MS_PER_DAY
     (table, _), items = build([(1, 30, now, 1), (1, 20, now + 1, 2), (2, 20, now, 3)])
     first, second = table.to_pylist()
     assert [items[i] for i in first["target_item_index"]] == [30, 20]
     assert (first["target_label"], second["target_label"]) == ([1, 0], [1])
+    assert (first["target_is_random"], second["target_is_random"]) == ([True, False], [False])
 
 
 def test_users_without_a_target_have_no_row():
