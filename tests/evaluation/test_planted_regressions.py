@@ -1,4 +1,7 @@
-"""Regressions planted into scores of a day of 400 users: each is stopped by its check, and equal retrains pass."""
+"""Regressions planted into scores of a day of 400 users: each is stopped by its check, and equal retrains pass.
+
+An export that is wrong in the third decimal: test_stages.py. Ten times slower: test_mechanical_gate.py.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,19 @@ def shuffled(score: np.ndarray) -> np.ndarray:
         (lambda: trained(1) ** 3, 2, "times the positives there are"),
         (lambda: 0.5 + 0.02 * (trained(1) - 0.5), 2, "log loss"),
         (lambda: np.full(len(TRUTH), np.nan), 2, "unknown"),
+        (lambda: np.where(np.arange(len(TRUTH)) == 777, np.nan, trained(1)), 2, "AUC minus champion's unknown"),
     ],
+    ids=(
+        "labels shuffled, no champion",
+        "labels shuffled",
+        "labels shuffled, against the floor",
+        "worse everywhere",
+        "probabilities too high",
+        "probabilities too low",
+        "probabilities of no use",
+        "no score is a number",
+        "one row is no number",
+    ),
 )
 def test_a_planted_regression_is_stopped_by_its_check(challenger, champion, reason):
     decision = quality_gate(judged(challenger(), champion and trained(champion)), "vql")
@@ -94,7 +109,9 @@ def test_a_planted_regression_is_stopped_by_its_check(challenger, champion, reas
     assert reason in decision.reason
 
 
-@pytest.mark.parametrize(("part", "events"), [(SHORT, "1 to 134"), (LONG, "268 to 400")])
+@pytest.mark.parametrize(
+    ("part", "events"), [(SHORT, "1 to 134"), (LONG, "268 to 400")], ids=("short histories", "long histories")
+)
 def test_a_loss_in_one_third_is_found_although_the_day_gains(part, events):
     found = judged(trained(1, np.where(part, 0.4, 0.0)), trained(2, 0.3))
     assert found["paired"]["vql_minus_champion"]["auc"]["low"] > 0
