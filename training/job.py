@@ -39,7 +39,7 @@ from training.model.ranker import Ranker
 from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
 from training.progress import Progress
-from training.registry import CHAMPION, ArtifactGone, Registry
+from training.registry import CHAMPION, Registry
 from training.resume import Checkpoint, Checkpoints, flat
 from training.scoring import request_of
 from training.system_metrics import system_metrics
@@ -252,15 +252,11 @@ def load_training_data(
     return TrainingData.of(sequences, items, config, known), items, cutoff, digests
 
 
-def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
-    """Return the address of the package to begin with.
+def champion_before(dataset: str, dt: str) -> str | None:
+    """Return the version in service, to begin with; None: there is none, or it is of this day or later.
 
-    A champion of this day or later would know what is to be predicted.
+    Such a one would know what is to be predicted.
     """
-    if wanted == "none":
-        return None
-    if wanted != "champion":
-        return wanted
     registry = Registry(dataset)
     version = registry.aliases().get(CHAMPION)
     if version is None:
@@ -270,11 +266,5 @@ def warm_start_package(wanted: str, dataset: str, dt: str) -> str | None:
     if partition >= dt:
         log(f"the champion is of partition {partition}, not earlier than {dt}: starting cold")
         return None
-    try:
-        package = registry.package(version)
-    except ArtifactGone as error:
-        raise StageError(
-            f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version"
-        ) from error
     log(f"starting from champion version {version} of partition {partition}")
-    return str(package)
+    return version

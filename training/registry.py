@@ -15,6 +15,7 @@ from training.tracking import ATTEMPT_TAG, PARTITION_TAG, asking_mlflow, set_tra
 CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"
 ANCHOR = "anchor"  # what no promotion may fall behind; evaluation.gate.anchor_after says when it moves
 DIGEST_TAG, SNAPSHOT_TAG = "model.digest", "data.snapshot_digest"
+WARM_START_TAG = "warm_start"  # what it began with: `none`, a version of the same model, or the address of a package
 PAGE = 1_000  # versions that are asked for at once
 # Of a package: what scores depend on. The example request is of the day that the model was trained on.
 EXAMPLE = "example_request.json"

@@ -24,10 +24,11 @@ from etl.stage.folder import Folder
 from etl.stage.worker_counts import worker_range
 from etl.warehouse.store import TableStore, code_version
 from training.config import TrainConfig, load_config
-from training.job import Job, train_all, warm_start_package
+from training.job import Job, champion_before, train_all
 from training.loop import Worker
 from training.model_runs import model_runs, parameters_of
 from training.ray_workers import train_with_ray
+from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import flat
 from training.run_folder import run_folder
 from training.tracking import NAME_TAG, asking_mlflow, attempt_run, entry, log_origin, run_name
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 TABLES = "sequences", "items"  # that a training reads
+BEGUN_FILE = "warm_start.json"  # says which version an attempt began with; its package lies beside it
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
     tags = _tags(args, config)
     with attempt_run(args.definition, args.dt, args.attempt, tags, required=False) as run:
         runs_of_models = _runs_of_models(run, config, store, args.dt)
-        warm_start = _within_reach(warm_start_package(args.warm_start, args.dataset, args.dt), run_dir)
+        warm_start, begun_with = begun_from(args.warm_start, args.dataset, args.dt, run_dir)
         job = Job(
             args.warehouse,
             args.dataset,
@@ -108,6 +110,7 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
         "models": summaries,
         "primary": next(iter(config.models)),
         "seed": config.seed,
+        "warm_start": begun_with,
         "mlflow_run_id": job.mlflow_run_id,
         "mlflow_experiment_id": run.info.experiment_id,
     }
@@ -130,6 +133,37 @@ def _runs_of_models(run: Run, config: TrainConfig, store: TableStore, dt: str) -
     for name, run_id in found.items():
         log_origin(run_id, parameters_of(config.deciding, name), store, inputs)
     return found
+
+
+def begun_from(wanted: str, dataset: str, dt: str, run_dir: Folder) -> tuple[str | None, str]:
+    """Return the address of the package to begin with, None for none, and what it is: `none`, the version of the
+    registered model, or the address that was given.
+
+    A try that follows begins with what the first one began with, whatever is champion by then.
+
+    Args:
+        wanted: `none`, `champion` or an address.
+
+    Raises:
+        StageError: the champion's files are gone.
+    """
+    if wanted != CHAMPION:
+        return (None, wanted) if wanted == "none" else (_within_reach(wanted, run_dir), wanted)
+    said = run_dir.read_text(BEGUN_FILE)
+    version = champion_before(dataset, dt) if said is None else json.loads(said)["version"]
+    if said is not None:
+        log(f"starting as the first try did: {'cold' if version is None else f'from version {version}'}")
+        return (None, "none") if version is None else (run_dir.address_of("warm_start"), version)
+    address = None
+    if version is not None:
+        try:
+            address = _within_reach(str(Registry(dataset).package(version)), run_dir)
+        except ArtifactGone as error:
+            raise StageError(
+                f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version"
+            ) from error
+    run_dir.write_text(BEGUN_FILE, json.dumps({"version": version}))  # last: the package is whole
+    return address, version or "none"
 
 
 def _within_reach(package: str | None, run_dir: Folder) -> str | None:

@@ -16,7 +16,7 @@ from etl.warehouse.store import TableStore, code_version
 from evaluation.evaluate import package_of, read_evaluation, read_training, task_of, write_json
 from evaluation.release.model_card import write_card
 from training.model_runs import has_files, logged_model, model_runs, show_in
-from training.registry import CHALLENGER, DIGEST_TAG, Registry, model_digest
+from training.registry import CHALLENGER, DIGEST_TAG, WARM_START_TAG, Registry, model_digest
 from training.run_folder import run_folder
 from training.tracking import ATTEMPT_TAG, PARTITION_TAG, URL_TAG, asking_mlflow, attempt_run
 
@@ -57,6 +57,7 @@ def main() -> None:
                 or store.require("sequences", args.dt).data_digest,
                 "mlflow.source.git.commit": run.data.tags.get("mlflow.source.git.commit") or code_version(),
                 "config_digest": training["config_digest"],
+                WARM_START_TAG: training.get("warm_start", "unknown"),
                 "simulated": str(args.definition.simulated).lower(),
                 **task_of(args.definition),
                 "validation_status": "pending",

@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from etl.datasets.arguments import dataset_parser
@@ -26,13 +26,14 @@ from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore
 from evaluation.figures import cell
 from evaluation.metrics import auc, gauc, logloss
-from training.registry import DIGEST_TAG, SNAPSHOT_TAG, Registry, model_digest
+from training.registry import DIGEST_TAG, SNAPSHOT_TAG, WARM_START_TAG, ArtifactGone, Registry, model_digest
 from training.scoring import load_scorer
 from training.tracking import PARTITION_TAG, ROOT
 
 ATTEMPT = "again"
 COMMAND_TAG, COMMIT_TAG = "pipeline.command", "mlflow.source.git.commit"
 DIGESTS = {"sequences": SNAPSHOT_TAG, "items": "data.items_digest"}  # table -> tag
+RESTORE = "restore the files of that version, or train it by hand with another copy of them and --warm-start"
 DIFFERENCE = 1e-6  # of a metric, to be the same: a version's tags have six places
 
 
@@ -41,9 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", required=True, help="of the registered model of the data set")
     args = parser.parse_args(argv)
     store = TableStore(args.warehouse, args.dataset)
-    tags = Registry(args.dataset).version(args.version).tags
+    registry = Registry(args.dataset)
+    tags = registry.version(args.version).tags
     dt = tags[PARTITION_TAG]
-    options = training_options(tags, args.version)
+    options = training_options(tags, args.version, registry.package)
     require_same_tables({table: store.require(table, dt).data_digest for table in DIGESTS}, tags, dt)
     with tempfile.TemporaryDirectory(prefix="longview-again-") as folder, _code_of(tags[COMMIT_TAG]) as code:
         _train(args, Path(folder), code, [*options, "--dt", dt])
@@ -71,11 +73,14 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def training_options(tags: Mapping[str, str], version: str) -> list[str]:
+def training_options(tags: Mapping[str, str], version: str, package_of: Callable[[str], Path]) -> list[str]:
     """Return the options of the training that decide the weights, from the version's tags.
 
+    Args:
+        package_of: returns the package of another version, which this one may have begun with.
+
     Raises:
-        StageError: the tags do not say it, or it began with the weights of another model.
+        StageError: the tags do not say it, or what it began with is gone.
     """
     if COMMAND_TAG not in tags:
         raise StageError(
@@ -86,12 +91,22 @@ def training_options(tags: Mapping[str, str], version: str) -> list[str]:
     for name in ("--config", "--models", "--seed", "--workers", "--warm-start"):
         parser.add_argument(name)
     known, _ = parser.parse_known_args(shlex.split(tags[COMMAND_TAG]))
-    if known.warm_start not in (None, "none"):
+    begun = None if known.warm_start in (None, "none") else tags.get(WARM_START_TAG, "unknown")
+    if begun == "unknown":
         raise StageError(
-            f"version {version} began with the weights of another model (--warm-start {known.warm_start})",
-            "train it by hand with --warm-start and the package of that model",
+            f"version {version} began with the weights of another model and does not say of which"
+            f" (--warm-start {known.warm_start}, no tag {WARM_START_TAG})",
+            "it is of an earlier release: train it by hand with --warm-start and the package of that model",
         )
+    if begun is not None and begun.isdigit():
+        try:
+            begun = str(package_of(begun))
+        except ArtifactGone as gone:
+            raise StageError(f"version {version} began with the weights of version {begun}: {gone}", RESTORE) from gone
+    elif begun is not None and os.path.exists(begun):
+        begun = os.path.abspath(begun)  # the training works in another folder
     given = {"--config": known.config, "--models": known.models, "--seed": known.seed, "--workers": known.workers}
+    given["--warm-start"] = None if begun == "none" else begun
     return [word for name, value in given.items() if value is not None for word in (name, value)]
 
 

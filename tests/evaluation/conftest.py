@@ -101,6 +101,7 @@ class Stages:
             "models": models,
             "primary": "vql",
             "seed": seed,
+            "warm_start": "none",
             "mlflow_run_id": run_id,
         }
         folder.write_text("training.json", json.dumps(training))

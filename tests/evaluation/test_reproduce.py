@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,29 +12,48 @@ from etl.stage.errors import GateError, StageError
 from evaluation.release import reproduce
 from evaluation.release.reproduce import require_same_tables, side_by_side, training_options
 from tests.evaluation.conftest import DATASET, DT
-from training.registry import Registry
+from training.registry import ArtifactGone, Registry
 from training.tracking import ROOT
 
 COMMAND = "python -m training.train --dataset kuairand --warehouse '/a b/w' --dt 2022-04-21 --attempt a --runs r"
 
 
 def test_the_options_that_decide_weights_come_from_the_tags_and_no_others():
-    assert training_options({"pipeline.command": f"{COMMAND} --config tiny --workers=0 --seed 8"}, "3") == (
-        ["--config", "tiny", "--seed", "8", "--workers", "0"]
-    )
-    assert training_options({"pipeline.command": f"{COMMAND} --warm-start none"}, "3") == []
+    tags = {"pipeline.command": f"{COMMAND} --config tiny --workers=0 --seed 8"}
+    assert training_options(tags, "3", package_of) == ["--config", "tiny", "--seed", "8", "--workers", "0"]
+    assert training_options({"pipeline.command": f"{COMMAND} --warm-start none"}, "3", package_of) == []
+
+
+@pytest.mark.parametrize(
+    ("begun", "options"),
+    [("2", ["--warm-start", "/packages/2"]), ("none", []), ("s3://b/p", ["--warm-start", "s3://b/p"])],
+)
+def test_a_warm_start_begins_with_what_the_version_began_with(begun, options):
+    """`--warm-start champion` says nothing of which version that was, or whether there was one."""
+    tags = {"pipeline.command": f"{COMMAND} --warm-start champion", "warm_start": begun}
+    assert training_options(tags, "3", package_of) == options
+
+
+def package_of(version: str) -> Path:
+    if version != "2":
+        raise ArtifactGone(f"the files of version {version} are gone")
+    return Path("/packages/2")
 
 
 @pytest.mark.parametrize(
     ("tags", "what"),
     [
         ({}, "version 3 does not say how it was trained"),
-        ({"pipeline.command": f"{COMMAND} --warm-start champion"}, "began with the weights of another model"),
+        ({"pipeline.command": f"{COMMAND} --warm-start champion"}, "and does not say of which"),
+        (
+            {"pipeline.command": f"{COMMAND} --warm-start champion", "warm_start": "1"},
+            "began with the weights of version 1: the files of version 1 are gone",
+        ),
     ],
 )
 def test_what_cannot_be_repeated_is_refused(tags, what):
     with pytest.raises(StageError, match=what):
-        training_options(tags, "3")
+        training_options(tags, "3", package_of)
 
 
 def test_other_tables_than_the_versions_are_named():

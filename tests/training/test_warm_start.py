@@ -6,6 +6,7 @@ Every known item keeps its row and its scores, new ones get rows behind, and a m
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 
 import training.job
+import training.train
 from etl.stage.errors import StageError
+from etl.stage.folder import Folder
 from etl.warehouse.schemas import EVALUATION
 from tests.training.conftest import random_partition
 from training.config import ModelConfig, VocabularyConfig
 from training.data import Joined, Sequences, make_batch
 from training.model.ranker import FieldSizes, Ranker
 from training.package import Cutoff, inherit, load_package, save_package
+from training.train import begun_from
 from training.vocabulary import Vocabulary
 
 CONFIG = ModelConfig(codes=8, heads=2, groups=2, head_width=8, mlp=(16,))
@@ -81,8 +85,28 @@ def test_only_a_champion_of_an_earlier_day_is_started_from(monkeypatch, partitio
     registry = SimpleNamespace(
         aliases=lambda: {"champion": "3"} if partition else {},
         version=lambda v: version,
-        package=lambda v: f"/packages/{v}",
     )
     monkeypatch.setattr(training.job, "Registry", lambda dataset: registry)
-    assert training.job.warm_start_package("champion", "kuairand", "2022-04-21") == ("/packages/3" if warm else None)
+    assert training.job.champion_before("kuairand", "2022-04-21") == ("3" if warm else None)
     assert EVALUATION == 2
+
+
+@pytest.mark.parametrize("champions", [("3", "4"), (None, "4")])
+def test_a_retry_begins_with_what_the_first_try_began_with_whatever_is_champion_by_then(
+    monkeypatch, tmp_path, champions
+):
+    """Else its checkpoints would be refused: they are of a training with another warm start."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "model.safetensors").write_bytes(b"weights")
+    registry = SimpleNamespace(package=lambda version: tmp_path / "package")
+    monkeypatch.setattr(training.train, "Registry", lambda dataset: registry)
+    found = []
+    for champion in champions:
+        monkeypatch.setattr(training.train, "champion_before", lambda dataset, dt, now=champion: now)
+        found.append(begun_from("champion", "kuairand", "2022-04-21", Folder(str(tmp_path / "run"), "--runs")))
+    address, name = found[0]
+    assert found[1] == found[0] and name == (champions[0] or "none")
+    if champions[0]:
+        assert Path(address, "model.safetensors").read_bytes() == b"weights"
+    else:
+        assert address is None
