@@ -29,7 +29,7 @@ from training.data import Sequences
 from training.loop import Training, TrainingData, Worker, train_model
 from training.recorded_steps import most_rows
 
-WARM_STEPS, EXCHANGES = 20, 20
+WARM_STEPS, EXCHANGES = 200, 20
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=32, help="of a batch of one GPU")
     parser.add_argument("--length", type=int, default=4_096)
     parser.add_argument("--targets", type=int, default=64, help="of a visit")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--table-learning-rate", type=float, help="move ids by row-wise Adagrad; default: by AdamW")
     args = parser.parse_args()
     counts = [int(count) for count in args.gpus.split(",")]
@@ -109,7 +109,7 @@ def _work(
     config = dataclasses.replace(
         load_config("default"), models={name: ModelConfig(interest=name, dropout=0.0)}, users_per_step=users_per_step,
         targets_per_visit=args.targets, table_learning_rate=args.table_learning_rate,
-        epochs=1, warmup_steps=WARM_STEPS // 2, min_epoch_steps=args.steps,
+        epochs=1, warmup_steps=10, min_epoch_steps=args.steps,
     )  # fmt: skip
     data = _data(items, args, config, Path(folder) / f"{rank}.parquet")
     marks: dict[int, float] = {}

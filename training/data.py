@@ -437,7 +437,7 @@ class Epoch:
         self.steps = steps if max_steps is None else min(steps, max_steps)
         self.key = [batches.seed, number]
         self._ordered = -1, np.zeros((0, 2), np.int64)  # the last pass that was asked for, and its order
-        self._parted: tuple[int, dict[int, list[np.ndarray]]] = -1, {}  # and the parts of its users so far
+        self._parted: tuple[int, dict[int, tuple[list[np.ndarray], np.ndarray]]] = -1, {}  # its users so far
 
     def __len__(self) -> int:
         return self.steps
@@ -452,11 +452,11 @@ class Epoch:
 
     def shares(self, number: int) -> np.ndarray:
         """Return the targets and the events of every worker's part of a global batch, int64 [W, 2]."""
-        spans = Spans.of(self.batches.joined.sequences, self._visited(number, 0, 1)[1])
-        shares_W2 = np.zeros((self.batches.world, 2), np.int64)
-        worker_U = np.arange(len(spans.count)) % self.batches.world
-        np.add.at(shares_W2, worker_U, np.stack([spans.count, spans.end - spans.first], axis=1))
-        return shares_W2
+        dealt, visits = self._visits(number)
+        sizes = np.array([dealt[index][1][part] for index, part in visits.tolist()], np.int64).reshape(-1, 2)
+        world = self.batches.world
+        sizes = np.concatenate([sizes, np.zeros((-len(sizes) % world, 2), np.int64)])
+        return sizes.reshape(-1, world, 2).sum(0)
 
     def items(self, number: int) -> np.ndarray:
         """Return the distinct items of the whole global batch, in the partition's order, int64 [N]."""
@@ -466,12 +466,18 @@ class Epoch:
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""
+        dealt, visits = self._visits(number)
+        mine = visits[rank::world]
+        return self.users[mine[:, 0]], [dealt[index][0][part] for index, part in mine.tolist()]
+
+    def _visits(self, number: int) -> tuple[dict[int, tuple[list[np.ndarray], np.ndarray]], np.ndarray]:
+        """Return the visits of a global batch, as `_order` has them, and the parts of their users."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         turn, place = divmod(number, self.steps_per_pass)
         start = place * self.batches.users_per_step
-        mine = self._order(turn)[start : start + self.batches.users_per_step][rank::world]
-        return self.users[mine[:, 0]], [self._parts(turn, index)[part] for index, part in mine.tolist()]
+        visits = self._order(turn)[start : start + self.batches.users_per_step]
+        return self._dealt(turn, set(visits[:, 0].tolist())), visits
 
     def _order(self, turn: int) -> np.ndarray:
         """Return the visits of a pass in their order: rows of (index of the user, number of the part)."""
@@ -483,19 +489,27 @@ class Epoch:
             ordered = self._ordered = turn, np.stack([index, part], axis=1)[order]
         return ordered[1]
 
-    def _parts(self, turn: int, index: int) -> list[np.ndarray]:
-        """Return the parts of a user's targets in a pass, each in order."""
-        if self.visits[index] == 1:
-            return [self.positions[index]]
+    def _dealt(self, turn: int, users: set[int]) -> dict[int, tuple[list[np.ndarray], np.ndarray]]:
+        """Return of some users in a pass the parts of their targets, each in order, and targets and events of each."""
         parted = self._parted
         if parted[0] != turn:
             parted = self._parted = turn, {}
-        if index not in parted[1]:  # shuffled once, not for every visit
-            # An id may be negative, a key may not.
-            user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
-            shuffled = np.random.default_rng([*self.key, turn, user]).permutation(self.positions[index])
-            parted[1][index] = dealt(shuffled, int(self.visits[index]))
-        return parted[1][index]
+        new = {index: self._parts(turn, index) for index in users - parted[1].keys()}  # dealt once, not for every visit
+        if new:
+            spans = Spans.of(self.batches.joined.sequences, [part for parts in new.values() for part in parts])
+            sizes_P2, begin = np.stack([spans.count, spans.end - spans.first], axis=1), 0
+            for index, parts in new.items():
+                parted[1][index] = parts, sizes_P2[begin : begin + len(parts)]
+                begin += len(parts)
+        return parted[1]
+
+    def _parts(self, turn: int, index: int) -> list[np.ndarray]:
+        if self.visits[index] == 1:
+            return [self.positions[index]]
+        # An id may be negative, a key may not.
+        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
+        shuffled = np.random.default_rng([*self.key, turn, user]).permutation(self.positions[index])
+        return dealt(shuffled, int(self.visits[index]))
 
 
 def dealt(shuffled: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -219,7 +219,7 @@ def lists_of(chosen: Chosen) -> dict[str, list[int]]:
     return {name: getattr(chosen, name).tolist() for name in ("event_start", "target_start", "cut_offs", "shared_from")}
 
 
-def ahead(make: Callable[[int], T], numbers: Iterable[int], most: int = 2) -> Iterator[T]:
+def ahead(make: Callable[[int], T], numbers: Iterable[int], most: int) -> Iterator[T]:
     """Yield `make` of every number in turn, made by another thread, so many before they are asked for."""
     with ThreadPoolExecutor(1, "batches") as thread:
         waiting: deque[Future[T]] = deque()

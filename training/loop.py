@@ -27,13 +27,15 @@ from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
-from training.read_rows import RowGradients, Rows, RowwiseAdagrad, read_in_part
+from training.read_rows import RowGradients, Rows, RowwiseAdagrad, put, read_in_part, take_back
 from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong, most_rows
 from training.vocabulary import ItemFeatures, Vocabulary
 
 T = TypeVar("T")
 # Each worker records its exchanges at steps of its own; NCCL would have all of them agree on buffers whenever one does.
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+# A pass over the targets begins with dealing out those of many users: it takes as long as some steps.
+BATCHES_AHEAD, TABLES_AHEAD = 2, 24  # that a thread makes before they are asked for; a table is some 100 kB
 LONGEST_STEP_S = 600.0  # of a recorded step whose exchange waits for another worker, which nothing else watches
 
 
@@ -251,8 +253,9 @@ class Training:
         config, model = self.config, self.model
         if rows is None or config.compiled or config.deterministic or not model.interest.reads_tensors_alone():
             return None
-        patience_s = LONGEST_STEP_S if self.worker.world > 1 else None
-        return RecordedSteps(rows, config.users_per_step, model.interest, self._learn, patience_s)
+        several = self.worker.world > 1
+        by_rows, patience_s = several and bool(self.sums.in_part), LONGEST_STEP_S if several else None
+        return RecordedSteps(rows, config.users_per_step, model.interest, self._learn, by_rows, patience_s)
 
     def _fit_optimizer(self) -> None:
         """Let the optimizer's groups, which may be of another kind of device, suit this one; its rate is set anew."""
@@ -359,7 +362,8 @@ class Training:
 
         # A CPU's steps need its cores: what they read is read when it is wanted.
         numbers = range(self.position, len(order))
-        batches = ahead(made, numbers) if device != "cpu" else map(made, numbers)
+        most = TABLES_AHEAD if self.rows is not None else BATCHES_AHEAD
+        batches = ahead(made, numbers, most) if device != "cpu" else map(made, numbers)
         mark = time.perf_counter()
         for batch in batches:
             yield batch, time.perf_counter() - mark
@@ -575,6 +579,7 @@ class _StepSums:
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
         self.by_rows = RowGradients(in_part, worker.world)
         self.read: list[Rows] = []
+        self.whole: list[Tensor] = []
         self.quantizer = model.coded.quantizer if model.coded is not None else None
         counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
         sizes = [*(p.numel() for p in self.parameters), counted, 2]
@@ -621,20 +626,18 @@ class _StepSums:
 
     def keep_whole_gradients(self) -> None:
         """Let AdamW, which moves every row, find gradients of whole tables, zeros between two steps."""
-        for table in self.in_part:
-            table.weight.grad = torch.zeros_like(table.weight)
+        self.whole = [torch.zeros_like(table.weight) for table in self.in_part]
+        for table, whole in zip(self.in_part, self.whole, strict=True):
+            table.weight.grad = whole
 
     @contextmanager
     def whole_gradients(self) -> Iterator[None]:
         """Have the rows that were read in the gradients of the whole tables."""
-        whole = [table.weight.grad for table in self.in_part]
-        for gradient, rows in zip(whole, self.read, strict=True):
-            assert gradient is not None
-            gradient.index_add_(0, rows.ids, rows.values)
+        for rows, whole in zip(self.read, self.whole, strict=True):
+            put(rows, whole)
         yield
-        for gradient, rows in zip(whole, self.read, strict=True):
-            assert gradient is not None
-            gradient.index_fill_(0, rows.ids, 0)
+        for rows, whole in zip(self.read, self.whole, strict=True):
+            take_back(rows, whole)
 
     def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
         """Write the gradients of all parameters, by one launch where `backward` would add up each by one.

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from training.model import fused
 
 READ_OFTEN = 2  # a table is summed as a whole if a step of all workers reads more than one of so many rows
 EPSILON = 1e-8
@@ -26,8 +27,10 @@ def read_in_part(tables: list[nn.Embedding], rows_a_step: float) -> list[nn.Embe
 
 
 class Rows(NamedTuple):
-    """Gradients of some rows of a table: ids int64 [N], values float32 [N, d]; of equal ids one has the sum, the
-    others zeros."""
+    """Gradients of some rows of a table: ids int64 [N], values float32 [N, d].
+
+    Of equal ids the last one has the sum, the others zeros.
+    """
 
     ids: Tensor
     values: Tensor
@@ -45,8 +48,7 @@ class RowGradients:
         self.tables, self.world = tables, world
         for table in tables:
             table.sparse = True
-        # The place of each row among those that were read, of the rows that were: which of equal rows has the sum.
-        self.place = [torch.zeros(len(table.weight), dtype=torch.int32, device=table.weight.device) for table in tables]
+        self.last = [_places(table.weight) for table in tables]  # of each row the last place that has it
 
     def summed(self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]) -> list[Rows]:
         """Return the gradients of each table, summed over the workers, to the same bits on all of them.
@@ -56,34 +58,20 @@ class RowGradients:
             most: rows of any worker's part at most, the same on all of them.
             gather: writes the tensors of all workers, one after another, into its first argument.
         """
-        parts = [self._once(number, gradient) for number, gradient in enumerate(found)]
-        if self.world > 1:
-            sent = torch.cat([F.pad(_packed(*part), (0, 0, 0, most - len(part[0]))) for part in parts], 1)
-            got = sent.new_empty(self.world * most, sent.shape[1])
-            gather(got, sent)
-            widths = [1 + table.embedding_dim for table in self.tables]
-            parts = [self._joined(number, part, most) for number, part in enumerate(got.split(widths, 1))]
-        return parts
+        if self.world == 1:
+            return [self._alone(*each) for each in zip(self.tables, self.last, found, strict=True)]
+        widths = [1 + table.embedding_dim for table in self.tables]
+        sent = self.tables[0].weight.new_zeros(most, sum(widths))
+        for table, last, gradient, part in zip(self.tables, self.last, found, sent.split(widths, 1), strict=True):
+            _pack(part, table, last, gradient)
+        got = sent.new_empty(self.world * most, sum(widths))
+        gather(got, sent)
+        return [_joined(part, last, most) for last, part in zip(self.last, got.split(widths, 1), strict=True)]
 
-    def _once(self, number: int, gradient: Tensor | None) -> Rows:
-        weight = self.tables[number].weight
-        if gradient is None:
-            return Rows(weight.new_zeros(0, dtype=torch.int64), weight.new_zeros(0, weight.shape[1]))
+    def _alone(self, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> Rows:
+        assert gradient is not None, "a worker that is alone has every batch"
         ids, values = gradient._indices()[0], gradient._values()
-        return Rows(ids, torch.zeros_like(values).index_add_(0, self._last(number, ids), values))
-
-    def _joined(self, number: int, got: Tensor, most: int) -> Rows:
-        """Return what all workers sent, added up in the order of the workers."""
-        ids, values = got[:, 0].contiguous().view(torch.int32).long(), got[:, 1:]
-        places, rows = self._last(number, ids), torch.zeros(values.shape, device=values.device)
-        for place, value in zip(places.split(most), values.split(most), strict=True):
-            rows.index_add_(0, place, value)  # of one worker a row is there once and else zero: no order of sums
-        return Rows(ids, rows)
-
-    def _last(self, number: int, ids: Tensor) -> Tensor:
-        """Return the last of the places that have the same id, of each, int32 [N]."""
-        place = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
-        return self.place[number].scatter_reduce_(0, ids, place, "amax", include_self=False)[ids]
+        return Rows(ids, _join(ids, values, last, torch.zeros_like(values), len(ids)))
 
 
 class RowwiseAdagrad:
@@ -103,10 +91,15 @@ class RowwiseAdagrad:
     @torch.no_grad()
     def step(self, gradients: list[Rows], rate: Tensor) -> None:
         """Take a step."""
-        for table, squares, (ids, rows) in zip(self.tables, self.sums, gradients, strict=True):
-            square = rows.square().mean(1)
-            squares.index_add_(0, ids, square)
-            move = rows / (squares[ids].sqrt() + EPSILON)[:, None]
+        for table, sums, (ids, values) in zip(self.tables, self.sums, gradients, strict=True):
+            if fused.available(table.weight):
+                from training import row_kernels
+
+                row_kernels.adagrad(ids, values, table.weight, sums, rate, (self.decay, EPSILON))
+                continue
+            square = values.square().mean(1)
+            sums.index_add_(0, ids, square)
+            move = values / (sums[ids].sqrt() + EPSILON)[:, None]
             move += self.decay * table.weight[ids] * (square > 0)[:, None]
             table.weight.index_add_(0, ids, move * -rate)
 
@@ -116,6 +109,65 @@ class RowwiseAdagrad:
             mine.copy_(other)
 
 
-def _packed(ids: Tensor, rows: Tensor) -> Tensor:
-    """Return ids (their bits) and rows in one array, float32 [N, 1 + d]."""
-    return torch.cat([ids.int().view(torch.float32)[:, None], rows], 1)
+def put(rows: Rows, whole: Tensor) -> None:
+    """Write gradients of rows into that of the whole table, which is 0."""
+    if fused.available(whole):
+        from training import row_kernels
+
+        row_kernels.put(rows.ids, rows.values, whole)
+    else:
+        whole.index_add_(0, rows.ids, rows.values)
+
+
+def take_back(rows: Rows, whole: Tensor) -> None:
+    """Undo `put`."""
+    if fused.available(whole):
+        from training import row_kernels
+
+        row_kernels.put(rows.ids, rows.values, whole, zero=True)
+    else:
+        whole.index_fill_(0, rows.ids, 0)
+
+
+def _places(weight: Tensor) -> Tensor:
+    return torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
+
+
+def _pack(sent: Tensor, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> None:
+    """Write ids (their bits) and values of a worker's gradient into zeros, [R, 1 + d].
+
+    What is left over has zeros for rows of all the table: one row's would be added up in turn.
+    """
+    ids = torch.arange(len(sent), dtype=torch.int32, device=sent.device) % len(table.weight)
+    if gradient is not None:
+        read = gradient._indices()[0]
+        ids[: len(read)] = read
+        _join(read, gradient._values(), last, sent[: len(read), 1:], len(read))
+    sent[:, 0] = ids.view(torch.float32)
+
+
+def _joined(got: Tensor, last: Tensor, most: int) -> Rows:
+    """Return what all workers sent, [W R, 1 + d], added up in the order of the workers."""
+    ids = got[:, 0].contiguous().view(torch.int32).long()
+    values = got[:, 1:]
+    return Rows(ids, _join(ids, values, last, torch.zeros(values.shape, device=values.device), most))
+
+
+def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> Tensor:
+    """Add the values of equal ids to `out`, which is 0, where the last of them stands; return it.
+
+    Args:
+        last: of the table, -1 everywhere.
+        each: places that may be added up in any order; those behind them come after them.
+    """
+    if fused.available(out) and not torch.are_deterministic_algorithms_enabled():
+        from training import row_kernels
+
+        row_kernels.join(ids, values, last, out, each)
+        return out
+    place = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+    to = last.scatter_reduce_(0, ids, place, "amax")[ids]
+    last.index_fill_(0, ids, -1)
+    for some_to, some in zip(to.split(each), values.split(each), strict=True) if len(ids) else ():
+        out.index_add_(0, some_to, some)
+    return out

@@ -40,7 +40,7 @@ class StepPlan(NamedTuple):
         sizes: of the batch. bound: some targets do not see their user's events from the first on.
         shapes: of the tables of `fused.Work` and `fused_codes.CodeWork`, () for a pass that does not run.
         segments: of the pass over codes. whole: it is the only pass.
-        most_rows: of items that any worker's part of the global batch reads at most.
+        most_rows: of items that any worker's part of the global batch reads at most; 0: no step asks for it.
     """
 
     sizes: Sizes
@@ -66,6 +66,7 @@ class RecordedSteps:
         interest: of the model that learns.
         step: what a step does with a batch, and with the rows that any worker's part reads at most, on the device
             alone; exchanges with other GPUs are recorded with it.
+        by_rows: the step exchanges rows of items with other GPUs.
         patience_s: the longest that a step may take; None: it is waited for as long as it takes.
     """
 
@@ -75,9 +76,11 @@ class RecordedSteps:
         users: int,
         interest: Interest,
         step: Callable[[Batch, int], None],
+        by_rows: bool = False,
         patience_s: float | None = None,
     ) -> None:
-        self.rows, self.users, self.interest, self.step, self.patience_s = rows, users, interest, step, patience_s
+        self.rows, self.users, self.interest, self.step = rows, users, interest, step
+        self.by_rows, self.patience_s = by_rows, patience_s
         self.recordings: dict[Hashable, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.seen: set[Hashable] = set()
         self.stream, self.pool = torch.cuda.Stream(rows.device), torch.cuda.graph_pool_handle()
@@ -89,7 +92,7 @@ class RecordedSteps:
         Args:
             shares_W2: targets and events of every worker's part; None: there is no other worker.
         """
-        return planned(chosen, self.users, self.interest, shares_W2)
+        return planned(chosen, self.users, self.interest, shares_W2, self.by_rows)
 
     def __call__(self, prepared: Prepared, phase: Hashable) -> None:
         """Take a step: as it is where such a batch comes for the first time, recorded where it comes again.
@@ -177,11 +180,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def planned(chosen: Chosen, users: int, interest: Interest, shares_W2: np.ndarray | None = None) -> Prepared:
+def planned(
+    chosen: Chosen, users: int, interest: Interest, shares_W2: np.ndarray | None = None, by_rows: bool = False
+) -> Prepared:
     """Return what a step knows of a batch, padded to a budget of at most so many users, and its table.
 
     Args:
         shares_W2: targets and events of every worker's part; None: there is no other worker.
+        by_rows: the step exchanges rows of items.
     """
     real, bound, heads = Sizes.of(chosen), bool(chosen.shared_from.any()), interest.config.heads
     mine = np.array([real.targets, real.events], np.int64)
@@ -202,7 +208,8 @@ def planned(chosen: Chosen, users: int, interest: Interest, shares_W2: np.ndarra
     sent = np.concatenate([part.ravel() for part in (*table_of(padded, counts), *work, *codes)])
     shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
     segments = rounded_up(segments) if some else 0
-    return Prepared(StepPlan(sizes, bound, shapes, segments, some and whole, most_rows(shares_W2)), sent)
+    most = most_rows(shares_W2) if by_rows else 0
+    return Prepared(StepPlan(sizes, bound, shapes, segments, some and whole, most), sent)
 
 
 def most_rows(shares_W2: np.ndarray) -> int:
@@ -212,7 +219,9 @@ def most_rows(shares_W2: np.ndarray) -> int:
         shares_W2: targets and events of every worker's part.
     """
     targets, events = shares_W2.max(0).tolist()
-    return rounded_up(events) + rounded_up(targets) + fused.TILE
+    most = rounded_up(events) + rounded_up(targets) + fused.TILE
+    unit = 1 << max(6, most.bit_length() - 3)  # few sizes: a step is recorded anew for each
+    return -(-most // unit) * unit
 
 
 def budget(chosen: Chosen, users: int, more_targets: int = 0) -> Sizes:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.train_loop import make_data
+from tests.training import test_fused as fused_tests
 from training import loop
 from training.config import ModelConfig, TrainConfig, VocabularyConfig
 from training.data import Chosen, UserBatches
 from training.loop import Training, Worker, epoch_of, train_model
-from training.read_rows import RowGradients, RowwiseAdagrad, read_in_part
+from training.read_rows import RowGradients, Rows, RowwiseAdagrad, _join, read_in_part
 
 IDS = torch.tensor([5, 2, 5, 9, 2, 5, 0])  # hashed items share rows
 
@@ -63,6 +64,38 @@ def test_row_wise_adagrad_moves_rows_that_were_read_as_its_definition_says():
                 weight[row] -= 0.05 * (g / sums[row].sqrt() + 0.1 * weight[row])
     torch.testing.assert_close(table.weight.detach().double(), weight, rtol=0, atol=1e-6)
     assert torch.equal(table.weight[1], weight[1].float()), "a row that no step read"
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or fused_tests.INTERPRETED), reason="needs a GPU, or Triton's interpreter"
+)
+def test_kernels_of_rows_do_what_torch_does():
+    from training import row_kernels
+
+    torch.manual_seed(3)
+    rows, width, places = 90, 12, 200
+    ids, values = torch.randint(rows, (places,)), torch.randn(places, 5 + width)[:, 5:]
+    last = torch.full((rows,), -1, dtype=torch.int32)
+    ours, theirs = torch.zeros(2, places, width).unbind()
+    _join(ids, values, last.clone(), theirs, 70)
+    device = fused_tests.DEVICE
+    there = [part.to(device) for part in (ids, values, last, ours)]
+    row_kernels.join(*there, each=70)
+    assert (there[2] == -1).all() and (theirs == 0).all(1).sum() == places - len(ids.unique())
+    torch.testing.assert_close(there[3].cpu(), theirs, rtol=0, atol=1e-5)
+    table, rate = nn.Embedding(rows, width), torch.tensor(0.1)
+    expected = RowwiseAdagrad([table], decay=0.2)
+    weight, sums = table.weight.detach().to(device, copy=True), torch.zeros(rows, device=device)
+    for _ in range(3):
+        expected.step([Rows(ids, theirs)], rate)
+        row_kernels.adagrad(there[0], theirs.to(device), weight, sums, rate.to(device), (0.2, 1e-8))
+    torch.testing.assert_close(sums.cpu(), expected.sums[0])
+    torch.testing.assert_close(weight.cpu(), table.weight.detach())
+    whole = torch.zeros_like(weight)
+    row_kernels.put(there[0], theirs.to(device), whole)
+    assert torch.equal(whole.cpu(), torch.zeros(rows, width).index_add_(0, ids, theirs))
+    row_kernels.put(there[0], theirs.to(device), whole, zero=True)
+    assert not whole.any()
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,13 @@ def embedded(table: nn.Module, places: Places, shape: torch.Size) -> Tensor:
     return rows.view(*shape, -1)
 
 
+def embedded_in_part(table: nn.Embedding, row_N: Tensor) -> Tensor:
+    """Return rows [N, d] of a table in its own precision; the gradient is sparse, of these rows in their order."""
+    if not fused.available(table.weight):
+        return F.embedding(row_N, table.weight, sparse=True)
+    return _ReadInPart.apply(table.weight, row_N.contiguous())
+
+
 def normalised(rows: Tensor) -> Tensor:
     """Return LayerNorm without gain of every [..., d]."""
     if not fused.available(rows):
@@ -162,6 +169,27 @@ class _Gathered(torch.autograd.Function):
         if ctx.padding_row is not None and found[0] is not None:
             found[0][ctx.padding_row].zero_()
         return *found, None, None, None, None
+
+
+class _ReadInPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, row_N: Tensor) -> Tensor:
+        from training.model.fused_kernels import gather_kernel
+
+        ctx.save_for_backward(row_N)
+        ctx.shape = weight.shape
+        rows, width = len(row_N), weight.shape[1]
+        out = weight.new_empty(rows, width)
+        if rows:
+            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            gather_kernel[(-(-rows // ROWS),)](weight, row_N, weight, row_N, out, rows, **sizes, TWO=False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        [row_N] = ctx.saved_tensors
+        return torch.sparse_coo_tensor(row_N.long()[None], grad.float(), ctx.shape, check_invariants=False), None
 
 
 def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:

@@ -22,7 +22,7 @@ from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import FEEDBACK_BITS, INTERACTIONS, Batch
 from training.model.cache import UserCache
-from training.model.fused_rows import Places, embedded, gathered, gathered_exactly
+from training.model.fused_rows import Places, embedded, embedded_in_part, gathered, gathered_exactly
 from training.model.history import Events, Items, Targets, begin_of_users
 from training.model.interests import interest_class
 from training.model.interests.interface import Coded
@@ -72,7 +72,7 @@ class ItemEncoder(nn.Module):
         fields = zip(self.kinds, self.tables, items.rows.values(), items.places, strict=True)
         for kind, table, rows, places in fields:
             if isinstance(table, nn.Embedding) and table.sparse:
-                part = F.embedding(rows.long(), table.weight, sparse=True)
+                part = embedded_in_part(table, rows)
             elif kind != "categories":
                 part = gathered_exactly(table.get_parameter("weight"), places)
             else:

@@ -1,0 +1,110 @@
+"""Triton kernels for the rows of a table that a step read: what `read_rows.py` does by torch, a launch each.
+
+Legend: B places of a program, each with the id of a row; d width of a row.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PLACES = 64  # of a program
+
+
+@triton.jit
+def mark_kernel(ids, last, places, B: tl.constexpr):
+    """Note the last place of every id."""
+    place_B = tl.program_id(0) * B + tl.arange(0, B)
+    inside_B = place_B < places
+    tl.atomic_max(last + tl.load(ids + place_B, inside_B, other=0), place_B, inside_B, sem="relaxed")
+
+
+@triton.jit
+def join_kernel(ids, last, values, stride, out, out_stride, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Add the values of every place to those of the last place of its id."""
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside_B, column = place_B < places, tl.arange(0, DP)
+    inside = inside_B[:, None] & (column < D)[None, :]
+    values_Bd = tl.load(values + place_B[:, None] * stride + column[None, :], inside, other=0.0)
+    to_B = tl.load(last + tl.load(ids + place_B, inside_B, other=0), inside_B, other=0).to(tl.int64)
+    some = inside & (values_Bd != 0)
+    tl.atomic_add(out + to_B[:, None] * out_stride + column[None, :], values_Bd, some, sem="relaxed")
+
+
+@triton.jit
+def forget_kernel(ids, last, places, B: tl.constexpr):
+    """Undo `mark_kernel`."""
+    place_B = tl.program_id(0) * B + tl.arange(0, B)
+    inside_B = place_B < places
+    tl.store(last + tl.load(ids + place_B, inside_B, other=0), tl.full((B,), -1, tl.int32), inside_B)
+
+
+@triton.jit
+def adagrad_kernel(
+    ids, values, table, sums, rate, decay, epsilon, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr
+):
+    """Move the rows whose gradient is not 0; no two places have one for the same row."""
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside_B, column = place_B < places, tl.arange(0, DP)
+    wide = (column < D)[None, :]
+    grad_Bd = tl.load(values + place_B[:, None] * D + column[None, :], inside_B[:, None] & wide, other=0.0)
+    square_B = tl.sum(grad_Bd * grad_Bd, 1) / D
+    moved_B, id_B = inside_B & (square_B > 0), tl.load(ids + place_B, inside_B, other=0)
+    sum_B = tl.load(sums + id_B, moved_B, other=1.0) + square_B
+    tl.store(sums + id_B, sum_B, moved_B)
+    at, moved = table + id_B[:, None] * D + column[None, :], moved_B[:, None] & wide
+    row_Bd = tl.load(at, moved, other=0.0)
+    step_Bd = grad_Bd / (tl.sqrt(sum_B) + epsilon)[:, None] + decay * row_Bd
+    tl.store(at, row_Bd - tl.load(rate) * step_Bd, moved)
+
+
+@triton.jit
+def put_kernel(ids, values, table, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, ZERO: tl.constexpr):
+    """Store the rows that are not 0 where their ids say; if `ZERO`, store zeros there."""
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside_B, column = place_B < places, tl.arange(0, DP)
+    inside = inside_B[:, None] & (column < D)[None, :]
+    values_Bd = tl.load(values + place_B[:, None] * D + column[None, :], inside, other=0.0)
+    at = table + tl.load(ids + place_B, inside_B, other=0)[:, None] * D + column[None, :]
+    tl.store(at, tl.where(ZERO, 0.0, values_Bd), inside & (values_Bd != 0))
+
+
+def join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> None:
+    """Add the values of each id to `out`, float32 [N, d], at the last place that has the id.
+
+    Args:
+        ids: int64 [N]; values: float32 [N, d], of any row stride, as `out`.
+        last: int32 [rows of the table], -1 everywhere, before and after.
+        each: places that are added by one launch, in whatever order; one launch runs after another.
+    """
+    width, places = values.shape[1], len(ids)
+    sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+    if not places:
+        return
+    grid = (-(-places // PLACES),)
+    mark_kernel[grid](ids, last, places, B=PLACES)
+    for begin in range(0, places, each):
+        count, some = min(each, places - begin), values[begin:]
+        join_kernel[(-(-count // PLACES),)](
+            ids[begin:], last, some, values.stride(0), out, out.stride(0), count, **sizes
+        )
+    forget_kernel[grid](ids, last, places, B=PLACES)
+
+
+def adagrad(ids: Tensor, values: Tensor, table: Tensor, sums: Tensor, rate: Tensor, how: tuple[float, float]) -> None:
+    """Take a step of `RowwiseAdagrad`, with `how` its decay and epsilon."""
+    width, places = values.shape[1], len(ids)
+    if places:
+        sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+        adagrad_kernel[(-(-places // PLACES),)](ids, values, table, sums, rate, *how, places, **sizes)
+
+
+def put(ids: Tensor, values: Tensor, table: Tensor, zero: bool = False) -> None:
+    """Store the numbers that are not 0 in the table's rows, or zeros in their places."""
+    width, places = values.shape[1], len(ids)
+    if places:
+        sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+        put_kernel[(-(-places // PLACES),)](ids, values, table, places, **sizes, ZERO=zero)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
