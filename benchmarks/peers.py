@@ -1,11 +1,12 @@
-"""DIN of this repository against the layer of FuxiCTR: the same weights, events and targets, in double precision.
+"""DIN, SDIM and ETA of this repository against FuxiCTR's code: the same weights, planes, events and targets.
 
     pip install --target var/peers --no-deps fuxictr==2.3.10 polars polars-runtime-32 h5py keras_preprocessing
-    python -m benchmarks.peers --package var/peers      # benchmarks/peer_trainings.py trains whole models side by side
+    python -m benchmarks.peers --package var/peers
 
-An activation unit has one layer of weights for both, so they are compared by what they compute, and by the gradients
-that reach weights and embeddings, and not by trainings that differ in all else. FuxiCTR mixes the embeddings
-themselves, so here the values are the embeddings.
+pandas, scikit-learn, PyYAML and tqdm have to be there, too. A layer of weights is compared by what it computes and by
+the gradients that reach weights and embeddings, a search by what it finds; benchmarks/peer_trainings.py trains them.
+FuxiCTR mixes the embeddings themselves, so here the values are the embeddings. SDIM and ETA hash them there, and keys
+here: both are given the embeddings.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peer_trainings import INTERESTS, Theirs
 from training.config import ModelConfig
+from training.model.blocks import Layout, highest
 from training.model.history import Events, Items, Targets
 from training.model.interests.din import HIDDEN, Din, DinSoftmax
+from training.model.interests.eta import Eta
+from training.model.interests.sdim import Sdim
 
 HEADS, WIDTH, ITEMS = 2, 4, 50
 STATIC = HEADS * WIDTH
@@ -40,6 +45,8 @@ def main() -> None:
         print(
             f"{kind.__name__}: output {worst[0]:.1e}, gradients {worst[1]:.1e} (largest relative difference, 5 seeds)"
         )
+    print(f"Sdim: output {max(sdim_difference(seed) for seed in range(5)):.1e} (single precision, 5 seeds)")
+    print(f"Eta: {sum(map(eta_differences, range(5)))} of {5 * 7} targets get other distances from the search")
 
 
 def differences(kind: type[Din], peer: Any, softmax: bool, seed: int) -> tuple[float, float]:
@@ -66,6 +73,59 @@ def differences(kind: type[Din], peer: Any, softmax: bool, seed: int) -> tuple[f
     pairs = [(static[0].grad, static[1].grad), (ours.first.weight.grad, first.weight.grad)]
     pairs.append((ours.last.weight.grad, last.weight.grad))
     return relative(found.flatten(1), expected), max(relative(mine, other) for mine, other in pairs)
+
+
+def sdim_difference(seed: int) -> float:
+    """Return the relative difference of the outputs of one user with 30 events and 7 targets."""
+    torch.manual_seed(seed)
+    config = ModelConfig(heads=HEADS, head_width=WIDTH, groups=HEADS)
+    theirs, ours = INTERESTS["sdim_theirs"](config, STATIC), Sdim(config, STATIC)
+    assert isinstance(theirs, Theirs)
+    theirs.peer.random_rotations.data[0] = ours.planes_DXB
+    ours.keys = _embeddings  # type: ignore[method-assign]
+    drawn = one_user_drawn()
+    expected = theirs.features(*drawn).split(STATIC, 1)[theirs.place]
+    return relative(ours(*drawn)[0].flatten(1), expected)
+
+
+def eta_differences(seed: int) -> int:
+    """Return how many of 7 targets get other Hamming distances from the searches for 10 of 30 events; of events at
+    the same distance either may be taken."""
+    torch.manual_seed(seed)
+    config = ModelConfig(interest="eta", heads=HEADS, head_width=WIDTH, groups=HEADS, search_k=10)
+    theirs, ours = INTERESTS["eta_theirs"](config, STATIC), Eta(config, STATIC)
+    assert isinstance(theirs, Theirs)
+    rotations, ours.keys = ours.planes_DB[None], _embeddings  # type: ignore[method-assign]
+    items, events, targets = one_user_drawn()
+    [layout] = Layout.of(events.start, targets.start, items.static_NS.device)
+    score_NPB = ours.search(items, events, targets)(layout, torch.empty(0))
+    score_NPB = score_NPB.masked_fill(~layout.visible(targets), float("-inf"))
+    found_NPB = highest(layout, score_NPB, config.search_k)[0]
+    history_TES = items.static_NS[events.item_E].expand(len(targets.item_T), -1, -1)
+    seen_TE = torch.arange(len(events.item_E)) < targets.end_T[:, None]
+    static_TS = items.static_NS[targets.item_T]
+    theirs_TKS, mask_TK = theirs.peer.topk_retrieval(rotations, static_TS, history_TES, seen_TE, config.search_k)
+    hashed = [vector @ rotations[0] > 0 for vector in (static_TS[:, None], history_TES, theirs_TKS)]
+    ours_TE = layout.summed(found_NPB[None].float() @ layout.events(torch.eye(len(events.item_E))[:, None]))[:, 0] > 0
+    other = 0
+    for target in range(len(static_TS)):
+        mine = (hashed[1][target] != hashed[0][target]).sum(-1)[ours_TE[target]]
+        peer = (hashed[2][target] != hashed[0][target]).sum(-1)[mask_TK[target]]
+        other += sorted(mine.tolist()) != sorted(peer.tolist())
+    return other
+
+
+def one_user_drawn() -> tuple[Items, Events, Targets]:
+    """Return 30 events and 7 targets of one user, the values of the events their items' embeddings."""
+    static_NS = torch.randn(ITEMS, STATIC)
+    event_E, end_T = torch.randint(ITEMS, (30,)), torch.randint(1, 31, (7,))
+    events = Events(event_E, static_NS[event_E].unflatten(1, (HEADS, WIDTH)), torch.arange(30), [0, 30])
+    seen = torch.zeros_like(end_T), end_T, [0, 7], [len(end_T.unique())], [0]
+    return Items(static_NS, {}, {}), events, Targets(torch.randint(ITEMS, (7,)), torch.full((7,), 99), *seen)
+
+
+def _embeddings(static_NS: Tensor) -> Tensor:
+    return static_NS.unflatten(1, (HEADS, WIDTH))
 
 
 def relative(found: Tensor | None, expected: Tensor | None) -> float:
