@@ -7,7 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -28,13 +28,15 @@ def arrays(rows):
     return user, label.astype(np.int8), (score / 6 + 0.05).astype(np.float32)
 
 
-@pytest.fixture(params=[3, metrics.CHUNK])
-def chunk(request, monkeypatch):
+@pytest.fixture(params=[3, metrics.CHUNK], scope="module")
+def chunk(request):
     """Ties, users and resamples that go on behind the end of a chunk count as within one."""
-    monkeypatch.setattr(metrics, "CHUNK", request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "CHUNK", request.param)
+        yield
 
 
-ANY_ROWS = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_ROWS = settings(max_examples=60)
 
 
 @ANY_ROWS
