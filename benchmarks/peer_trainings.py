@@ -22,7 +22,6 @@ import json
 import multiprocessing as mp
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.trials import NEEDED, Partition, Rows, measured, model_config
@@ -63,7 +63,7 @@ class Bare(Interest):
         self.to_value = nn.Linear(static_width, config.width, bias=False)
 
     def forward(self, items: Items, events: Events, targets: Targets) -> tuple[Tensor, Tensor]:
-        value_EHd = self.to_value(items.static_NS)[events.item_E].view_as(events.value_EHd)
+        value_EHd = self.to_value(items.static_NS).index_select(0, events.item_E).view_as(events.value_EHd)
         return super().forward(items, replace(events, value_EHd=value_EHd), targets)
 
 
@@ -126,9 +126,12 @@ class Peer(Interest):
         longest = max(50, int(count_T.max()))  # its short attention wants its newest 49
         back_L = torch.arange(longest, 0, -1, device=end_T.device)  # padding comes first, the newest event last
         seen_TL = back_L <= count_T[:, None]
-        place_TL = torch.where(seen_TL, end_T[:, None] - back_L, 0)
-        event_TLS = static_NS[item_E[place_TL] if len(item_E) else place_TL] * seen_TL[..., None]
-        sequence_TMS = torch.cat([event_TLS, static_NS[item_T][:, None]], 1)
+        # Padding reads any rows: one row for all of it would gather its gradient one by one.
+        place_TL = (end_T[:, None] - back_L) % max(1, len(item_E))
+        item_TL = item_E[place_TL] if len(item_E) else place_TL
+        item_TM = torch.cat([item_TL, item_T[:, None]], 1)
+        sequence_TMS = static_NS.index_select(0, item_TM.flatten()).view(*item_TM.shape, -1)
+        sequence_TMS = sequence_TMS * F.pad(seen_TL, (0, 1), value=True)[..., None]
         return self.peer(({}, {"item": sequence_TMS.flatten(0, 1)}, seen_TL.float()))["y_pred"]
 
 
@@ -217,13 +220,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=500, help="events that a target sees at most")
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--steps", type=int, help="steps at most: a first look")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     sys.path.insert(0, str(args.package.absolute()))  # a process that is spawned begins with this one's path
-    kinds, seeds = args.kinds.split(","), map(int, args.seeds.split(","))
-    wanted = [Wanted(kind, arm, seed) for seed, kind, arm in itertools.product(seeds, kinds, ARMS)]
+    kinds, seeds = args.kinds.split(","), [int(seed) for seed in args.seeds.split(",")]
+    wanted = [Wanted(*each) for each in itertools.product(kinds, args.arms.split(","), seeds)]
+    # The longest first, and `bare` and `theirs` before the others, so that one that is cut off has most.
+    wanted.sort(key=lambda one: (one.arm not in ("bare", "theirs"), one.kind != "eta"))
     partition = Partition(args.warehouse, args.dataset, args.dt, "default")
     one = partial(line_of, partition=partition, length=args.length, steps=args.steps, device=args.device)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -264,7 +270,9 @@ def table_of(lines: list[dict[str, Any]], kinds: list[str]) -> str:
     def aucs(kind: str, arm: str) -> np.ndarray:
         return np.array([line["auc"] for line in in_order if (line["kind"], line["arm"]) == (kind, arm)])
 
-    said: Callable[[np.ndarray], str] = lambda a: f"{a.mean():.4f} ± {a.std(ddof=1) if len(a) > 1 else 0:.4f}"  # noqa: E731
+    def said(of: np.ndarray) -> str:
+        return f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" if len(of) > 1 else " ".join(f"{value:.4f}" for value in of)
+
     rows = [f"| kind | {' | '.join(ARMS)} | bare minus theirs | standard error | within {CLOSE} |", "|---" * 8 + "|"]
     for kind in kinds:
         difference = aucs(kind, "bare") - aucs(kind, "theirs")
