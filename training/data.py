@@ -311,9 +311,15 @@ def _distinct(read: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
     if items > 8 * len(read):  # a table of all items would be most of the work
         distinct, place = np.unique(read, return_inverse=True)
         return distinct, place.astype(np.int64)
+    is_read = _marked(read, items)
+    return np.flatnonzero(is_read), (is_read.cumsum() - 1)[read]
+
+
+def _marked(read: np.ndarray, items: int) -> np.ndarray:
+    """Return which of a partition's items are read, bool [N]."""
     is_read = np.zeros(items, np.bool_)
     is_read[read] = True
-    return np.flatnonzero(is_read), (is_read.cumsum() - 1)[read]
+    return is_read
 
 
 @dataclass(frozen=True)
@@ -462,7 +468,8 @@ class Epoch:
         """Return the distinct items of the whole global batch, in the partition's order, int64 [N]."""
         joined = self.batches.joined
         chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
-        return _distinct(_items_read(joined.sequences, chosen.events(), chosen.target), joined.items.count)[0]
+        read = _items_read(joined.sequences, chosen.events(), chosen.target)
+        return np.flatnonzero(_marked(read, joined.items.count))
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""

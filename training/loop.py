@@ -144,10 +144,17 @@ COLD = Start()
 
 
 class _Ready(NamedTuple):
-    """What a step is to read, None without a part of the batch, and targets and events of every worker's part."""
+    """What the host makes of a step.
+
+    Attributes:
+        read: what it is to read, None without a part of the batch.
+        shares_W2: targets and events of every worker's part.
+        items: those of the whole global batch, where dead codes are revived behind the step.
+    """
 
     read: Batch | Chosen | Prepared | None
     shares_W2: np.ndarray
+    items: np.ndarray | None
 
 
 class Taken(NamedTuple):
@@ -348,17 +355,20 @@ class Training:
         All that the host does for a step; where the rows lie on the device, nothing of what that does.
         """
         sequences, device = self.data.joined.sequences, self.worker.device
+        first = self.step - self.position + 1
 
         def made(number: int) -> _Ready:
             shares_W2 = order.shares(number)
+            revives = self.model.coded is not None and self._revives(first + number)
+            items = order.items(number) if revives else None
             if self.rows is None:
                 batch = order[number]
-                return _Ready(batch.to(device) if batch is not None else None, shares_W2)
+                return _Ready(batch.to(device) if batch is not None else None, shares_W2, items)
             users, targets = order.visited(number)
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
             if self.recorded is None or chosen is None:
-                return _Ready(chosen, shares_W2)
-            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2)
+                return _Ready(chosen, shares_W2, items)
+            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2, items)
 
         # A CPU's steps need its cores: what they read is read when it is wanted.
         numbers = range(self.position, len(order))
@@ -391,7 +401,7 @@ class Training:
             self._move(read, count, most_rows(ready.shares_W2))
         self.step += 1
         warmed_up = self.step >= self.warmup_steps(order)
-        self._tend_codebooks(order, warmed_up)
+        self._tend_codebooks(order, warmed_up, ready.items)
         self.position += 1
         if self.device_time is not None:
             self.device_time.end()
@@ -423,7 +433,7 @@ class Training:
             self.model.coded.quantizer.move_averages()
 
     @torch.no_grad()
-    def _tend_codebooks(self, order: Epoch, warmed_up: bool) -> None:
+    def _tend_codebooks(self, order: Epoch, warmed_up: bool, items: np.ndarray | None) -> None:
         """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
         Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
@@ -434,12 +444,13 @@ class Training:
         quantizer = coded.quantizer
         started = quantizer.is_started()
         starting = not started and warmed_up
-        if not starting and not (started and self.step % self.config.revive_every_steps == 0):
+        if not starting and not (started and self._revives(self.step)):
             return
         seed = _stream(self.config.seed, self.step)
         _seed(seed, worker.device)
         generator = torch.Generator().manual_seed(seed)
-        keys_NHd = coded.keys(self.model.items(self._features(order.items(self.position))))
+        items = order.items(self.position) if items is None else items
+        keys_NHd = coded.keys(self.model.items(self._features(items)))
         quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
         if worker.world == 1:
             return
@@ -450,6 +461,10 @@ class Training:
                 *([quantizer.average_GCk] if quantizer.ema_decay is not None else []),
             ]:
                 dist.broadcast(tensor, src=0)
+
+    def _revives(self, step: int) -> bool:
+        """Say whether dead codes are revived behind so many steps."""
+        return step % self.config.revive_every_steps == 0
 
     def _features(self, items: np.ndarray) -> ItemFeatures:
         """Return the features of some of the partition's items on the device."""
