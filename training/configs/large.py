@@ -2,7 +2,7 @@
 
 Command: `make run DATASET=D CONFIG=large WORKERS=N` with N GPUs and `history: {max_events: 16384}` in D's definition.
 Measured: a step of 32 users with 16,384 random events and 64 targets each takes 2 to 3 ms in bf16 on one H100, with
-1,024 targets 3 to 10 ms; two and four GPUs are slower than one so far (benchmarks/LOG.md, 2026-11-26).
+1,024 targets 3 to 10 ms; two GPUs do 1.7 to 1.9 times what one does (benchmarks/LOG.md, 2026-11-27).
 Expected metrics: none. No whole training was ever run, for want of such logs and of GPUs for so long: neither its
 quality, nor a noise over seeds, nor how it speeds up with several GPUs is known, and the promotion gate takes its least
 margin.
