@@ -11,7 +11,7 @@ import functools
 from airflow.sdk import DAG, Asset, Param, TaskGroup, chain
 
 from dags._common import StageOperator, end_failed_run, note_failure
-from dags._exits import WAIT_AFTER_CRASH, StageRetries
+from dags._exits import retried
 from dags._gates import ANSWERED_WITHIN, GateOperator, WarningApproval
 from dags._release import ModelOperator, PromoteOperator, champion_asset
 from dags._start import StartOperator
@@ -70,9 +70,7 @@ def daily_dag(definition: DatasetDefinition, argument: str) -> DAG:
         owner_links=links,
         default_args={
             "owner": "longview",
-            "retries": len(settings.retry_waits()),
-            "retry_policy": StageRetries(),
-            "retry_delay": WAIT_AFTER_CRASH,
+            **retried(),
             "execution_timeout": dtm.timedelta(hours=1),
             "on_failure_callback": note_failure,
             "pool": "default_pool",

@@ -15,12 +15,20 @@ from infra import settings
 WAIT_AFTER_CRASH = dtm.timedelta(seconds=20)
 
 
+def retried() -> dict[str, Any]:
+    """Return the arguments of a task that runs a command of the pipeline: how often it is tried, and after what."""
+    return {
+        "retries": len(settings.retry_waits()),
+        "retry_policy": StageRetries(),
+        "retry_delay": WAIT_AFTER_CRASH,
+    }
+
+
 class StageRetries(RetryPolicy):
     """Retry what may pass by itself for minutes, a crash once, and what a person or a gate has to say nothing of,
     never.
 
-    Airflow asks it in the task's own process. A task needs `retries=len(settings.retry_waits())`; clearing it begins
-    anew.
+    Airflow asks it in the task's own process. A task needs the retries of `retried`; clearing it begins anew.
     """
 
     def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:

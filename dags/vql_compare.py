@@ -6,8 +6,7 @@ from airflow.sdk import DAG
 
 from dags._common import note_failure
 from dags._compare import PLAN, TABLE, TRAIN, PlanOperator, TableOperator, TrainingOperator, params
-from dags._exits import WAIT_AFTER_CRASH, StageRetries
-from infra import settings
+from dags._exits import retried
 
 DOC = """
 One run compares **models side by side** on a published partition: the same rows, loop and budget for all, each model at
@@ -30,9 +29,7 @@ with DAG(
     tags=["longview", "vql", "compare"],
     default_args={
         "owner": "longview",
-        "retries": len(settings.retry_waits()),
-        "retry_policy": StageRetries(),
-        "retry_delay": WAIT_AFTER_CRASH,
+        **retried(),
         "execution_timeout": dtm.timedelta(hours=1),
         "on_failure_callback": note_failure,
         "pool": "default_pool",

@@ -6,8 +6,7 @@ from airflow.sdk import DAG
 
 from dags._by_hand import DecisionOperator, params
 from dags._common import note_failure
-from dags._exits import WAIT_AFTER_CRASH, StageRetries
-from infra import settings
+from dags._exits import retried
 
 DOC = """
 One run is one **decision** on a version of a data set's model, by name and with a reason. **Trigger** it and fill in
@@ -37,9 +36,7 @@ with DAG(
     DecisionOperator(
         task_id="decide",
         owner="longview",
-        retries=len(settings.retry_waits()),
-        retry_policy=StageRetries(),
-        retry_delay=WAIT_AFTER_CRASH,
+        **retried(),
         execution_timeout=dtm.timedelta(hours=2),
         on_failure_callback=note_failure,
         pool="default_pool",
