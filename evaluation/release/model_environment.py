@@ -106,6 +106,8 @@ def _make(folder: Path, requirements: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if "No solution found" in said[0] and "network was disabled" not in said[0]:
         raise RequirementsUnmet(said[0])
+    if re.search(r"from versions: (?!none)", said[1]):  # it has others: it was asked
+        raise RequirementsUnmet(said[1])
     raise TryAgainError(
         f"no environment can be made of {requirements}: uv: {said[0]}; pip: {said[1]}",
         "see that the package index which uv or pip is configured with answers; on a machine without one set"

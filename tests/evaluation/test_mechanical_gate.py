@@ -181,11 +181,12 @@ def test_an_environment_holds_the_requirements_alone_and_is_made_once(model, mon
 
 def test_requirements_that_no_index_has_are_the_models_fault_and_a_silent_index_is_not(model, monkeypatch):
     (model / "requirements.txt").write_text("tiny==1.0+cpu\n")
-    with pytest.raises(RequirementsUnmet, match=r"no version of tiny==1\.0\+cpu"):
-        environment_of(model)
-    for name in ("UV", "PIP"):
-        monkeypatch.delenv(f"{name}_NO_INDEX")
-        monkeypatch.delenv(f"{name}_FIND_LINKS")
+    for uv in (model_environment._uv(), "/no/uv"):
+        with monkeypatch.context() as patch, pytest.raises(RequirementsUnmet, match=r"tiny==1\.0\+cpu"):
+            patch.setattr(model_environment, "_uv", lambda path=uv: path)
+            environment_of(model)
+    for name in ("UV_FIND_LINKS", "PIP_FIND_LINKS", "UV_NO_INDEX", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name)
     for name in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "http://127.0.0.1:9/simple")
