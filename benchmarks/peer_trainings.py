@@ -11,7 +11,8 @@ and its rates are those of the configuration `default` for all; a target sees th
     theirs  FuxiCTR's long interest in our ranker
     whole   FuxiCTR's model, from the embeddings of the items to the logit: with its short attention and its head
 
-`bare` against `theirs` is one definition in two codes; `theirs` and `whole` run the forward pass of FuxiCTR's class.
+`bare` against `theirs` is one definition in two codes, but for the attention of ETA and for what SDIM and ETA hash.
+`theirs` and `whole` run the forward pass of FuxiCTR's class.
 """
 
 from __future__ import annotations
