@@ -30,8 +30,9 @@ from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import Manifest, TableStore
+from evaluation.groups import groupings, metrics_of_groups
 from evaluation.log_evaluation import log_evaluation, table
-from evaluation.metrics import Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, thirds
+from evaluation.metrics import Bootstrap, calibration, figures, normalised_entropy, thirds
 from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry, model_digest
 from training.run_folder import result_of, run_folder
 from training.scoring import ScoredTargets, load_scorer
@@ -103,6 +104,7 @@ def evaluate(
         "primary": training["primary"],
         "digests": digests,
         **compare(targets, scores, training["primary"], served, by_chance(sequences)),
+        "groups": groups(items, sequences, (targets, scores), training),
         "rows": _ingested(store, sequences_manifest),
     }
     write_json(run_dir, "evaluation.json", evaluation)
@@ -141,6 +143,7 @@ def judge_again(
     served, served_scores = score_served(registry, args, items, sequences)
     scores |= served_scores
     judged = compare(targets, scores, training["primary"], served, by_chance(sequences))
+    judged["groups"] = groups(items, sequences, (targets, scores), training)
     evaluation = read_evaluation(run_dir) | judged
     write_scores(run_dir, targets, scores)
     write_json(run_dir, "evaluation.json", evaluation)
@@ -311,6 +314,15 @@ def compare(
     }
 
 
+def groups(
+    items: pa.Table, sequences: pa.Table, scored: tuple[ScoredTargets, dict[str, np.ndarray]], training: dict
+) -> list[dict]:
+    """Return the `groups` entry of evaluation.json: metrics by activity, item, hour and context."""
+    rare_below = training["config"]["vocabulary"]["min_occurrences"]
+    grouped = groupings(items, sequences, scored[0], rare_below)
+    return list(itertools.chain.from_iterable(metrics_of_groups(*scored, grouping) for grouping in grouped))
+
+
 def write_json(run_dir: Folder, name: str, value: dict) -> None:
     """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
     run_dir.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False))
@@ -334,14 +346,7 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary
                 "high": int(length[rows].max()),
                 "targets": int(rows.sum()),
                 "users": len(np.unique(user)),
-                "models": {
-                    name: {
-                        "auc": auc(label, score),
-                        "gauc": gauc(user, label, score)[0],
-                        "logloss": logloss(label, score),
-                    }
-                    for name, score in here.items()
-                },
+                "models": {name: figures(user, label, score) for name, score in here.items()},
                 "paired": {
                     f"{primary}_minus_{alias}": asdict(bootstrap.difference(primary, alias, "auc"))
                     for alias in compared

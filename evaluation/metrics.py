@@ -92,6 +92,11 @@ def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
     return logloss(label, score) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
 
 
+def figures(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """Return {"auc", "gauc", "logloss"}."""
+    return {"auc": auc(label, score), "gauc": gauc(user, label, score)[0], "logloss": logloss(label, score)}
+
+
 def calibration(label: np.ndarray, score: np.ndarray) -> dict:
     """Return {"ece", "expected_ratio", "bins"}.
 

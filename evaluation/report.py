@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -70,6 +71,7 @@ def report_page(
         f'<div class="plots">{_intervals(rows, evaluation["best_auc"])}{_reliability(rows)}</div>'
         f"<h2>Differences, paired by user</h2>{_differences(evaluation)}"
         f"<h2>By length of the history</h2>{_slices(evaluation)}{_exposures(evaluation)}"
+        f"{_groups(evaluation)}"
         f"{_over_days(days or {}, [row['name'] for row in rows])}"
         f"{_probe(metrics)}<h2>Where it came from</h2>{_lineage(tags)}",
     )
@@ -170,6 +172,22 @@ def _exposures(evaluation: Mapping[str, Any]) -> str:
         return ""
     columns = ("exposed by", "model", "AUC", "95 %", "GAUC", "95 %", "log loss", "95 %")
     return f"<h2>By what exposed the target</h2>{table(columns, lines)}"
+
+
+def _groups(evaluation: Mapping[str, Any]) -> str:
+    """Return a table for each way to group the targets; an evaluation of before has none."""
+    parts = []
+    for by, found in itertools.groupby(evaluation.get("groups", ()), lambda part: part["by"]):
+        lines = [
+            _row(
+                f"{part['group']}, {part['targets']:,} targets of {part['users']:,} users",
+                [escape(name), *(cell(of[metric]) for metric in Bootstrap.METRICS)],
+            )
+            for part in found
+            for name, of in part["models"].items()
+        ]
+        parts.append(f"<h2>By {by}</h2>{table(('targets', 'model', 'AUC', 'GAUC', 'log loss'), lines)}")
+    return "".join(parts)
 
 
 def _probe(metrics: Mapping[str, float]) -> str:

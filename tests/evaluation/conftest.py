@@ -96,7 +96,7 @@ class Stages:
         ) as run:
             run_id = run.info.run_id
         training = {
-            "config": {},
+            "config": {"vocabulary": {"min_occurrences": 5}},
             "config_digest": "c0",
             "models": models,
             "primary": "vql",

@@ -52,6 +52,9 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     assert evaluation["models"][0]["targets"] == 48 == sum(part["targets"] for part in evaluation["slices"])
     assert {part["exposure"] for part in evaluation["exposures"]} == {"random", "standard"}
     assert sum(part["targets"] for part in evaluation["exposures"]) == 48
+    kinds = ("activity", "item", "hour", "context")
+    groups = {by: [part for part in evaluation["groups"] if part["by"] == by] for by in kinds}
+    assert {by: sum(part["targets"] for part in parts) for by, parts in groups.items()} == dict.fromkeys(kinds, 48)
     assert read_scores(runs.below(FIRST)).num_rows == 48
     assert "SIMULATED" in capsys.readouterr().out
     assert registration["gate"]["passed"], registration["gate"]
