@@ -28,9 +28,8 @@ from etl.quality.measure.scores import Scores
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
-from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import Manifest, TableStore
-from evaluation.groups import groupings, metrics_of_groups
+from evaluation.groups import groupings, metrics_of_groups, of_judged
 from evaluation.log_evaluation import log_evaluation, table
 from evaluation.metrics import Bootstrap, calibration, figures, normalised_entropy, thirds
 from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry, model_digest
@@ -257,14 +256,9 @@ def by_chance(sequences: pa.Table) -> np.ndarray:
 
     A partition that was published before the column was there does not say: none then.
     """
-
-    def flat(name: str) -> np.ndarray:
-        return sequences[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-    judged = flat("target_split") == EVALUATION
     if "target_is_random" not in sequences.column_names:
-        return np.zeros(judged.sum(), bool)
-    return flat("target_is_random")[judged]
+        return np.zeros(len(of_judged(sequences, "target_split")), bool)
+    return of_judged(sequences, "target_is_random")
 
 
 def compare(
@@ -283,11 +277,9 @@ def compare(
     bootstrap = Bootstrap(user, label, scores, RESAMPLES)
     rows = {}
     for name, score in scores.items():
-        row: dict = {"name": name}
-        for metric in Bootstrap.METRICS:
-            interval = bootstrap.interval(name, metric)
-            row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        rows[name] = row | {
+        rows[name] = {
+            "name": name,
+            **with_intervals(bootstrap, name),
             "normalised_entropy": normalised_entropy(label, score),
             "targets": len(label),
             "users": bootstrap.users,
@@ -326,6 +318,15 @@ def groups(
 def write_json(run_dir: Folder, name: str, value: dict) -> None:
     """Write strict JSON (nan becomes null) so that a reader sees the old file or the whole new one."""
     run_dir.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False))
+
+
+def with_intervals(bootstrap: Bootstrap, name: str) -> dict[str, float]:
+    """Return a model's metrics, each with the ends of its interval."""
+    found: dict[str, float] = {}
+    for metric in Bootstrap.METRICS:
+        interval = bootstrap.interval(name, metric)
+        found |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+    return found
 
 
 def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str) -> list[dict]:
@@ -369,16 +370,12 @@ def exposure_slices(
             continue
         here = {name: of[rows] for name, of in scores.items()}
         bootstrap = Bootstrap(targets.user_id[rows], targets.label[rows], here, RESAMPLES)
-        models: dict[str, dict[str, float]] = {name: {} for name in scores}
-        for name, metric in itertools.product(scores, Bootstrap.METRICS):
-            interval = bootstrap.interval(name, metric)
-            models[name] |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         parts.append(
             {
                 "exposure": exposure,
                 "targets": int(rows.sum()),
                 "users": bootstrap.users,
-                "models": models,
+                "models": {name: with_intervals(bootstrap, name) for name in scores},
                 "paired": {
                     f"{primary}_minus_{name}": asdict(bootstrap.difference(primary, name, "auc"))
                     for name in scores

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION
-from evaluation.metrics import figures, thirds
+from evaluation.metrics import figures, numbered, thirds
 from training.scoring import ScoredTargets
 
 HOURS_A_GROUP = 6
@@ -42,8 +42,7 @@ def groupings(items: pa.Table, sequences: pa.Table, targets: ScoredTargets, rare
         rare_below: occurrences in training below which an item shares embedding rows.
     """
     yield _by_activity(targets.user_id)
-    judged = _flat(sequences, "target_split") == EVALUATION
-    seen_T = items["train_occurrences"].to_numpy()[_flat(sequences, "target_item_index")[judged]]
+    seen_T = items["train_occurrences"].to_numpy()[of_judged(sequences, "target_item_index")]
     names = [
         "new: not in training",
         f"rare: 1 to {rare_below - 1} times in training",
@@ -53,7 +52,7 @@ def groupings(items: pa.Table, sequences: pa.Table, targets: ScoredTargets, rare
     hour_T = targets.time_ms % MS_PER_DAY // (MS_PER_DAY // 24) // HOURS_A_GROUP
     starts = range(0, 24, HOURS_A_GROUP)
     yield Grouping("hour", hour_T.astype(np.int8), [f"{at:02d} to {at + HOURS_A_GROUP:02d} h UTC" for at in starts])
-    yield _by_context(_flat(sequences, "target_context")[judged])
+    yield _by_context(of_judged(sequences, "target_context"))
 
 
 def metrics_of_groups(
@@ -80,8 +79,8 @@ def metrics_of_groups(
 
 def _by_activity(user: np.ndarray) -> Grouping:
     """Group by thirds of the number of targets that a target's user has that day."""
-    _, place_T, count_U = np.unique(user, return_inverse=True, return_counts=True)
-    count_T = count_U[place_T]
+    _, place_T = numbered(user)
+    count_T = np.bincount(place_T)[place_T]
     group_T, names = np.zeros(len(user), np.int8), []
     for number, rows in enumerate(thirds(count_T)):
         group_T[rows] = number
@@ -99,5 +98,10 @@ def _by_context(context: np.ndarray) -> Grouping:
     return Grouping("context", group_of_value[place_T], [*names, "other contexts"])
 
 
-def _flat(sequences: pa.Table, name: str) -> np.ndarray:
-    return sequences[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+def of_judged(sequences: pa.Table, name: str) -> np.ndarray:
+    """Return a column of the evaluation targets, [T], in the order that they are scored in."""
+
+    def flat(name: str) -> np.ndarray:
+        return sequences[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+    return flat(name)[flat("target_split") == EVALUATION]

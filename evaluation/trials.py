@@ -28,7 +28,7 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import parse_dt
 from etl.warehouse.store import TableStore
-from evaluation.metrics import Bootstrap, auc, gauc, logloss, thirds
+from evaluation.metrics import Bootstrap, figures, thirds
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
 from training.loop import TrainingData, Worker, train_model
@@ -285,8 +285,8 @@ def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dic
     config = replace(config, models={trial.model: model_config(trial.model, base)}, seed=trial.seed)
     about = {"model": trial.model, "length": trial.length, "seed": trial.seed}
     try:
-        figures = measured(config, _data(partition, trial.length, trial.seed), Rows.of(partition).items, device)
-        return about | {"device": _name_of(device), "jobs": jobs} | figures
+        found = measured(config, _data(partition, trial.length, trial.seed), Rows.of(partition).items, device)
+        return about | {"device": _name_of(device), "jobs": jobs} | found
     except FloatingPointError as error:
         return about | {"failed": str(error)}
     except StageError as error:
@@ -336,19 +336,18 @@ def quality(scored: ScoredTargets) -> dict[str, Any]:
     what each resample of the users gives: resample n is of the same users for every model of a partition.
     """
     bootstrap = Bootstrap(scored.user_id, scored.label, {"it": scored.score}, RESAMPLES)
-    figures: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users}
+    found: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users}
     for metric in Bootstrap.METRICS:
-        figures[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
+        found[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
         interval = bootstrap.interval("it", metric)
         bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        figures |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
+        found |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
     slices = []
     for rows in thirds(scored.history_length):
-        label, score, length = scored.label[rows], scored.score[rows], scored.history_length[rows]
-        metrics = {"auc": auc(label, score), "gauc": gauc(scored.user_id[rows], label, score)[0]}
-        bounds = {"low": int(length.min()), "high": int(length.max()), "targets": len(label)}
-        slices.append({**bounds, **metrics, "logloss": logloss(label, score)})
-    return figures | {"slices": slices}
+        length = scored.history_length[rows]
+        bounds = {"low": int(length.min()), "high": int(length.max()), "targets": len(length)}
+        slices.append({**bounds, **figures(scored.user_id[rows], scored.label[rows], scored.score[rows])})
+    return found | {"slices": slices}
 
 
 if __name__ == "__main__":

@@ -308,15 +308,17 @@ def _items_read(sequences: Sequences, events: np.ndarray, targets: np.ndarray) -
 
 def _distinct(read: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct of some of a partition's `items`, in order, and the place of each among them."""
-    if items > 8 * len(read):  # a table of all items would be most of the work
+    is_read = _marked(read, items)
+    if is_read is None:
         distinct, place = np.unique(read, return_inverse=True)
         return distinct, place.astype(np.int64)
-    is_read = _marked(read, items)
     return np.flatnonzero(is_read), (is_read.cumsum() - 1)[read]
 
 
-def _marked(read: np.ndarray, items: int) -> np.ndarray:
-    """Return which of a partition's items are read, bool [N]."""
+def _marked(read: np.ndarray, items: int) -> np.ndarray | None:
+    """Return which of a partition's items are read, bool [N]; None where a table of all would be most of the work."""
+    if items > 8 * len(read):
+        return None
     is_read = np.zeros(items, np.bool_)
     is_read[read] = True
     return is_read
@@ -469,7 +471,8 @@ class Epoch:
         joined = self.batches.joined
         chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
         read = _items_read(joined.sequences, chosen.events(), chosen.target)
-        return np.flatnonzero(_marked(read, joined.items.count))
+        is_read = _marked(read, joined.items.count)
+        return np.unique(read) if is_read is None else np.flatnonzero(is_read)
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""

@@ -160,6 +160,8 @@ def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> 
         last: of the table, -1 everywhere.
         each: places that may be added up in any order; those behind them come after them.
     """
+    if not len(ids):
+        return out
     if fused.available(out) and not torch.are_deterministic_algorithms_enabled():
         from training import row_kernels
 
@@ -168,6 +170,6 @@ def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> 
     place = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
     to = last.scatter_reduce_(0, ids, place, "amax")[ids]
     last.index_fill_(0, ids, -1)
-    for some_to, some in zip(to.split(each), values.split(each), strict=True) if len(ids) else ():
+    for some_to, some in zip(to.split(each), values.split(each), strict=True):
         out.index_add_(0, some_to, some)
     return out

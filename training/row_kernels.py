@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.model.fused_rows import padded
+
 PLACES = 64  # of a program
 
 
@@ -77,7 +79,7 @@ def join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> N
         each: places that are added by one launch, in whatever order; one launch runs after another.
     """
     width, places = values.shape[1], len(ids)
-    sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+    sizes = {"D": width, "DP": padded(width), "B": PLACES}
     if not places:
         return
     grid = (-(-places // PLACES),)
@@ -94,7 +96,7 @@ def adagrad(ids: Tensor, values: Tensor, table: Tensor, sums: Tensor, rate: Tens
     """Take a step of `RowwiseAdagrad`, with `how` its decay and epsilon."""
     width, places = values.shape[1], len(ids)
     if places:
-        sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+        sizes = {"D": width, "DP": padded(width), "B": PLACES}
         adagrad_kernel[(-(-places // PLACES),)](ids, values, table, sums, rate, *how, places, **sizes)
 
 
@@ -102,7 +104,7 @@ def put(ids: Tensor, values: Tensor, table: Tensor, zero: bool = False) -> None:
     """Store the numbers that are not 0 in the table's rows, or zeros in their places."""
     width, places = values.shape[1], len(ids)
     if places:
-        sizes = {"D": width, "DP": _padded(width), "B": PLACES}
+        sizes = {"D": width, "DP": padded(width), "B": PLACES}
         put_kernel[(-(-places // PLACES),)](ids, values, table, places, **sizes, ZERO=zero)
 
 

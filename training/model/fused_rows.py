@@ -102,7 +102,7 @@ class _Normalised(torch.autograd.Function):
         count = rows.numel() // width
         scale = rows.new_empty(count, dtype=torch.float32)
         if count:
-            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            sizes = {"D": width, "DP": padded(width), "B": ROWS}
             normalise_kernel[(-(-count // ROWS),)](rows, out, scale, count, **sizes)
         ctx.save_for_backward(out, scale)
         return out
@@ -115,7 +115,7 @@ class _Normalised(torch.autograd.Function):
         out, scale = ctx.saved_tensors
         found, width = torch.empty_like(out), out.shape[-1]
         if len(scale):
-            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            sizes = {"D": width, "DP": padded(width), "B": ROWS}
             normalise_backward_kernel[(-(-len(scale) // ROWS),)](
                 grad.contiguous(), out, scale, found, len(scale), **sizes
             )
@@ -150,7 +150,7 @@ class _Gathered(torch.autograd.Function):
                 out,
                 events,
                 D=width,
-                DP=_padded(width),
+                DP=padded(width),
                 B=ROWS,
                 TWO=other is not None,
             )
@@ -181,7 +181,7 @@ class _ReadInPart(torch.autograd.Function):
         rows, width = len(row_N), weight.shape[1]
         out = weight.new_empty(rows, width)
         if rows:
-            sizes = {"D": width, "DP": _padded(width), "B": ROWS}
+            sizes = {"D": width, "DP": padded(width), "B": ROWS}
             gather_kernel[(-(-rows // ROWS),)](weight, row_N, weight, row_N, out, rows, **sizes, TWO=False)
         return out
 
@@ -202,9 +202,10 @@ def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
         return table.index_add_(0, places.row_E, grad.float())
     if events:
         order, ids = places.ordered(len(table))
-        scatter_kernel[(-(-events // ROWS),)](grad, order, ids, table, events, D=width, DP=_padded(width), B=ROWS)
+        scatter_kernel[(-(-events // ROWS),)](grad, order, ids, table, events, D=width, DP=padded(width), B=ROWS)
     return table
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
+    """Return the power of two that a kernel works on for rows of a width."""
     return max(16, 1 << (width - 1).bit_length())
