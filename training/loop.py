@@ -593,7 +593,7 @@ class _StepSums:
         by_rows = {id(table.weight) for table in in_part}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
         self.by_rows = RowGradients(in_part, worker.world)
-        self.read: list[Rows] = []
+        self.read: list[list[Rows]] = []
         self.whole: list[Tensor] = []
         self.quantizer = model.coded.quantizer if model.coded is not None else None
         counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
@@ -625,17 +625,19 @@ class _StepSums:
             self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * events]))
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
-        _summed(self.flat, self.worker)
-        if self.in_part:
-            with _answered(self.worker):
+        with _answered(self.worker):
+            sums = dist.all_reduce(self.flat, async_op=True) if self.worker.world > 1 else None
+            if self.in_part:  # which rows are sent is made out meanwhile
                 self.read = self.by_rows.summed(found, most, dist.all_gather_into_tensor)
+            if sums is not None:
+                sums.wait()
         if quantizer is not None:
             quantizer.step_GCk.copy_(self.counted.view_as(quantizer.step_GCk))
         self.totals = torch.cat([self.losses, counts]).double()
 
     def clip(self, longest: float) -> None:
         """Shorten all gradients together to this length, if they are longer."""
-        gradients = [*self.gradients, *(rows.values for rows in self.read)]
+        gradients = [*self.gradients, *(rows.values for parts in self.read for rows in parts)]
         length = nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, (longest / (length + 1e-6)).clamp(max=1.0))
 
@@ -648,10 +650,11 @@ class _StepSums:
     @contextmanager
     def whole_gradients(self) -> Iterator[None]:
         """Have the rows that were read in the gradients of the whole tables."""
-        for rows, whole in zip(self.read, self.whole, strict=True):
+        pairs = [(rows, whole) for parts, whole in zip(self.read, self.whole, strict=True) for rows in parts]
+        for rows, whole in pairs:
             put(rows, whole)
         yield
-        for rows, whole in zip(self.read, self.whole, strict=True):
+        for rows, whole in pairs:
             take_back(rows, whole)
 
     def _differentiate(self, loss: Tensor) -> list[Tensor | None]:

@@ -4,7 +4,7 @@ A table of millions of rows has no gradient of its size: its part is the rows th
 which workers exchange in place of the table. By AdamW every row moves in every step, read or not; by row-wise Adagrad
 only rows that were read do (Duchi et al., 2011; one sum a row as in FBGEMM's row-wise Adagrad).
 
-Legend: N rows that a worker's batch read, W workers, R the most rows of one of them, d width of a row.
+Legend: N places of rows that were read, W workers, R the most places of one of them, d width of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_in_part(tables: list[nn.Embedding], rows_a_step: float) -> list[nn.Embe
 class Rows(NamedTuple):
     """Gradients of some rows of a table: ids int64 [N], values float32 [N, d].
 
-    Of equal ids the last one has the sum, the others zeros.
+    A row's gradient stands at one place that has its id, zeros at all others.
     """
 
     ids: Tensor
@@ -48,10 +48,14 @@ class RowGradients:
         self.tables, self.world = tables, world
         for table in tables:
             table.sparse = True
-        self.last = [_places(table.weight) for table in tables]  # of each row the last place that has it
+        self.last = [_places(table.weight) for table in tables]  # of each row a place that has it
 
-    def summed(self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]) -> list[Rows]:
+    def summed(
+        self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]
+    ) -> list[list[Rows]]:
         """Return the gradients of each table, summed over the workers, to the same bits on all of them.
+
+        They are in as many parts as there are workers: a row's gradient stands in one of them.
 
         Args:
             found: autograd's gradients of this worker, None without a part of the batch.
@@ -59,19 +63,19 @@ class RowGradients:
             gather: writes the tensors of all workers, one after another, into its first argument.
         """
         if self.world == 1:
-            return [self._alone(*each) for each in zip(self.tables, self.last, found, strict=True)]
-        widths = [1 + table.embedding_dim for table in self.tables]
-        sent = self.tables[0].weight.new_zeros(most, sum(widths))
-        for table, last, gradient, part in zip(self.tables, self.last, found, sent.split(widths, 1), strict=True):
-            _pack(part, table, last, gradient)
-        got = sent.new_empty(self.world * most, sum(widths))
-        gather(got, sent)
-        return [_joined(part, last, most) for last, part in zip(self.last, got.split(widths, 1), strict=True)]
+            return [[self._alone(*each)] for each in zip(self.tables, self.last, found, strict=True)]
+        sizes = [most * (1 + table.embedding_dim) for table in self.tables]
+        sent = self.tables[0].weight.new_zeros(sum(sizes))
+        for table, last, gradient, part in zip(self.tables, self.last, found, sent.split(sizes), strict=True):
+            _pack(part, table, last, gradient, most)
+        got = sent.new_empty(self.world, len(sent))
+        gather(got.view(-1), sent)
+        return [_merged(part, last, most) for last, part in zip(self.last, got.split(sizes, 1), strict=True)]
 
     def _alone(self, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> Rows:
         assert gradient is not None, "a worker that is alone has every batch"
         ids, values = gradient._indices()[0], gradient._values()
-        return Rows(ids, _join(ids, values, last, torch.zeros_like(values), len(ids)))
+        return Rows(ids, _join(ids, values, last, torch.zeros_like(values)))
 
 
 class RowwiseAdagrad:
@@ -89,19 +93,24 @@ class RowwiseAdagrad:
         self.sums = [torch.zeros(len(table.weight), device=table.weight.device) for table in tables]
 
     @torch.no_grad()
-    def step(self, gradients: list[Rows], rate: Tensor) -> None:
+    def step(self, gradients: list[list[Rows]], rate: Tensor) -> None:
         """Take a step."""
-        for table, sums, (ids, values) in zip(self.tables, self.sums, gradients, strict=True):
-            if fused.available(table.weight):
-                from training import row_kernels
+        for table, sums, parts in zip(self.tables, self.sums, gradients, strict=True):
+            for rows in parts:
+                self._move(rows, table.weight, sums, rate)
 
-                row_kernels.adagrad(ids, values, table.weight, sums, rate, (self.decay, EPSILON))
-                continue
-            square = values.square().mean(1)
-            sums.index_add_(0, ids, square)
-            move = values / (sums[ids].sqrt() + EPSILON)[:, None]
-            move += self.decay * table.weight[ids] * (square > 0)[:, None]
-            table.weight.index_add_(0, ids, move * -rate)
+    def _move(self, rows: Rows, weight: Tensor, sums: Tensor, rate: Tensor) -> None:
+        ids, values = rows
+        if fused.available(weight):
+            from training import row_kernels
+
+            row_kernels.adagrad(ids, values, weight, sums, rate, (self.decay, EPSILON))
+            return
+        square = values.square().mean(1)
+        sums.index_add_(0, ids, square)
+        move = values / (sums[ids].sqrt() + EPSILON)[:, None]
+        move += self.decay * weight[ids] * (square > 0)[:, None]
+        weight.index_add_(0, ids, move * -rate)
 
     def load(self, sums: list[Tensor]) -> None:
         """Go on from the sums of another one."""
@@ -133,43 +142,59 @@ def _places(weight: Tensor) -> Tensor:
     return torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
 
 
-def _pack(sent: Tensor, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> None:
-    """Write ids (their bits) and values of a worker's gradient into zeros, [R, 1 + d].
+def _pack(sent: Tensor, table: nn.Embedding, last: Tensor, gradient: Tensor | None, most: int) -> None:
+    """Write the ids (their bits) of a worker's gradient, and behind them the values, into zeros, [R + R d].
 
     What is left over has zeros for rows of all the table: one row's would be added up in turn.
     """
-    ids = torch.arange(len(sent), dtype=torch.int32, device=sent.device) % len(table.weight)
+    ids = torch.arange(most, dtype=torch.int32, device=sent.device) % len(table.weight)
     if gradient is not None:
         read = gradient._indices()[0]
         ids[: len(read)] = read
-        _join(read, gradient._values(), last, sent[: len(read), 1:], len(read))
-    sent[:, 0] = ids.view(torch.float32)
+        _join(read, gradient._values(), last, sent[most:].view(most, -1)[: len(read)])
+    sent[:most] = ids.view(torch.float32)
 
 
-def _joined(got: Tensor, last: Tensor, most: int) -> Rows:
-    """Return what all workers sent, [W R, 1 + d], added up in the order of the workers."""
-    ids = got[:, 0].contiguous().view(torch.int32).long()
-    values = got[:, 1:]
-    return Rows(ids, _join(ids, values, last, torch.zeros(values.shape, device=values.device), most))
+def _merged(got: Tensor, last: Tensor, most: int) -> list[Rows]:
+    """Return what the workers sent, [W, R + R d], rows of several added up in the order of the workers."""
+    ids_WR = got[:, :most].view(torch.int32).long()
+    values_WRd = got[:, most:].unflatten(1, (most, -1))
+    if _by_kernels(values_WRd):
+        from training import row_kernels
+
+        row_kernels.merge(ids_WR, values_WRd, last)
+    else:
+        to_WR = _last_places(ids_WR.flatten(), last).view_as(ids_WR)
+        sums_Nd = torch.zeros_like(values_WRd.flatten(0, 1))
+        for to_R, values_Rd in zip(to_WR, values_WRd, strict=True):
+            sums_Nd.index_add_(0, to_R, values_Rd)
+        values_WRd = sums_Nd.view_as(values_WRd)
+    return [Rows(*part) for part in zip(ids_WR, values_WRd, strict=True)]
 
 
-def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> Tensor:
+def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor) -> Tensor:
     """Add the values of equal ids to `out`, which is 0, where the last of them stands; return it.
 
     Args:
         last: of the table, -1 everywhere.
-        each: places that may be added up in any order; those behind them come after them.
     """
     if not len(ids):
         return out
-    if fused.available(out) and not torch.are_deterministic_algorithms_enabled():
+    if _by_kernels(out):
         from training import row_kernels
 
-        row_kernels.join(ids, values, last, out, each)
+        row_kernels.join(ids, values, last, out)
         return out
+    return out.index_add_(0, _last_places(ids, last), values)
+
+
+def _by_kernels(tensor: Tensor) -> bool:
+    return fused.available(tensor) and not torch.are_deterministic_algorithms_enabled()
+
+
+def _last_places(ids: Tensor, last: Tensor) -> Tensor:
+    """Return for every id the last place that has it."""
     place = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
     to = last.scatter_reduce_(0, ids, place, "amax")[ids]
     last.index_fill_(0, ids, -1)
-    for some_to, some in zip(to.split(each), values.split(each), strict=True):
-        out.index_add_(0, some_to, some)
-    return out
+    return to

@@ -21,7 +21,7 @@ def mark_kernel(ids, last, places, B: tl.constexpr):
 
 
 @triton.jit
-def join_kernel(ids, last, values, stride, out, out_stride, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+def join_kernel(ids, last, values, stride, out, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
     """Add the values of every place to those of the last place of its id."""
     place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside_B, column = place_B < places, tl.arange(0, DP)
@@ -29,7 +29,28 @@ def join_kernel(ids, last, values, stride, out, out_stride, places, D: tl.conste
     values_Bd = tl.load(values + place_B[:, None] * stride + column[None, :], inside, other=0.0)
     to_B = tl.load(last + tl.load(ids + place_B, inside_B, other=0), inside_B, other=0).to(tl.int64)
     some = inside & (values_Bd != 0)
-    tl.atomic_add(out + to_B[:, None] * out_stride + column[None, :], values_Bd, some, sem="relaxed")
+    tl.atomic_add(out + to_B[:, None] * D + column[None, :], values_Bd, some, sem="relaxed")
+
+
+@triton.jit
+def merge_kernel(ids, values, stride, part, last, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Move the rows of a part that are not 0, each there once, to the place that an earlier part has for them.
+
+    A row that no earlier part has stays, and its place is noted.
+    """
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside_B, column = place_B < places, tl.arange(0, DP)
+    wide = (column < D)[None, :]
+    own = values + part * stride + place_B[:, None] * D + column[None, :]
+    values_Bd = tl.load(own, inside_B[:, None] & wide, other=0.0)
+    some_B = tl.max((values_Bd != 0).to(tl.int32), 1) > 0
+    noted = last + tl.load(ids + part * places + place_B, some_B, other=0)
+    to_B = tl.load(noted, some_B, other=-1).to(tl.int64)
+    moved = (some_B & (to_B >= 0))[:, None] & wide
+    tl.store(noted, (part * places + place_B).to(tl.int32), some_B & (to_B < 0))
+    at = values + (to_B // places * stride + to_B % places * D)[:, None] + column[None, :]
+    tl.store(at, tl.load(at, moved, other=0.0) + values_Bd, moved)
+    tl.store(own, tl.zeros_like(values_Bd), moved)
 
 
 @triton.jit
@@ -70,26 +91,33 @@ def put_kernel(ids, values, table, places, D: tl.constexpr, DP: tl.constexpr, B:
     tl.store(at, tl.where(ZERO, 0.0, values_Bd), inside & (values_Bd != 0))
 
 
-def join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor, each: int) -> None:
-    """Add the values of each id to `out`, float32 [N, d], at the last place that has the id.
+def join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor) -> None:
+    """Add the values of each id to `out`, float32 [N, d], at the last place that has the id, in whatever order.
 
     Args:
-        ids: int64 [N]; values: float32 [N, d], of any row stride, as `out`.
+        ids: int64 [N]; values: float32 [N, d], of any row stride.
         last: int32 [rows of the table], -1 everywhere, before and after.
-        each: places that are added by one launch, in whatever order; one launch runs after another.
     """
     width, places = values.shape[1], len(ids)
+    if places:
+        grid, sizes = (-(-places // PLACES),), {"D": width, "DP": padded(width), "B": PLACES}
+        mark_kernel[grid](ids, last, places, B=PLACES)
+        join_kernel[grid](ids, last, values, values.stride(0), out, places, **sizes)
+        forget_kernel[grid](ids, last, places, B=PLACES)
+
+
+def merge(ids: Tensor, values: Tensor, last: Tensor) -> None:
+    """Add up rows that several parts have, in place and in the order of the parts; they stand in the first one then.
+
+    Args:
+        ids: int64 [W, R]; values: float32 [W, R, d], a part without gaps; a part has a row that is not 0 once.
+        last: as in `join`.
+    """
+    parts, places, width = values.shape
     sizes = {"D": width, "DP": padded(width), "B": PLACES}
-    if not places:
-        return
-    grid = (-(-places // PLACES),)
-    mark_kernel[grid](ids, last, places, B=PLACES)
-    for begin in range(0, places, each):
-        count, some = min(each, places - begin), values[begin:]
-        join_kernel[(-(-count // PLACES),)](
-            ids[begin:], last, some, values.stride(0), out, out.stride(0), count, **sizes
-        )
-    forget_kernel[grid](ids, last, places, B=PLACES)
+    for part in range(parts):
+        merge_kernel[(-(-places // PLACES),)](ids, values, values.stride(0), part, last, places, **sizes)
+    forget_kernel[(-(-ids.numel() // PLACES),)](ids, last, ids.numel(), B=PLACES)
 
 
 def adagrad(ids: Tensor, values: Tensor, table: Tensor, sums: Tensor, rate: Tensor, how: tuple[float, float]) -> None:
@@ -106,7 +134,3 @@ def put(ids: Tensor, values: Tensor, table: Tensor, zero: bool = False) -> None:
     if places:
         sizes = {"D": width, "DP": padded(width), "B": PLACES}
         put_kernel[(-(-places // PLACES),)](ids, values, table, places, **sizes, ZERO=zero)
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())

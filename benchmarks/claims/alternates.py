@@ -61,8 +61,8 @@ class _SharedQuantizer(GroupedQuantizer):
         self.started.fill_(1)
 
     @torch.no_grad()
-    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
-        return 0
+    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> None:
+        pass
 
 
 class SharedCodebook(_Trial):
@@ -99,8 +99,8 @@ class _SimVQ(GroupedQuantizer):
         self.started.fill_(1)
 
     @torch.no_grad()
-    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
-        return 0
+    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> None:
+        pass
 
 
 class _Random(GroupedQuantizer):
@@ -112,8 +112,8 @@ class _Random(GroupedQuantizer):
         self.started.fill_(1)
 
     @torch.no_grad()
-    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
-        return 0
+    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> None:
+        pass
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

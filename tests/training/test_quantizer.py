@@ -46,7 +46,9 @@ def test_dead_codes_come_back_with_their_usage_reset():
     with torch.no_grad():
         quantizer.codebook_GCw[:, 0] = 1e6
         quantizer.usage_GC[:, 0] = 0.0
-    assert quantizer.revive(keys, torch.Generator().manual_seed(0)) == GROUPS
+    assert (quantizer.dead_share() == 1 / CODES).all()
+    quantizer.revive(keys, torch.Generator().manual_seed(0))
+    assert (quantizer.dead_share() == 0).all()
     assert quantizer.codebook_GCw[:, 0].abs().max() < 1e3
     assert (quantizer.usage_GC[:, 0] > 0).all()
 
@@ -160,7 +162,7 @@ def test_a_revived_code_is_not_pulled_back_by_its_old_averages():
         quantizer.codebook_GCw[:, 3] = 50.0
         quantizer.usage_GC[:, 3] = 0.0
     quantizer._restart_averages(torch.ones(GROUPS, CODES, dtype=torch.bool))
-    assert quantizer.revive(keys, torch.Generator().manual_seed(0)) == GROUPS
+    quantizer.revive(keys, torch.Generator().manual_seed(0))
     revived = quantizer.codebook_GCw[:, 3].clone()
     _train(quantizer, keys, torch.ones(60))
     assert (quantizer.codebook_GCw[:, 3] - revived).abs().max() < 0.2

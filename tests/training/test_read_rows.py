@@ -44,9 +44,10 @@ def test_rows_of_several_workers_add_up_to_the_gradient_of_the_whole_table():
         rows = RowGradients(tables, 3).summed(worker, 8, lambda out, _: out.copy_(torch.cat(sent)))
         for number, table in enumerate(tables):
             expected = theirs[0][number][1] + theirs[1][number][1]
-            got = torch.zeros_like(table.weight).index_add_(0, rows[number].ids, rows[number].values)
+            ids, values = (torch.cat(part) for part in zip(*rows[number], strict=True))
+            got = torch.zeros_like(table.weight).index_add_(0, ids, values)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-            alone = rows[number].ids[rows[number].values.abs().sum(1) > 0]
+            alone = ids[values.abs().sum(1) > 0]
             assert len(alone) == len(alone.unique()) == 4, "a row's sum stands once"
 
 
@@ -77,17 +78,17 @@ def test_kernels_of_rows_do_what_torch_does():
     ids, values = torch.randint(rows, (places,)), torch.randn(places, 5 + width)[:, 5:]
     last = torch.full((rows,), -1, dtype=torch.int32)
     ours, theirs = torch.zeros(2, places, width).unbind()
-    _join(ids, values, last.clone(), theirs, 70)
+    _join(ids, values, last.clone(), theirs)
     device = fused_tests.DEVICE
     there = [part.to(device) for part in (ids, values, last, ours)]
-    row_kernels.join(*there, each=70)
+    row_kernels.join(*there)
     assert (there[2] == -1).all() and (theirs == 0).all(1).sum() == places - len(ids.unique())
     torch.testing.assert_close(there[3].cpu(), theirs, rtol=0, atol=1e-5)
     table, rate = nn.Embedding(rows, width), torch.tensor(0.1)
     expected = RowwiseAdagrad([table], decay=0.2)
     weight, sums = table.weight.detach().to(device, copy=True), torch.zeros(rows, device=device)
     for _ in range(3):
-        expected.step([Rows(ids, theirs)], rate)
+        expected.step([[Rows(ids, theirs)]], rate)
         row_kernels.adagrad(there[0], theirs.to(device), weight, sums, rate.to(device), (0.2, 1e-8))
     torch.testing.assert_close(sums.cpu(), expected.sums[0])
     torch.testing.assert_close(weight.cpu(), table.weight.detach())
@@ -96,6 +97,33 @@ def test_kernels_of_rows_do_what_torch_does():
     assert torch.equal(whole.cpu(), torch.zeros(rows, width).index_add_(0, ids, theirs))
     row_kernels.put(there[0], theirs.to(device), whole, zero=True)
     assert not whole.any()
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or fused_tests.INTERPRETED), reason="needs a GPU, or Triton's interpreter"
+)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_kernel_adds_up_rows_of_several_workers_in_their_order(workers):
+    from training import row_kernels
+
+    torch.manual_seed(4)
+    rows, width, places = 150, 12, 100
+    ids_WR = torch.stack([torch.randperm(rows)[:places] for _ in range(workers)])
+    values_WRd = torch.randn(workers, places * width + 7)[:, 7:].unflatten(1, (places, width))
+    values_WRd[:, 90:] = 0  # left over
+    values_WRd[1, ids_WR[1] == ids_WR[0, 0]] = -values_WRd[0, 0]  # a sum of exactly 0
+    expected = torch.zeros(rows, width)
+    for ids_R, values_Rd in zip(ids_WR, values_WRd, strict=True):
+        expected.index_add_(0, ids_R, values_Rd)
+    last = torch.full((rows,), -1, dtype=torch.int32, device=fused_tests.DEVICE)
+    for _ in range(2):  # the second one finds `last` as the first one did
+        ids, values = ids_WR.to(fused_tests.DEVICE), values_WRd.to(fused_tests.DEVICE, copy=True)
+        row_kernels.merge(ids, values, last)
+        ids, values = ids.flatten().cpu(), values.flatten(0, 1).cpu()
+        assert torch.equal(torch.zeros(rows, width).index_add_(0, ids, values), expected)
+        alone = ids[(values != 0).any(1)]
+        assert len(alone) == len(alone.unique()), "a row's sum stands once"
+        assert (last == -1).all()
 
 
 @pytest.fixture(scope="module")

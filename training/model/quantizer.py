@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from training.model.fused import on_device
+
 
 def straight_through(key: Tensor, word: Tensor) -> Tensor:
     """Return codewords whose gradient goes to the keys (docs/method.md#straight-through-gradient).
@@ -163,17 +165,18 @@ class GroupedQuantizer(nn.Module):
         self.codebook_GCw.copy_(torch.where(weight_GC1 > 1e-6, total_GCw / weight_GC1, self.codebook_GCw))
 
     @torch.no_grad()
-    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
-        """Move codes used less than `threshold` of an even share to random keys, their usage reset; return how many."""
-        keys_GNw = self._grouped(keys_NHd.float())
-        dead_GC = self._dead(threshold)
-        for g in range(self.groups):
-            dead = torch.nonzero(dead_GC[g]).flatten()
-            picked = torch.randint(keys_GNw.shape[1], (len(dead),), generator=generator).to(dead.device)
-            self.codebook_GCw[g, dead] = keys_GNw[g][picked]
-        self.usage_GC[dead_GC] = self._even_usage()[dead_GC]
+    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> None:
+        """Move codes used less than `threshold` of an even share to random keys, their usage reset.
+
+        The host waits for no device to say which codes these are.
+        """
+        keys_GNw, dead_GC = self._grouped(keys_NHd.float()), self._dead(threshold)
+        drawn_GC = torch.randint(keys_GNw.shape[1], dead_GC.shape, generator=generator)
+        picked_GC1 = on_device(drawn_GC.numpy(), keys_NHd.device)[..., None]
+        drawn_GCw = keys_GNw.gather(1, picked_GC1.expand(-1, -1, self.group_width))
+        self.codebook_GCw.copy_(torch.where(dead_GC[..., None], drawn_GCw, self.codebook_GCw))
+        self.usage_GC.copy_(torch.where(dead_GC, self._even_usage(), self.usage_GC))
         self._restart_averages(dead_GC)
-        return int(dead_GC.sum())
 
     def perplexity_share(self) -> Tensor:
         """Return exp(entropy of usage) / C per group, float [G]; near 0 = collapsed, healthy above .5."""

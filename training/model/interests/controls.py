@@ -22,8 +22,8 @@ class FrozenQuantizer(GroupedQuantizer):
         super().__init__(groups, codes, group_width, ema_decay=1.0)
 
     @torch.no_grad()
-    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> int:
-        return 0
+    def revive(self, keys_NHd: Tensor, generator: torch.Generator, threshold: float = 0.02) -> None:
+        pass
 
 
 class RandomQuantizer(FrozenQuantizer):
