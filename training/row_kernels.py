@@ -33,10 +33,22 @@ def join_kernel(ids, last, values, stride, out, places, D: tl.constexpr, DP: tl.
 
 
 @triton.jit
-def merge_kernel(ids, values, stride, part, last, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
-    """Move the rows of a part that are not 0, each there once, to the place that an earlier part has for them.
+def note_kernel(ids, values, stride, part, last, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Note the places of a part whose rows are not 0."""
+    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside_B, column = place_B < places, tl.arange(0, DP)
+    own = values + part * stride + place_B[:, None] * D + column[None, :]
+    values_Bd = tl.load(own, inside_B[:, None] & (column < D)[None, :], other=0.0)
+    some_B = tl.max((values_Bd != 0).to(tl.int32), 1) > 0
+    id_B = tl.load(ids + part * places + place_B, some_B, other=0)
+    tl.store(last + id_B, (part * places + place_B).to(tl.int32), some_B)
 
-    A row that no earlier part has stays, and its place is noted.
+
+@triton.jit
+def merge_kernel(ids, values, stride, part, last, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+    """Move the rows of a part that are not 0, each there once, to the places that earlier parts have for them.
+
+    It may not note the others' places, too: threads that share an element would read what one of them noted.
     """
     place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside_B, column = place_B < places, tl.arange(0, DP)
@@ -44,10 +56,9 @@ def merge_kernel(ids, values, stride, part, last, places, D: tl.constexpr, DP: t
     own = values + part * stride + place_B[:, None] * D + column[None, :]
     values_Bd = tl.load(own, inside_B[:, None] & wide, other=0.0)
     some_B = tl.max((values_Bd != 0).to(tl.int32), 1) > 0
-    noted = last + tl.load(ids + part * places + place_B, some_B, other=0)
-    to_B = tl.load(noted, some_B, other=-1).to(tl.int64)
-    moved = (some_B & (to_B >= 0))[:, None] & wide
-    tl.store(noted, (part * places + place_B).to(tl.int32), some_B & (to_B < 0))
+    id_B = tl.load(ids + part * places + place_B, some_B, other=0)
+    to_B = tl.load(last + id_B, some_B, other=-1).to(tl.int64)
+    moved = (to_B >= 0)[:, None] & wide
     at = values + (to_B // places * stride + to_B % places * D)[:, None] + column[None, :]
     tl.store(at, tl.load(at, moved, other=0.0) + values_Bd, moved)
     tl.store(own, tl.zeros_like(values_Bd), moved)
@@ -72,8 +83,9 @@ def adagrad_kernel(
     grad_Bd = tl.load(values + place_B[:, None] * D + column[None, :], inside_B[:, None] & wide, other=0.0)
     square_B = tl.sum(grad_Bd * grad_Bd, 1) / D
     moved_B, id_B = inside_B & (square_B > 0), tl.load(ids + place_B, inside_B, other=0)
-    sum_B = tl.load(sums + id_B, moved_B, other=1.0) + square_B
-    tl.store(sums + id_B, sum_B, moved_B)
+    # Read and written at once: of threads that share an element some would read what another one wrote.
+    sum_B = tl.atomic_add(sums + id_B, square_B, moved_B, sem="relaxed") + square_B
+    sum_B = tl.where(moved_B, sum_B, 1.0)
     at, moved = table + id_B[:, None] * D + column[None, :], moved_B[:, None] & wide
     row_Bd = tl.load(at, moved, other=0.0)
     step_Bd = grad_Bd / (tl.sqrt(sum_B) + epsilon)[:, None] + decay * row_Bd
@@ -115,8 +127,10 @@ def merge(ids: Tensor, values: Tensor, last: Tensor) -> None:
     """
     parts, places, width = values.shape
     sizes = {"D": width, "DP": padded(width), "B": PLACES}
-    for part in range(parts):
-        merge_kernel[(-(-places // PLACES),)](ids, values, values.stride(0), part, last, places, **sizes)
+    grid = (-(-places // PLACES),)
+    for part in range(1, parts):
+        note_kernel[grid](ids, values, values.stride(0), part - 1, last, places, **sizes)
+        merge_kernel[grid](ids, values, values.stride(0), part, last, places, **sizes)
     forget_kernel[(-(-ids.numel() // PLACES),)](ids, last, ids.numel(), B=PLACES)
 
 
