@@ -5,8 +5,6 @@ Legend: U users, E events (flat over users), T targets (flat), N distinct items.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,13 +189,11 @@ class Spans:
     end: np.ndarray
 
     @staticmethod
-    def of(sequences: Sequences, targets: list[np.ndarray]) -> Spans:
-        """Lay out targets (positions in the flat target arrays, one array a user)."""
-        count_U = np.array([len(chosen) for chosen in targets], np.int64)
-        target_T = np.concatenate(targets) if targets else np.zeros(0, np.int64)
+    def of(sequences: Sequences, target_T: np.ndarray, count_U: np.ndarray) -> Spans:
+        """Lay out targets (positions in the flat target arrays, one user after another, so many of each)."""
         first_T, end_T = sequences.target_first[target_T], sequences.target_end[target_T]
         some_U, begins = count_U > 0, (count_U.cumsum() - count_U)[count_U > 0]
-        first_U, last_first_U, end_U = (np.zeros(len(targets), np.int64) for _ in range(3))
+        first_U, last_first_U, end_U = (np.zeros(len(count_U), np.int64) for _ in range(3))
         if len(begins):
             first_U[some_U] = np.minimum.reduceat(first_T, begins)
             last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
@@ -231,7 +227,8 @@ class Chosen:
     @staticmethod
     def of(sequences: Sequences, users: np.ndarray, targets: list[np.ndarray]) -> Chosen:
         """Lay out users with the given targets (positions in the flat target arrays, one array a user)."""
-        spans = Spans.of(sequences, targets)
+        counts = np.array([len(chosen) for chosen in targets], np.int64)
+        spans = Spans.of(sequences, np.concatenate(targets) if targets else np.zeros(0, np.int64), counts)
         width = int(spans.end.max(initial=0)) + 1
         cut_off_T = np.repeat(np.arange(len(users)) * width, spans.count) + sequences.target_end[spans.target]
         cut_off_T.sort(kind="stable")  # targets in order of time are sorted already, which this sort makes use of
@@ -280,7 +277,7 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
     sequences = joined.sequences
     chosen = Chosen.of(sequences, users, targets)
     events, target, counts = chosen.events(), chosen.target, np.diff(chosen.target_start)
-    distinct, inverse = _distinct(_items_read(sequences, events, target), joined.items.count)
+    distinct, inverse = _distinct(items_read(sequences, events, target), joined.items.count)
     begin = np.repeat(chosen.first, counts)
     return Batch(
         items=joined.items.take(distinct),
@@ -301,21 +298,21 @@ def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> 
     )
 
 
-def _items_read(sequences: Sequences, events: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def items_read(sequences: Sequences, events: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return the items of some events and targets, int32 [E + T]."""
     return np.concatenate([sequences.history_item[events], sequences.target_item[targets]])
 
 
 def _distinct(read: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct of some of a partition's `items`, in order, and the place of each among them."""
-    is_read = _marked(read, items)
+    is_read = marked(read, items)
     if is_read is None:
         distinct, place = np.unique(read, return_inverse=True)
         return distinct, place.astype(np.int64)
     return np.flatnonzero(is_read), (is_read.cumsum() - 1)[read]
 
 
-def _marked(read: np.ndarray, items: int) -> np.ndarray | None:
+def marked(read: np.ndarray, items: int) -> np.ndarray | None:
     """Return which of a partition's items are read, bool [N]; None where a table of all would be most of the work."""
     if items > 8 * len(read):
         return None
@@ -379,154 +376,3 @@ def trained_rows(joined: Joined, targets: np.ndarray) -> tuple[dict[str, np.ndar
     users = joined.user_rows[np.unique(owner)]
     fields = {name: np.unique(rows[items]) for name, rows in joined.items.rows.items()}
     return fields, [np.unique(column) for column in users.T], np.unique(joined.context_row[targets])
-
-
-class UserBatches:
-    """Batches of one worker: its part of global batches that do not depend on how many workers share them.
-
-    Args:
-        users_per_step: visits of users in a global batch, of all workers together.
-        seed: of the order of visits, and of the parts of a user's targets.
-
-    Attributes:
-        make: returns the batch of users and of the targets of each.
-    """
-
-    def __init__(self, joined: Joined, rank: int, world: int, users_per_step: int, seed: int) -> None:
-        self.joined = joined
-        self.rank, self.world, self.users_per_step, self.seed = rank, world, users_per_step, seed
-        self.make: Callable[[np.ndarray, list[np.ndarray]], Batch] = functools.partial(make_batch, joined)
-
-    def by_user(self, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Group sorted target positions by user: the users that have any, and their positions."""
-        owner = np.searchsorted(self.joined.sequences.target_start, targets, side="right") - 1
-        users, first = np.unique(owner, return_index=True)
-        return users, np.split(targets, first[1:])
-
-    def epoch(
-        self, targets: np.ndarray, epoch: int, targets_per_visit: int, min_steps: int = 1, max_steps: int | None = None
-    ) -> Epoch:
-        """Return the batches of an epoch: passes over the targets until there are `min_steps`; of those `max_steps`."""
-        return Epoch(self, *self.by_user(targets), epoch, targets_per_visit, min_steps, max_steps)
-
-    def all_of(self, targets: np.ndarray) -> Iterator[Batch]:
-        """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
-        users, positions = self.by_user(targets)
-        mine = np.arange(len(users))[self.rank :: self.world]
-        at_once = -(-self.users_per_step // self.world)
-        for start in range(0, len(mine), at_once):
-            part = mine[start : start + at_once]
-            yield self.make(users[part], [positions[i] for i in part])
-
-
-class Epoch:
-    """This worker's batches of one epoch, by their number; None where the global batch has no visit for this worker.
-
-    A pass over the targets has each of them once: a user with more than `targets_per_visit` is visited several times,
-    with random parts of nearly equal size. The parts are keyed by seed, epoch, pass and user, the order of all visits
-    by seed, epoch and pass: any number of workers sees the same global batches, and a training that goes on in the
-    middle of an epoch sees those that it had not seen.
-    """
-
-    def __init__(
-        self,
-        batches: UserBatches,
-        users: np.ndarray,
-        positions: list[np.ndarray],
-        number: int,
-        targets_per_visit: int,
-        min_steps: int,
-        max_steps: int | None,
-    ) -> None:
-        self.batches, self.users, self.positions = batches, users, positions
-        self.visits = np.array([-(-len(targets) // targets_per_visit) for targets in positions], np.int64)  # a user
-        self.steps_per_pass = -(-int(self.visits.sum()) // batches.users_per_step)
-        steps = max(1, -(-min_steps // max(1, self.steps_per_pass))) * self.steps_per_pass
-        self.steps = steps if max_steps is None else min(steps, max_steps)
-        self.key = [batches.seed, number]
-        self._ordered = -1, np.zeros((0, 2), np.int64)  # the last pass that was asked for, and its order
-        self._parted: tuple[int, dict[int, tuple[list[np.ndarray], np.ndarray]]] = -1, {}  # its users so far
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, number: int) -> Batch | None:
-        users, targets = self.visited(number)
-        return self.batches.make(users, targets) if len(users) else None
-
-    def visited(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the users of this worker's part of a global batch, and the target positions of each visit."""
-        return self._visited(number, self.batches.rank, self.batches.world)
-
-    def shares(self, number: int) -> np.ndarray:
-        """Return the targets and the events of every worker's part of a global batch, int64 [W, 2]."""
-        dealt, visits = self._visits(number)
-        sizes = np.array([dealt[index][1][part] for index, part in visits.tolist()], np.int64).reshape(-1, 2)
-        world = self.batches.world
-        sizes = np.concatenate([sizes, np.zeros((-len(sizes) % world, 2), np.int64)])
-        return sizes.reshape(-1, world, 2).sum(0)
-
-    def items(self, number: int) -> np.ndarray:
-        """Return the distinct items of the whole global batch, in the partition's order, int64 [N]."""
-        joined = self.batches.joined
-        chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
-        read = _items_read(joined.sequences, chosen.events(), chosen.target)
-        is_read = _marked(read, joined.items.count)
-        return np.unique(read) if is_read is None else np.flatnonzero(is_read)
-
-    def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the users of a worker's part of a global batch, and the target positions of each visit."""
-        dealt, visits = self._visits(number)
-        mine = visits[rank::world]
-        return self.users[mine[:, 0]], [dealt[index][0][part] for index, part in mine.tolist()]
-
-    def _visits(self, number: int) -> tuple[dict[int, tuple[list[np.ndarray], np.ndarray]], np.ndarray]:
-        """Return the visits of a global batch, as `_order` has them, and the parts of their users."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        turn, place = divmod(number, self.steps_per_pass)
-        start = place * self.batches.users_per_step
-        visits = self._order(turn)[start : start + self.batches.users_per_step]
-        return self._dealt(turn, set(visits[:, 0].tolist())), visits
-
-    def _order(self, turn: int) -> np.ndarray:
-        """Return the visits of a pass in their order: rows of (index of the user, number of the part)."""
-        ordered = self._ordered  # another thread may ask for another pass
-        if ordered[0] != turn:
-            index = np.repeat(np.arange(len(self.users)), self.visits)
-            part = np.arange(len(index)) - np.repeat(np.cumsum(self.visits) - self.visits, self.visits)
-            order = np.random.default_rng([*self.key, turn]).permutation(len(index))
-            ordered = self._ordered = turn, np.stack([index, part], axis=1)[order]
-        return ordered[1]
-
-    def _dealt(self, turn: int, users: set[int]) -> dict[int, tuple[list[np.ndarray], np.ndarray]]:
-        """Return of some users in a pass the parts of their targets, each in order, and targets and events of each."""
-        parted = self._parted
-        if parted[0] != turn:
-            parted = self._parted = turn, {}
-        new = {index: self._parts(turn, index) for index in users - parted[1].keys()}  # dealt once, not for every visit
-        if new:
-            spans = Spans.of(self.batches.joined.sequences, [part for parts in new.values() for part in parts])
-            sizes_P2, begin = np.stack([spans.count, spans.end - spans.first], axis=1), 0
-            for index, parts in new.items():
-                parted[1][index] = parts, sizes_P2[begin : begin + len(parts)]
-                begin += len(parts)
-        return parted[1]
-
-    def _parts(self, turn: int, index: int) -> list[np.ndarray]:
-        if self.visits[index] == 1:
-            return [self.positions[index]]
-        # An id may be negative, a key may not.
-        user = int(self.batches.joined.sequences.user_id[self.users[index]]) % 2**64
-        shuffled = np.random.default_rng([*self.key, turn, user]).permutation(self.positions[index])
-        return dealt(shuffled, int(self.visits[index]))
-
-
-def dealt(shuffled: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Deal positions out, int64 [N], one after another to so many parts; return each part in order."""
-    rounds = -(-len(shuffled) // parts)
-    longest = len(shuffled) - (rounds - 1) * parts  # so many parts are as long as there are rounds
-    table_PR = np.full(parts * rounds, np.iinfo(np.int64).max)
-    table_PR[: len(shuffled)] = shuffled
-    table_PR = np.sort(table_PR.reshape(rounds, parts).T, axis=1)  # what is missing is last
-    return [row[: rounds - (number >= longest)] for number, row in enumerate(table_PR)]

@@ -23,7 +23,7 @@ from etl.stage.errors import StageError
 from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore, sha256_of
 from training.config import TrainConfig
-from training.data import Sequences, UserBatches
+from training.data import Sequences
 from training.loop import (
     EpochResult,
     Start,
@@ -44,6 +44,7 @@ from training.resume import Checkpoint, Checkpoints, flat
 from training.scoring import request_of
 from training.system_metrics import system_metrics
 from training.tracking import SYSTEM_METRICS_FILE, MetricsBuffer
+from training.user_batches import UserBatches
 from training.vocabulary import Vocabulary
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from etl.warehouse.schemas import TRAIN
 from training.config import TrainConfig
-from training.data import Batch, Chosen, Epoch, Joined, Sequences, Split, UserBatches, split_targets, trained_rows
+from training.data import Batch, Chosen, Joined, Sequences, Split, split_targets, trained_rows
 from training.device_batches import DeviceRows, ahead
 from training.device_time import DeviceTime
 from training.model.fused import on_device
@@ -29,6 +29,7 @@ from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
 from training.read_rows import RowGradients, Rows, RowwiseAdagrad, put, read_in_part, take_back
 from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong, most_rows
+from training.user_batches import Epoch, UserBatches
 from training.vocabulary import ItemFeatures, Vocabulary
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
 NEWEST = 2
-FORMAT = "4"
+FORMAT = "5"
 SHOWN_CHARACTERS = 80
 
 

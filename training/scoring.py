@@ -11,9 +11,10 @@ import pyarrow as pa
 import torch
 
 from etl.warehouse.schemas import EVALUATION, WATCH_BUCKETS
-from training.data import Joined, Sequences, UserBatches, make_batch
+from training.data import Joined, Sequences, make_batch
 from training.model.ranker import Ranker
 from training.package import Cutoff, load_package
+from training.user_batches import UserBatches
 from training.vocabulary import Vocabulary
 
 

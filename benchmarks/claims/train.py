@@ -22,11 +22,12 @@ from benchmarks.claims.length import attention_error_by_length, heavy_tails, log
 from benchmarks.claims.variants import MAX_EVENTS, SIMULATED, VARIANTS
 from evaluation.metrics import auc, gauc, logloss
 from training.config import TrainConfig
-from training.data import Sequences, UserBatches
+from training.data import Sequences
 from training.loop import TrainingData, Worker, train_model
 from training.model.cache import stored, to_sparse
 from training.model.probe import probe_by_length, probe_warnings
 from training.model.ranker import Ranker
+from training.user_batches import UserBatches
 
 LENGTHS_OF = ("vql", "vql_16_codes", "vql_256_codes")  # variants whose attention error is measured against the length
 EPOCHS = {"simulated": 1, "drifting": 1, "kuairand": 2, "movielens": 2, "buildroot": 1}

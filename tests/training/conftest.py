@@ -10,8 +10,9 @@ from etl.datasets.definition import dataset
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, ITEMS, SEQUENCES, TRAIN, item_field_type
 from training.config import ModelConfig, VocabularyConfig
-from training.data import Joined, Sequences, UserBatches
+from training.data import Joined, Sequences
 from training.model.ranker import FieldSizes, Ranker
+from training.user_batches import UserBatches
 from training.vocabulary import Vocabulary
 
 DT = "2022-04-21"

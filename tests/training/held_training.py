@@ -17,9 +17,9 @@ import training.train
 from etl.stage.commands import run_stage
 from etl.stage.local_files import replace_text
 from training.config import TrainConfig
-from training.data import UserBatches
 from training.job import Job
 from training.loop import Training, TrainingData, epoch_of
+from training.user_batches import UserBatches
 
 _train_model, _ray_worker = training.job.train_model, training.ray_workers._ray_worker
 

@@ -20,9 +20,10 @@ from tests.processes import free_port
 from tests.training.conftest import DT, KUAIRAND_ITEMS
 from training import loop
 from training.config import ModelConfig, TrainConfig
-from training.data import Joined, Sequences, UserBatches, split_targets
+from training.data import Joined, Sequences, split_targets
 from training.loop import Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
+from training.user_batches import UserBatches
 from training.vocabulary import Vocabulary
 
 

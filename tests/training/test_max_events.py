@@ -16,11 +16,12 @@ import torch
 from etl.warehouse.schemas import SEQUENCES
 from evaluation.user_caches import _at_the_end
 from tests.training.conftest import random_partition
-from training.data import Joined, Sequences, UserBatches, make_batch
+from training.data import Joined, Sequences, make_batch
 from training.model import passes
 from training.model.blocks import Layout
 from training.package import Cutoff, save_package
 from training.scoring import load_scorer, request_of
+from training.user_batches import UserBatches
 
 torch.set_num_threads(1)  # many small products: a second thread only waits
 

@@ -12,9 +12,10 @@ from benchmarks.train_loop import make_data
 from tests.training import test_fused as fused_tests
 from training import loop
 from training.config import ModelConfig, TrainConfig, VocabularyConfig
-from training.data import Chosen, UserBatches
+from training.data import Chosen
 from training.loop import Training, Worker, epoch_of, train_model
 from training.read_rows import RowGradients, Rows, RowwiseAdagrad, _join, read_in_part
+from training.user_batches import UserBatches
 
 IDS = torch.tensor([5, 2, 5, 9, 2, 5, 0])  # hashed items share rows
 

@@ -15,8 +15,9 @@ from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import EVALUATION, TRAIN
 from tests.training.conftest import DAY_MS, random_partition, vocabulary_of
 from training.config import TrainConfig, load_config
-from training.data import Epoch, Joined, Sequences, UserBatches, split_targets
+from training.data import Joined, Sequences, split_targets
 from training.loop import TrainingData, Worker, learning_rate, train_model
+from training.user_batches import Epoch, UserBatches, dealt, hashed
 
 ITEMS, ROWS = random_partition(users=11, longest=30, seed=3)
 SEQUENCES = Sequences.from_arrow(ROWS)
@@ -87,6 +88,37 @@ def test_parts_and_their_order_differ_by_epoch_and_pass_and_a_pass_is_whole():
     assert users[0] != users[1] != users[2] != users[0]
     parts = [{tuple(batch[i : i + 4]) for batch in found for i in range(0, len(batch), 4)} for found in passes]
     assert parts[0] != parts[1]
+
+
+@settings(max_examples=60)
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    most=st.sampled_from([300, 70_000]),
+    parts=st.integers(1, 40),
+)
+def test_targets_are_dealt_out_evenly_and_alike_whoever_else_is_dealt(counts, most, parts):
+    count_U, keys = np.array(counts, np.int64), hashed(np.arange(len(counts)).astype(np.uint64))
+    parts_U = np.clip(count_U, 1, parts)
+    together = np.split(dealt(count_U, parts_U, keys, most), count_U.cumsum()[:-1])
+    for user, found in enumerate(together):
+        alone = slice(user, user + 1)
+        assert np.array_equal(found, dealt(count_U[alone], parts_U[alone], keys[alone], most))
+        assert np.array_equal(np.sort(found), np.arange(counts[user]))
+        for part in np.array_split(found, parts_U[user]):  # the first ones have one more there, too
+            assert (np.diff(part) > 0).all()
+
+
+def test_which_targets_meet_in_a_visit_is_random():
+    """Of two targets that are neighbours in time as of any others, the share that meets is that of even parts."""
+    users, count, parts = 2_000, 64, 8
+    keys = hashed(np.arange(users).astype(np.uint64))
+    found = dealt(np.full(users, count), np.full(users, parts), keys, count).reshape(users, parts, count // parts)
+    part_UT = np.empty((users, count), np.int64)
+    np.put_along_axis(part_UT, found.reshape(users, count), np.arange(count) // (count // parts), axis=1)
+    expected = (count / parts - 1) / (count - 1)
+    for apart in (1, 2, 7, 32):
+        met = (part_UT[:, apart:] == part_UT[:, :-apart]).mean()
+        assert met == pytest.approx(expected, abs=5 * (expected / (users * (count - apart))) ** 0.5)
 
 
 @given(days=st.lists(st.integers(-3, 3), min_size=1, max_size=88), share=st.sampled_from([0.2, 0.5]))
