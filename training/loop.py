@@ -594,7 +594,7 @@ class _StepSums:
         by_rows = {id(table.weight) for table in in_part}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
         self.by_rows = RowGradients(in_part, worker.world)
-        self.read: list[list[Rows]] = []
+        self.read: list[Rows] = []
         self.whole: list[Tensor] = []
         self.quantizer = model.coded.quantizer if model.coded is not None else None
         counted = 0 if self.quantizer is None else self.quantizer.step_GCk.numel()
@@ -638,7 +638,7 @@ class _StepSums:
 
     def clip(self, longest: float) -> None:
         """Shorten all gradients together to this length, if they are longer."""
-        gradients = [*self.gradients, *(rows.values for parts in self.read for rows in parts)]
+        gradients = [*self.gradients, *(part for rows in self.read for part in rows.values)]
         length = nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, (longest / (length + 1e-6)).clamp(max=1.0))
 
@@ -651,11 +651,10 @@ class _StepSums:
     @contextmanager
     def whole_gradients(self) -> Iterator[None]:
         """Have the rows that were read in the gradients of the whole tables."""
-        pairs = [(rows, whole) for parts, whole in zip(self.read, self.whole, strict=True) for rows in parts]
-        for rows, whole in pairs:
+        for rows, whole in zip(self.read, self.whole, strict=True):
             put(rows, whole)
         yield
-        for rows, whole in pairs:
+        for rows, whole in zip(self.read, self.whole, strict=True):
             take_back(rows, whole)
 
     def _differentiate(self, loss: Tensor) -> list[Tensor | None]:

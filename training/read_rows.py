@@ -27,9 +27,10 @@ def read_in_part(tables: list[nn.Embedding], rows_a_step: float) -> list[nn.Embe
 
 
 class Rows(NamedTuple):
-    """Gradients of some rows of a table: ids int64 [N], values float32 [N, d].
+    """Gradients of some rows of a table, a part a worker: ids int64 [W, R], values float32 [W, R, d].
 
-    A row's gradient stands at one place that has its id, zeros at all others.
+    A row's gradient stands at one place that has its id, zeros at all others. A part has no gaps; there may be some
+    between parts.
     """
 
     ids: Tensor
@@ -50,12 +51,8 @@ class RowGradients:
             table.sparse = True
         self.last = [_places(table.weight) for table in tables]  # of each row a place that has it
 
-    def summed(
-        self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]
-    ) -> list[list[Rows]]:
+    def summed(self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]) -> list[Rows]:
         """Return the gradients of each table, summed over the workers, to the same bits on all of them.
-
-        They are in as many parts as there are workers: a row's gradient stands in one of them.
 
         Args:
             found: autograd's gradients of this worker, None without a part of the batch.
@@ -63,7 +60,7 @@ class RowGradients:
             gather: writes the tensors of all workers, one after another, into its first argument.
         """
         if self.world == 1:
-            return [[self._alone(*each)] for each in zip(self.tables, self.last, found, strict=True)]
+            return [self._alone(*each) for each in zip(self.tables, self.last, found, strict=True)]
         sizes = [most * (1 + table.embedding_dim) for table in self.tables]
         sent = self.tables[0].weight.new_zeros(sum(sizes))
         for table, last, gradient, part in zip(self.tables, self.last, found, sent.split(sizes), strict=True):
@@ -75,7 +72,7 @@ class RowGradients:
     def _alone(self, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> Rows:
         assert gradient is not None, "a worker that is alone has every batch"
         ids, values = gradient._indices()[0], gradient._values()
-        return Rows(ids, _join(ids, values, last, torch.zeros_like(values)))
+        return Rows(ids[None], _join(ids, values, last, torch.zeros_like(values))[None])
 
 
 class RowwiseAdagrad:
@@ -93,19 +90,18 @@ class RowwiseAdagrad:
         self.sums = [torch.zeros(len(table.weight), device=table.weight.device) for table in tables]
 
     @torch.no_grad()
-    def step(self, gradients: list[list[Rows]], rate: Tensor) -> None:
+    def step(self, gradients: list[Rows], rate: Tensor) -> None:
         """Take a step."""
-        for table, sums, parts in zip(self.tables, self.sums, gradients, strict=True):
-            for rows in parts:
-                self._move(rows, table.weight, sums, rate)
+        for table, sums, rows in zip(self.tables, self.sums, gradients, strict=True):
+            self._move(rows, table.weight, sums, rate)
 
     def _move(self, rows: Rows, weight: Tensor, sums: Tensor, rate: Tensor) -> None:
-        ids, values = rows
         if fused.available(weight):
             from training import row_kernels
 
-            row_kernels.adagrad(ids, values, weight, sums, rate, (self.decay, EPSILON))
+            row_kernels.adagrad(*rows, weight, sums, rate, (self.decay, EPSILON))
             return
+        ids, values = rows.ids.flatten(), rows.values.flatten(0, 1)
         square = values.square().mean(1)
         sums.index_add_(0, ids, square)
         move = values / (sums[ids].sqrt() + EPSILON)[:, None]
@@ -125,7 +121,7 @@ def put(rows: Rows, whole: Tensor) -> None:
 
         row_kernels.put(rows.ids, rows.values, whole)
     else:
-        whole.index_add_(0, rows.ids, rows.values)
+        whole.index_add_(0, rows.ids.flatten(), rows.values.flatten(0, 1))
 
 
 def take_back(rows: Rows, whole: Tensor) -> None:
@@ -135,7 +131,7 @@ def take_back(rows: Rows, whole: Tensor) -> None:
 
         row_kernels.put(rows.ids, rows.values, whole, zero=True)
     else:
-        whole.index_fill_(0, rows.ids, 0)
+        whole.index_fill_(0, rows.ids.flatten(), 0)
 
 
 def _places(weight: Tensor) -> Tensor:
@@ -155,7 +151,7 @@ def _pack(sent: Tensor, table: nn.Embedding, last: Tensor, gradient: Tensor | No
     sent[:most] = ids.view(torch.float32)
 
 
-def _merged(got: Tensor, last: Tensor, most: int) -> list[Rows]:
+def _merged(got: Tensor, last: Tensor, most: int) -> Rows:
     """Return what the workers sent, [W, R + R d], rows of several added up in the order of the workers."""
     ids_WR = got[:, :most].view(torch.int32).long()
     values_WRd = got[:, most:].unflatten(1, (most, -1))
@@ -169,7 +165,7 @@ def _merged(got: Tensor, last: Tensor, most: int) -> list[Rows]:
         for to_R, values_Rd in zip(to_WR, values_WRd, strict=True):
             sums_Nd.index_add_(0, to_R, values_Rd)
         values_WRd = sums_Nd.view_as(values_WRd)
-    return [Rows(*part) for part in zip(ids_WR, values_WRd, strict=True)]
+    return Rows(ids_WR, values_WRd)
 
 
 def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor) -> Tensor:

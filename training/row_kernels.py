@@ -74,13 +74,15 @@ def forget_kernel(ids, last, places, B: tl.constexpr):
 
 @triton.jit
 def adagrad_kernel(
-    ids, values, table, sums, rate, decay, epsilon, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr
-):
+    ids, values, stride, each, table, sums, rate, decay, epsilon, places,
+    D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     """Move the rows whose gradient is not 0; no two places have one for the same row."""
     place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside_B, column = place_B < places, tl.arange(0, DP)
     wide = (column < D)[None, :]
-    grad_Bd = tl.load(values + place_B[:, None] * D + column[None, :], inside_B[:, None] & wide, other=0.0)
+    from_B = place_B // each * stride + place_B % each * D
+    grad_Bd = tl.load(values + from_B[:, None] + column[None, :], inside_B[:, None] & wide, other=0.0)
     square_B = tl.sum(grad_Bd * grad_Bd, 1) / D
     moved_B, id_B = inside_B & (square_B > 0), tl.load(ids + place_B, inside_B, other=0)
     # Read and written at once: of threads that share an element some would read what another one wrote.
@@ -93,12 +95,16 @@ def adagrad_kernel(
 
 
 @triton.jit
-def put_kernel(ids, values, table, places, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, ZERO: tl.constexpr):
+def put_kernel(
+    ids, values, stride, each, table, places,
+    D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
     """Store the rows that are not 0 where their ids say; if `ZERO`, store zeros there."""
     place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside_B, column = place_B < places, tl.arange(0, DP)
     inside = inside_B[:, None] & (column < D)[None, :]
-    values_Bd = tl.load(values + place_B[:, None] * D + column[None, :], inside, other=0.0)
+    from_B = place_B // each * stride + place_B % each * D
+    values_Bd = tl.load(values + from_B[:, None] + column[None, :], inside, other=0.0)
     at = table + tl.load(ids + place_B, inside_B, other=0)[:, None] * D + column[None, :]
     tl.store(at, tl.where(ZERO, 0.0, values_Bd), inside & (values_Bd != 0))
 
@@ -135,16 +141,18 @@ def merge(ids: Tensor, values: Tensor, last: Tensor) -> None:
 
 
 def adagrad(ids: Tensor, values: Tensor, table: Tensor, sums: Tensor, rate: Tensor, how: tuple[float, float]) -> None:
-    """Take a step of `RowwiseAdagrad`, with `how` its decay and epsilon."""
-    width, places = values.shape[1], len(ids)
-    if places:
+    """Take a step of `RowwiseAdagrad`, with `how` its decay and epsilon; `ids` and `values` as in `merge`."""
+    _, each, width = values.shape
+    if places := ids.numel():
         sizes = {"D": width, "DP": padded(width), "B": PLACES}
-        adagrad_kernel[(-(-places // PLACES),)](ids, values, table, sums, rate, *how, places, **sizes)
+        grid = (-(-places // PLACES),)
+        adagrad_kernel[grid](ids, values, values.stride(0), each, table, sums, rate, *how, places, **sizes)
 
 
 def put(ids: Tensor, values: Tensor, table: Tensor, zero: bool = False) -> None:
-    """Store the numbers that are not 0 in the table's rows, or zeros in their places."""
-    width, places = values.shape[1], len(ids)
-    if places:
+    """Store the numbers that are not 0 in the table's rows, or zeros in their places; arguments as in `merge`."""
+    _, each, width = values.shape
+    if places := ids.numel():
         sizes = {"D": width, "DP": padded(width), "B": PLACES}
-        put_kernel[(-(-places // PLACES),)](ids, values, table, places, **sizes, ZERO=zero)
+        grid = (-(-places // PLACES),)
+        put_kernel[grid](ids, values, values.stride(0), each, table, places, **sizes, ZERO=zero)

@@ -45,7 +45,7 @@ def test_rows_of_several_workers_add_up_to_the_gradient_of_the_whole_table():
         rows = RowGradients(tables, 3).summed(worker, 8, lambda out, _: out.copy_(torch.cat(sent)))
         for number, table in enumerate(tables):
             expected = theirs[0][number][1] + theirs[1][number][1]
-            ids, values = (torch.cat(part) for part in zip(*rows[number], strict=True))
+            ids, values = rows[number].ids.flatten(), rows[number].values.flatten(0, 1)
             got = torch.zeros_like(table.weight).index_add_(0, ids, values)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
             alone = ids[values.abs().sum(1) > 0]
@@ -85,18 +85,20 @@ def test_kernels_of_rows_do_what_torch_does():
     row_kernels.join(*there)
     assert (there[2] == -1).all() and (theirs == 0).all(1).sum() == places - len(ids.unique())
     torch.testing.assert_close(there[3].cpu(), theirs, rtol=0, atol=1e-5)
+    parts = there[0].view(4, 50), torch.zeros(4, 60, width, device=device)[:, :50]  # a gap behind each
+    parts[1].copy_(theirs.view(4, 50, width))
     table, rate = nn.Embedding(rows, width), torch.tensor(0.1)
     expected = RowwiseAdagrad([table], decay=0.2)
     weight, sums = table.weight.detach().to(device, copy=True), torch.zeros(rows, device=device)
     for _ in range(3):
-        expected.step([[Rows(ids, theirs)]], rate)
-        row_kernels.adagrad(there[0], theirs.to(device), weight, sums, rate.to(device), (0.2, 1e-8))
+        expected.step([Rows(ids[None], theirs[None])], rate)
+        row_kernels.adagrad(*parts, weight, sums, rate.to(device), (0.2, 1e-8))
     torch.testing.assert_close(sums.cpu(), expected.sums[0])
     torch.testing.assert_close(weight.cpu(), table.weight.detach())
     whole = torch.zeros_like(weight)
-    row_kernels.put(there[0], theirs.to(device), whole)
+    row_kernels.put(*parts, whole)
     assert torch.equal(whole.cpu(), torch.zeros(rows, width).index_add_(0, ids, theirs))
-    row_kernels.put(there[0], theirs.to(device), whole, zero=True)
+    row_kernels.put(*parts, whole, zero=True)
     assert not whole.any()
 
 
