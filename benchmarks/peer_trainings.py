@@ -4,12 +4,13 @@
     python -m benchmarks.peer_trainings --package var/peers --warehouse var/comparison/warehouse --jobs 15
 
 pandas, scikit-learn, PyYAML and tqdm have to be there, too. Rows, their order, embeddings and their widths, loss, AdamW
-and its rates are those of the configuration `default` for all; a target sees the newest --length events. Four of each:
+and its rates are those of the configuration `default` for all; a target sees the newest --length events. Of each:
 
     ours    the kind of interest as it is shipped
     bare    ours without what FuxiCTR's has no part for: what the user did with an event, and its age
     theirs  FuxiCTR's long interest in our ranker
     whole   FuxiCTR's model, from the embeddings of the items to the logit: with its short attention and its head
+    plain   ETA alone: bare, with the plain products of FuxiCTR's attention
 
 `bare` against `theirs` is one definition in two codes, but for the attention of ETA and for what SDIM and ETA hash.
 `theirs` and `whole` run the forward pass of FuxiCTR's class.
@@ -51,7 +52,7 @@ from training.model.interests.sdim import TABLES, Sdim
 from training.model.ranker import FieldSizes, Ranker
 
 KINDS = ("din", "sdim", "eta")
-ARMS = ("ours", "bare", "theirs", "whole")
+ARMS = ("ours", "bare", "theirs", "whole", "plain")
 CLOSE = 0.005  # AUC
 AT_ONCE = 512  # targets; FuxiCTR's tensors have a row for every event of each
 
@@ -78,6 +79,17 @@ class BareSdim(Bare, Sdim):
 
 class BareEta(Bare, Eta):
     pass
+
+
+class PlainEta(BareEta):
+    """With the products that FuxiCTR's attention has in place of normalised keys and queries and a learned scale."""
+
+    def __init__(self, config: ModelConfig, static_width: int) -> None:
+        super().__init__(config, static_width)
+        self.log_scale_H.requires_grad_(False)
+
+    def normalised(self, flat_ND: Tensor) -> Tensor:
+        return self.heads(flat_ND) * self.config.head_width**-0.25
 
 
 class Given(nn.Module):
@@ -204,6 +216,7 @@ for _kind, _bare in zip(KINDS, (BareDin, BareSdim, BareEta), strict=True):
     INTERESTS[f"{_kind}_theirs"] = type(f"Theirs{_name}", (Theirs,), _theirs)
     INTERESTS[f"{_kind}_whole"] = type(f"Whole{_name}", (Whole,), {"name": _name, "settings": _settings})
     NEEDED |= {f"{_kind}_{arm}": NEEDED.get(_kind, {}) for arm in ARMS[1:]}
+INTERESTS["eta_plain"] = PlainEta
 
 
 class Wanted(NamedTuple):
@@ -229,8 +242,9 @@ def main() -> None:
     sys.path.insert(0, str(args.package.absolute()))  # a process that is spawned begins with this one's path
     kinds, seeds = args.kinds.split(","), [int(seed) for seed in args.seeds.split(",")]
     wanted = [Wanted(*each) for each in itertools.product(kinds, args.arms.split(","), seeds)]
+    wanted = [one for one in wanted if one.arm == "ours" or f"{one.kind}_{one.arm}" in INTERESTS]
     # The longest first, and `bare` and `theirs` before the others, so that one that is cut off has most.
-    wanted.sort(key=lambda one: (one.arm not in ("bare", "theirs"), one.kind != "eta"))
+    wanted.sort(key=lambda one: (one.arm not in ("bare", "theirs", "plain"), one.kind != "eta"))
     partition = Partition(args.warehouse, args.dataset, args.dt, "default")
     one = partial(line_of, partition=partition, length=args.length, steps=args.steps, device=args.device)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -259,7 +273,7 @@ def configuration(one: Wanted, name: str, steps: int | None) -> TrainConfig:
     config = load_config(name)
     kind = one.kind if one.arm == "ours" else f"{one.kind}_{one.arm}"
     model = model_config(kind, next(iter(config.models.values())))
-    if one.arm == "bare":
+    if one.arm in ("bare", "plain"):
         model = replace(model, kernel_components=0)
     return replace(config, models={kind: model}, seed=one.seed, max_epoch_steps=steps)
 
@@ -274,7 +288,8 @@ def table_of(lines: list[dict[str, Any]], kinds: list[str]) -> str:
     def said(of: np.ndarray) -> str:
         return f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" if len(of) > 1 else " ".join(f"{value:.4f}" for value in of)
 
-    rows = [f"| kind | {' | '.join(ARMS)} | bare minus theirs | standard error | within {CLOSE} |", "|---" * 8 + "|"]
+    names = "bare minus theirs", "standard error", f"within {CLOSE}"
+    rows = [f"| kind | {' | '.join((*ARMS, *names))} |", "|---" * (1 + len(ARMS) + len(names)) + "|"]
     for kind in kinds:
         difference = aucs(kind, "bare") - aucs(kind, "theirs")
         error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else np.nan
