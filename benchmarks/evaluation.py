@@ -1,9 +1,9 @@
-"""What an evaluation takes: the table of metrics, intervals and slices over so many scores, its time and peak memory.
+"""What an evaluation takes: metrics, intervals, slices and groups over so many scores, its time and peak memory.
 
     python -m benchmarks.evaluation --targets 100000000 --users 1000000
 
-The scores are drawn, a chunk at a time, and rounded so that there are ties; the figures are those of
-`evaluation.evaluate.compare`, which every evaluation makes, in this one process.
+The scores are drawn, a chunk at a time, rounded so that there are ties, and written as `scores.parquet`; what reads
+them is `evaluation.evaluate.judge`, as in every evaluation, in this one process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import argparse
 import json
 import resource
 import sys
+import tempfile
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from evaluation.evaluate import compare
+from etl.stage.folder import Folder
+from etl.warehouse.partitions import MS_PER_DAY
+from evaluation.day_scores import SCORES_FILE, TARGET_COLUMNS
+from evaluation.evaluate import judge
 
 CHUNK = 1 << 20
+RARE_BELOW = 5
 
 
 def main() -> None:
@@ -28,38 +35,49 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--models", type=int, default=1, help="models over the same targets (default: 1)")
     args = parser.parse_args()
-    targets, scores = drawn(args.targets, args.users, args.models)
-    before = peak_gb()
-    began, worked = time.perf_counter(), time.process_time()
-    nowhere = np.zeros(args.targets, bool)  # random traffic
-    found = compare(targets, scores, "model_0", {}, nowhere)  # type: ignore[arg-type]
+    training = {"primary": "model_0", "config": {"vocabulary": {"min_occurrences": RARE_BELOW}}}
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder) / SCORES_FILE, args.targets, args.users, args.models)
+        before = peak_gb()
+        began, worked = time.perf_counter(), time.process_time()
+        _, found = judge(Folder(folder, "--runs"), "2022-04-21", {}, training)
+        spent_s, processed_s = time.perf_counter() - began, time.process_time() - worked
     figures = {name: found["models"][0][name] for name in ("auc", "auc_low", "auc_high", "gauc", "logloss", "users")}
     measured = {
         "targets": args.targets,
         "models": args.models,
+        "groups": len(found["groups"]),
         "peak_gb": round(peak_gb(), 2),
-        "peak_gb_of_the_scores_alone": round(before, 2),
-        "wall_s": round(time.perf_counter() - began, 1),
-        "process_s": round(time.process_time() - worked, 1),
+        "peak_gb_before": round(before, 2),
+        "wall_s": round(spent_s, 1),
+        "process_s": round(processed_s, 1),
     }
     print(json.dumps(measured | figures, indent=1))
 
 
-def drawn(targets: int, users: int, models: int) -> tuple[SimpleNamespace, dict[str, np.ndarray]]:
-    """Return columns of an evaluation, as `scores.parquet` has them, and a score by each model."""
+def draw(path: Path, targets: int, users: int, models: int) -> None:
+    """Write scores of an evaluation, ordered by user as they are, with a score by each model."""
     rng = np.random.default_rng(0)
-    label, length = np.empty(targets, np.int8), np.empty(targets, np.int32)
-    scores = {f"model_{number}": np.empty(targets, np.float32) for number in range(models)}
-    user = np.empty(targets, np.int64)
-    for start in range(0, targets, CHUNK):
-        part = slice(start, min(start + CHUNK, targets))
-        logit = rng.normal(size=part.stop - part.start)
-        user[part] = np.arange(part.start, part.stop) * users // targets
-        label[part] = rng.uniform(size=len(logit)) < 1 / (1 + np.exp(-1.5 * logit))
-        length[part] = rng.integers(0, 10_000, len(logit))
-        for score in scores.values():
-            score[part] = np.round(1 / (1 + np.exp(-logit - rng.normal(size=len(logit)))), 5)
-    return SimpleNamespace(user_id=user, label=label, history_length=length), scores
+    names = [f"model_{number}" for number in range(models)]
+    schema = pa.schema([*TARGET_COLUMNS.items(), *((name, pa.float32()) for name in names)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, targets, CHUNK):
+            rows = min(CHUNK, targets - start)
+            logit = rng.normal(size=rows)
+            columns = {
+                "user_id": np.arange(start, start + rows) * users // targets,
+                "item_id": rng.integers(0, 1_000_000, rows),
+                "time_ms": rng.integers(0, MS_PER_DAY, rows),
+                "label": rng.uniform(size=rows) < 1 / (1 + np.exp(-1.5 * logit)),
+                "history_length": rng.integers(0, 10_000, rows),
+                "is_random": np.zeros(rows, bool),
+                "context": rng.integers(0, 12, rows),
+                "train_occurrences": rng.geometric(0.02, rows) - 1,  # nine in ten are in one group
+            }
+            for name in names:
+                columns[name] = np.round(1 / (1 + np.exp(-logit - rng.normal(size=rows))), 5)
+            arrays = [columns[field.name].astype(field.type.to_pandas_dtype()) for field in schema]
+            writer.write_table(pa.table(arrays, schema=schema))
 
 
 def peak_gb() -> float:

@@ -98,6 +98,8 @@ class _Tasks:
         self.name, self.dataset = name, argument
         self.reports = str(settings.reports())
         self.runs, self.to_reports = ["--runs", settings.runs()], ["--reports", self.reports]
+        # Without a cluster a stage scores by itself: a Ray of its own starts longer than most days take to score.
+        self.spread = arguments("workers") if settings.has_ray_cluster() else []
         self.stage = functools.partial(StageOperator, dataset=argument)
         self.of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
         self.judged = functools.partial(GateOperator, dataset=argument, reports=self.reports)
@@ -159,7 +161,7 @@ class _Tasks:
             self.judged(
                 task_id="evaluate_models",
                 module="evaluation.evaluate",
-                arguments=[*self.runs, *arguments("raw")],
+                arguments=[*self.runs, *arguments("raw"), *self.spread],
                 pool="training",
             )
         return group
@@ -173,6 +175,7 @@ class _Tasks:
                 module="evaluation.release.promote",
                 dataset=self.dataset,
                 runs=settings.runs(),
+                arguments=self.spread,
                 champion=champion_asset(self.name),
                 max_active_tis_per_dag=1,
             )
@@ -182,7 +185,10 @@ class _Tasks:
     def caches(self) -> TaskGroup:
         with TaskGroup("caches", tooltip="One attention cache a user, for scoring") as group:
             self.stage(
-                task_id="build_user_caches", module="evaluation.user_caches", arguments=self.runs, pool="training"
+                task_id="build_user_caches",
+                module="evaluation.user_caches",
+                arguments=[*self.runs, *self.spread],
+                pool="training",
             )
         return group
 

@@ -9,15 +9,13 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
 from etl.datasets.definition import SIMULATED_MARKER, DatasetDefinition
@@ -29,17 +27,16 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.store import Manifest, TableStore
-from evaluation.groups import groupings, metrics_of_groups, of_judged
+from evaluation.day_scores import DayScores, score_day
+from evaluation.groups import groupings, metrics_of_groups
 from evaluation.log_evaluation import log_evaluation, table
-from evaluation.metrics import Bootstrap, calibration, figures, normalised_entropy, thirds
+from evaluation.metrics import Bootstrap, calibration, distinct, figures, normalised_entropy, numbered, thirds
+from evaluation.spread import Spread, add_arguments
 from training.registry import ANCHOR, CHAMPION, PREVIOUS_CHAMPION, ArtifactGone, Registry, model_digest
-from training.run_folder import result_of, run_folder
-from training.scoring import ScoredTargets, load_scorer
-from training.tracking import ATTEMPT_TAG, attempt_run, dataset_of
+from training.run_folder import result_of, run_folder, within_reach
+from training.tracking import ATTEMPT_TAG, PARTITION_TAG, attempt_run, dataset_of
 
 RESAMPLES = 200
-SCORES_FILE = "scores.parquet"
-TARGET_COLUMNS = ("user_id", "item_id", "time_ms", "label", "history_length")
 ROW_COUNTS = ("rows_read", "events", "duplicates", "quarantined")
 
 
@@ -52,6 +49,7 @@ def main() -> None:
         "--raw", required=True, help="folder of the raw logs; a simulator's marker in it gives the best possible AUC"
     )
     parser.add_argument("--reports", default="var/reports", help="local folder for Data Docs (default: %(default)s)")
+    add_arguments(parser)
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)
@@ -70,29 +68,18 @@ def evaluate(
     store: TableStore,
     run_dir: Folder,
     training: dict,
-    sequences_manifest: Manifest,
+    sequences: Manifest,
     run_id: str,
 ) -> None:
     """Score, compare, log and judge; `evaluation.json` and `scores.parquet` are written."""
-    simulated = args.definition.simulated
-    items, sequences = store.read(store.require("items", args.dt)), store.read(sequences_manifest)
-
-    scored: dict[str, ScoredTargets] = {}
-    digests: dict[str, str] = {}
+    simulated, primary = args.definition.simulated, training["primary"]
+    packages = {name: summary["package"] for name, summary in training["models"].items()}
+    digests = {}
     for name, summary in training["models"].items():
         with package_of(summary) as package:
-            scored[name], digests[name] = load_scorer(package).score(items, sequences), model_digest(package)
-        log(f"scored {len(scored[name].score):,} targets of {args.dt} with {name}")
-    targets = scored[training["primary"]]
-    if not len(targets.score):
-        raise StageError(
-            f"no evaluation target in sequences of dt={args.dt}",
-            "check the raw logs of that day, or choose another --dt",
-        )
-    scores = {name: result.score for name, result in scored.items()}
-    served, served_scores = score_served(Registry(args.dataset), args, items, sequences)
-    scores |= served_scores
-    write_scores(run_dir, targets, scores)
+            digests[name] = model_digest(package)
+    served = score_with_served(Registry(args.dataset), args, run_dir, packages)
+    scored, judged = judge(run_dir, args.dt, served, training)
     evaluation = {
         "dt": args.dt,
         "dataset": args.dataset,
@@ -100,19 +87,18 @@ def evaluate(
         "simulated": simulated,
         "best_auc": _best_auc(Path(args.raw), args.dt) if simulated else None,
         "auc_seed_sd": training["config"].get("auc_seed_sd"),
-        "primary": training["primary"],
+        "primary": primary,
         "digests": digests,
-        **compare(targets, scores, training["primary"], served, by_chance(sequences)),
-        "groups": groups(items, sequences, (targets, scores), training),
-        "rows": _ingested(store, sequences_manifest),
+        **judged,
+        "rows": _ingested(store, sequences),
     }
     write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
-    log_evaluation(run_id, run_dir, evaluation, (targets, scores), dataset_of(store, sequences_manifest))
+    log_evaluation(run_id, run_dir, evaluation, dataset_of(store, sequences))
     # Last: what stops the registration is reported with everything that explains it already logged.
     with written_after(args.dataset_given, store, args.dt, args.attempt, Path(args.reports)):
-        [primary] = [row for row in evaluation["models"] if row["name"] == training["primary"]]
-        handed = Scores(targets.label, scores[training["primary"]], primary["auc"])
+        [row] = [row for row in evaluation["models"] if row["name"] == primary]
+        handed = Scores(scored.label, scored.scores[primary], row["auc"])
         partition = Partition(store, definition_of(args), args.dt, args.attempt, scores=handed)
         Audit(partition, Path(args.reports)).publish("model_output")
 
@@ -133,22 +119,30 @@ def judge_again(
 
     Return the new evaluation, written and logged.
     """
-    scored, names = read_scores(run_dir), list(training["models"])
-    columns = {name: scored[name].to_numpy() for name in (*TARGET_COLUMNS, *names)}
-    targets = ScoredTargets(**{name: columns[name] for name in TARGET_COLUMNS}, score=columns[training["primary"]])
-    scores = {name: columns[name] for name in names}
-    manifest = store.require("sequences", args.dt)
-    items, sequences = store.read(store.require("items", args.dt)), store.read(manifest)
-    served, served_scores = score_served(registry, args, items, sequences)
-    scores |= served_scores
-    judged = compare(targets, scores, training["primary"], served, by_chance(sequences))
-    judged["groups"] = groups(items, sequences, (targets, scores), training)
+    served = score_with_served(registry, args, run_dir, {}, keep=list(training["models"]))
+    _, judged = judge(run_dir, args.dt, served, training)
     evaluation = read_evaluation(run_dir) | judged
-    write_scores(run_dir, targets, scores)
     write_json(run_dir, "evaluation.json", evaluation)
     print(table(evaluation), flush=True)
-    log_evaluation(run_id, run_dir, evaluation, (targets, scores), dataset_of(store, manifest))
+    log_evaluation(run_id, run_dir, evaluation, dataset_of(store, store.require("sequences", args.dt)))
     return read_evaluation(run_dir)
+
+
+def judge(run_dir: Folder, dt: str, served: dict[str, dict], training: dict) -> tuple[Scored, dict]:
+    """Return the scores of an attempt, and what `compare` and `groups` make of them for evaluation.json.
+
+    Raises:
+        StageError: there is no evaluation target.
+    """
+    file = DayScores(run_dir)
+    scored = Scored.read(file)
+    if not len(scored.label):
+        raise StageError(
+            f"no evaluation target in sequences of dt={dt}",
+            "check the raw logs of that day, or choose another --dt",
+        )
+    rare_below = training["config"]["vocabulary"]["min_occurrences"]
+    return scored, {**compare(scored, training["primary"], served), "groups": groups(file, scored, rare_below)}
 
 
 def read_evaluation(run_dir: Folder) -> dict:
@@ -171,61 +165,77 @@ def package_of(summary: Mapping[str, Any]) -> Iterator[Path]:
         yield package
 
 
-def read_scores(run_dir: Folder, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(f"{run_dir.root}/{SCORES_FILE}", filesystem=run_dir.fs, columns=columns)
-
-
-def write_scores(run_dir: Folder, targets: ScoredTargets, scores: dict[str, np.ndarray]) -> None:
-    """Write `scores.parquet`: one row a target, one column a model."""
-    with run_dir.written(SCORES_FILE) as path:
-        pq.write_table(pa.table({**{name: getattr(targets, name) for name in TARGET_COLUMNS}, **scores}), path)
-
-
 def task_of(definition: DatasetDefinition) -> dict[str, str]:
     """Return what a model is trained to tell, and from what its histories say, as tags: under another label or other
     signals the same rows mean something else."""
     return {"data.label": definition.targets.label or "", "data.signals": ",".join(definition.feedback_fields)}
 
 
-def score_served(
-    registry: Registry, args: argparse.Namespace, items: pa.Table, sequences: pa.Table
-) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
-    """Score the day with the champion in service and with the anchor.
+def score_with_served(
+    registry: Registry,
+    args: argparse.Namespace,
+    run_dir: Folder,
+    packages: Mapping[str, str],
+    keep: Sequence[str] = (),
+) -> dict[str, dict]:
+    """Score the day with an attempt's models, with the champion in service and with the anchor, into `scores.parquet`.
 
     On a retry after this attempt's own promotion, the champion meant is the one before it.
 
+    Args:
+        packages: model -> address of its package.
+        keep: models that are scored already.
+
     Returns:
-        alias -> {"version", "partition", "attempt", "warning"} of those that there are, alias -> scores of those that
-        could be scored; an anchor that is the champion is not scored twice.
+        alias -> {"version", "partition", "attempt", "warning"} of those that there are. Those with a warning have no
+        scores; nor has an anchor that is the champion.
     """
+    served: dict[str, dict] = {}
+    others: dict[str, str] = {}
+    versions, spread = _versions_met(registry, args.attempt), Spread.of(args)
+    for alias, version in versions.items():
+        if alias == ANCHOR and version == versions.get(CHAMPION):
+            served[ANCHOR] = served[CHAMPION]
+            continue
+        served[alias], package = _served(registry, alias, version, args)
+        if package is not None:
+            others[alias] = within_reach(package, run_dir, f"served/{version}") if spread.most else package
+    packages = {**packages, **others}
+    failed = score_day(store_of(args), args.dt, run_dir, packages, excused=others, keep=keep, spread=spread)
+    for alias, why in failed.items():
+        served[alias]["warning"] = _unusable(alias, served[alias]["version"], f"it cannot be loaded or scored: {why}")
+    return served
+
+
+def _unusable(alias: str, version: str, reason: str) -> str:
+    """Return what is written of a version that cannot be compared with; the log says what to do about it."""
+    log(
+        f"warning: {alias} version {version}: {reason}. remedy: restore it, or point the alias {alias} at"
+        " another version; until then nothing is promoted"
+    )
+    return reason[:500]
+
+
+def _versions_met(registry: Registry, attempt: str) -> dict[str, str]:
+    """Return alias -> version of what an attempt is compared with, the champion first."""
     aliases = registry.aliases()
     versions = {alias: aliases[alias] for alias in (CHAMPION, ANCHOR) if alias in aliases}
-    tags = {version: registry.version(version).tags for version in set(versions.values())}
     for alias, version in list(versions.items()):
-        if tags[version].get(ATTEMPT_TAG) == args.attempt:
-            del versions[alias]
-            if alias == CHAMPION and PREVIOUS_CHAMPION in aliases:
-                versions[alias] = aliases[PREVIOUS_CHAMPION]
-    found: dict[str, dict] = {}
-    scores: dict[str, np.ndarray] = {}
-    for alias in (alias for alias in (CHAMPION, ANCHOR) if alias in versions):
-        if alias == ANCHOR and versions[ANCHOR] == versions.get(CHAMPION):
-            found[ANCHOR] = found[CHAMPION]
+        if registry.version(version).tags.get(ATTEMPT_TAG) != attempt:
             continue
-        found[alias], scored = _scored(registry, alias, versions[alias], args, (items, sequences))
-        if scored is not None:
-            scores[alias] = scored
-    return found, scores
+        if alias == CHAMPION and PREVIOUS_CHAMPION in aliases:
+            versions[alias] = aliases[PREVIOUS_CHAMPION]
+        else:
+            del versions[alias]
+    return versions
 
 
-def _scored(
-    registry: Registry, alias: str, version: str, args: argparse.Namespace, day: tuple[pa.Table, pa.Table]
-) -> tuple[dict, np.ndarray | None]:
-    """Return what is known of a version that others are compared with, and its scores of the day if it has some."""
+def _served(registry: Registry, alias: str, version: str, args: argparse.Namespace) -> tuple[dict, str | None]:
+    """Return what is known of a version that others are compared with, and its package where it can be compared."""
     tags = registry.version(version).tags
     known = {
         "version": version,
-        "partition": tags.get("pipeline.partition"),
+        "partition": tags.get(PARTITION_TAG),
         "attempt": tags.get(ATTEMPT_TAG),
         "warning": None,
     }
@@ -235,45 +245,39 @@ def _scored(
     if other := [f"{tag} {tags[tag]}, now {now}" for tag, now in task.items() if tags.get(tag, now) != now]:
         return known | {"warning": f"it was trained for another task: {'; '.join(other)}"}, None
     try:
-        return known, load_scorer(registry.package(version)).score(*day).score
+        return known, str(registry.package(version))
     except TryAgainError:
         raise  # says nothing of the version
-    except Exception as error:
-        reason = (
-            str(error)
-            if isinstance(error, ArtifactGone)
-            else f"it cannot be loaded or scored: {type(error).__name__}: {getattr(error, 'what', error)}"
-        )
-        log(
-            f"warning: {alias} version {version}: {reason}. remedy: restore it, or point the alias {alias} at"
-            " another version; until then nothing is promoted"
-        )
-        return known | {"warning": reason[:500]}, None
+    except (ArtifactGone, StageError) as error:
+        return known | {"warning": _unusable(alias, version, getattr(error, "what", str(error)))}, None
 
 
-def by_chance(sequences: pa.Table) -> np.ndarray:
-    """Say which evaluation targets random traffic exposed, bool [T], in the order that they are scored in.
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation holds of all targets at once, 14 bytes each and 4 a model.
 
-    A partition that was published before the column was there does not say: none then.
+    Attributes:
+        user: int32 [T], of 0..U-1, the place of its user among them; label: int8 [T]; history_length: int32 [T].
+        is_random: bool [T], which of them random traffic exposed.
+        scores: model -> float32 [T], champion and anchor among them.
     """
-    if "target_is_random" not in sequences.column_names:
-        return np.zeros(len(of_judged(sequences, "target_split")), bool)
-    return of_judged(sequences, "target_is_random")
+
+    user: np.ndarray
+    label: np.ndarray
+    history_length: np.ndarray
+    is_random: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    @staticmethod
+    def read(file: DayScores) -> Scored:
+        user = numbered(file.column("user_id"))[1]  # the first, as ids take most
+        label, length, is_random = (file.column(name) for name in ("label", "history_length", "is_random"))
+        return Scored(user, label, length, is_random, {name: file.column(name) for name in file.models})
 
 
-def compare(
-    targets: ScoredTargets,
-    scores: dict[str, np.ndarray],
-    primary: str,
-    served: dict[str, dict],
-    is_random: np.ndarray,
-) -> dict:
-    """Return the `models`, `champion`, `anchor`, `paired`, `slices` and `exposures` entries of evaluation.json.
-
-    Args:
-        is_random: bool [T], as `by_chance` says.
-    """
-    label, user = targets.label, targets.user_id
+def compare(scored: Scored, primary: str, served: dict[str, dict]) -> dict:
+    """Return the `models`, `champion`, `anchor`, `paired`, `slices` and `exposures` entries of evaluation.json."""
+    label, user, scores = scored.label, scored.user, scored.scores
     bootstrap = Bootstrap(user, label, scores, RESAMPLES)
     rows = {}
     for name, score in scores.items():
@@ -301,18 +305,16 @@ def compare(
         "models": [row for name, row in rows.items() if name not in others],
         **others,
         "paired": paired,
-        "slices": length_slices(targets, scores, primary),
-        "exposures": exposure_slices(targets, is_random, scores, primary),
+        "slices": length_slices(scored, primary),
+        "exposures": exposure_slices(scored, primary),
     }
 
 
-def groups(
-    items: pa.Table, sequences: pa.Table, scored: tuple[ScoredTargets, dict[str, np.ndarray]], training: dict
-) -> list[dict]:
+def groups(file: DayScores, scored: Scored, rare_below: int) -> list[dict]:
     """Return the `groups` entry of evaluation.json: metrics by activity, item, hour and context."""
-    rare_below = training["config"]["vocabulary"]["min_occurrences"]
-    grouped = groupings(items, sequences, scored[0], rare_below)
-    return list(itertools.chain.from_iterable(metrics_of_groups(*scored, grouping) for grouping in grouped))
+    grouped = groupings(file, scored.user, rare_below)
+    parts = (metrics_of_groups(scored.user, scored.label, scored.scores, grouping) for grouping in grouped)
+    return list(itertools.chain.from_iterable(parts))
 
 
 def write_json(run_dir: Folder, name: str, value: dict) -> None:
@@ -329,14 +331,14 @@ def with_intervals(bootstrap: Bootstrap, name: str) -> dict[str, float]:
     return found
 
 
-def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary: str) -> list[dict]:
+def length_slices(scored: Scored, primary: str) -> list[dict]:
     """Metrics in the thirds of history length, and AUC minus that of champion and anchor; thirds that ties make empty
     are left out.
     """
-    length = targets.history_length
+    length, scores = scored.history_length, scored.scores
     slices = []
     for rows in thirds(length):
-        label, user = targets.label[rows], targets.user_id[rows]
+        label, user = scored.label[rows], scored.user[rows]
         here = {name: score[rows] for name, score in scores.items()}
         compared = [alias for alias in (CHAMPION, ANCHOR) if alias in here]
         bootstrap = Bootstrap(user, label, {name: here[name] for name in (primary, *compared) if compared}, RESAMPLES)
@@ -346,7 +348,7 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary
                 "low": int(length[rows].min()),
                 "high": int(length[rows].max()),
                 "targets": int(rows.sum()),
-                "users": len(np.unique(user)),
+                "users": distinct(user),
                 "models": {name: figures(user, label, score) for name, score in here.items()},
                 "paired": {
                     f"{primary}_minus_{alias}": asdict(bootstrap.difference(primary, alias, "auc"))
@@ -357,19 +359,17 @@ def length_slices(targets: ScoredTargets, scores: dict[str, np.ndarray], primary
     return slices
 
 
-def exposure_slices(
-    targets: ScoredTargets, is_random: np.ndarray, scores: dict[str, np.ndarray], primary: str
-) -> list[dict]:
+def exposure_slices(scored: Scored, primary: str) -> list[dict]:
     """Metrics on the targets that random traffic exposed, and on the others; none where random traffic exposed none.
 
     What a recommender showed says how a model ranks its choices; what chance showed says how it ranks any items.
     """
-    parts = []
+    parts, is_random, scores = [], scored.is_random, scored.scores
     for exposure, rows in (("random", is_random), ("standard", ~is_random)):
         if not is_random.any() or not rows.any():
             continue
         here = {name: of[rows] for name, of in scores.items()}
-        bootstrap = Bootstrap(targets.user_id[rows], targets.label[rows], here, RESAMPLES)
+        bootstrap = Bootstrap(scored.user[rows], scored.label[rows], here, RESAMPLES)
         parts.append(
             {
                 "exposure": exposure,

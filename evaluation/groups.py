@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from etl.warehouse.partitions import MS_PER_DAY
-from etl.warehouse.schemas import EVALUATION
-from evaluation.metrics import figures, numbered, thirds
-from training.scoring import ScoredTargets
+from evaluation.day_scores import DayScores
+from evaluation.metrics import chunks, distinct, figures, thirds
 
 HOURS_A_GROUP = 6
+HOUR_MS = MS_PER_DAY // 24
 MOST_CONTEXTS = 8  # that have a group each, the most frequent; the others are one
 
 
@@ -34,44 +33,50 @@ class Grouping(NamedTuple):
     names: list[str]
 
 
-def groupings(items: pa.Table, sequences: pa.Table, targets: ScoredTargets, rare_below: int) -> Iterator[Grouping]:
+def groupings(file: DayScores, user: np.ndarray, rare_below: int) -> Iterator[Grouping]:
     """Yield the ways to group the evaluation targets of a partition, one after another: each takes memory.
 
     Args:
-        items, sequences: the tables of the partition; `targets`: what was scored of them, in their order.
+        file: what was scored.
+        user: int32 [T], the number of each target's user.
         rare_below: occurrences in training below which an item shares embedding rows.
     """
-    yield _by_activity(targets.user_id)
-    seen_T = items["train_occurrences"].to_numpy()[of_judged(sequences, "target_item_index")]
+    yield _by_activity(user)
+    known = lambda seen: (seen > 0).astype(np.int8) + (seen >= max(1, rare_below))  # noqa: E731
     names = [
         "new: not in training",
         f"rare: 1 to {rare_below - 1} times in training",
         f"{rare_below} times or more in training",
     ]
-    yield Grouping("item", ((seen_T > 0).astype(np.int8) + (seen_T >= max(1, rare_below))), names)
-    hour_T = targets.time_ms % MS_PER_DAY // (MS_PER_DAY // 24) // HOURS_A_GROUP
+    yield Grouping("item", file.column("train_occurrences", known), names)
+    hours = lambda time_ms: (time_ms % MS_PER_DAY // HOUR_MS // HOURS_A_GROUP).astype(np.int8)  # noqa: E731
     starts = range(0, 24, HOURS_A_GROUP)
-    yield Grouping("hour", hour_T.astype(np.int8), [f"{at:02d} to {at + HOURS_A_GROUP:02d} h UTC" for at in starts])
-    yield _by_context(of_judged(sequences, "target_context"))
+    names = [f"{at:02d} to {at + HOURS_A_GROUP:02d} h UTC" for at in starts]
+    yield Grouping("hour", file.column("time_ms", hours), names)
+    yield _by_context(file.column("context"))
 
 
 def metrics_of_groups(
-    targets: ScoredTargets, scores: dict[str, np.ndarray], grouping: Grouping
+    user: np.ndarray, label: np.ndarray, scores: dict[str, np.ndarray], grouping: Grouping
 ) -> list[dict[str, Any]]:
-    """Return of each group that has targets {"by", "group", "targets", "users", "models": {name: metrics}}."""
+    """Return of each group that has targets {"by", "group", "targets", "users", "models": {name: metrics}}.
+
+    Args:
+        user, label, scores: of T targets, as `evaluation.evaluate.Scored` has them.
+    """
     found = []
     for number, name in enumerate(grouping.names):
         rows = grouping.group_T == number
         if not rows.any():
             continue
-        label, user = targets.label[rows], targets.user_id[rows]
+        its_label, its_user = label[rows], user[rows]
         found.append(
             {
                 "by": grouping.by,
                 "group": name,
-                "targets": len(label),
-                "users": len(np.unique(user)),
-                "models": {model: figures(user, label, score[rows]) for model, score in scores.items()},
+                "targets": len(its_label),
+                "users": distinct(its_user),
+                "models": {model: figures(its_user, its_label, score[rows]) for model, score in scores.items()},
             }
         )
     return found
@@ -79,8 +84,11 @@ def metrics_of_groups(
 
 def _by_activity(user: np.ndarray) -> Grouping:
     """Group by thirds of the number of targets that a target's user has that day."""
-    _, place_T = numbered(user)
-    count_T = np.bincount(place_T)[place_T]
+    counts, count_T = np.zeros(int(user.max(initial=-1)) + 1, np.int32), np.empty(len(user), np.int32)
+    for part in chunks(len(user)):
+        counts += np.bincount(user[part], minlength=len(counts)).astype(np.int32)
+    for part in chunks(len(user)):
+        count_T[part] = counts[user[part]]
     group_T, names = np.zeros(len(user), np.int8), []
     for number, rows in enumerate(thirds(count_T)):
         group_T[rows] = number
@@ -90,18 +98,15 @@ def _by_activity(user: np.ndarray) -> Grouping:
 
 
 def _by_context(context: np.ndarray) -> Grouping:
-    values, place_T, counts = np.unique(context, return_inverse=True, return_counts=True)
-    frequent = np.argsort(-counts, kind="stable")[:MOST_CONTEXTS]
-    group_of_value = np.full(len(values), len(frequent), np.int8)
+    low, high = int(context.min(initial=0)), int(context.max(initial=0))
+    counts, group_T = np.zeros(high - low + 1, np.int64), np.empty(len(context), np.int8)
+    for part in chunks(len(context)):
+        counts += np.bincount(context[part].astype(np.int64) - low, minlength=len(counts))
+    there = np.flatnonzero(counts)
+    frequent = there[np.argsort(-counts[there], kind="stable")[:MOST_CONTEXTS]]
+    group_of_value = np.full(len(counts), len(frequent), np.int8)
     group_of_value[frequent] = np.arange(len(frequent))
-    names = [f"context {value}" if value >= 0 else "no context" for value in values[frequent].tolist()]
-    return Grouping("context", group_of_value[place_T], [*names, "other contexts"])
-
-
-def of_judged(sequences: pa.Table, name: str) -> np.ndarray:
-    """Return a column of the evaluation targets, [T], in the order that they are scored in."""
-
-    def flat(name: str) -> np.ndarray:
-        return sequences[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-    return flat(name)[flat("target_split") == EVALUATION]
+    for part in chunks(len(context)):
+        group_T[part] = group_of_value[context[part].astype(np.int64) - low]
+    names = [f"context {value}" if value >= 0 else "no context" for value in (frequent + low).tolist()]
+    return Grouping("context", group_T, [*names, "other contexts"])

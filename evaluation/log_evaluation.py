@@ -10,11 +10,10 @@ import numpy as np
 
 from etl.stage.folder import Folder
 from evaluation.figures import cell, metrics_of, rows_of
-from evaluation.metrics import Bootstrap, calibration
+from evaluation.metrics import Bootstrap
 from evaluation.report import log_report
 from training.model_runs import logged_model, model_runs
 from training.registry import ANCHOR, CHAMPION
-from training.scoring import ScoredTargets
 from training.tracking import METRICS_FILES, NOTE_TAG, MetricsBuffer, asking_mlflow
 
 # Of each model, in MLflow: `normalised_entropy`, `ece` and `expected_ratio` say whether its probabilities can be used.
@@ -57,7 +56,6 @@ def log_evaluation(
     run_id: str,
     run_dir: Folder,
     evaluation: dict,
-    scored: tuple[ScoredTargets, dict[str, np.ndarray]],
     dataset: tuple[str, str],
 ) -> None:
     """Log an evaluation to its run and to those of its models, and what training could not send.
@@ -67,14 +65,13 @@ def log_evaluation(
     differences.
 
     Args:
-        scored: the targets, and the scores of every model.
         dataset: name and digest of what was scored (`training.tracking.dataset_of`).
 
     Raises:
         TryAgainError: MLflow does not answer.
     """
     with run_dir.written("evaluation.png") as plot:
-        _plot(evaluation, *scored, plot)
+        _plot(evaluation, plot)
     names, step = [row["name"] for row in evaluation["models"]], int(evaluation["dt"].replace("-", ""))
     with asking_mlflow():
         from mlflow import MlflowClient
@@ -130,7 +127,7 @@ def markdown_table(evaluation: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray], path: Path) -> None:
+def _plot(evaluation: dict, path: Path) -> None:
     """Draw AUC with intervals, and calibration, of every scored model."""
     from matplotlib.figure import Figure
 
@@ -146,9 +143,9 @@ def _plot(evaluation: dict, targets: ScoredTargets, scores: dict[str, np.ndarray
         bars.axvline(evaluation["best_auc"], linestyle="--", color="gray", label="best possible")
         bars.legend()
     bars.set_xlabel("AUC, 95 % interval (users resampled)")
-    for name, score in scores.items():
-        bins = calibration(targets.label, score)["bins"]
-        curve.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label=name)
+    for row in rows:
+        bins = row["calibration"]["bins"]
+        curve.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label=row["name"])
     end = curve.get_xlim()[1]
     curve.plot([0, end], [0, end], linestyle="--", color="gray")
     curve.set_xlabel("predicted probability")

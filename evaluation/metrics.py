@@ -80,7 +80,7 @@ def target_logloss(label: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def logloss(label: np.ndarray, score: np.ndarray) -> float:
     """Return the mean of `target_logloss`; nan without targets."""
-    total = sum(float(target_logloss(label[part], score[part]).sum()) for part in _chunks(len(label)))
+    total = sum(float(target_logloss(label[part], score[part]).sum()) for part in chunks(len(label)))
     return total / len(label) if len(label) else float("nan")
 
 
@@ -126,15 +126,26 @@ def calibration(label: np.ndarray, score: np.ndarray) -> dict:
 def thirds(length: np.ndarray) -> list[np.ndarray]:
     """Return the rows of each third of history length, bool [T]; thirds that ties make empty are left out."""
     edges = np.unique(np.percentile(length, [100 / 3, 200 / 3], method="higher")) if len(length) else np.zeros(0)
-    part = np.searchsorted(edges, length, side="left")
-    return [part == number for number in np.unique(part)]
+    part_T = np.empty(len(length), np.int8)
+    for rows in chunks(len(length)):
+        part_T[rows] = np.searchsorted(edges, length[rows], side="left")
+    masks = (part_T == number for number in range(len(edges) + 1))
+    return [mask for mask in masks if mask.any()]
+
+
+def distinct(user: np.ndarray) -> int:
+    """Return how many users there are among some targets' (numbers from 0 on, as `numbered` gives them)."""
+    is_there = np.zeros(int(user.max(initial=-1)) + 1, bool)
+    for part in chunks(len(user)):
+        is_there[user[part]] = True
+    return int(is_there.sum())
 
 
 def numbered(user: np.ndarray) -> tuple[int, np.ndarray]:
     """Return (number of users, int32 [T] of 0..U-1: the place of each target's user among them in ascending order)."""
     ids = np.unique(user)
     place = np.empty(len(user), np.int32)
-    for part in _chunks(len(user)):
+    for part in chunks(len(user)):
         place[part] = np.searchsorted(ids, user[part])
     return len(ids), place
 
@@ -176,7 +187,7 @@ class Bootstrap:
         both = ~np.isnan(per_user)
         self.users_with_both_classes = max(self.users_with_both_classes, int(both.sum()))
         losses = np.zeros(len(count))
-        for part in _chunks(len(label)):
+        for part in chunks(len(label)):
             low = int(owner[part].min())
             sums = np.bincount(owner[part] - low, weights=target_logloss(label[part], score[part]))
             losses[low : low + len(sums)] += sums
@@ -222,7 +233,7 @@ class _RankedTargets:
         # apart, for it may go on in the next chunk.
         won, positives, negatives, tied_positive, tied_negative = np.zeros((5, len(user_weights)))
         last = -1
-        for part in _chunks(len(self.key)):
+        for part in chunks(len(self.key)):
             key = self.key[part]
             label, owner = (key & _SCORE).astype(bool), ((key & np.uint64(0xFFFFFFFF)) >> _SCORE).astype(np.int64)
             score = key >> _LAST
@@ -257,7 +268,7 @@ def _sorted_key(user: np.ndarray, label: np.ndarray, score: np.ndarray, by_user:
     if score.dtype != np.float32:  # its order, in 32 bits
         score = np.unique(score, return_inverse=True)[1].astype(np.uint32)
     key = np.empty(len(score), np.uint64)
-    for part in _chunks(len(score)):
+    for part in chunks(len(score)):
         order = _ordered(score[part]) if score.dtype == np.float32 else score[part]
         owner, positive = user[part].astype(np.uint64), (label[part] > 0).astype(np.uint64)
         rank = order.astype(np.uint64)
@@ -281,8 +292,9 @@ def _ties(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _has_nan(score: np.ndarray) -> bool:
-    return any(bool(np.isnan(score[part]).any()) for part in _chunks(len(score)))
+    return any(bool(np.isnan(score[part]).any()) for part in chunks(len(score)))
 
 
-def _chunks(targets: int) -> Iterator[slice]:
+def chunks(targets: int) -> Iterator[slice]:
+    """Yield the parts of so many targets that are worked on at once."""
     return (slice(start, min(start + CHUNK, targets)) for start in range(0, targets, CHUNK))

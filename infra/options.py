@@ -156,7 +156,8 @@ OPTIONS = {
         Option(
             "workers",
             "Training workers",
-            "Ray Train workers. MIN:MAX: as many as the cluster has room for when training starts, or starts again.",
+            "Ray workers that train; on a cluster (RAY_ADDRESS) they score and make user caches, too. "
+            "MIN:MAX: as many as it has room for when they start, or start again.",
             # Runs of before have a number. Two types would make the field a box of six lines; so there is none.
             {
                 "anyOf": [{"type": "string"}, {"type": "integer"}],

@@ -114,6 +114,11 @@ def raw_variable() -> str:
     return "LONGVIEW_RAW" if os.environ.get("LONGVIEW_RAW") else "LONGVIEW_HOME"
 
 
+def has_ray_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster, which trains and scores."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def training_configs() -> list[str]:
     """Return the names of the training configurations."""
     return sorted(path.stem for path in (ROOT / "training" / "configs").glob("*.py") if path.stem != "__init__")

@@ -164,10 +164,15 @@ class Joined:
     context_row: np.ndarray
 
     @staticmethod
-    def of(sequences: Sequences, items: pa.Table, vocabulary: Vocabulary) -> Joined:
+    def of(sequences: Sequences, items: pa.Table | ItemFeatures, vocabulary: Vocabulary) -> Joined:
+        """Join rows of a partition.
+
+        Args:
+            items: of the partition; their features, where several parts of its rows are joined one after another.
+        """
         return Joined(
             sequences,
-            vocabulary.item_features(items),
+            vocabulary.item_features(items) if isinstance(items, pa.Table) else items,
             vocabulary.user_rows(sequences.user_fields),
             vocabulary.context_rows(sequences.target_context),
         )

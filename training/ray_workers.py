@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.stage.commands import log
@@ -19,20 +16,15 @@ from etl.stage.folder import Folder
 from training.job import Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
 from training.progress import PROGRESS_FILE
+from training.ray_cluster import HEAD_CHECK_SECONDS, HEAD_SILENCES, answers, start_ray, wait_for_workers
 from training.run_folder import result_of
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 WORKER_LOSSES = 4  # the group of workers is started again so often before the stage gives up
-PLACEMENT_SECONDS = 50
-SETTLING_SECONDS = 10  # until what an ended group held is free again, and a lost node is known to be
 FOLLOWING_SECONDS = 2.0  # between looks at lines of progress in an object store
 SUMMARIES_FILE = "models/summaries.json"
-ROOT = Path(__file__).resolve().parents[1]
-CODE = ("etl", "infra", "training")  # what a worker imports: nodes of a cluster need the packages of requirements.txt
-HEAD_CHECK_SECONDS = 5.0
-HEAD_SILENCES = 3  # checks in a row without an answer: well before the 60 s after which Ray ends this process by itself
 
 
 def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
@@ -48,7 +40,7 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
     from ray.train.torch import TorchTrainer
 
     run_dir = Folder(job.run_dir, "--runs")
-    most = _start_ray(job, least, most)
+    most = start_ray(job.attempt, least, most)
     # Ray's forwarded logs drown ours (a watcher complains each second without the dashboard): follow rank 0's progress.
     following = threading.Event()
     follower = threading.Thread(target=_follow, args=(run_dir, following), daemon=True)
@@ -57,7 +49,7 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
         for number in range(WORKER_LOSSES + 1):
             # Ray's own elastic policy counts what the cluster has, not what of it is free, and ends steps to grow.
-            workers = _wait_for_workers(least, most, gpus)
+            workers = wait_for_workers(least, most, gpus)
             trainer = TorchTrainer(
                 _ray_worker,
                 train_loop_config={"job": job},
@@ -84,49 +76,6 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
         follower.join()
         ray.shutdown()
     return result_of(run_dir, SUMMARIES_FILE, "run the same command again")
-
-
-def _start_ray(job: Job, least: int, most: int) -> int:
-    """Join the cluster of RAY_ADDRESS, which gets this code, or start one in this machine that ends with this process;
-    return the most workers that it may have."""
-    import ray
-
-    if "RAY_ADDRESS" in os.environ:
-        _join_cluster(os.environ["RAY_ADDRESS"])
-        return most
-    most = max(least, min(most, os.cpu_count() or 1))
-    # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
-    ray.init(
-        num_cpus=most + 2,
-        include_dashboard=False,
-        log_to_driver=False,
-        namespace=job.attempt,
-        object_store_memory=256 << 20,
-    )
-    return most
-
-
-def _join_cluster(address: str) -> None:
-    """Join a cluster; its workers get the code of this checkout.
-
-    Raises:
-        StageError: the address is that of Ray Client, not of a head.
-        TryAgainError: no cluster answers there.
-    """
-    import ray
-
-    if "://" in address:
-        raise StageError(
-            f"RAY_ADDRESS {address} is an address of Ray Client", "set HOST:PORT of the cluster's head, as HOST:6379"
-        )
-    remedy = "start it, or correct RAY_ADDRESS or the cluster's RAY_AUTH_TOKEN, and run the same command again"
-    if address != "auto" and not _answers(address):
-        raise TryAgainError(f"no Ray cluster answers at RAY_ADDRESS {address}", remedy)
-    code = [str(ROOT / name) for name in CODE]
-    try:
-        ray.init(log_to_driver=False, runtime_env={"py_modules": code, "excludes": ["__pycache__"]})
-    except ConnectionError as error:
-        raise TryAgainError(f"the Ray cluster at RAY_ADDRESS {address} lets nobody in: {error}", remedy) from error
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -157,73 +106,12 @@ def _fit(trainer: TorchTrainer) -> None:
             return outcome.result(HEAD_CHECK_SECONDS)
         if outcome.done():  # the training's own TimeoutError
             return outcome.result()
-        silences = 0 if _answers(address) else silences + 1
+        silences = 0 if answers(address) else silences + 1
         if silences == HEAD_SILENCES:
             raise TryAgainError(
                 f"the head of the Ray cluster, {address}, no longer answers",
                 "run the same command again: it goes on from the last checkpoint",
             )
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_CHECK_SECONDS):
-            return True
-    except OSError:
-        return False
-
-
-def _wait_for_workers(least: int, most: int, gpus: bool) -> int:
-    """Wait until the cluster has room for as many workers as it can have at most, and about a minute for the fewest;
-    return how many.
-
-    Raises:
-        StageError: it never will have; what was asked for, what it has and what of that is free is named.
-        TryAgainError: others use it.
-    """
-    import ray
-
-    one = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-
-    def fitting(resources: Mapping[str, float], most: int) -> int:
-        return max(least, min(most, *(int(resources.get(name, 0)) for name in one)))
-
-    workers = fitting(ray.cluster_resources(), most)
-    while workers > least:
-        if _has_room(one, workers, SETTLING_SECONDS):
-            return workers
-        workers = fitting(ray.available_resources(), workers - 1)
-    if _has_room(one, least, PLACEMENT_SECONDS):
-        return least
-    has, free = ray.cluster_resources(), ray.available_resources()
-    missing = next((name for name in reversed(one) if has.get(name, 0) < least), None)
-    what = (
-        f"no room for {least} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has"
-        f" {_counted(has, one)}, free {_counted(free, one)}"
-    )
-    if missing:
-        raise StageError(
-            what, f"train with --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes"
-        )
-    raise TryAgainError(
-        what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)"
-    )
-
-
-def _has_room(one: Mapping[str, float], workers: int, seconds: float) -> bool:
-    """Return whether so many workers, each with what `one` needs, find room within so many seconds."""
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    room = placement_group([dict(one)] * workers)
-    try:
-        return room.wait(seconds)
-    finally:
-        remove_placement_group(room)
-
-
-def _counted(resources: Mapping[str, float], of: Iterable[str]) -> str:
-    return " and ".join(f"{resources.get(name, 0):g} {name}" for name in of)
 
 
 def _cause_of(error: Exception) -> Exception:

@@ -6,6 +6,8 @@ It belongs to one partition, one definition and one training configuration.
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from etl.datasets.definition import DatasetDefinition
@@ -45,6 +47,20 @@ def run_folder(
     if owner != owner | mine:
         folder.write_text(OWNER_FILE, json.dumps(owner | mine, indent=1))
     return folder
+
+
+def within_reach(package: str, run_dir: Folder, name: str) -> str:
+    """Return the address of a package that every worker reaches: what MLflow gave lies on this machine's disk alone,
+    and the folder of runs is all that workers on other machines share with it.
+
+    Args:
+        name: of the copy in the attempt's folder.
+    """
+    if not Path(package).is_dir():  # a URI, or a path that only the workers may have
+        return package
+    with run_dir.written_folder(name) as copy:
+        shutil.copytree(package, copy, dirs_exist_ok=True)
+    return run_dir.address_of(name)
 
 
 def result_of(folder: Folder, name: str, remedy: str) -> dict[str, Any]:

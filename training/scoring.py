@@ -10,12 +10,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from etl.stage.errors import StageError
 from etl.warehouse.schemas import EVALUATION, WATCH_BUCKETS
 from training.data import Joined, Sequences, make_batch
+from training.device_batches import DeviceRows
 from training.model.ranker import Ranker
 from training.package import Cutoff, load_package
 from training.user_batches import UserBatches
-from training.vocabulary import Vocabulary
+from training.vocabulary import ItemFeatures, Vocabulary
+
+DEVICES = AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,26 @@ class ScoredTargets:
 
 
 class Scorer:
-    """A loaded package."""
+    """A loaded package, on a device."""
 
     def __init__(self, folder: Path, model: Ranker, vocabulary: Vocabulary, cutoff: Cutoff) -> None:
         self.folder, self.model, self.vocabulary, self.cutoff = folder, model, vocabulary, cutoff
 
-    @torch.no_grad()
-    def score(self, items: pa.Table, sequences: pa.Table) -> ScoredTargets:
-        """Score every evaluation target of a partition (its `items` and `sequences`).
+    @property
+    def device(self) -> str:
+        return str(next(self.model.parameters()).device)
+
+    def score(self, items: pa.Table, sequences: pa.Table, features: ItemFeatures | None = None) -> ScoredTargets:
+        """Score every evaluation target of a partition, or of some rows of it (its `items`, of `sequences` these rows).
 
         A target sees what is stored before its cut-off, and of that as much as the package's own rule lets it see.
+
+        Args:
+            features: what the vocabulary makes of the items, where that is known.
         """
         flat = Sequences.from_arrow(sequences, self.cutoff.max_events)
-        return score_joined(self.model, Joined.of(flat, items, self.vocabulary), items["item_id"].to_numpy())
+        joined = Joined.of(flat, items if features is None else features, self.vocabulary)
+        return score_joined(self.model, joined, items["item_id"].to_numpy())
 
     @torch.no_grad()
     def score_request(self, request: dict) -> np.ndarray:
@@ -88,7 +99,7 @@ class Scorer:
         flat = Sequences.from_arrow(row, self.cutoff.max_events)
         joined = Joined.of(flat, self.vocabulary.item_table_of(ids), self.vocabulary)
         batch = make_batch(joined, np.array([0]), [np.arange(len(target_ids))])
-        return torch.sigmoid(self.model(batch.to("cpu"))[0]).float().numpy()
+        return torch.sigmoid(self.model(batch.to(self.device))[0]).float().cpu().numpy()
 
     def example_request(self) -> dict:
         """Return the request that the package carries as its input example."""
@@ -105,6 +116,8 @@ def score_joined(model: Ranker, joined: Joined, item_id: np.ndarray) -> ScoredTa
     flat, device = joined.sequences, str(next(model.parameters()).device)
     targets = np.flatnonzero(flat.target_split == EVALUATION)
     batches = UserBatches(joined, 0, 1, users_per_step=32, seed=0)
+    if (rows := DeviceRows.where_they_fit(joined, torch.device(device))) is not None:
+        batches.make = rows.make_batch
     scores = [torch.sigmoid(model(batch.to(device))[0]).float().cpu().numpy() for batch in batches.all_of(targets)]
     owner = np.searchsorted(flat.target_start, targets, side="right") - 1
     return ScoredTargets(
@@ -117,9 +130,27 @@ def score_joined(model: Ranker, joined: Joined, item_id: np.ndarray) -> ScoredTa
     )
 
 
-def load_scorer(folder: str | Path) -> Scorer:
-    """Load a package for scoring."""
-    return Scorer(Path(folder), *load_package(Path(folder)))
+def load_scorer(folder: str | Path, device: str = CPU) -> Scorer:
+    """Load a package for scoring on a device of torch."""
+    model, vocabulary, cutoff = load_package(Path(folder))
+    return Scorer(Path(folder), model.to(device), vocabulary, cutoff)
+
+
+def device_of(wanted: str) -> str:
+    """Return the device of torch that this process scores on.
+
+    Args:
+        wanted: of `DEVICES`; auto: a GPU where this process sees one.
+
+    Raises:
+        StageError: a GPU is wanted, and there is none.
+    """
+    seen = torch.cuda.is_available()
+    if wanted == CUDA and not seen:
+        raise StageError(
+            "--device cuda: this process sees no GPU", "give --device auto, or look at CUDA_VISIBLE_DEVICES"
+        )
+    return CUDA if seen and wanted != CPU else CPU
 
 
 def request_of(items: pa.Table, sequences: Sequences, user: int, max_targets: int = 20) -> dict:

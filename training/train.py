@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.datasets.arguments import definition_of, partition_parser, store_of
@@ -30,13 +28,14 @@ from training.model_runs import model_runs, parameters_of
 from training.ray_workers import train_with_ray
 from training.registry import CHAMPION, ArtifactGone, Registry
 from training.resume import flat
-from training.run_folder import run_folder
+from training.run_folder import run_folder, within_reach
 from training.tracking import NAME_TAG, asking_mlflow, attempt_run, entry, log_origin, run_name
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 TABLES = "sequences", "items"  # that a training reads
+WARM_START = "warm_start"
 BEGUN_FILE = "warm_start.json"  # says which version an attempt began with; its package lies beside it
 
 
@@ -148,32 +147,22 @@ def begun_from(wanted: str, dataset: str, dt: str, run_dir: Folder) -> tuple[str
         StageError: the champion's files are gone.
     """
     if wanted != CHAMPION:
-        return (None, wanted) if wanted == "none" else (_within_reach(wanted, run_dir), wanted)
+        return (None, wanted) if wanted == "none" else (within_reach(wanted, run_dir, WARM_START), wanted)
     said = run_dir.read_text(BEGUN_FILE)
     version = champion_before(dataset, dt) if said is None else json.loads(said)["version"]
     if said is not None:
         log(f"starting as the first try did: {'cold' if version is None else f'from version {version}'}")
-        return (None, "none") if version is None else (run_dir.address_of("warm_start"), version)
+        return (None, "none") if version is None else (run_dir.address_of(WARM_START), version)
     address = None
     if version is not None:
         try:
-            address = _within_reach(str(Registry(dataset).package(version)), run_dir)
+            address = within_reach(str(Registry(dataset).package(version)), run_dir, WARM_START)
         except ArtifactGone as error:
             raise StageError(
                 f"no warm start from the champion: {error}", "train with --warm-start none, or promote another version"
             ) from error
     run_dir.write_text(BEGUN_FILE, json.dumps({"version": version}))  # last: the package is whole
     return address, version or "none"
-
-
-def _within_reach(package: str | None, run_dir: Folder) -> str | None:
-    """Return the address of a package to begin with that every worker reaches: what MLflow gave lies on this machine's
-    disk alone, and the folder of runs is all that workers on other machines share with it."""
-    if package is None or not Path(package).is_dir():  # a URI, or a path that only the workers may have
-        return package
-    with run_dir.written_folder("warm_start") as copy:
-        shutil.copytree(package, copy, dirs_exist_ok=True)
-    return run_dir.address_of("warm_start")
 
 
 def _tags(args: argparse.Namespace, config: TrainConfig) -> dict[str, str]:

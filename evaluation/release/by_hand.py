@@ -342,7 +342,7 @@ class _Desk:
         if published is not None and published.settings.get("model_version") == stamp:
             return
         attempt = attempt_name(self.definition.name, dt, f"{self.asked.decision} {version}")
-        manifest = build_user_caches(self.store, dt, attempt, self.registry.package(version), stamp)
+        manifest = build_user_caches(self.store, dt, attempt, str(self.registry.package(version)), stamp)
         log(f"published {manifest.rows} user caches of dt={dt} for version {version}")
 
 

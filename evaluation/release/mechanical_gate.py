@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore
-from evaluation.evaluate import package_of, read_scores
+from evaluation.day_scores import DayScores
+from evaluation.evaluate import package_of
 from evaluation.gate import Decision
 from evaluation.release.model_environment import RequirementsUnmet, environment_of
 from training.data import Sequences
@@ -175,14 +177,13 @@ def odd_requests(golden: Mapping[str, Any], max_events: int | None) -> dict[str,
 def _requests(store: TableStore, dt: str, run_dir: Folder, primary: str, scorer: Scorer) -> list[Asked]:
     """Return requests of some users of the day, with the scores that the evaluation had for them, then others with
     those of the training's package."""
-    items = store.read(store.require("items", dt))
-    sequences = Sequences.from_arrow(store.read(store.require("sequences", dt)))
-    evaluated = read_scores(run_dir, ["user_id", primary])
-    owner_T, column_T = evaluated["user_id"].to_numpy(), evaluated[primary].to_numpy()
+    items, evaluated = store.read(store.require("items", dt)), DayScores(run_dir)
+    owner_T, column_T = evaluated.column("user_id"), evaluated.column(primary)
     user_ids, first, count = np.unique(owner_T, return_index=True, return_counts=True)
     # Spread over the users, the one with the most targets among them.
     spread = np.linspace(0, len(user_ids) - 1, min(USERS_CHECKED, len(user_ids))).astype(int)
     chosen = np.unique(np.append(spread, count.argmax()))
+    sequences = Sequences.from_arrow(_rows_of(store, dt, user_ids[chosen]))
     rows = {int(user): row for row, user in enumerate(sequences.user_id)}
     asked = []
     for user in chosen:
@@ -192,6 +193,16 @@ def _requests(store: TableStore, dt: str, run_dir: Folder, primary: str, scorer:
     longest = max((one.request for one in asked), key=lambda request: len(request["history_item_id"]))
     others = {"its input example": scorer.example_request(), **odd_requests(longest, scorer.cutoff.max_events)}
     return asked + [_scored_here(scorer, name, request) for name, request in others.items()]
+
+
+def _rows_of(store: TableStore, dt: str, users: np.ndarray) -> pa.Table:
+    """Return the rows of `sequences` of some users, from the files that have them."""
+    found = []
+    for file in store.require("sequences", dt).files:
+        is_wanted = np.isin(store.read_file(file, ["user_id"])["user_id"].to_numpy(), users)
+        if is_wanted.any():
+            found.append(store.read_file(file).filter(pa.array(is_wanted)))
+    return pa.concat_tables(found)
 
 
 def _scored_here(scorer: Scorer, name: str, request: dict) -> Asked:

@@ -26,6 +26,7 @@ from evaluation.release.model_card import write_card
 from evaluation.release.moves import GATES, Move, carry_out, name_of, now
 from evaluation.release.outcomes import PROMOTE, PROMOTED, REFUSED, UNCHANGED, sentence
 from evaluation.report import log_report
+from evaluation.spread import add_arguments
 from training.registry import ANCHOR, CHAMPION, DIGEST_TAG, PREVIOUS_CHAMPION, Registry
 from training.run_folder import run_folder
 from training.tracking import asking_mlflow, attempt_run
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", required=True, help="folder of runs, a path or URI; this one reads and writes RUNS/<attempt>/"
     )
+    add_arguments(parser)
     args = parser.parse_args()
     store = store_of(args)
     run_dir = run_folder(args.runs, definition_of(args), args.dt, args.attempt)

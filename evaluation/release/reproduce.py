@@ -24,10 +24,10 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import GateError, StageError
 from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore
+from evaluation.day_scores import DayScores, score_day
 from evaluation.figures import cell
-from evaluation.metrics import auc, gauc, logloss
+from evaluation.metrics import figures
 from training.registry import DIGEST_TAG, SNAPSHOT_TAG, WARM_START_TAG, ArtifactGone, Registry, model_digest
-from training.scoring import load_scorer
 from training.tracking import PARTITION_TAG, ROOT
 
 ATTEMPT = "again"
@@ -55,15 +55,11 @@ def main(argv: list[str] | None = None) -> None:
                 f"the configuration is {training['config_digest']}, not the version's {tags['config_digest']}",
                 "its commit holds another one than it was trained with: it was trained with uncommitted changes",
             )
-        with Folder(training["models"][training["primary"]]["package"], "training.json").read_locally() as package:
-            scored = load_scorer(package).score(store.read(store.require("items", dt)), _sequences(store, dt))
+        address, run_dir = training["models"][training["primary"]]["package"], Folder(folder, "--runs")
+        with Folder(address, "training.json").read_locally() as package:
             same_model = model_digest(package) == tags.get(DIGEST_TAG)
-    label = scored.label
-    again = {
-        "auc": auc(label, scored.score),
-        "gauc": gauc(scored.user_id, label, scored.score)[0],
-        "logloss": logloss(label, scored.score),
-    }
+        score_day(store, dt, run_dir, {ATTEMPT: address})
+        again = figures(*(DayScores(run_dir).column(name) for name in ("user_id", "label", ATTEMPT)))
     print(side_by_side(tags, again, same_model), flush=True)
     if different := [name for name, value in again.items() if not _is_same(tags.get(name), value)]:
         raise GateError(
@@ -133,10 +129,6 @@ def _is_same(before: str | None, value: float) -> bool:
     if before is None:  # unknown then: a class is missing
         return value != value
     return abs(float(before) - value) <= DIFFERENCE
-
-
-def _sequences(store: TableStore, dt: str):
-    return store.read(store.require("sequences", dt))
 
 
 @contextlib.contextmanager

@@ -194,6 +194,18 @@ def day(text: str) -> dtm.datetime:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
+def test_a_cluster_scores_and_makes_caches_with_the_workers_of_the_run(own, monkeypatch):
+    spread = {"evaluate.evaluate_models", "register.promote_model", "caches.build_user_caches"}
+    alone = commands_of(own_dags()["vql_daily_shop"])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    over_ray = commands_of(own_dags()["vql_daily_shop"])
+    assert {task for task, command in over_ray.items() if command != alone[task]} == spread
+    for task in spread:
+        command = over_ray[task]
+        place = command.index("--workers")
+        assert command[place + 1] == "2" and [*command[:place], *command[place + 2 :]] == alone[task]
+
+
 def test_import_is_fast_and_light(own):
     code = (
         "import sys, json, airflow.sdk\nfrom airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Asset, Param,"

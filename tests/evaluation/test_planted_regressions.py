@@ -6,7 +6,6 @@ An export that is wrong in the third decimal: test_stages.py. Ten times slower: 
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,13 +48,12 @@ def judged(
 ) -> dict:
     """Return what evaluation writes of these scores, of the first so many users."""
     rows = users > USER
-    targets = SimpleNamespace(label=LABEL[rows], user_id=USER[rows], history_length=LENGTH[rows])
     given = {"vql": challenger, "mean_pooling": mean_pooling(), "champion": champion, "anchor": anchor}
     scores = {name: score[rows] for name, score in given.items() if score is not None}
     served = {name: {"version": str(n), "warning": None} for n, name in enumerate(("anchor", "champion"), 1)}
     served = {name: known for name, known in served.items() if name in scores}
-    random = np.zeros(rows.sum(), bool)
-    return evaluate.compare(targets, scores, "vql", served, random) | {"auc_seed_sd": SEED_SD}  # type: ignore[arg-type]
+    scored = evaluate.Scored(USER[rows], LABEL[rows], LENGTH[rows], np.zeros(rows.sum(), bool), scores)
+    return evaluate.compare(scored, "vql", served) | {"auc_seed_sd": SEED_SD}
 
 
 @pytest.fixture(autouse=True)

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import xml.dom.minidom
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from evaluation.evaluate import by_chance, compare
+from evaluation.evaluate import Scored, compare
 from evaluation.log_evaluation import figures_of_attempt, table
 from evaluation.metrics import auc
 from evaluation.report import report_page
-from training.scoring import ScoredTargets
 
 TAGS = {"pipeline.partition": "2022-04-21", "airflow.run_url": "javascript:alert(1)", "pipeline.command": "<b>python"}
 
 
 @pytest.fixture(scope="module")
-def scored() -> tuple[ScoredTargets, dict[str, np.ndarray]]:
+def scored() -> Scored:
     rng = np.random.default_rng(0)
     user, label = np.repeat(np.arange(40), 10), rng.integers(0, 2, 400)
     scores = {name: np.clip(0.5 + w * (label - 0.5) + rng.normal(0, 0.2, 400), 0.01, 0.99) for name, w in WEIGHTS}
-    targets = ScoredTargets(user, user, user, label, user + 1, scores["vql"])
-    return targets, scores
+    return Scored(user, label, user + 1, RANDOM, scores)
 
 
 @pytest.fixture(scope="module")
 def evaluation(scored) -> dict[str, Any]:
-    targets, scores = scored
     served = {"champion": {"version": "3", "partition": "2022-04-20", "attempt": "a", "warning": None}}
-    found = compare(targets, scores, "vql", served, RANDOM)
+    found = compare(scored, "vql", served)
     return {"dt": "2022-04-21", "dataset": "own", "simulated": True, "best_auc": 0.9, "primary": "vql", **found}
 
 
@@ -77,14 +74,13 @@ def test_every_model_is_one_line_over_the_partitions(evaluation):
 
 
 def test_what_chance_showed_is_measured_beside_what_a_recommender_did(scored):
-    targets, scores = scored
-    found = compare(targets, scores, "vql", {}, RANDOM)
+    found = compare(scored, "vql", {})
     random, standard = found["exposures"]
     assert (random["exposure"], standard["exposure"]) == ("random", "standard")
     assert random["targets"] + standard["targets"] == found["models"][0]["targets"] == 400
     for part, rows in ((random, RANDOM), (standard, ~RANDOM)):
         for name, of in part["models"].items():
-            assert of["auc"] == pytest.approx(auc(targets.label[rows], scores[name][rows]))
+            assert of["auc"] == pytest.approx(auc(scored.label[rows], scored.scores[name][rows]))
             assert of["auc_low"] < of["auc"] < of["auc_high"]
         assert part["paired"]["vql_minus_champion"]["value"] == pytest.approx(
             part["models"]["vql"]["auc"] - part["models"]["champion"]["auc"]
@@ -94,17 +90,8 @@ def test_what_chance_showed_is_measured_beside_what_a_recommender_did(scored):
     assert figures_of_attempt(evaluated)["random_exposure/auc"] == random["models"]["vql"]["auc"]
 
 
-def test_which_targets_chance_exposed_is_read_in_their_order_and_none_of_an_older_partition():
-    columns = {"target_split": [[0, 2, 2], [], [2, 0]], "target_is_random": [[True, False, True], [], [True, False]]}
-    sequences = pa.table(columns)
-    assert by_chance(sequences).tolist() == [False, True, True]
-    assert by_chance(sequences.slice(1)).tolist() == [True]
-    assert by_chance(sequences.drop_columns("target_is_random")).tolist() == [False] * 3
-
-
 def test_without_random_traffic_nothing_is_said_of_exposures(scored):
-    targets, scores = scored
-    found = compare(targets, scores, "vql", {}, np.zeros(400, bool))
+    found = compare(dataclasses.replace(scored, is_random=np.zeros(400, bool)), "vql", {})
     assert found["exposures"] == []
     whole = {"simulated": True, "dt": "2022-04-21", "dataset": "own", "best_auc": None, "primary": "vql", **found}
     assert "exposure" not in table(whole) and "exposed" not in report_page(whole, {}, {})

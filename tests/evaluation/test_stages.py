@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore
-from evaluation.evaluate import read_scores
+from evaluation.day_scores import DayScores
 from evaluation.gate import Decision
 from evaluation.prune import prune_runs
 from evaluation.release import promote, register
@@ -55,7 +55,7 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     kinds = ("activity", "item", "hour", "context")
     groups = {by: [part for part in evaluation["groups"] if part["by"] == by] for by in kinds}
     assert {by: sum(part["targets"] for part in parts) for by, parts in groups.items()} == dict.fromkeys(kinds, 48)
-    assert read_scores(runs.below(FIRST)).num_rows == 48
+    assert DayScores(runs.below(FIRST)).table().num_rows == 48
     assert "SIMULATED" in capsys.readouterr().out
     assert registration["gate"]["passed"], registration["gate"]
     assert "same" in registration["gate"]["reason"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from etl.warehouse.schemas import SEQUENCES
-from evaluation.user_caches import _at_the_end
+from evaluation.cache_building import at_the_end
 from tests.training.conftest import random_partition
 from training.data import Joined, Sequences, make_batch
 from training.model import passes
@@ -105,7 +105,7 @@ def test_scores_from_caches_are_those_from_events_under_the_bound(kind, most, pa
 def test_a_cache_at_the_end_of_a_partition_is_of_the_latest_events(partition, loaded):
     items, rows = partition
     flat = Sequences.from_arrow(rows)
-    joined = Joined.of(_at_the_end(flat, 4), items, loaded[1])
+    joined = Joined.of(at_the_end(flat, 4), items, loaded[1])
     batch = make_batch(joined, np.arange(flat.users), [np.array([user]) for user in range(flat.users)])
     expected = [time for user in rows["history_time_ms"].to_pylist() for time in user[-4:]]
     assert batch.event_time_ms.tolist() == expected

@@ -17,8 +17,8 @@ from training import progress
 from training.loop import TrainingState
 from training.progress import PROGRESS_FILE, Progress
 from training.resume import Checkpoint, Checkpoints
+from training.run_folder import within_reach
 from training.tracking import METRICS_FILE, MetricsBuffer
-from training.train import _within_reach
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,9 @@ def test_workers_find_the_package_of_a_warm_start_where_its_machine_is_gone(requ
     package.mkdir()
     for weights in (b"of a first try", b"of a retry"):
         (package / "model.safetensors").write_bytes(weights)
-        address = _within_reach(str(package), run)
+        address = within_reach(str(package), run, "warm_start")
     shutil.rmtree(package)
     with Folder(address, "--warm-start").read_locally("model.safetensors") as copy:
         assert copy.read_bytes() == weights
-    for named in (None, "s3://bucket/package", str(package)):  # whoever reads it says that it is missing
-        assert _within_reach(named, run) == named
+    for named in ("s3://bucket/package", str(package)):  # whoever reads it says that it is missing
+        assert within_reach(named, run, "warm_start") == named

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from mlflow import MlflowClient
 
-import training.ray_workers
+import training.ray_cluster
 from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.stage.local_files import replace_text
@@ -349,22 +349,22 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
     import ray
     from ray.util.placement_group import placement_group
 
-    found = training.ray_workers._wait_for_workers
+    found = training.ray_cluster.wait_for_workers
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        monkeypatch.setattr(training.ray_workers, "SETTLING_SECONDS", PATIENCE_S)
+        monkeypatch.setattr(training.ray_cluster, "SETTLING_SECONDS", PATIENCE_S)
         assert [found(2, 2, gpus=False), found(1, 4, gpus=False), found(1, 4, gpus=True)] == [2, 2, 1]
         assert placement_group([{"CPU": 1.0}]).wait(PATIENCE_S)  # of another training
-        monkeypatch.setattr(training.ray_workers, "SETTLING_SECONDS", 1)
+        monkeypatch.setattr(training.ray_cluster, "SETTLING_SECONDS", 1)
         assert found(1, 4, gpus=False) == 1
-        monkeypatch.setattr(training.ray_workers, "PLACEMENT_SECONDS", 1)
+        monkeypatch.setattr(training.ray_cluster, "PLACEMENT_SECONDS", 1)
         with pytest.raises(TryAgainError, match=r"no room for 2 worker\(s\) of 1 CPU each .* has 2 CPU, free 1 CPU"):
             found(2, 4, gpus=False)
         with pytest.raises(
             StageError,
             match=(
-                r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: train"
-                r" with --workers 1 "
+                r"no room for 2 worker\(s\) of 1 CPU and 1 GPU each .* has 2 CPU and 1 GPU, free .*\n  remedy: take"
+                r" --workers 1 "
             ),
         ):
             found(2, 4, gpus=True)
@@ -375,9 +375,9 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
 @pytest.mark.ray
 def test_a_ray_address_without_a_cluster_is_said_at_once():
     with pytest.raises(TryAgainError, match=r"no Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:1\b"):
-        training.ray_workers._join_cluster("127.0.0.1:1")
+        training.ray_cluster.join_cluster("127.0.0.1:1")
     with pytest.raises(StageError, match="an address of Ray Client\n  remedy: set HOST:PORT of the cluster's head"):
-        training.ray_workers._join_cluster("ray://127.0.0.1:10001")
+        training.ray_cluster.join_cluster("ray://127.0.0.1:10001")
 
 
 def may_mount(folder: Path) -> bool:
@@ -393,7 +393,7 @@ def test_a_cluster_that_has_none_of_this_code_trains_for_who_knows_its_token(tmp
     (tmp_path / "hidden").mkdir()
     if not may_mount(tmp_path / "hidden"):
         pytest.skip("hides the code from the cluster by a mount, which this user may not make")
-    port, code = free_port(), [ROOT / name for name in training.ray_workers.CODE]
+    port, code = free_port(), [ROOT / name for name in training.ray_cluster.CODE]
     hide = " && ".join(f"mount --bind {tmp_path / 'hidden'} {folder}" for folder in code)
     head = f"start --head --block --port={port} --num-cpus=4 --include-dashboard=false --object-store-memory=200000000"
     words, env = command(tmp_path, warehouse, "--workers", "2")
@@ -405,7 +405,7 @@ def test_a_cluster_that_has_none_of_this_code_trains_for_who_knows_its_token(tmp
             ["unshare", "--mount", "sh", "-c", f"{hide} && exec {ray}"], tmp_path / "ray.log", Path("/"), env
         )
         try:
-            wait_for("cluster", lambda: training.ray_workers._answers(f"127.0.0.1:{port}"))
+            wait_for("cluster", lambda: training.ray_cluster.answers(f"127.0.0.1:{port}"))
             joined = env | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
             done = subprocess.run(words, cwd=ROOT, env=joined, capture_output=True, text=True, check=False)
             summary = check_run(tmp_path, done)

@@ -1,0 +1,185 @@
+"""Work over the buckets of a partition's `sequences`, in this process or spread over workers of Ray.
+
+A bucket is worked on by itself, so that what comes of it does not depend on who does it. Workers read and write files;
+what comes back here is what describes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from etl.stage.errors import StageError, TryAgainError
+from etl.stage.worker_counts import worker_range
+from etl.warehouse.manifests import DataFile, Manifest
+from training.ray_cluster import HEAD_CHECK_SECONDS, HEAD_SILENCES, answers, start_ray, wait_for_workers
+from training.scoring import AUTO, CPU, CUDA, DEVICES, device_of
+
+Made = TypeVar("Made", covariant=True)
+Bucket = Sequence[DataFile]
+LOSSES = 4  # a worker that is lost is replaced so often before the stage gives up
+
+
+class Work(Protocol[Made]):
+    """What is done with each bucket; it travels to the workers."""
+
+    def begin(self, device: str) -> Callable[[Bucket], Made]:
+        """Read what all buckets need; return what makes something of a bucket's files."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Who does the work.
+
+    Attributes:
+        least, most: workers of Ray, as many as there is room for; 0: this process.
+        device: of `training.scoring.DEVICES`; auto: GPUs, where this machine or the cluster has any.
+    """
+
+    least: int = 0
+    most: int = 0
+    device: str = AUTO
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Spread:
+        """Return what the arguments of `add_arguments` say. Raises: StageError: they say nothing that is allowed."""
+        if args.workers == "0":
+            return Spread(device=args.device)
+        try:
+            return Spread(*worker_range(args.workers), args.device)
+        except ValueError as error:
+            raise StageError(f"--workers {error}", "correct it, or give 0 to work in this process") from None
+
+
+IN_THIS_PROCESS = Spread()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `Spread.of` reads."""
+    parser.add_argument(
+        "--workers",
+        default="0",
+        help="Ray workers that share the buckets; MIN:MAX: as many as there is room for; 0: this process, without Ray",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default=AUTO, help="what models are run on (default: a GPU where there is one)"
+    )
+
+
+def each_bucket(work: Work[Made], manifest: Manifest, spread: Spread, attempt: str) -> list[Made]:
+    """Return what comes of every bucket of a partition, in the order in which `TableStore.read` reads them.
+
+    Args:
+        attempt: names what is started.
+
+    Raises:
+        StageError: a bucket's work failed of something to correct; names its file, as every error does.
+        TryAgainError: workers were lost again and again, or others use the cluster.
+    """
+    files = sorted(manifest.files, key=lambda file: (file.bucket, file.path))
+    buckets = [list(of_one) for _, of_one in groupby(files, key=lambda file: file.bucket)]
+    if spread.most and buckets:
+        return _over_ray(work, buckets, spread, attempt)
+    worker = _Worker(work, device_of(spread.device))
+    return [worker.made_of(bucket) for bucket in buckets]
+
+
+class _Worker(Generic[Made]):
+    """Does the work of one bucket after the other."""
+
+    def __init__(self, work: Work[Made], device: str) -> None:
+        self.work, self.device = work, device
+        self.do: Callable[[Bucket], Made] | None = None
+
+    def made_of(self, bucket: Bucket) -> Made:
+        if self.do is None:
+            self.do = self.work.begin(self.device)
+        try:
+            with _one_thread():
+                return self.do(bucket)
+        except StageError as error:
+            raise type(error)(f"{bucket[0].path}: {error.what}", error.remedy) from error
+        except Exception as error:
+            raise RuntimeError(f"{bucket[0].path}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one core within the body: how many share a sum decides its last bit, so that others would make
+    other scores and caches of the same day. More cores are more workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _over_ray(work: Work[Made], buckets: Sequence[Bucket], spread: Spread, attempt: str) -> list[Made]:
+    import ray
+
+    # Workers without a bucket would have nothing to do.
+    least, most = (min(count, len(buckets)) for count in (spread.least, spread.most))
+    most = start_ray(attempt, least, most)
+    try:
+        gpus = spread.device != CPU and ray.cluster_resources().get("GPU", 0) > 0
+        if spread.device == CUDA and not gpus:
+            raise StageError("--device cuda: no node of Ray has a GPU", "give --device auto, or add nodes")
+        count = wait_for_workers(least, most, gpus)
+        actor = ray.remote(_Worker).options(
+            num_cpus=1, num_gpus=int(gpus), max_restarts=LOSSES, max_task_retries=LOSSES
+        )
+        return _dealt([actor.remote(work, CUDA if gpus else CPU) for _ in range(count)], buckets)
+    finally:
+        ray.shutdown()
+
+
+def _dealt(workers: list[Any], buckets: Sequence[Bucket]) -> list[Any]:
+    """Let each worker have the next bucket as soon as it is done with one.
+
+    Ray replaces a worker that is lost and gives it the same bucket again, which it writes the same bytes of.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    waiting, free, silences = deque(enumerate(buckets)), list(workers), 0
+    at_work: dict[Any, tuple[int, Any]] = {}
+    made: list[Any] = [None] * len(buckets)
+    while waiting or at_work:
+        while waiting and free:
+            (place, bucket), worker = waiting.popleft(), free.pop()
+            at_work[worker.made_of.remote(bucket)] = place, worker
+        done, _ = ray.wait(list(at_work), timeout=HEAD_CHECK_SECONDS)
+        silences = 0 if done or answers(address) else silences + 1
+        if silences == HEAD_SILENCES:
+            # Ray waits for its head, and after a minute ends the process from within, without a word of ours.
+            raise TryAgainError(
+                f"the head of the Ray cluster, {address}, no longer answers", "run the same command again"
+            )
+        for reference in done:
+            place, worker = at_work.pop(reference)
+            made[place] = _fetched(reference, buckets[place])
+            free.append(worker)
+    return made
+
+
+def _fetched(reference: Any, bucket: Bucket) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        what = f"{bucket[0].path}: the worker that had it was lost, {LOSSES + 1} times: {reason}"
+        raise TryAgainError(
+            what, "run the same command again, or with fewer --workers where memory is short"
+        ) from error
