@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
+from torch import from_numpy, nn
+from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError
+from torchmetrics.retrieval import RetrievalAUROC
 
 from evaluation import metrics
 from evaluation.metrics import LEAST_USERS, Bootstrap, auc, calibration, gauc, logloss, normalised_entropy, user_aucs
@@ -51,6 +54,25 @@ def test_auc_and_gauc_are_those_of_scikit_learn_on_ties_and_users_of_one_class(c
     if parts:
         expected = [roc_auc_score(label[part], score[part]) for part in parts]
         assert value == pytest.approx(np.average(expected, weights=[part.sum() for part in parts]), abs=1e-9)
+
+
+def test_a_second_library_finds_the_same_auc_gauc_calibration_error_and_log_loss():
+    """torchmetrics has no log loss: there torch's own is the second opinion."""
+    rng, users, a_user = np.random.default_rng(2), 50, 40
+    user = np.repeat(np.arange(users), a_user)
+    # Bins of torchmetrics are of equal width, those of `calibration` of equally many targets: where scores are
+    # spread evenly, these are the same bins. Every score occurs twice, so that there are ties.
+    score = rng.permutation(np.repeat((np.arange(1_000) + 0.5) / 1_000, 2)).astype(np.float32)
+    label = (rng.random(2_000) < 0.2 + 0.5 * score).astype(np.int8)
+    assert all(0 < label[user == one].sum() < a_user for one in range(users))
+    p, y, index = from_numpy(score), from_numpy(label.astype(np.int64)), from_numpy(user)
+    assert auc(label, score) == pytest.approx(float(BinaryAUROC()(p, y)), abs=1e-6)
+    # Of users with equally many impressions GAUC is the plain mean.
+    assert gauc(user, label, score)[0] == pytest.approx(float(RetrievalAUROC()(p, y, indexes=index)), abs=1e-6)
+    expected = float(BinaryCalibrationError(n_bins=metrics.CALIBRATION_BINS, norm="l1")(p, y))
+    assert expected > 0.1 and calibration(label, score)["ece"] == pytest.approx(expected, abs=1e-6)
+    assert logloss(label, score) == pytest.approx(float(nn.BCELoss()(p.double(), y.double())), abs=1e-9)
+    assert logloss(label, score) == pytest.approx(log_loss(label, score.astype(np.float64)), abs=1e-9)
 
 
 def test_many_targets_take_no_more_memory_than_their_columns_and_one_key(monkeypatch):
