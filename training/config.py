@@ -101,8 +101,8 @@ class TrainConfig:
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         table_learning_rate: tables of ids (items, authors) are moved by row-wise Adagrad, at this rate in place of
             `learning_rate` and by the same schedule, and only in rows that a step read; None: by AdamW, in all rows.
-        learning_rate_warmup_steps: the rate rises linearly over so many steps, then falls by a cosine until the last
-            step of `epochs`.
+        learning_rate_warmup_steps: the rate rises linearly over so many steps, at most half of the steps of all epochs,
+            then falls by a cosine until the last one.
         learning_rate_end: share of the rate that is left there; 1 = it does not fall.
         seed: of weights, order and parts.
         bf16: matrix products in bfloat16 (autocast); loss, softmax, code search and codebooks stay in fp32.

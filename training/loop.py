@@ -505,7 +505,7 @@ def learning_rate(config: TrainConfig, step: int, planned: int) -> float:
     Args:
         step: from 0; planned: steps of all epochs.
     """
-    rising = config.learning_rate_warmup_steps
+    rising = min(config.learning_rate_warmup_steps, planned // 2)  # else a short training never has its rate
     if step < rising:
         return config.learning_rate * (step + 1) / rising
     gone = min(1.0, (step - rising) / max(1, planned - rising))

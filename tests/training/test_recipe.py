@@ -153,6 +153,15 @@ def test_the_learning_rate_rises_falls_by_a_cosine_and_hangs_on_the_step_alone(e
     assert learning_rate(dataclasses.replace(config, learning_rate_warmup_steps=0), 0, 110) == 2.0
 
 
+def test_a_short_training_comes_to_its_rate_and_falls_again_and_a_long_one_is_as_it_was():
+    short = TrainConfig(learning_rate=2.0, learning_rate_warmup_steps=500)
+    rates = [learning_rate(short, step, 310) for step in range(310)]
+    assert rates[154:156] == pytest.approx([2.0, 2.0]) and rates[-1] < 0.01
+    assert [learning_rate(short, 0, planned) for planned in (1, 2)] == [2.0, 2.0]
+    usual = load_config("default")
+    assert usual.learning_rate_warmup_steps <= usual.epochs * usual.min_epoch_steps // 2  # nothing is cut off
+
+
 @pytest.mark.parametrize("name", ["kuairand_1k", "large"])
 def test_a_configuration_for_gpus_trains_what_fits_here(name):
     config = dataclasses.replace(load_config(name), min_epoch_steps=1, epochs=1, users_per_step=4, targets_per_visit=4)
