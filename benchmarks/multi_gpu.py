@@ -4,7 +4,8 @@
 
 Random users from a Parquet file (benchmarks/train_loop.py), exact attention and VQL, the whole loop over NCCL. A table,
 and one JSON line last. Efficiency is the samples a second of N GPUs over N times those of one; the share of the
-communication is the time of a step's exchange alone over the time of a step. On a machine without a GPU the workers
+communication is the time of a step's exchange alone over the time of a step, idle the share in which the first device
+waits for its host. On a machine without a GPU the workers
 are processes of the CPU over gloo, which tries the code and measures nothing.
 """
 
@@ -47,8 +48,8 @@ def main() -> None:
     counts = [int(count) for count in args.gpus.split(",")]
     found = []
     print(
-        f"{'model':<20}{'items':>10}{'gpus':>6}{'step ms':>9}{'samples/s':>12}{'efficiency':>12}{'exchange':>10}"
-        f"{'equal':>7}{'loss off by':>13}"
+        f"{'model':<20}{'items':>10}{'gpus':>6}{'step ms':>9}{'idle':>7}{'samples/s':>12}{'efficiency':>12}"
+        f"{'exchange':>10}{'equal':>7}{'loss off by':>13}"
     )
     for items in args.items.split(","):
         for name in args.models.split(","):
@@ -77,6 +78,7 @@ def compared(name: str, items: int, counts: list[int], args: argparse.Namespace)
             "items": items,
             "gpus": count,
             "step_ms": speed["step_ms"],
+            "device_idle_share": speed["idle_ms"] / speed["step_ms"],
             "samples_per_s": count * args.users * args.targets / speed["step_ms"] * 1_000,
             "scaling_efficiency": one["step_ms"] / speed["step_ms"],
             "communication_share": speed["exchange_ms"] / speed["step_ms"],
@@ -86,7 +88,8 @@ def compared(name: str, items: int, counts: list[int], args: argparse.Namespace)
         }
         found.append(run)
         print(
-            f"{name:<20}{items:>10}{count:>6}{run['step_ms']:>9.2f}{run['samples_per_s']:>12,.0f}"
+            f"{name:<20}{items:>10}{count:>6}{run['step_ms']:>9.2f}{run['device_idle_share']:>7.1%}"
+            f"{run['samples_per_s']:>12,.0f}"
             f"{run['scaling_efficiency']:>12.3f}{run['communication_share']:>10.1%}{run['ranks_equal']!s:>7}"
             f"{run['loss_difference']:>13.2e}",
             flush=True,
@@ -112,14 +115,13 @@ def _work(
         epochs=1, warmup_steps=10, min_epoch_steps=args.steps,
     )  # fmt: skip
     data = _data(items, args, config, Path(folder) / f"{rank}.parquet")
-    marks: dict[int, float] = {}
+    marks: dict[int, tuple[float, float]] = {}  # of a step: the time, and what the device has waited
     bits, exchanged = hashlib.sha256(), {}
 
     def look(now: Training) -> None:
         if now.step in (WARM_STEPS, args.steps):
-            if worker.device != "cpu":
-                torch.cuda.synchronize()
-            marks[now.step] = time.perf_counter()
+            waited_ms = now.taken().waiting_ms  # which waits for the device
+            marks[now.step] = time.perf_counter(), waited_ms
         if now.step == args.steps:
             state = now.state()
             for tensor in (*state.model.values(), *state.row_sums):
@@ -129,8 +131,10 @@ def _work(
     losses: list[float] = []
     note = lambda result: losses.append(result.metrics["train_loss"])  # noqa: E731
     train_model(name, data, config, worker, note, look)
+    (began, before_ms), (ended, waited_ms) = marks[WARM_STEPS], marks[args.steps]
     figures = {
-        "step_ms": (marks[args.steps] - marks[WARM_STEPS]) / (args.steps - WARM_STEPS) * 1_000,
+        "step_ms": (ended - began) / (args.steps - WARM_STEPS) * 1_000,
+        "idle_ms": (waited_ms - before_ms) / (args.steps - WARM_STEPS),
         "exchange_ms": _exchange_ms(worker, **exchanged),
         "train_loss": losses[-1],
         "bits": bits.hexdigest(),

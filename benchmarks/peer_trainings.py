@@ -279,23 +279,26 @@ def configuration(one: Wanted, name: str, steps: int | None) -> TrainConfig:
 
 
 def table_of(lines: list[dict[str, Any]], kinds: list[str]) -> str:
-    """Return the table of AUC by kind, and what one definition in two codes differs by, seed by seed."""
-    in_order = sorted(lines, key=lambda line: line["seed"])
+    """Return the table of AUC by kind, and what two codes of one definition differ by, seed by seed."""
+    auc = {(line["kind"], line["arm"], line["seed"]): line["auc"] for line in lines}
 
-    def aucs(kind: str, arm: str) -> np.ndarray:
-        return np.array([line["auc"] for line in in_order if (line["kind"], line["arm"]) == (kind, arm)])
+    def said(of: list[float]) -> str:
+        return f"{np.mean(of):.4f} ± {np.std(of, ddof=1):.4f}" if len(of) > 1 else " ".join(f"{one:.4f}" for one in of)
 
-    def said(of: np.ndarray) -> str:
-        return f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" if len(of) > 1 else " ".join(f"{value:.4f}" for value in of)
+    def apart(kind: str, one: str, other: str) -> str:
+        seeds = [seed for (its, arm, seed) in auc if its == kind and arm == one and (kind, other, seed) in auc]
+        of = np.array([auc[kind, one, seed] - auc[kind, other, seed] for seed in seeds])
+        if len(of) < 2:
+            return " ".join(f"{each:+.4f}" for each in of)
+        close = "" if abs(of.mean()) <= CLOSE else f", more than {CLOSE}"
+        return f"{of.mean():+.4f} (standard error {of.std(ddof=1) / len(of) ** 0.5:.4f}{close})"
 
-    names = "bare minus theirs", "standard error", f"within {CLOSE}"
-    rows = [f"| kind | {' | '.join((*ARMS, *names))} |", "|---" * (1 + len(ARMS) + len(names)) + "|"]
+    pairs = ("bare", "theirs"), ("plain", "theirs")
+    names = (*ARMS, *(f"{one} minus {other}" for one, other in pairs))
+    rows = [f"| kind | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for kind in kinds:
-        difference = aucs(kind, "bare") - aucs(kind, "theirs")
-        error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else np.nan
-        cells = " | ".join(said(aucs(kind, arm)) for arm in ARMS)
-        close = "yes" if abs(difference.mean()) <= CLOSE else "no"
-        rows.append(f"| {kind} | {cells} | {difference.mean():+.4f} | {error:.4f} | {close} |")
+        cells = [said([value for (its, of, _), value in auc.items() if (its, of) == (kind, arm)]) for arm in ARMS]
+        rows.append(f"| {kind} | {' | '.join([*cells, *(apart(kind, *pair) for pair in pairs)])} |")
     return "\n".join(rows)
 
 
