@@ -101,6 +101,8 @@ class TrainConfig:
         learning_rate, weight_decay, gradient_clip: AdamW; decay on embeddings only.
         table_learning_rate: tables of ids (items, authors) are moved by row-wise Adagrad, at this rate in place of
             `learning_rate` and by the same schedule, and only in rows that a step read; None: by AdamW, in all rows.
+        sharded_from_rows: tables of ids of at least so many rows are dealt out over the workers, each of which has some
+            rows with the optimizer's state of these; None: every worker has whole tables. Decides no weight.
         learning_rate_warmup_steps: the rate rises linearly over so many steps, at most half of the steps of all epochs,
             then falls by a cosine until the last one.
         learning_rate_end: share of the rate that is left there; 1 = it does not fall.
@@ -127,6 +129,7 @@ class TrainConfig:
     revive_every_steps: int = 50
     learning_rate: float = 3e-3
     table_learning_rate: float | None = None
+    sharded_from_rows: int | None = None
     learning_rate_warmup_steps: int = 50
     learning_rate_end: float = 0.0
     weight_decay: float = 1e-2
@@ -146,7 +149,7 @@ class TrainConfig:
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the weights, as nested dicts."""
-        others = ("checkpoint_every_steps", "checkpoint_every_seconds", "auc_seed_sd")
+        others = ("sharded_from_rows", "checkpoint_every_steps", "checkpoint_every_seconds", "auc_seed_sd")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
 

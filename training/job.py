@@ -47,6 +47,8 @@ from training.tracking import SYSTEM_METRICS_FILE, MetricsBuffer
 from training.user_batches import UserBatches
 from training.vocabulary import Vocabulary
 
+STEPS_BETWEEN_QUESTIONS = 50  # a question takes as long as some steps of a GPU
+
 
 @dataclass(frozen=True)
 class Job:
@@ -125,7 +127,7 @@ class _Trainings:
 
     def run(self) -> dict[str, dict]:
         self._introduce()
-        reached = from_first(self.checkpoints.newest() if self.worker.rank == 0 else None, self.worker)
+        reached = self._reached()
         summaries = dict(reached.done)
         if (state := reached.state) is not None:
             self.say(
@@ -141,6 +143,14 @@ class _Trainings:
         if self.metrics is not None:
             self.metrics.flush()
         return summaries
+
+    def _reached(self) -> Checkpoint:
+        """Return where the run stands; each worker reads what it needs of it where the first one found it."""
+        if self.worker.rank != 0:
+            return self.checkpoints.read(from_first(None, self.worker) or "")
+        reached = self.checkpoints.newest()
+        from_first(reached.file, self.worker)
+        return reached
 
     def _introduce(self) -> None:
         data, hashed = self.data, self.data.hashed_event_share()
@@ -168,7 +178,8 @@ class _Trainings:
 
         # The first is the one that is registered, hence the one that the older model was.
         start = Start(resume, self.older if name == next(iter(self.config.models)) else None)
-        to_keep = self._on_step(name, done) if self.worker.rank == 0 else None
+        sharded = self.config.sharded_from_rows is not None  # then a checkpoint is of all workers
+        to_keep = self._on_step(name, done) if self.worker.rank == 0 or sharded else None
         try:
             model, result = train_model(name, self.data, self.config, self.worker, on_epoch, to_keep, start)
         except FloatingPointError as error:
@@ -189,17 +200,34 @@ class _Trainings:
         }
 
     def _on_step(self, name: str, done: Mapping[str, dict]) -> Callable[[Training], None]:
+        pace = self._pace(name) if self.worker.rank == 0 else None
+
+        def on_step(now: Training) -> None:
+            if pace is not None:
+                pace.at(now.step, now.taken)
+            if self._checkpoint_is_due(now):
+                checkpoint = Checkpoint(dict(done), name, now.state())
+                if self.worker.rank == 0:
+                    self.checkpoints.begin(now.step, checkpoint)
+
+        return on_step
+
+    def _pace(self, name: str) -> Pace:
         config = self.config
         batches = UserBatches(self.data.joined, 0, 1, config.users_per_step, config.seed)
         planned = len(epoch_of(batches, self.data, config, 0)) * config.epochs
         assert self.metrics is not None  # this is the first worker
-        pace = Pace(name, planned, self.worker.device, self.say, self.metrics.log)
+        return Pace(name, planned, self.worker.device, self.say, self.metrics.log)
 
-        def on_step(now: Training) -> None:
-            pace.at(now.step, now.taken)
-            self.checkpoints.offer(now.step, lambda: Checkpoint(dict(done), name, now.state()))
-
-        return on_step
+    def _checkpoint_is_due(self, now: Training) -> bool:
+        """Say whether this worker is to copy its state now: all workers where each has a part of it, as the first one
+        says, which they ask every few steps."""
+        first = self.worker.rank == 0
+        if now.sharded is None:
+            return first and self.checkpoints.due(now.step)
+        if now.step % min(STEPS_BETWEEN_QUESTIONS, self.config.checkpoint_every_steps):
+            return False
+        return from_first(self.checkpoints.due(now.step) if first else None, self.worker)
 
     def _log_epoch(self, name: str, result: EpochResult) -> None:
         figures = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())

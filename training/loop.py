@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from training.model.ranker import FieldSizes, Ranker
 from training.package import inherit
 from training.read_rows import RowGradients, Rows, RowwiseAdagrad, put, read_in_part, take_back
 from training.recorded_steps import Prepared, RecordedSteps, StepTakesTooLong, most_rows
+from training.sharded_tables import LookedUp, ShardedTables, to_be_sharded
 from training.user_batches import Epoch, UserBatches
 from training.vocabulary import ItemFeatures, Vocabulary
 
@@ -210,6 +210,7 @@ def train_model(
     if run.best_model is None:
         raise FloatingPointError(f"the validation loss of {name} is not finite")
     run.model.load_state_dict(run.best_model)
+    run.join_tables()
     if start.warm_start is None:  # rows that this partition does not show were trained by an earlier one
         _fill_unseen_rows(run.model, data)
     return run.model.eval(), result
@@ -227,15 +228,18 @@ class Training:
     def __init__(self, name: str, data: TrainingData, config: TrainConfig, worker: Worker, start: Start) -> None:
         self.name, self.data, self.config, self.worker = name, data, config, worker
         _make_repeatable(config, worker)
-        self.model = Ranker(FieldSizes.of(data.vocabulary), config.models[name]).to(worker.device)
+        self.model = Ranker(FieldSizes.of(data.vocabulary), config.models[name])
         if start.warm_start is not None:
             inherit(self.model, data.vocabulary, *start.warm_start)
+        self.sharded = self._sharded()
+        self.model.to(worker.device)
         if config.compiled:
             self.model.compile()
-        self.sums = _StepSums(self.model, worker, _read_in_part(self.model, data.joined, config))
+        in_part = _read_in_part(self.model, data.joined, config)
+        self.sums = _StepSums(self.model, worker, in_part, self.sharded)
         self.row_wise = None
         if config.table_learning_rate is not None:
-            self.row_wise = RowwiseAdagrad(self.sums.in_part, config.weight_decay)
+            self.row_wise = RowwiseAdagrad(self.sums.tables, config.weight_decay)
         else:
             self.sums.keep_whole_gradients()
         groups = _parameter_groups(self.model, config)
@@ -255,6 +259,22 @@ class Training:
         if start.resume is not None:
             self._go_on_from(start.resume)
 
+    def _sharded(self) -> ShardedTables | None:
+        """Deal out the rows of the large tables over the workers, where the configuration wants it."""
+        tables = zip(self.data.vocabulary.items, self.model.items.tables, strict=True)
+        of_ids = {name: table for name, table in tables if table in self.model.items.of_ids()}
+        chosen = to_be_sharded(of_ids, self.config.sharded_from_rows, self.worker.world)
+        return ShardedTables(chosen, self.worker.rank, self.worker.world) if chosen else None
+
+    def join_tables(self) -> None:
+        """Have whole tables in the model, which is then the host's, where they were sharded."""
+        if self.sharded is None:
+            return
+        self.model.cpu()
+        with _answered(self.worker):
+            for table in self.sharded.tables:
+                table.weight = nn.Parameter(self.sharded.whole_of(table.weight, table.num_embeddings))
+
     def _recorded(self, rows: DeviceRows | None) -> RecordedSteps | None:
         """Return what records steps, where that is possible: on a GPU that holds the rows, if nothing is compiled and
         no bit has to be the same in every run."""
@@ -262,7 +282,7 @@ class Training:
         if rows is None or config.compiled or config.deterministic or not model.interest.reads_tensors_alone():
             return None
         several = self.worker.world > 1
-        by_rows, patience_s = several and bool(self.sums.in_part), LONGEST_STEP_S if several else None
+        by_rows, patience_s = several and bool(self.sums.tables), LONGEST_STEP_S if several else None
         return RecordedSteps(rows, config.users_per_step, model.interest, self._learn, by_rows, patience_s)
 
     def _fit_optimizer(self) -> None:
@@ -282,6 +302,9 @@ class Training:
             group["lr"] = rate
 
     def _go_on_from(self, state: TrainingState) -> None:
+        if self.sharded is not None:
+            part_of = self.sharded.part_of
+            state = self._of_tables(state, lambda tensor, _rows: part_of(tensor))
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self._fit_optimizer()
@@ -297,12 +320,51 @@ class Training:
             self.recorded.recordings.clear()
 
     def state(self) -> TrainingState:
-        """Copy the state to the CPU."""
+        """Copy the state to the CPU; where tables are sharded, all workers do at once, and only the first one gets
+        whole tables.
+
+        Raises:
+            WorkerLostError: another worker no longer answers.
+        """
         model, optimizer = _on_cpu(self.model.state_dict()), _on_cpu(self.optimizer.state_dict())
         row_sums = _on_cpu(self.row_wise.sums) if self.row_wise is not None else []
-        best = _on_cpu(self.best_model), self.best_logloss, self.best_epoch
+        best = self.best_model, self.best_logloss, self.best_epoch
         where = self.step, self.epoch, self.position
-        return TrainingState(*where, _on_cpu(self.totals), model, optimizer, row_sums, *best)
+        state = TrainingState(*where, _on_cpu(self.totals), model, optimizer, row_sums, *best)
+        if self.sharded is None:
+            return state
+        with _answered(self.worker):
+            return self._of_tables(state, self._joined)
+
+    def _joined(self, part: Tensor, rows: int) -> Tensor:
+        assert self.sharded is not None
+        whole = self.sharded.whole_of(part, rows)
+        return whole if self.worker.rank == 0 else whole[:0].clone()
+
+    def _of_tables(self, state: TrainingState, change: Callable[[Tensor, int], Tensor]) -> TrainingState:
+        """Return a state whose tensors of sharded tables are changed; `change` is told the rows of each table."""
+        assert self.sharded is not None
+        rows = {name: self.sharded.rows_of(weight) for name, weight in self.model.named_parameters()}
+        moved = [self.sharded.rows_of(p) for group in self.optimizer.param_groups for p in group["params"]]
+        sums = [self.sharded.rows_of(table.weight) for table in self.sums.tables]
+
+        def changed(tensor: Tensor, whole: int | None) -> Tensor:
+            return tensor if whole is None or tensor.dim() == 0 else change(tensor, whole)
+
+        def of_model(model: dict) -> dict:
+            return {name: changed(tensor, rows.get(name)) for name, tensor in model.items()}
+
+        moments = {
+            number: {name: changed(moment, moved[number]) for name, moment in each.items()}
+            for number, each in state.optimizer["state"].items()
+        }
+        return replace(
+            state,
+            model=of_model(state.model),
+            optimizer=state.optimizer | {"state": moments},
+            row_sums=[changed(tensor, whole) for tensor, whole in zip(state.row_sums, sums, strict=False)],
+            best_model=None if state.best_model is None else of_model(state.best_model),
+        )
 
     def taken(self) -> Taken:
         """Return what the steps so far came to: only differences between two calls mean anything in a training that
@@ -470,22 +532,45 @@ class Training:
     def _features(self, items: np.ndarray) -> ItemFeatures:
         """Return the features of some of the partition's items on the device."""
         if self.rows is None:
-            return self.data.joined.items.take(items).to(self.worker.device)
-        return self.rows.items.take(on_device(items, self.rows.device))
+            features = self.data.joined.items.take(items).to(self.worker.device)
+        else:
+            features = self.rows.items.take(on_device(items, self.rows.device))
+        if self.sharded is None:
+            return features
+        with _answered(self.worker):
+            return self.sharded.with_rows(features, len(items)) or features
+
+    def _with_rows(self, batch: Batch | None) -> Batch | None:
+        """Return a batch on the device that has its rows of sharded tables, which all workers ask for at once."""
+        batch = None if batch is None else batch.to(self.worker.device)
+        if self.sharded is None:
+            return batch
+        with _answered(self.worker):
+            items = self.sharded.with_rows(None if batch is None else batch.items)
+        return None if batch is None or items is None else replace(batch, items=items)
+
+    def _validated(self) -> Iterator[Batch]:
+        """Yield this worker's batches of the validation targets."""
+        batches = self.batches.all_of(self.data.split.validation)
+        for _ in range(self.batches.most_of(self.data.split.validation)):
+            if (batch := self._with_rows(next(batches, None))) is not None:
+                yield batch
 
     def _judged(self, metrics: dict[str, float], speed: dict[str, float]) -> EpochResult:
         """Return the result of the epoch whose last step was taken, and go to the next one."""
         config, epoch, model = self.config, self.epoch, self.model
-        validation = _validation_logloss(model, self.batches, self.data.split.validation, self.worker)
+        validation = _validation_logloss(model, self._validated(), self.worker)
         # A model of the warm-up has exact keys: it is not what will be served, so it is never the best.
         ready = model.coded is None or bool(model.coded.quantizer.started)
         if ready and validation < self.best_logloss - 1e-5:
-            self.best_model, self.best_logloss, self.best_epoch = copy.deepcopy(model.state_dict()), validation, epoch
+            # In the host's memory: a GPU's is for tables that are trained.
+            self.best_model, self.best_logloss, self.best_epoch = _on_cpu(model.state_dict()), validation, epoch
         finished = epoch + 1 == config.epochs or (self.best_epoch >= 0 and epoch - self.best_epoch >= config.patience)
         metrics = metrics | {"validation_logloss": validation} | speed
         warnings: list[str] = []
         if model.coded is not None:
-            codebook, warnings = _codebook_metrics(model, self.batches, self.data.split.validation, self.worker)
+            some = self._with_rows(next(self.batches.all_of(self.data.split.validation), None))
+            codebook, warnings = _codebook_metrics(model, some)
             metrics |= codebook
         self.before += self.totals.cpu()
         self.totals.zero_()
@@ -584,16 +669,22 @@ class _StepSums:
 
     Attributes:
         parameters: those that are trained but for the tables; their gradients are set by `of`.
-        in_part: tables whose gradients are rows. read: these gradients of the last global batch.
+        in_part: tables whose gradients are rows; tables: these, and those of which this worker has a part.
+        read: their gradients of the last global batch.
         totals: of the last global batch, float64 [4]: the task's loss summed over targets, the codebooks' summed over
             events, targets, events.
     """
 
-    def __init__(self, model: Ranker, worker: Worker, in_part: list[nn.Embedding]) -> None:
-        self.model, self.worker, self.in_part = model, worker, in_part
-        by_rows = {id(table.weight) for table in in_part}
+    def __init__(
+        self, model: Ranker, worker: Worker, in_part: list[nn.Embedding], sharded: ShardedTables | None
+    ) -> None:
+        self.model, self.worker, self.sharded = model, worker, sharded
+        of_others = [] if sharded is None else sharded.tables
+        self.in_part = [table for table in in_part if table not in of_others]
+        self.tables = [*self.in_part, *of_others]
+        by_rows = {id(table.weight) for table in self.tables}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
-        self.by_rows = RowGradients(in_part, worker.world)
+        self.by_rows = RowGradients(self.in_part, worker.world)
         self.read: list[Rows] = []
         self.whole: list[Tensor] = []
         self.quantizer = model.coded.quantizer if model.coded is not None else None
@@ -613,23 +704,30 @@ class _StepSums:
             count, most: as in `Training._move`.
         """
         quantizer, events, counts = self.quantizer, count[1], count[2:]
-        found: list[Tensor | None] = [None] * len(self.in_part)
+        found: list[Tensor | None] = [None] * len(self.tables)
+        looked = self._looked_up(batch, most)
         if batch is None:
             self.flat.zero_()
         else:
+            if looked is not None and self.sharded is not None:
+                batch = replace(batch, items=looked.of(batch.items, self.sharded.names))
             with torch.autocast(self.flat.device.type, torch.bfloat16, enabled=bf16):
                 logits, auxiliary = self.model(batch)
             weight = None if batch.padding is None else batch.padding.target_weight
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target_label, weight, reduction="sum")
             # The auxiliary loss is a mean over the events of this part.
-            found = self._differentiate(loss / counts[0] + auxiliary * (events / counts[1].clamp(min=1)))
+            loss_of_part = loss / counts[0] + auxiliary * (events / counts[1].clamp(min=1))
+            found = self._differentiate(loss_of_part, [] if looked is None else looked.rows)
             self.losses.copy_(torch.stack([loss.detach(), auxiliary.detach().float() * events]))
             if quantizer is not None:
                 self.counted.copy_(quantizer.step_GCk.flatten())
         with _answered(self.worker):
             sums = dist.all_reduce(self.flat, async_op=True) if self.worker.world > 1 else None
-            if self.in_part:  # which rows are sent is made out meanwhile
-                self.read = self.by_rows.summed(found, most, dist.all_gather_into_tensor)
+            # Which rows are sent is made out meanwhile.
+            whole, own = found[: len(self.in_part)], found[len(self.in_part) :]
+            self.read = self.by_rows.summed(whole, most, dist.all_gather_into_tensor) if self.in_part else []
+            if self.sharded is not None and looked is not None:
+                self.read += self.sharded.summed(looked, own)
             if sums is not None:
                 sums.wait()
         if quantizer is not None:
@@ -638,14 +736,20 @@ class _StepSums:
 
     def clip(self, longest: float) -> None:
         """Shorten all gradients together to this length, if they are longer."""
-        gradients = [*self.gradients, *(part for rows in self.read for part in rows.values)]
+        whole, own = self.read[: len(self.in_part)], self.read[len(self.in_part) :]
+        gradients = [*self.gradients, *(part for rows in whole for part in rows.values)]
         length = nn.utils.get_total_norm(gradients)
+        if self.sharded is not None:
+            own_values = [rows.values[0] for rows in own]
+            with _answered(self.worker):
+                length = torch.hypot(length, self.sharded.length(own_values))
+            gradients += own_values
         torch._foreach_mul_(gradients, (longest / (length + 1e-6)).clamp(max=1.0))
 
     def keep_whole_gradients(self) -> None:
         """Let AdamW, which moves every row, find gradients of whole tables, zeros between two steps."""
-        self.whole = [torch.zeros_like(table.weight) for table in self.in_part]
-        for table, whole in zip(self.in_part, self.whole, strict=True):
+        self.whole = [torch.zeros_like(table.weight) for table in self.tables]
+        for table, whole in zip(self.tables, self.whole, strict=True):
             table.weight.grad = whole
 
     @contextmanager
@@ -657,13 +761,23 @@ class _StepSums:
         for rows, whole in zip(self.read, self.whole, strict=True):
             take_back(rows, whole)
 
-    def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
+    def _looked_up(self, batch: Batch | None, most: int) -> LookedUp | None:
+        """Return the rows of sharded tables that this worker's part reads, which all workers ask for at once."""
+        if self.sharded is None:
+            return None
+        with _answered(self.worker):
+            looked = self.sharded.looked_up(None if batch is None else batch.items, most)
+        for rows in looked.rows:
+            rows.requires_grad_()
+        return looked
+
+    def _differentiate(self, loss: Tensor, rows: list[Tensor]) -> list[Tensor | None]:
         """Write the gradients of all parameters, by one launch where `backward` would add up each by one.
 
-        Returns those of the tables that are read in part.
+        Returns those of the tables that are read in part, and of rows that other workers own.
         """
         tables = [table.weight for table in self.in_part]
-        found = torch.autograd.grad(loss, [*self.parameters, *tables], allow_unused=True)
+        found = torch.autograd.grad(loss, [*self.parameters, *tables, *rows], allow_unused=True)
         pairs = list(zip(self.gradients, found[: len(self.gradients)], strict=True))
         if unused := [view for view, gradient in pairs if gradient is None]:
             torch._foreach_zero_(unused)
@@ -716,22 +830,19 @@ def _on_cpu(tree):
 
 
 @torch.no_grad()
-def _codebook_metrics(
-    model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker
-) -> tuple[dict[str, float], list[str]]:
+def _codebook_metrics(model: Ranker, batch: Batch | None) -> tuple[dict[str, float], list[str]]:
     """Return how the codebook is used and, on a few users, how far attention over it is from exact attention; and
     warnings.
 
-    Of this worker's users: figures to look at, which nothing is decided by.
+    Args:
+        batch: of this worker's users, if it has any: figures to look at, which nothing is decided by.
     """
     assert model.coded is not None
     quantizer = model.coded.quantizer
     shares_G = quantizer.perplexity_share()
     metrics = {"perplexity_share": float(shares_G.mean()), "dead_share": float(quantizer.dead_share().mean())}
-    batch = next(batches.all_of(targets), None)
     if batch is None or not bool(quantizer.started):
         return metrics, []
-    batch = batch.to(worker.device)
     probes = probe_by_length(model.eval().probe(batch))
     if quantizer.groups > 1 and len(batch.event_item):
         codes_NG = quantizer.search(model.coded.keys(model.items(batch.items)))
@@ -750,11 +861,10 @@ def _codebook_metrics(
 
 
 @torch.no_grad()
-def _validation_logloss(model: Ranker, batches: UserBatches, targets: np.ndarray, worker: Worker) -> float:
+def _validation_logloss(model: Ranker, batches: Iterable[Batch], worker: Worker) -> float:
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=worker.device)
-    for batch in batches.all_of(targets):
-        batch = batch.to(worker.device)
+    for batch in batches:
         losses = F.binary_cross_entropy_with_logits(model(batch)[0].float(), batch.target_label, reduction="sum")
         total += torch.stack(
             [losses.double(), torch.tensor(float(len(batch.target_label)), dtype=torch.float64, device=worker.device)]

@@ -49,7 +49,7 @@ class RowGradients:
         self.tables, self.world = tables, world
         for table in tables:
             table.sparse = True
-        self.last = [_places(table.weight) for table in tables]  # of each row a place that has it
+        self.last = [no_places(table.weight) for table in tables]  # of each row a place that has it
 
     def summed(self, found: list[Tensor | None], most: int, gather: Callable[[Tensor, Tensor], object]) -> list[Rows]:
         """Return the gradients of each table, summed over the workers, to the same bits on all of them.
@@ -72,7 +72,7 @@ class RowGradients:
     def _alone(self, table: nn.Embedding, last: Tensor, gradient: Tensor | None) -> Rows:
         assert gradient is not None, "a worker that is alone has every batch"
         ids, values = gradient._indices()[0], gradient._values()
-        return Rows(ids[None], _join(ids, values, last, torch.zeros_like(values))[None])
+        return Rows(ids[None], join(ids, values, last, torch.zeros_like(values))[None])
 
 
 class RowwiseAdagrad:
@@ -134,7 +134,8 @@ def take_back(rows: Rows, whole: Tensor) -> None:
         whole.index_fill_(0, rows.ids.flatten(), 0)
 
 
-def _places(weight: Tensor) -> Tensor:
+def no_places(weight: Tensor) -> Tensor:
+    """Return of each row of a table that no place has it, int32 [rows]."""
     return torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
 
 
@@ -147,7 +148,7 @@ def _pack(sent: Tensor, table: nn.Embedding, last: Tensor, gradient: Tensor | No
     if gradient is not None:
         read = gradient._indices()[0]
         ids[: len(read)] = read
-        _join(read, gradient._values(), last, sent[most:].view(most, -1)[: len(read)])
+        join(read, gradient._values(), last, sent[most:].view(most, -1)[: len(read)])
     sent[:most] = ids.view(torch.float32)
 
 
@@ -168,7 +169,7 @@ def _merged(got: Tensor, last: Tensor, most: int) -> Rows:
     return Rows(ids_WR, values_WRd)
 
 
-def _join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor) -> Tensor:
+def join(ids: Tensor, values: Tensor, last: Tensor, out: Tensor) -> Tensor:
     """Add the values of equal ids to `out`, which is 0, where the last of them stands; return it.
 
     Args:

@@ -36,11 +36,17 @@ class Checkpoint:
     Attributes:
         done: summaries of the finished models.
         name: the model in training, with its state; None where the next one has not begun.
+        file: where it was read; "" if nowhere.
     """
 
     done: dict[str, dict] = field(default_factory=dict)
     name: str | None = None
     state: TrainingState | None = None
+    file: str = ""
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read, in words."""
 
 
 class Checkpoints:
@@ -74,30 +80,44 @@ class Checkpoints:
             StageError: it belongs to another training.
         """
         for name in self._files():
-            with self.folder.read_locally(name) as path:  # a store that does not answer is no damage
-                try:
-                    if _digest(path) != path.stem.partition("-")[2]:
-                        raise ValueError("its bytes are not those that were written")
-                    raw = torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as error:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    self.say(
-                        f"warning: checkpoint {self.folder.address_of(name)} is damaged, going on from the one before"
-                        f" it, if there is one: {reason}"
-                    )
-                    continue
-            self._refuse_another(raw["identity"])
-            state = TrainingState(**raw["state"]) if raw["state"] is not None else None
-            return Checkpoint(raw["done"], raw["name"], state)
+            try:
+                return self.read(name)
+            except _Damaged as error:
+                self.say(
+                    f"warning: checkpoint {self.folder.address_of(name)} is damaged, going on from the one before"
+                    f" it, if there is one: {error}"
+                )
         return Checkpoint()
 
-    def offer(self, step: int, checkpoint: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint if one is due and the one before it is written; the caller waits for the copy alone."""
+    def read(self, file: str) -> Checkpoint:
+        """Return a checkpoint by its file, an empty one for ""; of its tensors what is looked at is read.
+
+        Raises:
+            StageError: it belongs to another training.
+        """
+        if not file:
+            return Checkpoint()
+        with self.folder.read_locally(file) as path:  # a store that does not answer is no damage
+            try:
+                if _digest(path) != path.stem.partition("-")[2]:
+                    raise ValueError("its bytes are not those that were written")
+                raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                raise _Damaged((str(error).splitlines() or [type(error).__name__])[0]) from error
+        self._refuse_another(raw["identity"])
+        state = TrainingState(**raw["state"]) if raw["state"] is not None else None
+        return Checkpoint(raw["done"], raw["name"], state, file)
+
+    def due(self, step: int) -> bool:
+        """Say whether a checkpoint is due, and the one before it is written."""
         due = step - self._last_step >= self.every_steps or time.monotonic() - self._last_time >= self.every_seconds
-        if due and not (self._writing and self._writing.is_alive()):
-            self._last_step, self._last_time = step, time.monotonic()
-            self._writing = threading.Thread(target=self._write, args=(checkpoint(),), name="checkpoint", daemon=True)
-            self._writing.start()
+        return due and not (self._writing and self._writing.is_alive())
+
+    def begin(self, step: int, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, the copy of a state, while steps go on."""
+        self._last_step, self._last_time = step, time.monotonic()
+        self._writing = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
+        self._writing.start()
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint now."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.data import Batch, Chosen, Joined, Spans, items_read, make_batch, marked
+from training.data import Batch, Chosen, Joined, Spans, distinct_of, items_read, make_batch, marked
 
 
 class UserBatches:
@@ -47,6 +47,11 @@ class UserBatches:
     ) -> Epoch:
         """Return the batches of an epoch: passes over the targets until there are `min_steps`; of those `max_steps`."""
         return Epoch(self, targets, epoch, targets_per_visit, min_steps, max_steps)
+
+    def most_of(self, targets: np.ndarray) -> int:
+        """Return how many batches `all_of` yields to the worker that gets most, which is the first one."""
+        users, at_once = -(-len(self.by_user(targets)[0]) // self.world), -(-self.users_per_step // self.world)
+        return -(-users // at_once)
 
     def all_of(self, targets: np.ndarray) -> Iterator[Batch]:
         """Yield batches that hold every target of this worker's share of the users once, in (user, target) order."""
@@ -133,7 +138,7 @@ class Epoch:
         chosen = Chosen.of(joined.sequences, *self._visited(number, 0, 1))
         read = items_read(joined.sequences, chosen.events(), chosen.target)
         is_read = marked(read, joined.items.count)
-        return np.unique(read) if is_read is None else np.flatnonzero(is_read)
+        return distinct_of(read) if is_read is None else np.flatnonzero(is_read)
 
     def _visited(self, number: int, rank: int, world: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the users of a worker's part of a global batch, and the target positions of each visit."""

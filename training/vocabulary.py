@@ -8,6 +8,7 @@ category, list<string> categories, float64 a number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -46,9 +47,11 @@ class ItemFeatures:
 
     Attributes:
         rows: field -> int64 [N]; of categories int64 [N, MAX_CATEGORIES], 0 = none. `item_id` comes first.
+        vectors: field -> float32 [N, d], the rows themselves where this process does not have the whole table.
     """
 
     rows: dict[str, Array]
+    vectors: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -92,8 +95,8 @@ class IdField:
         return 1 + self.hashed_rows + len(self.ids)
 
     def appended(self, ids: np.ndarray) -> IdField:
-        """Return the field with further ids; every known id keeps its row."""
-        new = np.setdiff1d(ids, self.ids)
+        """Return the field with further ids, none of them twice; every known id keeps its row."""
+        new = np.setdiff1d(ids, self.ids, assume_unique=True)
         joined, row = np.concatenate([self.ids, new]), np.concatenate([self.row, self.rows + np.arange(len(new))])
         order = np.argsort(joined)
         return IdField(joined[order], row[order], self.hashed_rows)
@@ -260,8 +263,7 @@ class Vocabulary:
         columns = {name: taken[name] for name in taken.column_names} | {"item_id": pa.array(item_ids, pa.int64())}
         for name, field in self.items.items():
             if field.kind == "categories":
-                lists = [value if value is not None else [] for value in taken[name].to_pylist()]
-                columns[name] = pa.array(lists, pa.list_(pa.string()))
+                columns[name] = pc.coalesce(taken[name], pa.scalar([], taken[name].type))
         return pa.table(columns)
 
     def user_rows(self, user_fields: list[list[str]]) -> np.ndarray:

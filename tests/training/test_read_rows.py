@@ -14,7 +14,7 @@ from training import loop
 from training.config import ModelConfig, TrainConfig, VocabularyConfig
 from training.data import Chosen
 from training.loop import Training, Worker, epoch_of, train_model
-from training.read_rows import RowGradients, Rows, RowwiseAdagrad, _join, read_in_part
+from training.read_rows import RowGradients, Rows, RowwiseAdagrad, join, read_in_part
 from training.user_batches import UserBatches
 
 IDS = torch.tensor([5, 2, 5, 9, 2, 5, 0])  # hashed items share rows
@@ -80,7 +80,7 @@ def test_kernels_of_rows_do_what_torch_does():
     ids, values = torch.randint(rows, (places,)), torch.randn(places, 5 + width)[:, 5:]
     last = torch.full((rows,), -1, dtype=torch.int32)
     ours, theirs = torch.zeros(2, places, width).unbind()
-    _join(ids, values, last.clone(), theirs)
+    join(ids, values, last.clone(), theirs)
     device = fused_tests.DEVICE
     there = [part.to(device) for part in (ids, values, last, ours)]
     row_kernels.join(*there)

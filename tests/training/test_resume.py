@@ -84,11 +84,13 @@ def test_a_step_does_not_wait_for_the_disk_and_a_full_one_is_told(tmp_path, monk
         return Checkpoint({}, "vql", state(step))
 
     for step in range(1, 8):
-        saved.offer(step, lambda step=step: at(step))
+        if saved.due(step):
+            saved.begin(step, at(step))
     assert copies == [2]  # that of step 2 is being written
     go_on.set()
     wait_for("checkpoint", lambda: list((tmp_path / "c").glob("*.pt")))
-    wait_for("the end of writing", lambda: saved.offer(8, lambda: at(8)) or 8 in copies)
+    wait_for("the end of writing", lambda: saved.due(8))
+    saved.begin(8, at(8))
     saved.write(at(9))
     assert checkpoints(tmp_path / "c", said).newest().state.step == 9
 

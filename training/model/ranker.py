@@ -69,9 +69,11 @@ class ItemEncoder(nn.Module):
 
     def forward(self, items: ItemFeatures) -> Tensor:
         parts = []
-        fields = zip(self.kinds, self.tables, items.rows.values(), items.places, strict=True)
-        for kind, table, rows, places in fields:
-            if isinstance(table, nn.Embedding) and table.sparse:
+        fields = zip(self.kinds, self.tables, items.rows.items(), items.places, strict=True)
+        for kind, table, (name, rows), places in fields:
+            if name in items.vectors:
+                part = items.vectors[name]
+            elif isinstance(table, nn.Embedding) and table.sparse:
                 part = embedded_in_part(table, rows)
             elif kind != "categories":
                 part = gathered_exactly(table.get_parameter("weight"), places)
