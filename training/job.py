@@ -54,6 +54,8 @@ STEPS_BETWEEN_QUESTIONS = 50  # a question takes as long as some steps of a GPU
 class Job:
     """What is trained, on what, and where its files go.
 
+    Addresses are URIs or absolute paths: workers of Ray work in folders of their own.
+
     Attributes:
         warehouse, dataset, dt: the published partition.
         attempt: names the run of Ray.

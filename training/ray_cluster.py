@@ -24,6 +24,9 @@ def start_ray(name: str, least: int, most: int) -> int:
 
     Args:
         name: of the attempt that they work for.
+
+    Raises:
+        StageError, TryAgainError: as `join_cluster`; or a machine with too much to do starts none in time.
     """
     import ray
 
@@ -31,14 +34,22 @@ def start_ray(name: str, least: int, most: int) -> int:
         join_cluster(os.environ["RAY_ADDRESS"])
         return most
     most = max(least, min(most, os.cpu_count() or 1))
-    # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
-    ray.init(
-        num_cpus=most + 2,
-        include_dashboard=False,
-        log_to_driver=False,
-        namespace=name,
-        object_store_memory=256 << 20,
-    )
+    try:
+        # Logical CPUs to spare: a controller or a reader that waits for a CPU for ever is the classic deadlock.
+        ray.init(
+            num_cpus=most + 2,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=name,
+            object_store_memory=256 << 20,
+        )
+    except Exception as error:
+        # Where its node is not there after 30 s Ray raises an Exception, no kind of it.
+        if type(error) is not Exception and not isinstance(error, (ConnectionError, TimeoutError)):
+            raise
+        raise TryAgainError(
+            f"Ray did not start in this machine: {error}", "run the same command again once the machine has less to do"
+        ) from error
     return most
 
 

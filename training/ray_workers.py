@@ -33,7 +33,7 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
 
     Raises:
         StageError: a worker failed of something to correct, or the cluster has no room.
-        TryAgainError: workers were lost again and again.
+        TryAgainError: Ray did not start, or workers were lost again and again.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -119,16 +119,17 @@ def _cause_of(error: Exception) -> Exception:
 
     The first error of our own code, or TryAgainError for a lost worker.
     """
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    # What a worker raised comes as it is; what became of a worker that is gone is an error of Ray's.
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    causes = {
-        rank: getattr(failure, "_base_exc", None) for rank, failure in failures.items()
-    }  # Ray's UserExceptionWithTraceback has it
-    for rank, cause in sorted(causes.items()):
-        if isinstance(cause, StageError):
-            return cause
-        if cause is not None and not isinstance(cause, WorkerLostError):
-            return RuntimeError(f"worker {rank} failed:\n{failures[rank]}")
-    lost = [rank for rank, cause in causes.items() if cause is None]
+    for rank, failure in sorted(failures.items()):
+        if isinstance(failure, StageError):
+            return failure
+        if not isinstance(failure, (RayError, RayTrainError, WorkerLostError)):
+            return RuntimeError(f"worker {rank} failed: {type(failure).__name__}: {failure}")
+    lost = [rank for rank, failure in failures.items() if not isinstance(failure, WorkerLostError)]
     reason = (str(failures[lost[0]] if lost else error).splitlines() or [type(error).__name__])[0][:300]
     return TryAgainError(
         f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}",

@@ -70,6 +70,8 @@ def set_tracking() -> str:
     uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"], "MLFLOW_TRACKING_URI")
     if uri.startswith("sqlite:///"):
         _database(uri).parent.mkdir(parents=True, exist_ok=True)
+        # Workers of Ray, which inherit it, work in folders of their own.
+        uri = os.environ["MLFLOW_TRACKING_URI"] = "?".join([f"sqlite:///{_database(uri)}", *uri.split("?")[1:]])
     mlflow.set_tracking_uri(uri)
     return uri
 

@@ -91,7 +91,7 @@ def train(args: argparse.Namespace, trained: Callable[[Job], dict[str, dict]], p
         runs_of_models = _runs_of_models(run, config, store, args.dt)
         warm_start, begun_with = begun_from(args.warm_start, args.dataset, args.dt, run_dir)
         job = Job(
-            args.warehouse,
+            store.warehouse,
             args.dataset,
             args.dt,
             args.attempt,
@@ -147,7 +147,9 @@ def begun_from(wanted: str, dataset: str, dt: str, run_dir: Folder) -> tuple[str
         StageError: the champion's files are gone.
     """
     if wanted != CHAMPION:
-        return (None, wanted) if wanted == "none" else (within_reach(wanted, run_dir, WARM_START), wanted)
+        if wanted == "none":
+            return None, wanted
+        return within_reach(Folder(wanted, "--warm-start").address, run_dir, WARM_START), wanted
     said = run_dir.read_text(BEGUN_FILE)
     version = champion_before(dataset, dt) if said is None else json.loads(said)["version"]
     if said is not None:

@@ -315,32 +315,53 @@ def has_reached(running: Started, step: int) -> bool:
 @pytest.mark.ray
 def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_try():
     from ray.train import WorkerGroupError
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     def cause(**failures: Exception) -> Exception:
         return _cause_of(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
 
-    of_code = {
-        name: UserExceptionWithTraceback(error, f"trace of {name}")
-        for name, error in (
-            ("stage", StageError("no such column", "name another")),
-            ("bug", ValueError("shape")),
-            ("waits", WorkerLostError("in vain")),
-        )
-    }
+    wrong, bug, waits = StageError("no such column", "name another"), ValueError("shape"), WorkerLostError("in vain")
     died = WorkerHealthCheckFailedError("worker 1 died", RuntimeError("SIGKILL"))
-    first = cause(r0=of_code["waits"], r1=of_code["stage"])
-    assert isinstance(first, StageError) and (first.what, first.remedy, first.exit_code) == (
-        "no such column",
-        "name another",
-        2,
-    )
-    assert type(cause(r0=of_code["waits"], r1=of_code["bug"])) is RuntimeError and "trace of bug" in str(
-        cause(r1=of_code["bug"])
-    )
-    for lost in (cause(r0=of_code["waits"], r1=died), cause(r0=of_code["waits"])):
+    assert cause(r0=waits, r1=wrong) is wrong
+    assert type(cause(r0=waits, r1=bug)) is RuntimeError and "worker 1 failed: ValueError: shape" in str(cause(r1=bug))
+    for lost in (cause(r0=waits, r1=died), cause(r0=waits)):
         assert isinstance(lost, TryAgainError)
-    assert "lost worker 1: worker 1 died" in cause(r0=of_code["waits"], r1=died).what
+    assert "lost worker 1: worker 1 died" in cause(r0=waits, r1=died).what
+
+
+def in_its_folder(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
+    """Train in a folder, to which every path is relative: workers of Ray work in another one."""
+    words, env = command(Path(), "warehouse", *more)
+    return subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_paths_may_be_relative_and_what_a_worker_cannot_do_is_tried_once(tmp_path, warehouse):
+    assert warehouse == str(tmp_path / "warehouse")
+    done = in_its_folder(tmp_path, "--workers", "2", "--warm-start", "nothing")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: {tmp_path}/nothing holds no model package" in done.stderr and "Traceback" not in done.stderr
+    assert "starting the workers again" not in done.stdout
+    summary = check_run(tmp_path, in_its_folder(tmp_path, "--workers", "2"))
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    below = runs_below(client, client.get_run(summary["mlflow_run_id"]))
+    assert len(below) == 3 and all("train_loss" in one.data.metrics for one in below)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_in_time_is_worth_another_try(tmp_path, warehouse):
+    words, env = command(tmp_path, warehouse, "--workers", "1")
+    running = start(words, tmp_path / "log", ROOT, env)
+    try:
+        for process in wait_for("raylet", functools.partial(of_ray("raylet/raylet"), running), every=0.005):
+            process.suspend()  # as on a machine with far too much to do
+        code, said = running.finish()
+    finally:
+        running.stop()
+    assert code == EXIT_TRY_AGAIN and "error: Ray did not start in this machine: " in said, said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
