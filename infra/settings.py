@@ -95,7 +95,7 @@ def home() -> Path:
 
 def warehouse() -> str:
     """Root of the tables: a path, or a URI that Arrow reads."""
-    return _address("LONGVIEW_WAREHOUSE") or str(home() / "warehouse")
+    return _folder("LONGVIEW_WAREHOUSE", "warehouse")
 
 
 def raw(dataset: str) -> str:
@@ -134,15 +134,15 @@ def schedules() -> bool:
 
 def definitions() -> Path:
     """Definitions of own data sets: each has a DAG."""
-    return Path(os.environ.get("LONGVIEW_DEFINITIONS") or home() / "definitions")
+    return Path(os.environ.get("LONGVIEW_DEFINITIONS") or home() / "definitions").absolute()
 
 
 def runs() -> str:
-    return _address("LONGVIEW_RUNS") or str(home() / "runs")
+    return _folder("LONGVIEW_RUNS", "runs")
 
 
 def reports() -> Path:
-    return Path(_address("LONGVIEW_REPORTS") or home() / "reports")
+    return Path(_folder("LONGVIEW_REPORTS", "reports"))
 
 
 def comparison(dataset: str, dt: str) -> str:
@@ -294,6 +294,13 @@ def _mlflow_page(path: str) -> str:
 
 def _address(variable: str) -> str:
     return without_secrets(os.environ.get(variable) or "", variable)
+
+
+def _folder(variable: str, name: str) -> str:
+    """Return the address that a variable gives, a path made absolute: tasks, and workers of Ray, work in folders of
+    their own. By default a folder of this name in LONGVIEW_HOME."""
+    given = _address(variable) or str(home() / name)
+    return given if "://" in given else os.path.abspath(given)
 
 
 def _port(variable: str, default: int) -> int:

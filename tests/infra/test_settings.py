@@ -590,3 +590,15 @@ def test_options_are_typed(monkeypatch):
         "evaluation_days": 2,
         "on_warning": "approve",
     }
+
+
+def test_a_relative_folder_is_of_who_gave_it_wherever_a_task_works(monkeypatch, tmp_path):
+    names = "DEFINITIONS", "REPORTS", "RUNS", "WAREHOUSE"
+    for name in names:
+        monkeypatch.setenv(f"LONGVIEW_{name}", f"mine/{name}")
+    monkeypatch.chdir(tmp_path)
+    env = settings.environment()
+    monkeypatch.chdir("/")
+    assert {name: env[f"LONGVIEW_{name}"] for name in names} == {name: f"{tmp_path}/mine/{name}" for name in names}
+    monkeypatch.setenv("LONGVIEW_RUNS", "s3://bucket/runs?region=us-east-1")
+    assert settings.runs() == "s3://bucket/runs?region=us-east-1"
