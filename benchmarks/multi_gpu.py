@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4_096)
     parser.add_argument("--targets", type=int, default=64, help="of a visit")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--id-width", type=int, default=16, help="of a row of the tables of ids")
     parser.add_argument("--tables", default="whole", help="whole, sharded (over several GPUs) or both, by commas")
     parser.add_argument("--memory-gb", type=float, help="of each GPU that may be used")
     parser.add_argument("--table-learning-rate", type=float, help="move ids by row-wise Adagrad; default: by AdamW")
@@ -78,7 +79,7 @@ def compared(name: str, items: int, counts: list[int], args: argparse.Namespace)
     for count, tables in ways:
         speed = trained(name, items, count, tables, args.users * count, args)
         equal = trained(name, items, count, tables, args.users, args) if count > 1 else speed
-        one = found[0] if found else speed
+        one = found[0] if found else speed | {"train_loss": equal["train_loss"]}
         run = {
             "model": name,
             "items": items,
@@ -108,8 +109,9 @@ def compared(name: str, items: int, counts: list[int], args: argparse.Namespace)
 
 def trained(name: str, items: int, count: int, tables: str, users_per_step: int, args: argparse.Namespace) -> dict:
     """Train with so many GPUs and so many users of a global batch; return what the first worker measured."""
+    model = ModelConfig(interest=name, id_width=args.id_width, dropout=0.0)
     config = dataclasses.replace(
-        load_config("default"), models={name: ModelConfig(interest=name, dropout=0.0)}, users_per_step=users_per_step,
+        load_config("default"), models={name: model}, users_per_step=users_per_step,
         targets_per_visit=args.targets, table_learning_rate=args.table_learning_rate,
         sharded_from_rows=1 if tables == "sharded" else None, epochs=1, warmup_steps=10, min_epoch_steps=args.steps,
     )  # fmt: skip

@@ -176,13 +176,14 @@ def make_data(users: int, length: int, items: int, config: TrainConfig) -> Train
 def items_table(items: int) -> pa.Table:
     """Return items with an author, a category and a length each."""
     index = np.arange(items)
+    category = pa.array([str(number) for number in range(16)]).take(pa.array(index % 16))
     return pa.table(
         {
             "item_index": index.astype(np.int32),
             "item_id": index,
             "train_occurrences": np.full(items, 9),
             "author_id": index // 3,
-            "categories": [[str(i % 16)] for i in index],
+            "categories": pa.ListArray.from_arrays(np.arange(items + 1, dtype=np.int32), category),
             "duration_ms": np.random.default_rng(1).random(items),
         }
     )

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
 from tests.processes import free_port
-from tests.training.conftest import DT, KUAIRAND_ITEMS
+from tests.training.partitions import DT, ITEMS_OF_KUAIRAND
 from training import loop
 from training.config import ModelConfig, TrainConfig
 from training.data import Joined, Sequences, split_targets
@@ -66,7 +66,7 @@ def planted(users: int, length: int, topics: int, seed: int) -> TrainingData:
             "item_type": ["N"] * items,
             "upload_type": ["A"] * items,
         },
-        schema=KUAIRAND_ITEMS,
+        schema=ITEMS_OF_KUAIRAND,
     )
     config = TrainConfig()
     fields = [np.array(["a"] * users, dtype=object)]
