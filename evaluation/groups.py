@@ -69,14 +69,13 @@ def metrics_of_groups(
         rows = grouping.group_T == number
         if not rows.any():
             continue
-        its_label, its_user = label[rows], user[rows]
         found.append(
             {
                 "by": grouping.by,
                 "group": name,
-                "targets": len(its_label),
-                "users": distinct(its_user),
-                "models": {model: figures(its_user, its_label, score[rows]) for model, score in scores.items()},
+                "targets": int(rows.sum()),
+                "users": distinct(user, rows),
+                "models": {model: figures(user, label, score, rows) for model, score in scores.items()},
             }
         )
     return found

@@ -1,7 +1,7 @@
 """Ranking and probability metrics in numpy, with paired bootstrap intervals that resample users.
 
 Of all targets at once there is one sorted key, 8 bytes each, and what is asked for; all else is done a chunk at a time,
-so that 100 million targets take some 3 GB (benchmarks/evaluation.py).
+so that 100 million targets take less than 4 GB (benchmarks/evaluation.py).
 
 Legend: T targets, U users, R resamples.
 """
@@ -16,6 +16,7 @@ import numpy as np
 PROBABILITY_FLOOR = 1e-7
 CALIBRATION_BINS = 10
 CHUNK = 1 << 20  # targets
+Rows = np.ndarray | None  # bool [T], the targets that count; None: all. A copy of them would take most of the memory
 LEAST_USERS = 30  # resamples of fewer say nothing of other users: their intervals are unknown
 
 
@@ -28,16 +29,19 @@ class Interval:
     high: float
 
 
-def auc(label: np.ndarray, score: np.ndarray) -> float:
+def auc(label: np.ndarray, score: np.ndarray, rows: Rows = None) -> float:
     """Return P(score of a positive > score of a negative), ties counted half; nan without both classes, or of a nan."""
-    return float(_RankedTargets(label, score, np.zeros(len(label), np.int32)).auc(np.ones((1, 1), np.uint8))[0])
+    ranked = _RankedTargets(label, score, np.zeros(len(label), np.int32), rows)
+    return float(ranked.auc(np.ones((1, 1), np.uint8))[0])
 
 
-def user_aucs(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def user_aucs(
+    user: np.ndarray, label: np.ndarray, score: np.ndarray, rows: Rows = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (auc, impressions), float64 [U], of users 0..max(user); nan for users without both classes, and for all
     where a score is nan."""
     users = int(user.max(initial=-1)) + 1
-    key = _sorted_key(user, label, score, by_user=True)
+    key = _sorted_key(user, label, score, True, rows)
     pairs, positives, count = np.zeros((3, users))
     start = 0
     while start < len(key):
@@ -62,12 +66,16 @@ def user_aucs(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> tuple[n
     both = positives * (count - positives)
     with np.errstate(invalid="ignore", divide="ignore"):
         result = pairs / both
-    return np.where((both > 0) & ~_has_nan(score), result, np.nan), count
+    return np.where((both > 0) & ~_has_nan(score, rows), result, np.nan), count
 
 
 def gauc(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> tuple[float, int]:
     """Return (mean of the users' AUCs weighted by impressions, number of users with both classes)."""
-    values, count = user_aucs(numbered(user)[1], label, score)
+    return _mean_auc(numbered(user)[1], label, score)
+
+
+def _mean_auc(user: np.ndarray, label: np.ndarray, score: np.ndarray, rows: Rows = None) -> tuple[float, int]:
+    values, count = user_aucs(user, label, score, rows)
     both = ~np.isnan(values)
     return (float(np.average(values[both], weights=count[both])) if both.any() else float("nan")), int(both.sum())
 
@@ -78,10 +86,11 @@ def target_logloss(label: np.ndarray, score: np.ndarray) -> np.ndarray:
     return -np.where(label > 0, np.log(p), np.log1p(-p))
 
 
-def logloss(label: np.ndarray, score: np.ndarray) -> float:
+def logloss(label: np.ndarray, score: np.ndarray, rows: Rows = None) -> float:
     """Return the mean of `target_logloss`; nan without targets."""
-    total = sum(float(target_logloss(label[part], score[part]).sum()) for part in chunks(len(label)))
-    return total / len(label) if len(label) else float("nan")
+    total = sum(float(target_logloss(*part).sum()) for part in _parts(rows, label, score))
+    count = len(label) if rows is None else int(rows.sum())
+    return total / count if count else float("nan")
 
 
 def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
@@ -92,9 +101,17 @@ def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
     return logloss(label, score) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
 
 
-def figures(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> dict[str, float]:
-    """Return {"auc", "gauc", "logloss"}."""
-    return {"auc": auc(label, score), "gauc": gauc(user, label, score)[0], "logloss": logloss(label, score)}
+def figures(user: np.ndarray, label: np.ndarray, score: np.ndarray, rows: Rows = None) -> dict[str, float]:
+    """Return {"auc", "gauc", "logloss"}.
+
+    Args:
+        user: int32 [T], numbers from 0 on, as `numbered` gives them; some may have no target.
+    """
+    return {
+        "auc": auc(label, score, rows),
+        "gauc": _mean_auc(user, label, score, rows)[0],
+        "logloss": logloss(label, score, rows),
+    }
 
 
 def calibration(label: np.ndarray, score: np.ndarray) -> dict:
@@ -133,16 +150,26 @@ def thirds(length: np.ndarray) -> list[np.ndarray]:
     return [mask for mask in masks if mask.any()]
 
 
-def distinct(user: np.ndarray) -> int:
-    """Return how many users there are among some targets' (numbers from 0 on, as `numbered` gives them)."""
+def distinct(user: np.ndarray, rows: Rows = None) -> int:
+    """Return how many users some targets have.
+
+    Args:
+        user: [T], numbers from 0 on, as `numbered` gives them.
+    """
     is_there = np.zeros(int(user.max(initial=-1)) + 1, bool)
-    for part in chunks(len(user)):
-        is_there[user[part]] = True
+    for (part,) in _parts(rows, user):
+        is_there[part] = True
     return int(is_there.sum())
 
 
 def numbered(user: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return (number of users, int32 [T] of 0..U-1: the place of each target's user among them in ascending order)."""
+    """Return (number of users, int32 [T] of 0..U-1: the place of each target's user among them in ascending order).
+
+    Users that are numbered already are returned as they are.
+    """
+    most = int(user.max(initial=-1)) + 1
+    if user.dtype == np.int32 and most <= len(user) and user.min(initial=0) >= 0 and distinct(user) == most:
+        return most, user
     ids = np.unique(user)
     place = np.empty(len(user), np.int32)
     for part in chunks(len(user)):
@@ -223,9 +250,9 @@ _LAST = np.uint64(32)  # of a key that is ordered by score: what lies above user
 class _RankedTargets:
     """Targets sorted by score once; AUC under any weights of the users is then one pass over them."""
 
-    def __init__(self, label: np.ndarray, score: np.ndarray, owner: np.ndarray) -> None:
-        self.known = not _has_nan(score)
-        self.key = _sorted_key(owner, label, score, by_user=False)
+    def __init__(self, label: np.ndarray, score: np.ndarray, owner: np.ndarray, rows: Rows = None) -> None:
+        self.known = not _has_nan(score, rows)
+        self.key = _sorted_key(owner, label, score, False, rows)
 
     def auc(self, user_weights: np.ndarray) -> np.ndarray:
         """Return float64 [R] for user weights [R, U]."""
@@ -263,16 +290,17 @@ class _RankedTargets:
             return np.where((pairs > 0) & self.known, won / pairs, np.nan)
 
 
-def _sorted_key(user: np.ndarray, label: np.ndarray, score: np.ndarray, by_user: bool) -> np.ndarray:
+def _sorted_key(user: np.ndarray, label: np.ndarray, score: np.ndarray, by_user: bool, rows: Rows) -> np.ndarray:
     """Return uint64 [T], ascending by user and score, or by score alone."""
     if score.dtype != np.float32:  # its order, in 32 bits
         score = np.unique(score, return_inverse=True)[1].astype(np.uint32)
-    key = np.empty(len(score), np.uint64)
-    for part in chunks(len(score)):
-        order = _ordered(score[part]) if score.dtype == np.float32 else score[part]
-        owner, positive = user[part].astype(np.uint64), (label[part] > 0).astype(np.uint64)
-        rank = order.astype(np.uint64)
-        key[part] = (owner << _USER | rank << _SCORE if by_user else rank << _LAST | owner << _SCORE) | positive
+    key, end = np.empty(len(score) if rows is None else int(rows.sum()), np.uint64), 0
+    for users, labels, scores in _parts(rows, user, label, score):
+        owner, positive = users.astype(np.uint64), (labels > 0).astype(np.uint64)
+        rank = (_ordered(scores) if scores.dtype == np.float32 else scores).astype(np.uint64)
+        part = (owner << _USER | rank << _SCORE if by_user else rank << _LAST | owner << _SCORE) | positive
+        key[end : end + len(part)] = part
+        end += len(part)
     key.sort()
     return key
 
@@ -291,8 +319,14 @@ def _ties(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (key[first] >> _USER).astype(np.int64), positive, np.diff(first, append=len(key)) - positive
 
 
-def _has_nan(score: np.ndarray) -> bool:
-    return any(bool(np.isnan(score[part]).any()) for part in chunks(len(score)))
+def _has_nan(score: np.ndarray, rows: Rows = None) -> bool:
+    return any(bool(np.isnan(part).any()) for (part,) in _parts(rows, score))
+
+
+def _parts(rows: Rows, *columns: np.ndarray) -> Iterator[list[np.ndarray]]:
+    """Yield what is selected of some columns, of a chunk of all targets at a time."""
+    for part in chunks(len(columns[0])):
+        yield [column[part] if rows is None else column[part][rows[part]] for column in columns]
 
 
 def chunks(targets: int) -> Iterator[slice]:

@@ -28,7 +28,7 @@ from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import parse_dt
 from etl.warehouse.store import TableStore
-from evaluation.metrics import Bootstrap, figures, thirds
+from evaluation.metrics import Bootstrap, figures, numbered, thirds
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
 from training.loop import TrainingData, Worker, train_model
@@ -335,7 +335,8 @@ def quality(scored: ScoredTargets) -> dict[str, Any]:
     """Return metrics with the intervals of resampled users (None: too few), those of the thirds of history length, and
     what each resample of the users gives: resample n is of the same users for every model of a partition.
     """
-    bootstrap = Bootstrap(scored.user_id, scored.label, {"it": scored.score}, RESAMPLES)
+    user = numbered(scored.user_id)[1]
+    bootstrap = Bootstrap(user, scored.label, {"it": scored.score}, RESAMPLES)
     found: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users}
     for metric in Bootstrap.METRICS:
         found[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
@@ -346,7 +347,7 @@ def quality(scored: ScoredTargets) -> dict[str, Any]:
     for rows in thirds(scored.history_length):
         length = scored.history_length[rows]
         bounds = {"low": int(length.min()), "high": int(length.max()), "targets": len(length)}
-        slices.append({**bounds, **figures(scored.user_id[rows], scored.label[rows], scored.score[rows])})
+        slices.append({**bounds, **figures(user[rows], scored.label[rows], scored.score[rows])})
     return found | {"slices": slices}
 
 

@@ -283,7 +283,7 @@ def mlflow_artifact_url(experiment_id: str, run_id: str, artifact: str) -> str:
 
 
 def mlflow_version_url(model: str, version: str) -> str:
-    return _mlflow_page(f"models/{model}/versions/{version}")
+    return _mlflow_page(f"models/{model}/versions/{version}{TRAININGS}")
 
 
 def _mlflow_page(path: str) -> str:

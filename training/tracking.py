@@ -518,7 +518,7 @@ def entry() -> str:
 
 def note_of(definition: DatasetDefinition, dt: str, what: str) -> str:
     """Return the description of a run that holds no figures yet, in Markdown."""
-    simulated = ", SIMULATED data" if definition.simulated else ""
+    simulated = ", SIMULATED data" if definition.simulated and "SIMULATED" not in definition.title else ""
     url = os.environ.get(RUN_URL_VARIABLE)
     return f"{definition.title}{simulated}: partition **{dt}**, {what}" + (f" · [Run in Airflow]({url})" if url else "")
 

@@ -26,7 +26,7 @@ from etl.stage.folder import Folder
 from etl.warehouse.store import TableStore
 from evaluation.day_scores import DayScores, score_day
 from evaluation.figures import cell
-from evaluation.metrics import figures
+from evaluation.metrics import figures, numbered
 from training.registry import DIGEST_TAG, SNAPSHOT_TAG, WARM_START_TAG, ArtifactGone, Registry, model_digest
 from training.tracking import PARTITION_TAG, ROOT
 
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         with Folder(address, "training.json").read_locally() as package:
             same_model = model_digest(package) == tags.get(DIGEST_TAG)
         score_day(store, dt, run_dir, {ATTEMPT: address})
-        again = figures(*(DayScores(run_dir).column(name) for name in ("user_id", "label", ATTEMPT)))
+        user, label, score = (DayScores(run_dir).column(name) for name in ("user_id", "label", ATTEMPT))
+        again = figures(numbered(user)[1], label, score)
     print(side_by_side(tags, again, same_model), flush=True)
     if different := [name for name, value in again.items() if not _is_same(tags.get(name), value)]:
         raise GateError(

@@ -846,7 +846,7 @@ def test_what_became_of_a_run_stands_on_it_and_only_a_promotion_is_an_event(stac
         assert words in stack.log(run, "register.promote_model")
         links = stack.api.call("GET", f"{run}/taskInstances/register.promote_model/links")["extra_links"]
         assert links["MLflow run"].endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
-        assert links["Model version"].endswith("/#/models/vql_model/versions/3")
+        assert links["Model version"].endswith(f"/#/models/vql_model/versions/3{settings.TRAININGS}")
         assert "/#/experiments/7/runs/abc/artifacts/evaluation/report.html" in links["Evaluation report"]
         [event] = events()  # still that of the promotion
         if outcome == "promoted":
@@ -885,7 +885,7 @@ def test_a_decision_by_hand_is_an_event_and_its_clear_takes_it_no_second_time(st
     assert event["uri"] == "longview://kuairand_simulated/champion"
     assert {"by": "Ada", "version": "2", "model.digest": "d2"}.items() <= event["extra"].items()
     links = stack.api.call("GET", f"{path}/taskInstances/decide/links")["extra_links"]
-    assert links["Model version"].endswith("/#/models/vql_model/versions/2")
+    assert links["Model version"].endswith(f"/#/models/vql_model/versions/2{settings.TRAININGS}")
     stack.clear(path)
     assert stack.ended(path) == "success"
     assert [of(call, "--decision") for call in stack.calls()] == [run, run]

@@ -1144,7 +1144,8 @@ def test_the_outcome_of_a_promotion_stands_on_the_run_and_only_a_promotion_is_an
     assert (
         MlflowRunLink().get_link(task, ti_key=None).endswith("/#/experiments/7/runs/abc?workflowType=machine_learning")
     )
-    assert ModelVersionLink().get_link(task, ti_key=None).endswith("/#/models/vql_kuairand/versions/3")
+    version = f"/#/models/vql_kuairand/versions/3{settings.TRAININGS}"
+    assert ModelVersionLink().get_link(task, ti_key=None).endswith(version)
     page = "/#/experiments/7/runs/abc/artifacts/evaluation/report.html?workflowType=machine_learning"
     assert EvaluationReportLink().get_link(task, ti_key=None).endswith(page)
 

@@ -10,7 +10,7 @@ from etl.warehouse.partitions import MS_PER_DAY
 from evaluation.day_scores import SCORES_FILE, DayScores
 from evaluation.evaluate import Scored
 from evaluation.groups import groupings, metrics_of_groups
-from evaluation.metrics import auc, logloss
+from evaluation.metrics import auc, gauc, logloss
 from evaluation.report import _groups
 
 HOUR_MS = MS_PER_DAY // 24
@@ -69,6 +69,7 @@ def test_the_figures_of_a_group_are_those_of_its_targets_and_stand_on_the_page(d
                 of = part["models"][name]
                 assert of["logloss"] == logloss(scored.label[rows], score[rows])
                 np.testing.assert_equal(of["auc"], auc(scored.label[rows], score[rows]))
+                np.testing.assert_equal(of["gauc"], gauc(scored.user[rows], scored.label[rows], score[rows])[0])
             assert f"{part['group']}, {part['targets']} targets of {part['users']} users" in page
         assert f"<h2>By {grouping.by}</h2>" in page and "&lt;other&gt;" in page
     assert _groups({}) == "", "an evaluation of before has no groups"

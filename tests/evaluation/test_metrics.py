@@ -56,6 +56,15 @@ def test_auc_and_gauc_are_those_of_scikit_learn_on_ties_and_users_of_one_class(c
         assert value == pytest.approx(np.average(expected, weights=[part.sum() for part in parts]), abs=1e-9)
 
 
+def test_users_are_numbered_once():
+    ids = np.array([70, -5, 70, 2**40])
+    users, place = metrics.numbered(ids)
+    assert users == 3 and place.dtype == np.int32 and place.tolist() == [1, 0, 1, 2]
+    assert metrics.numbered(place)[1] is place
+    assert metrics.numbered(place[[1, 3]])[1].tolist() == [0, 1]  # one has no target here
+    assert metrics.numbered(np.zeros(0, np.int32))[0] == 0
+
+
 def test_a_second_library_finds_the_same_auc_gauc_calibration_error_and_log_loss():
     """torchmetrics has no log loss: there torch's own is the second opinion."""
     rng, users, a_user = np.random.default_rng(2), 50, 40
