@@ -21,6 +21,8 @@ from training.configs import tiny
 from training.job import Job, train_all
 from training.loop import Training, Worker, train_model
 
+pytestmark = pytest.mark.slow  # the processes of six trainings
+
 
 def _job_as_rank(rank: int, world: int, port: int, job: Job, killed_at: int | None) -> None:
     """Train a job as a worker of a command line does; the last worker dies of it behind a step."""
