@@ -16,10 +16,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from etl.stage.errors import StageError, TryAgainError
+from etl.stage.errors import StageError, TryAgainError, first_line
 from etl.stage.worker_counts import worker_range
 from etl.warehouse.manifests import DataFile, Manifest
-from training.ray_cluster import HEAD_CHECK_SECONDS, HEAD_SILENCES, answers, start_ray, wait_for_workers
+from training.ray_cluster import HEAD_CHECK_SECONDS, HeadWatch, start_ray, wait_for_workers
 from training.scoring import AUTO, CPU, CUDA, DEVICES, device_of
 
 Made = TypeVar("Made", covariant=True)
@@ -148,8 +148,7 @@ def _dealt(workers: list[Any], buckets: Sequence[Bucket]) -> list[Any]:
     """
     import ray
 
-    address = ray.get_runtime_context().gcs_address
-    waiting, free, silences = deque(enumerate(buckets)), list(workers), 0
+    watch, waiting, free = HeadWatch(), deque(enumerate(buckets)), list(workers)
     at_work: dict[Any, tuple[int, Any]] = {}
     made: list[Any] = [None] * len(buckets)
     while waiting or at_work:
@@ -157,12 +156,7 @@ def _dealt(workers: list[Any], buckets: Sequence[Bucket]) -> list[Any]:
             (place, bucket), worker = waiting.popleft(), free.pop()
             at_work[worker.made_of.remote(bucket)] = place, worker
         done, _ = ray.wait(list(at_work), timeout=HEAD_CHECK_SECONDS)
-        silences = 0 if done or answers(address) else silences + 1
-        if silences == HEAD_SILENCES:
-            # Ray waits for its head, and after a minute ends the process from within, without a word of ours.
-            raise TryAgainError(
-                f"the head of the Ray cluster, {address}, no longer answers", "run the same command again"
-            )
+        watch.look("run the same command again", heard=bool(done))
         for reference in done:
             place, worker = at_work.pop(reference)
             made[place] = _fetched(reference, buckets[place])
@@ -178,7 +172,7 @@ def _fetched(reference: Any, bucket: Bucket) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)[:300]
         what = f"{bucket[0].path}: the worker that had it was lost, {LOSSES + 1} times: {reason}"
         raise TryAgainError(
             what, "run the same command again, or with fewer --workers where memory is short"

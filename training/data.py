@@ -272,9 +272,12 @@ class Chosen:
 
     def events(self) -> np.ndarray:
         """Return the positions of the batch's events in the flat history arrays, int64 [E]."""
-        return np.arange(self.event_start[-1]) + np.repeat(
-            self.source - self.event_start[:-1], np.diff(self.event_start)
-        )
+        return consecutive(self.source, np.diff(self.event_start))
+
+
+def consecutive(first_X: np.ndarray | int, count_X: np.ndarray) -> np.ndarray:
+    """Return `count` whole numbers from each `first` on, one run after another, int64."""
+    return np.arange(count_X.sum()) + (first_X - (count_X.cumsum() - count_X)).repeat(count_X)
 
 
 def make_batch(joined: Joined, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
@@ -379,10 +382,8 @@ def trained_rows(joined: Joined, targets: np.ndarray) -> tuple[dict[str, np.ndar
     owner = np.searchsorted(sequences.target_start, targets, side="right") - 1
     seen_U = np.zeros(sequences.users, np.int64)
     np.maximum.at(seen_U, owner, sequences.target_end[targets].astype(np.int64))
-    place_E = np.arange(len(sequences.history_item)) - np.repeat(
-        sequences.history_start[:-1], np.diff(sequences.history_start)
-    )
-    events = sequences.history_item[place_E < np.repeat(seen_U, np.diff(sequences.history_start))]
+    length_U = np.diff(sequences.history_start)
+    events = sequences.history_item[consecutive(0, length_U) < seen_U.repeat(length_U)]
     items = distinct_of(np.concatenate([events, sequences.target_item[targets]]))
     users = joined.user_rows[np.unique(owner)]
     fields = {name: distinct_of(rows[items].ravel()) for name, rows in joined.items.rows.items()}

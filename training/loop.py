@@ -538,7 +538,7 @@ class Training:
         if self.sharded is None:
             return features
         with _answered(self.worker):
-            return self.sharded.with_rows(features, len(items)) or features
+            return self.sharded.looked_up(features, len(items)).of(features, self.sharded.names)
 
     def _with_rows(self, batch: Batch | None) -> Batch | None:
         """Return a batch on the device that has its rows of sharded tables, which all workers ask for at once."""

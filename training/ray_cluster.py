@@ -86,6 +86,33 @@ def answers(address: str) -> bool:
         return False
 
 
+class HeadWatch:
+    """Notices that the head of the cluster is gone.
+
+    Without a head Ray waits, and after a minute ends the process from within, with neither a message nor an exit code
+    of ours.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self.address = ray.get_runtime_context().gcs_address
+        self.silences = 0
+
+    def look(self, remedy: str, heard: bool = False) -> None:
+        """Look once, some HEAD_CHECK_SECONDS after the last time.
+
+        Args:
+            heard: something else has shown that the cluster works.
+
+        Raises:
+            TryAgainError: the head is gone.
+        """
+        self.silences = 0 if heard or answers(self.address) else self.silences + 1
+        if self.silences == HEAD_SILENCES:
+            raise TryAgainError(f"the head of the Ray cluster, {self.address}, no longer answers", remedy)
+
+
 def wait_for_workers(least: int, most: int, gpus: bool) -> int:
     """Wait until the cluster has room for as many workers as it can have at most, and about a minute for the fewest;
     return how many.

@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from etl.stage.commands import log
-from etl.stage.errors import StageError, TryAgainError
+from etl.stage.errors import StageError, TryAgainError, first_line
 from etl.stage.folder import Folder
 from training.job import Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
 from training.progress import PROGRESS_FILE
-from training.ray_cluster import HEAD_CHECK_SECONDS, HEAD_SILENCES, answers, start_ray, wait_for_workers
+from training.ray_cluster import HEAD_CHECK_SECONDS, HeadWatch, start_ray, wait_for_workers
 from training.run_folder import result_of
 
 if TYPE_CHECKING:
@@ -81,15 +81,12 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
 def _fit(trainer: TorchTrainer) -> None:
     """Train, for as long as the head of the cluster answers.
 
-    Without a head Ray waits, and after a minute ends the process from within, with neither a message nor an exit code
-    of ours; hence this thread watches and another one trains.
+    This thread watches it, and another one trains.
 
     Raises:
         TryAgainError: the head is gone.
     """
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
+    watch = HeadWatch()
     outcome: Future[None] = Future()
 
     def fit() -> None:
@@ -100,18 +97,12 @@ def _fit(trainer: TorchTrainer) -> None:
             outcome.set_exception(error)
 
     threading.Thread(target=fit, name="ray train", daemon=True).start()
-    silences = 0
     while True:
         with suppress(TimeoutError):
             return outcome.result(HEAD_CHECK_SECONDS)
         if outcome.done():  # the training's own TimeoutError
             return outcome.result()
-        silences = 0 if answers(address) else silences + 1
-        if silences == HEAD_SILENCES:
-            raise TryAgainError(
-                f"the head of the Ray cluster, {address}, no longer answers",
-                "run the same command again: it goes on from the last checkpoint",
-            )
+        watch.look("run the same command again: it goes on from the last checkpoint")
 
 
 def _cause_of(error: Exception) -> Exception:
@@ -130,7 +121,7 @@ def _cause_of(error: Exception) -> Exception:
         if not isinstance(failure, (RayError, RayTrainError, WorkerLostError)):
             return RuntimeError(f"worker {rank} failed: {type(failure).__name__}: {failure}")
     lost = [rank for rank, failure in failures.items() if not isinstance(failure, WorkerLostError)]
-    reason = (str(failures[lost[0]] if lost else error).splitlines() or [type(error).__name__])[0][:300]
+    reason = first_line(failures[lost[0]] if lost else error)[:300]
     return TryAgainError(
         f"training lost {f'worker {lost[0]}' if lost else 'its workers'}: {reason}",
         "run the same command again: it goes on from the last checkpoint",

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from etl.stage.errors import StageError
+from etl.stage.errors import StageError, first_line
 from etl.stage.folder import Folder
 from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
@@ -103,7 +103,7 @@ class Checkpoints:
                     raise ValueError("its bytes are not those that were written")
                 raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
-                raise _Damaged((str(error).splitlines() or [type(error).__name__])[0]) from error
+                raise _Damaged(first_line(error)) from error
         self._refuse_another(raw["identity"])
         state = TrainingState(**raw["state"]) if raw["state"] is not None else None
         return Checkpoint(raw["done"], raw["name"], state, file)

@@ -101,13 +101,11 @@ class ShardedTables:
         rows = [part[owner.long(), place_R[:count].long()] for part, owner in zip(parts, owners, strict=True)]
         return LookedUp(ids, rows)
 
-    def with_rows(self, items: ItemFeatures | None, most: int | None = None) -> ItemFeatures | None:
-        """Return items with their rows from their owners; by default the host asks all workers how many they want."""
-        if most is None:
-            wanted = torch.tensor(0 if items is None else items.count, device=self.tables[0].weight.device)
-            dist.all_reduce(wanted, dist.ReduceOp.MAX)
-            most = int(wanted)
-        found = self.looked_up(items, most)
+    def with_rows(self, items: ItemFeatures | None) -> ItemFeatures | None:
+        """Return items with their rows from their owners; the host asks all workers how many they want."""
+        wanted = torch.tensor(0 if items is None else items.count, device=self.tables[0].weight.device)
+        dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        found = self.looked_up(items, int(wanted))
         return None if items is None else found.of(items, self.names)
 
     @torch.no_grad()

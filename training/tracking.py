@@ -104,7 +104,7 @@ def failure_of(error: Exception) -> StageError | None:
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    uri, first = os.environ.get("MLFLOW_TRACKING_URI"), _first_line(error)
+    uri, first = os.environ.get("MLFLOW_TRACKING_URI"), _on_one_line(error)
     if isinstance(error, requests.RequestException):
         response = error.response
         refused = response is not None and response.status_code < 500
@@ -247,7 +247,7 @@ def log_origin(
         context = [InputTag("mlflow.data.context", "training")]
         _client().log_inputs(run_id, [DatasetInput(one, context) for one in read])
     except Exception as error:
-        log(f"warning: MLflow takes no parameters and inputs: {_first_line(error)}")
+        log(f"warning: MLflow takes no parameters and inputs: {_on_one_line(error)}")
 
 
 def dataset_of(store: TableStore, manifest: Manifest) -> tuple[str, str]:
@@ -305,7 +305,7 @@ class MetricsBuffer:
         except Exception as error:
             if not self._server_down:
                 where = self.folder.address_of(self.name)
-                self.say(f"warning: MLflow takes no metrics, keeping them in {where}: {_first_line(error)}")
+                self.say(f"warning: MLflow takes no metrics, keeping them in {where}: {_on_one_line(error)}")
                 if not self.folder.is_local:
                     self.folder.forget(self.name)
                     self._keep(self._pending)
@@ -474,7 +474,7 @@ def _ending(status: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log(f"warning: MLflow still shows the run as RUNNING, not as {status}: {_first_line(error)}")
+        log(f"warning: MLflow still shows the run as RUNNING, not as {status}: {_on_one_line(error)}")
 
 
 def standard_tags(definition: DatasetDefinition, dt: str) -> dict[str, str]:
@@ -538,5 +538,5 @@ def _database(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute()
 
 
-def _first_line(error: Exception) -> str:
+def _on_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

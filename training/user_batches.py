@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.data import Batch, Chosen, Joined, Spans, distinct_of, items_read, make_batch, marked
+from training.data import Batch, Chosen, Joined, Spans, consecutive, distinct_of, items_read, make_batch, marked
 
 
 class UserBatches:
@@ -68,13 +68,14 @@ class _Pass:
     """One pass over the targets, as far as it is known.
 
     Attributes:
-        turn: its number. order: int64 [V], the visits as they come.
+        turn: its number; key: what its draws hang on. order: int64 [V], the visits as they come.
         is_dealt: bool [U], of which users the others are known.
         targets: int64 [T], positions, one visit after another.
         sizes: int64 [V, 2], targets and events.
     """
 
     turn: int
+    key: np.uint64
     order: np.ndarray
     is_dealt: np.ndarray
     targets: np.ndarray
@@ -105,8 +106,9 @@ class Epoch:
         self.first_visit = np.concatenate([[0], self.visits.cumsum()])
         self.user_of = np.arange(len(self.users)).repeat(self.visits)
         shortest, longer = np.divmod(counts, np.maximum(self.visits, 1))
-        place = np.arange(len(self.user_of)) - self.first_visit[self.user_of]
-        self.counts = shortest[self.user_of] + (place < longer[self.user_of])  # targets of each visit
+        self.counts = shortest[self.user_of] + (
+            consecutive(0, self.visits) < longer[self.user_of]
+        )  # targets of each visit
         self.begin = self.counts.cumsum() - self.counts
         self.steps_per_pass = -(-len(self.user_of) // batches.users_per_step)
         steps = max(1, -(-min_steps // max(1, self.steps_per_pass))) * self.steps_per_pass
@@ -155,7 +157,7 @@ class Epoch:
         turn, place = divmod(number, self.steps_per_pass)
         now = self._of(turn)
         visits = now.order[place * self.batches.users_per_step :][: self.batches.users_per_step]
-        self._deal(now, np.unique(self.user_of[visits]))
+        self._deal(now, self.user_of[visits])
         return now, visits
 
     def _of(self, turn: int) -> _Pass:
@@ -163,19 +165,19 @@ class Epoch:
         if now is None or now.turn != turn:
             order = np.random.default_rng([*self.key, turn]).permutation(len(self.user_of))
             known = np.zeros(len(self.users), bool), np.empty_like(self.targets), np.empty((len(order), 2), np.int64)
-            now = self._pass = _Pass(turn, order, *known)
+            [key] = np.random.SeedSequence([*self.key, turn]).generate_state(1, np.uint64)
+            now = self._pass = _Pass(turn, key, order, *known)
         return now
 
     def _deal(self, now: _Pass, users: np.ndarray) -> None:
-        """Deal out the targets of those of some users, int64 [U], whose targets are not: once, not for every visit."""
-        users = users[~now.is_dealt[users]]
+        """Deal out the targets of those of some users whose targets are not: once, not for every visit."""
+        users = np.unique(users[~now.is_dealt[users]])
         if not len(users):
             return
-        count_U, visits_U = np.diff(self.start)[users], self.visits[users]
-        [key] = np.random.SeedSequence([*self.key, now.turn]).generate_state(1, np.uint64)
-        key_U = hashed(self.batches.joined.sequences.user_id[self.users[users]].astype(np.uint64) ^ key)
+        count_U, visits_U = self.start[users + 1] - self.start[users], self.visits[users]
+        key_U = hashed(self.batches.joined.sequences.user_id[self.users[users]].astype(np.uint64) ^ now.key)
         taken_T = dealt(count_U, visits_U, key_U, self.most) + self.start[users].repeat(count_U)
-        place_T, visit_V = _consecutive(self.start[users], count_U), _consecutive(self.first_visit[users], visits_U)
+        place_T, visit_V = consecutive(self.start[users], count_U), consecutive(self.first_visit[users], visits_U)
         target_T = now.targets[place_T] = self.targets[taken_T]
         spans = Spans.of(self.batches.joined.sequences, target_T, self.counts[visit_V])
         now.sizes[visit_V] = np.stack([spans.count, spans.end - spans.first], axis=1)
@@ -195,7 +197,7 @@ def dealt(count_U: np.ndarray, parts_U: np.ndarray, key_U: np.ndarray, most: int
     bits = max(1, most.bit_length())
     # A number is its draw and itself in one: a sort of such, small ones a user, takes a tenth of one of places.
     kind: type[np.unsignedinteger] = np.uint32 if bits <= 16 else np.uint64
-    rank_T = _consecutive(np.zeros_like(count_U), count_U).astype(kind)
+    rank_T = consecutive(0, count_U).astype(kind)
     drawn_T = hashed(key_U.repeat(count_U) + rank_T) >> np.uint64(64 - 8 * kind(0).itemsize)
     number_T = _sorted_each(drawn_T.astype(kind) >> kind(bits), rank_T, count_U, bits)
     return _sorted_each(rank_T % parts_U.astype(kind).repeat(count_U), number_T, count_U, bits).astype(np.int64)
@@ -217,8 +219,3 @@ def _sorted_each(by_T: np.ndarray, number_T: np.ndarray, count_U: np.ndarray, bi
         both_T[begin:end].sort()
         begin = end
     return both_T & kind((1 << bits) - 1)
-
-
-def _consecutive(first_X: np.ndarray, count_X: np.ndarray) -> np.ndarray:
-    """Return `count` whole numbers from each `first` on, int64."""
-    return np.arange(count_X.sum()) + (first_X - (count_X.cumsum() - count_X)).repeat(count_X)

@@ -38,7 +38,7 @@ def check_columns(definition: DatasetDefinition) -> None:
             with isolated_database() as connection:
                 _check_sql(connection, condition, known)
         except Exception as error:
-            raise ValueError(f"quality.conditions.{index} ({condition.name}): sql: {first_line(error)}") from None
+            raise ValueError(f"quality.conditions.{index} ({condition.name}): sql: {first_paragraph(error)}") from None
     for index, own in enumerate(quality.expectations):
         if own.table.startswith(STATISTICS):
             continue
@@ -91,6 +91,6 @@ def _check_sql(connection: duckdb.DuckDBPyConnection, condition: Condition, sche
     )  # a condition on one row: no aggregates, no windows
 
 
-def first_line(error: Exception) -> str:
+def first_paragraph(error: Exception) -> str:
     """Return the first paragraph of what DuckDB says, on one line."""
     return " ".join(str(error).split("\n\n")[0].split())[:500]

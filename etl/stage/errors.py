@@ -48,6 +48,11 @@ class TryAgainError(StageError):
     exit_code = EXIT_TRY_AGAIN
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says before the first line break, its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # How Arrow, boto3 and Spark's connectors say it, also in the middle of a trace of Java.
 _NO_ANSWER = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING)|Could"

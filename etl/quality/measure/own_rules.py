@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from etl.datasets.definition import DatasetDefinition
-from etl.datasets.own_checks import contract, first_line, frame_columns, isolated_database
+from etl.datasets.own_checks import contract, first_paragraph, frame_columns, isolated_database
 from etl.datasets.quality_rules import STATISTICS, Condition, Expectation
 from etl.quality.measure.measured import Check, Row
 from etl.stage.errors import StageError
@@ -212,7 +212,7 @@ def _counted(rows: Any, dt: str, conditions: Sequence[Condition]) -> dict[str, C
         except Exception as error:
             raise StageError(
                 f"quality.conditions ({condition.name}) cannot be evaluated on {condition.table} of dt={dt}:"
-                f" {first_line(error)}",
+                f" {first_paragraph(error)}",
                 AT_FAULT.format(kind="conditions"),
             ) from error
         return found
