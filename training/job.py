@@ -40,7 +40,7 @@ from training.pace import Pace
 from training.package import Cutoff, load_package, save_package
 from training.progress import Progress
 from training.registry import CHAMPION, Registry
-from training.resume import Checkpoint, Checkpoints, flat
+from training.resume import CHECKPOINTS, Checkpoint, Checkpoints, flat
 from training.scoring import request_of
 from training.system_metrics import system_metrics
 from training.tracking import SYSTEM_METRICS_FILE, MetricsBuffer
@@ -111,7 +111,7 @@ class _Trainings:
         self.progress = Progress(self.run_dir, job.prints) if worker.rank == 0 else None
         self.metrics = self._buffer() if worker.rank == 0 else None
         self.checkpoints = Checkpoints(
-            self.run_dir.below("checkpoints"),
+            self.run_dir.below(CHECKPOINTS),
             identity_of(job, digests, self.data.vocabulary),
             job.config.checkpoint_every_steps,
             job.config.checkpoint_every_seconds,
@@ -242,7 +242,12 @@ class _Trainings:
 
 def take_share_of_cores(workers: int) -> None:
     """Let torch use this process's share of the machine's cores, which so many workers share."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers)))
+    take_cores((os.cpu_count() or 1) // max(1, workers))
+
+
+def take_cores(cores: int) -> None:
+    """Let torch use so many of the machine's cores, at least one."""
+    torch.set_num_threads(max(1, cores))
 
 
 def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:

@@ -113,13 +113,16 @@ class HeadWatch:
             raise TryAgainError(f"the head of the Ray cluster, {self.address}, no longer answers", remedy)
 
 
-def wait_for_workers(least: int, most: int, gpus: bool) -> int:
+def wait_for_workers(least: int, most: int, gpus: bool, had_room: bool = False) -> int:
     """Wait until the cluster has room for as many workers as it can have at most, and about a minute for the fewest;
     return how many.
 
+    Args:
+        had_room: there was room for them before: nodes that are missing may come back.
+
     Raises:
         StageError: it never will have; what was asked for, what it has and what of that is free is named.
-        TryAgainError: others use it.
+        TryAgainError: others use it, or nodes were lost.
     """
     import ray
 
@@ -141,10 +144,12 @@ def wait_for_workers(least: int, most: int, gpus: bool) -> int:
         f"no room for {least} worker(s) of {_counted(one, one)} each within {PLACEMENT_SECONDS} s: the cluster has"
         f" {_counted(has, one)}, free {_counted(free, one)}"
     )
-    if missing:
+    if missing and not had_room:
         raise StageError(what, f"take --workers {max(1, int(has.get(missing, 0)))} (WORKERS in make run), or add nodes")
     raise TryAgainError(
-        what, "run the same command again once others have ended, or with fewer --workers (WORKERS in make run)"
+        what,
+        f"run the same command again once {'lost nodes are back' if missing else 'others have ended'}, or with fewer"
+        " --workers (WORKERS in make run)",
     )
 
 

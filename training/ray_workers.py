@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError, first_line
 from etl.stage.folder import Folder
-from training.job import Job, take_share_of_cores, train_all
+from training.job import Job, take_cores, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
 from training.progress import PROGRESS_FILE
 from training.ray_cluster import HEAD_CHECK_SECONDS, HeadWatch, start_ray, wait_for_workers
+from training.resume import CHECKPOINTS
 from training.run_folder import result_of
 
 if TYPE_CHECKING:
@@ -49,10 +51,11 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
         for number in range(WORKER_LOSSES + 1):
             # Ray's own elastic policy counts what the cluster has, not what of it is free, and ends steps to grow.
-            workers = wait_for_workers(least, most, gpus)
+            had_room = number > 0 or bool(run_dir.names(CHECKPOINTS))
+            workers = wait_for_workers(least, most, gpus, had_room)
             trainer = TorchTrainer(
                 _ray_worker,
-                train_loop_config={"job": job},
+                train_loop_config={"job": job, "on_cluster": "RAY_ADDRESS" in os.environ},
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
                 # Ray's own retries would repeat errors of ours, too.
                 run_config=RunConfig(
@@ -143,13 +146,17 @@ def _follow(run_dir: Folder, finished: threading.Event) -> None:
             return
 
 
-def _ray_worker(config: dict[str, Job]) -> None:
+def _ray_worker(config: dict[str, Any]) -> None:
     import ray.train
 
-    job = config["job"]
+    job: Job = config["job"]
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
-    take_share_of_cores(context.get_local_world_size())
+    if config["on_cluster"] and worker.device == "cpu":
+        # How many cores share a sum decides its last bit: a group that has lost a node goes on elsewhere, to the same.
+        take_cores(1)
+    else:
+        take_share_of_cores(context.get_local_world_size())
     summaries = train_all(job, worker)
     if worker.rank == 0:
         Folder(job.run_dir, "--runs").write_text(SUMMARIES_FILE, json.dumps(summaries))

@@ -24,6 +24,7 @@ from etl.stage.folder import Folder
 from etl.warehouse.store import sha256_of
 from training.loop import TrainingState
 
+CHECKPOINTS = "checkpoints"  # their folder in that of the run
 NEWEST = 2
 FORMAT = "5"
 SHOWN_CHARACTERS = 80

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import training.job
+import training.ray_cluster
 import training.ray_workers
 import training.train
 from etl.stage.commands import run_stage
 from etl.stage.local_files import replace_text
+from tests.waiting import PATIENCE_S
 from training.config import TrainConfig
-from training.job import Job
 from training.loop import Training, TrainingData, epoch_of
 from training.user_batches import UserBatches
 
@@ -43,7 +45,7 @@ def _held_train_model(name, data, config, worker, on_epoch, on_step, start):
     return _train_model(name, data, config, worker, on_epoch, hold if on_step else None, start)
 
 
-def held_worker(config: dict[str, Job]) -> None:
+def held_worker(config: dict[str, Any]) -> None:
     """Train as a worker of Ray does, held."""
     training.job.train_model = _held_train_model
     _ray_worker(config)
@@ -52,6 +54,7 @@ def held_worker(config: dict[str, Job]) -> None:
 def main() -> None:
     training.ray_workers._ray_worker = held_worker
     training.ray_workers.HEAD_CHECK_SECONDS = 1.0  # a head is gone after three
+    training.ray_cluster.PLACEMENT_SECONDS = int(os.environ.get("HELD_PLACEMENT_SECONDS", PATIENCE_S))
     run_stage(training.train.main)
 
 

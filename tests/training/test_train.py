@@ -248,10 +248,13 @@ STEPS_TO_MISS = 3  # that a training may take behind the point of a kill
 
 
 def drawn_kills(steps: int, seed: int) -> list[tuple[str, int]]:
-    """Return whom of a training to kill three times each, in any order, and the step: a random one of each ninth."""
+    """Return whom of a training to kill, each once in each of its three models in any order, and the step: a random one
+    of each ninth.
+    """
     rng, ninth = np.random.default_rng(seed), steps // 9
     points = np.arange(9) * ninth + rng.integers(1, ninth - STEPS_TO_MISS, 9)
-    return list(zip(rng.permutation([*KILLS] * 3).tolist(), points.tolist(), strict=True))
+    whom = rng.permuted([list(KILLS)] * 3, axis=1)
+    return list(zip(whom.ravel().tolist(), points.tolist(), strict=True))
 
 
 @pytest.mark.slow
@@ -301,7 +304,9 @@ def test_nine_kills_of_workers_driver_and_head_end_in_the_bits_of_an_undisturbed
             running, lost = None, 0
         replace_text(limit, str(steps + 1))
         check_run(tmp_path, subprocess.CompletedProcess("held", *(running or held()).finish(), ""))
-    assert (tmp_path / "runs" / "t" / "progress.log").read_text().count("going on with") >= 6  # it began no model anew
+    progress = (tmp_path / "runs" / "t" / "progress.log").read_text()
+    assert progress.count("going on with") >= 6  # it began no model anew
+    assert all(f"going on with {name} after" in progress for name in tiny.config().models)
     check_same_models(tmp_path, whole)
 
 
@@ -389,6 +394,8 @@ def test_a_cluster_without_room_for_the_workers_is_told_with_what_it_has(monkeyp
             ),
         ):
             found(2, 4, gpus=True)
+        with pytest.raises(TryAgainError, match="remedy: run the same command again once lost nodes are back"):
+            found(2, 4, gpus=True, had_room=True)
     finally:
         ray.shutdown()
 
