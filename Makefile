@@ -31,7 +31,7 @@ readme: setup ## every command that README.md and docs/datasets.md show, as far 
 test-slow: setup ## the other tests: real schedulers, browser, cluster, killed processes, trainings, every command of README; SEEDS=11,12,13 trains more
 	@$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --durations=0
 
-bench-train: setup ## time of a training step, GPU or CPU; on a GPU ARGS=--plain measures it without the fused kernels, too
+bench-train: setup ## speed of training, GPU or CPU: steps, their floor, the loop, resume; ARGS="--package var/peers" against FuxiCTR's models, too
 	@$(PY) -m benchmarks.train_step $(ARGS)
 
 bench-multigpu: setup ## training on several GPUs of this machine against one; ARGS="--gpus 1,2 --items 20000,4000000"

@@ -84,41 +84,57 @@ def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, flo
     }
 
 
-def loop_figures(name: str, targets: int, precision: str, users: int, length: int = 4_096) -> dict[str, float | str]:
-    """Train on one GPU from a Parquet file, and return samples a second and the share of time that the GPU waits.
-
-    The best of the epochs after the first; the time of the kernels is that of later steps of the same training.
+def loop_rows(users: int, length: int, targets: int) -> pa.Table:
+    """Return the partition that `loop_figures` trains on, from a Parquet file.
 
     Args:
-        targets: of a visit. users: of a batch. length: events of a user.
+        users: of a batch. length: events of a user. targets: of a visit.
     """
-    epochs, profiled = 4, 20
+    with tempfile.TemporaryDirectory() as folder:
+        write_partition(Path(folder) / "sequences.parquet", 8 * users, length, 16 * targets)
+        return pq.read_table(Path(folder) / "sequences.parquet")
+
+
+def loop_figures(
+    name: str, targets: int, precision: str, users: int, length: int, device: str
+) -> dict[str, float | str]:
+    """Train from a Parquet file, and return samples a second and the share of time that the device waits.
+
+    The best of the epochs after the first; on a GPU the time of the kernels is that of later steps of the same
+    training, on a CPU the share is that in which steps wait for their batches.
+
+    Args:
+        users, length, targets: as in `loop_rows`.
+    """
+    on_gpu = device == "cuda"
+    epochs, profiled, steps = (4, 20, None) if on_gpu else (3, 0, 15)
     config = dataclasses.replace(
         load_config("default"), models={name: ModelConfig(interest=name, codes=128)}, users_per_step=users,
         targets_per_visit=targets, epochs=epochs, patience=epochs, warmup_steps=10, bf16=precision == "bf16",
+        max_epoch_steps=steps,
     )  # fmt: skip
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    with tempfile.TemporaryDirectory() as folder:
-        write_partition(Path(folder) / "sequences.parquet", 8 * users, length, 16 * targets)
-        rows = pq.read_table(Path(folder) / "sequences.parquet")
+    rows = loop_rows(users, length, targets)
     data = TrainingData.of(Sequences.from_arrow(rows), items_table(20_000), config)
     last = len(data.split.train) // (users * targets) * (epochs - 1)  # steps before the last epoch
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     def look(now: Training) -> None:
-        if now.step in (last + 5, last + 5 + profiled):
+        if on_gpu and now.step in (last + 5, last + 5 + profiled):
             torch.cuda.synchronize()
             (profile.start if now.step == last + 5 else profile.stop)()
 
-    speeds: list[float] = []
-    note = lambda result: speeds.append(result.metrics["samples_per_s"])  # noqa: E731
-    train_model(name, data, config, Worker(device="cuda"), note, look)
-    rate = max(speeds[1:-1])
-    busy_ms = sum(event.self_device_time_total for event in profile.key_averages()) / 1_000 / profiled
-    idle = 1 - busy_ms * rate / (1_000 * users * targets)
-    print(f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s, idle {idle:.1%}", flush=True)
+    results: list[dict[str, float]] = []
+    train_model(name, data, config, Worker(device=device), lambda result: results.append(result.metrics), look)
+    best = max(results[1:-1], key=lambda metrics: metrics["samples_per_s"])
+    rate, idle = best["samples_per_s"], best["data_wait_share"]
     case: dict[str, float | str] = {"model": name, "length": length, "targets": targets, "precision": precision}
-    return case | {"loop_samples_per_s": rate, "device_idle_share": idle, "gpu_ms": busy_ms}
+    if on_gpu:
+        busy_ms = sum(event.self_device_time_total for event in profile.key_averages()) / 1_000 / profiled
+        idle = 1 - busy_ms * rate / (1_000 * users * targets)
+        case["gpu_ms"] = busy_ms
+    print(f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s, idle {idle:.1%}", flush=True)
+    return case | {"loop_samples_per_s": rate, "device_idle_share": idle}
 
 
 def _work(rank: int, name: str, workers: int, port: int, args: argparse.Namespace, folder: str) -> None:

@@ -1,12 +1,24 @@
-"""Time of one training step (forward, backward, clipping, optimizer) of the ranker by kind of interest, targets and
-length of history.
+"""Speed of training: a step by kind of interest, targets and length of history; the loop; peers; and what it comes to.
 
-    make bench-train ARGS=--plain
-    python -m benchmarks.train_step --targets 64 --lengths 1024,4096,16384,32768,65536
+    make bench-train
+    make bench-train ARGS='--package var/peers'    # with FuxiCTR's models: benchmarks/peer_steps.py says how to get it
+    python -m benchmarks.train_step --plain --targets 64 --lengths 4096,16384 --loop "" --models vql
 
-Random users of equal length, targets spread over the last tenth of the history. On a GPU a step is recorded as the
-loop records them, and the whole loop from a Parquet file is measured (benchmarks/train_loop.py). Tables, one JSON line
-last.
+Random users of equal length, targets spread over the last tenth of the history. A step is forward pass, backward pass,
+clipping and optimizer; on a GPU it is recorded as the loop records it. Tables, one JSON line last:
+
+    step_ms_KIND_TARGETS  exact attention and VQL, the fastest precision at `length` events
+    share_of_floor        of the card's datasheet (benchmarks/floor.py) over the step of exact attention with the fewest
+                          targets; _KIND_TARGETS of each; null on a card whose datasheet is not known, and on a CPU
+    fat_rows_ratio        samples a second of the first model's step with the fewest targets, over those of its step
+                          on one row a target, each with its own copy of the history
+    r2_step_vs_length     of a line through the times of steps, the lowest over models and precisions
+    loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit
+    device_idle_share     of that loop: the share of time that the GPU, or on a CPU the step, waits
+    peer_ratio            that loop over the bare step of the fastest of FuxiCTR's models on the same rows; _TARGETS the
+                          fastest loop of so many; null without --package
+    resume_bit_equal      deterministic trainings of all models that go on from a checkpoint come to the bits of
+                          undisturbed ones
 """
 
 from __future__ import annotations
@@ -17,14 +29,20 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.train_loop import loop_figures
+from benchmarks.floor import CARDS, least_ms
+from benchmarks.peer_steps import peer_figures
+from benchmarks.resumed import apart
+from benchmarks.train_loop import loop_figures, loop_rows
 from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import INTERACTIONS, Batch, Chosen, Joined, Sequences
@@ -45,14 +63,66 @@ MODELS = {
 
 PASSES = ("recorded", "fused", "plain")  # a graph of the fused step; its launches one by one; without fused kernels
 CPU_PASSES = ("plain", "blocks")  # one user after another; all users at once in blocks
+KINDS = {"softmax_attention": "exact", "vql": "vql"}  # in the names of figures
+FAT_ROWS = 4  # for each user of the other batch: so many that what a step takes anyway does not count for much
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured by default.
+
+    Attributes:
+        users: of a batch; lengths: of histories; loop: targets of a visit in the whole loop, over `loop_length` events.
+        runs: of a step; peer_batches: samples of a peer's batch.
+    """
+
+    users: int
+    lengths: str
+    loop: str
+    loop_length: int
+    runs: int
+    peer_batches: tuple[int, ...]
+
+
+GPU = Sizes(32, "1024,4096,16384,65536", "64,256", 4_096, 20, (256, 512, 1_024, 2_048))
+CPU = Sizes(4, "512,1024,2048", "64", 512, 5, (16, 64, 256))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _arguments(arguments)
+    sizes, on_gpu = args.sizes, args.device == "cuda"
+    found = steps(args, on_gpu)
+    best = best_steps(found)
+    loops = [
+        loop_figures(name, int(targets), precision, args.users, sizes.loop_length, args.device)
+        for targets in args.loop.split(",")
+        for name in args.models.split(",")
+        for precision in args.precisions.split(",")
+        if targets
+    ]
+    peers = _peers(args) if loops and args.package else []
+    if not peers:
+        print("peer_ratio is null without the loop and --package: benchmarks/peer_steps.py says how to get FuxiCTR")
+    figures = {
+        "users": args.users, "cut_offs": args.cut_offs, "length": stated_length(found),
+        **{f"step_ms_{case}": run["step_ms"] for case, run in best.items()},
+        **loop_summary(loops), **floor_shares(best), **peer_ratios(loops, peers),
+        "fat_rows_ratio": fat_rows_ratio(args, found), "r2_step_vs_length": linear_fit(found),
+        "resume_bit_equal": apart([MODELS[name] for name in args.models.split(",")], args.device),
+    }  # fmt: skip
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU thread(s)"
+    line = {"benchmark": "train_step", "device": device} | figures
+    print(json.dumps(line | {"loops": loops, "peers": peers, "runs": found}))
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=32)
-    parser.add_argument("--targets", default="64,1024")
+    parser.add_argument("--users", type=int, help="of a batch; default: 32, on a CPU 4")
+    parser.add_argument(
+        "--targets", default="64,1024", help="more than the fewest only at one length: 16384, or the longest"
+    )
     parser.add_argument("--cut-offs", type=int, default=8, help="distinct cut-offs of a user")
-    parser.add_argument("--lengths", default="16384")
+    parser.add_argument("--lengths", help=f"default: {GPU.lengths}, on a CPU {CPU.lengths}")
     parser.add_argument("--models", default="softmax_attention,vql", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--precisions", default="tf32,bf16", help="of fp32, tf32, bf16; a CPU has fp32")
     parser.add_argument(
@@ -60,77 +130,131 @@ def main() -> None:
         action="store_true",
         help="measure the other passes, too: launches one by one, unfused ones; on a CPU all users in blocks",
     )
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--loop", default="64,256", help="measure the whole loop on a GPU with so many targets a visit")
+    parser.add_argument("--runs", type=int, help="default: 20, on a CPU 5")
+    parser.add_argument(
+        "--loop", help="targets of a visit in the whole loop; '' for no loop; default: 64,256, on a CPU 64"
+    )
+    parser.add_argument("--package", type=Path, help="folder with FuxiCTR in it, to measure its models, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    on_gpu = args.device == "cuda"
-    found = steps(args, on_gpu)
-    loops = [
-        loop_figures(name, int(targets), precision, args.users)
-        for targets in args.loop.split(",")
-        for name in args.models.split(",")
-        for precision in args.precisions.split(",")
-        if on_gpu and targets
-    ]
-    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU thread(s)"
-    figures = {"users": args.users, "cut_offs": args.cut_offs, **best_steps(found), **best_loop(loops)}
-    if (fit := linear_fit(found)) is not None:
-        figures["r2_step_vs_length"] = fit
-    print(json.dumps({"benchmark": "train_step", "device": device, **figures, "loops": loops, "runs": found}))
+    args = parser.parse_args(arguments)
+    args.sizes = GPU if args.device == "cuda" else CPU
+    for name in ("users", "lengths", "loop", "runs"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(args.sizes, name))
+    if args.device != "cuda":
+        args.precisions = "fp32"
+    return args
 
 
 def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
     """Measure every case, print its line, and return them."""
-    precisions = args.precisions.split(",") if on_gpu else ["fp32"]
     passes = (PASSES if on_gpu else CPU_PASSES) if args.plain else ("recorded",) if on_gpu else ("plain",)
     found: list[dict] = []
     print(
         f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>9}{'step ms':>9}{'waited':>8}{'GPU ms':>8}"
-        f"{'samples/s':>12}{'peak MB':>9}"
+        f"{'samples/s':>12}{'peak MB':>9}{'floor ms':>10}"
     )
-    cases = itertools.product(
-        args.lengths.split(","), args.targets.split(","), args.models.split(","), precisions, passes
-    )
-    for length, targets, name, precision, how in cases:
-        batch = make_batch(args.users, int(length), int(targets), args.cut_offs)
+    lengths, counts = ([int(one) for one in text.split(",")] for text in (args.lengths, args.targets))
+    sizes = [
+        (length, count) for length in lengths for count in counts if count == min(counts) or length == stated(lengths)
+    ]
+    batches = {size: make_batch(args.users, *size, args.cut_offs) for size in sizes}
+    cases = itertools.product(batches.items(), args.models.split(","), args.precisions.split(","), passes)
+    for ((length, targets), batch), name, precision, how in cases:
         plainly = patch.object(fused, "available", lambda like: False) if how == "plain" else contextlib.nullcontext()
         with plainly:
             figures = measure(MODELS[name], batch, args.runs, args.device, precision, how)
-        rate = args.users * int(targets) / figures["step_ms"] * 1_000
-        case = {"model": name, "length": int(length), "targets": int(targets), "precision": precision, "pass": how}
-        found.append(case | {"samples_per_s": rate} | figures)
+        rate = args.users * targets / figures["step_ms"] * 1_000
+        card = CARDS.get(torch.cuda.get_device_name()) if on_gpu else None
+        count = sum(p.numel() for p in ranker(MODELS[name]).parameters())
+        least = None if card is None else least_ms(card, batch, MODELS[name], precision, count)
+        case = {"model": name, "length": length, "targets": targets, "precision": precision, "pass": how}
+        found.append(case | {"samples_per_s": rate, "floor_ms": least} | figures)
         print(
             f"{name:<22}{length:>8}{targets:>8}{precision:>6}{how:>9}{figures['step_ms']:>9.2f}"
             f"{figures['waited_ms']:>8.2f}{figures['gpu_ms']:>8.2f}"
-            f"{rate:>12,.0f}{figures['peak_mb']:>9.0f}",
+            f"{rate:>12,.0f}{figures['peak_mb']:>9.0f}{'' if least is None else f'{least:.3f}':>10}",
             flush=True,
         )
     return found
 
 
-def best_steps(found: list[dict]) -> dict[str, float]:
-    """Return step_ms_KIND_TARGETS, the fastest precision at 16,384 events, or at the longest histories measured, of the
-    pass that is measured first.
-    """
-    lengths = {run["length"] for run in found}
-    length = 16_384 if 16_384 in lengths else max(lengths)
-    best: dict[str, float] = {}
+def stated(lengths: list[int]) -> int:
+    """Return the length whose steps are the figures: 16,384, or the longest."""
+    return 16_384 if 16_384 in lengths else max(lengths)
+
+
+def stated_length(found: list[dict]) -> int:
+    return stated([run["length"] for run in found])
+
+
+def best_steps(found: list[dict]) -> dict[str, dict]:
+    """Return KIND_TARGETS -> the run with the fastest precision at the stated length, of the pass measured first."""
+    best: dict[str, dict] = {}
     for run in found:
-        kind = {"softmax_attention": "exact", "vql": "vql"}.get(run["model"])
-        if kind and run["length"] == length and run["pass"] == found[0]["pass"]:
-            key = f"step_ms_{kind}_{run['targets']}"
-            best[key] = min(run["step_ms"], best.get(key, run["step_ms"]))
+        if run["model"] in KINDS and run["length"] == stated_length(found) and run["pass"] == found[0]["pass"]:
+            key = f"{KINDS[run['model']]}_{run['targets']}"
+            best[key] = min(run, best.get(key, run), key=lambda one: one["step_ms"])
     return best
 
 
-def best_loop(loops: list[dict]) -> dict[str, float]:
+def floor_shares(best: dict[str, dict]) -> dict[str, float | None]:
+    """Return what the floor is of each step of `best_steps`, and of exact attention with the fewest targets."""
+    shares = {
+        f"share_of_floor_{case}": None if run["floor_ms"] is None else run["floor_ms"] / run["step_ms"]
+        for case, run in best.items()
+    }
+    exact = [run["targets"] for case, run in best.items() if case.startswith("exact")]
+    return {"share_of_floor": shares[f"share_of_floor_exact_{min(exact)}"] if exact else None} | shares
+
+
+def fat_rows_ratio(args: argparse.Namespace, found: list[dict]) -> float:
+    """Return samples a second of users with their targets, over those of as many users as targets.
+
+    Of the first model, the pass measured first and the fastest precision of each, at the stated length with the fewest
+    targets. A fat row has one target, and a history of its own.
+    """
+    first, length = found[0], stated_length(found)
+    same = [run for run in found if all(run[name] == first[name] for name in ("model", "pass", "targets"))]
+    rate = max(run["samples_per_s"] for run in same if run["length"] == length)
+    rows = FAT_ROWS * args.users
+    fat = min(
+        measure(
+            MODELS[first["model"]], make_batch(rows, length, 1, 1), args.runs, args.device, precision, first["pass"]
+        )["step_ms"]
+        for precision in args.precisions.split(",")
+    )
+    print(f"{rows} fat rows of {length} events: {fat:.2f} ms, {rows / fat * 1_000:,.0f} samples/s", flush=True)
+    return rate * fat / (1_000 * rows)
+
+
+def _fastest_loops(loops: list[dict]) -> dict[int, dict]:
+    """Return targets of a visit -> the fastest loop, in order."""
+    by_rate = sorted(loops, key=lambda run: run["loop_samples_per_s"])
+    return dict(sorted({run["targets"]: run for run in by_rate}.items()))
+
+
+def loop_summary(loops: list[dict]) -> dict[str, float | None]:
     """Return samples a second of the fastest loop with the fewest targets, and the share of time its device waits."""
-    if not loops:
-        return {}
-    fewest = min(run["targets"] for run in loops)
-    best = max((run for run in loops if run["targets"] == fewest), key=lambda run: run["loop_samples_per_s"])
-    return {name: best[name] for name in ("loop_samples_per_s", "device_idle_share")}
+    best = next(iter(_fastest_loops(loops).values()), {})
+    return {name: best.get(name) for name in ("loop_samples_per_s", "device_idle_share")}
+
+
+def peer_ratios(loops: list[dict], peers: list[dict]) -> dict[str, Any]:
+    """Return samples a second of the fastest loops over those of the fastest peer, which is named."""
+    if not (loops and peers):
+        return {"peer_ratio": None}
+    fastest = max(peers, key=lambda peer: peer["samples_per_s"])
+    rates = {targets: run["loop_samples_per_s"] for targets, run in _fastest_loops(loops).items()}
+    ratios = {f"peer_ratio_{targets}": rate / fastest["samples_per_s"] for targets, rate in rates.items()}
+    return {"peer_ratio": next(iter(ratios.values())), **ratios, "fastest_peer": fastest["model"]}
+
+
+def _peers(args: argparse.Namespace) -> list[dict]:
+    """Measure FuxiCTR's models on the rows of the loop with the fewest targets a visit."""
+    targets = min(int(targets) for targets in args.loop.split(","))
+    rows = Sequences.from_arrow(loop_rows(args.users, args.sizes.loop_length, targets))
+    return peer_figures(args.package, rows, args.device, args.sizes.peer_batches)
 
 
 def linear_fit(found: list[dict]) -> float | None:
@@ -232,11 +356,16 @@ def measure(config: ModelConfig, batch: Batch, runs: int, device: str, precision
     return {"step_ms": row, "waited_ms": single, "gpu_ms": busy, "peak_mb": peak}
 
 
+def ranker(config: ModelConfig) -> Ranker:
+    """Return a new model of `make_batch`'s items."""
+    return Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config)
+
+
 def stepper(config: ModelConfig, batch: Batch, device: str, precision: str, how: str) -> Callable[[], None]:
     """Return what takes a training step on a new model."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    model = Ranker(FieldSizes((("id", 20_000), ("category", 50)), (), 1), config).to(device).train()
+    model = ranker(config).to(device).train()
     model.interest.always_at_once = how == "blocks"
     there = batch.to(device)
     if model.coded is not None:
