@@ -22,12 +22,24 @@ CUT = "\n\n(cut: MLflow keeps 5,000 characters)"
 def write_card(
     registry: Registry, definition: DatasetDefinition, version: str, training: Mapping, evaluation: Mapping
 ) -> None:
-    """Make the card of a version its description, as its tags are now."""
+    """Make the card of a version its description, as its tags are now; the model gets one where it has none."""
     tags = registry.version(version).tags
     with asking_mlflow():
         registry.client.update_model_version(
             registry.name, version, description=model_card(definition, training, evaluation, tags)
         )
+        if not registry.client.get_registered_model(registry.name).description:
+            registry.client.update_registered_model(registry.name, description=about_model(definition))
+
+
+def about_model(definition: DatasetDefinition) -> str:
+    """Return the description of a registered model, which people may replace."""
+    return (
+        f"Scores candidates by a user's whole history, on {definition.title}.{_simulated(definition)} A version an"
+        " attempt, each with its card as description; `champion` serves, `challenger` asks to, no promotion may fall"
+        " behind `anchor`. A person promotes, refuses and rolls back with `make release` or the DAG `vql_release`;"
+        " every decision is a tag `release.*` of this page."
+    )
 
 
 def model_card(
@@ -53,16 +65,24 @@ def model_card(
 
 
 def _decision(definition: DatasetDefinition, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    simulated = " **SIMULATED data: no figure says anything about users.**" if evaluation["simulated"] else ""
     decided = tags.get("promotion", "pending")
     reason = f": {tags['gate_reason']}" if "gate_reason" in tags else ""
     passed = (
         f"\n\nA person let gates through: {tags['quality.passed_reason']}" if "quality.passed_reason" in tags else ""
     )
     return (
-        f"Scores candidates of {definition.title} by a user's whole history; trained on the days before"
-        f" **{evaluation['dt']}**, judged on that day.{simulated}\n\n**Promotion: {decided}**{reason}{passed}"
+        f"Scores candidates by a user's whole history, on {definition.title}; trained on the days before"
+        f" **{evaluation['dt']}**, judged on that day.{_simulated(definition)}\n\n"
+        f"**Promotion: {decided}**{reason}{passed}"
     )
+
+
+def _simulated(definition: DatasetDefinition) -> str:
+    """Return what a simulated data set's figures mean, with the one word SIMULATED that its title may have."""
+    if not definition.simulated:
+        return ""
+    word = "No" if "SIMULATED" in definition.title else "SIMULATED data: no"
+    return f" **{word} figure says anything about users.**"
 
 
 def _comparisons(evaluation: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from etl.datasets.definition import dataset
-from evaluation.release.model_card import MOST_CHARACTERS, model_card
+from evaluation.release.model_card import MOST_CHARACTERS, about_model, model_card
 
 TAGS = {
     "pipeline.partition": "2022-04-21",
@@ -64,7 +64,10 @@ def test_it_says_each_bit_and_field_of_a_request_with_the_decision_and_where_the
 def test_what_the_data_cannot_say_stands_among_the_limits():
     simulated = evaluation(users=12) | {"simulated": True}
     card = model_card(dataset("kuairand_simulated"), {"seed": 7}, simulated, TAGS)
-    assert "SIMULATED data: no figure says anything about users" in card
+    assert "No figure says anything about users" in card and card.count("SIMULATED") == 1
+    untitled = dataset("kuairand_simulated").model_copy(update={"title": "Shop"})
+    for words in (model_card(untitled, {"seed": 7}, simulated, TAGS), about_model(untitled)):
+        assert "SIMULATED data: no figure says anything about users" in words and words.count("SIMULATED") == 1
     assert "fewer than 30 users" in card
     assert "negatives are sampled" in model_card(dataset("tmall"), {"seed": 7}, simulated, TAGS)
 

@@ -70,6 +70,8 @@ def test_first_promotion_with_the_fresh_process_and_its_retry_of_runs_on_s3(stag
     }
     assert expected.items() <= version.tags.items()
     assert f"**Promotion: promoted**: {version.tags['gate_reason']}" in version.description  # the model card
+    model = Registry(DATASET).client.get_registered_model(registration["model_name"])
+    assert "by a user's whole history" in model.description and "make release" in model.description
     assert {
         "data.snapshot_digest",
         "mlflow.source.git.commit",
