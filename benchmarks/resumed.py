@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
+import torch
 from torch import Tensor
 
 from benchmarks.train_loop import make_data
@@ -27,7 +28,8 @@ class _Ended(Exception):
 
 def apart(models: Sequence[ModelConfig], device: str) -> bool:
     """Ask `resumes_to_the_bit` of all, in a process of its own: what it sets for the device's libraries is for good."""
-    with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
+    threads = (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, mp.get_context("spawn"), torch.set_num_threads, threads) as pool:
         return all(pool.map(resumes_to_the_bit, models, itertools.repeat(device)))
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.train_step --plain --targets 64 --lengths 4096,16384 --loop "" --models vql
 
 Random users of equal length, targets spread over the last tenth of the history. A step is forward pass, backward pass,
-clipping and optimizer; on a GPU it is recorded as the loop records it. Tables, one JSON line last:
+clipping and optimizer; on a GPU it is recorded as the loop records it, on a CPU it has one thread. Tables, then one JSON
+line:
 
     step_ms_KIND_TARGETS  exact attention and VQL, the fastest precision at `length` events
     share_of_floor        of the card's datasheet (benchmarks/floor.py) over the step of exact attention with the fewest
@@ -91,6 +92,8 @@ CPU = Sizes(4, "512,1024,2048", "64", 512, 5, (16, 64, 256))
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _arguments(arguments)
     sizes, on_gpu = args.sizes, args.device == "cuda"
+    if not on_gpu:  # two beside another program wait for each other: a step took 80 ms, and 1,000 a minute later
+        torch.set_num_threads(1)
     found = steps(args, on_gpu)
     best = best_steps(found)
     loops = [
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fat_rows_ratio": fat_rows_ratio(args, found), "r2_step_vs_length": linear_fit(found),
         "resume_bit_equal": apart([MODELS[name] for name in args.models.split(",")], args.device),
     }  # fmt: skip
-    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU thread(s)"
+    device = torch.cuda.get_device_name() if on_gpu else "one CPU thread"
     line = {"benchmark": "train_step", "device": device} | figures
     print(json.dumps(line | {"loops": loops, "peers": peers, "runs": found}))
 
