@@ -5,8 +5,8 @@
     python -m benchmarks.train_step --plain --targets 64 --lengths 4096,16384 --loop "" --models vql
 
 Random users of equal length, targets spread over the last tenth of the history. A step is forward pass, backward pass,
-clipping and optimizer; on a GPU it is recorded as the loop records it, on a CPU it has one thread. Tables, then one JSON
-line:
+clipping and optimizer; on a GPU it is recorded as the loop records it, on a CPU it has one thread. Tables, then one
+JSON line:
 
     step_ms_KIND_TARGETS  exact attention and VQL, the fastest precision at `length` events
     share_of_floor        of the card's datasheet (benchmarks/floor.py) over the step of exact attention with the fewest
