@@ -163,8 +163,12 @@ def tracking_uri() -> str:
 def airflow_database() -> str:
     """Address of Airflow's database; one that was given may hold a password."""
     return os.environ.get(DATABASE) or (
-        postgres_address("airflow") if has_postgres() else f"sqlite:///{airflow_home() / 'airflow.db'}"
+        postgres_address("airflow") if has_postgres() else f"sqlite:///{airflow_sqlite()}"
     )
+
+
+def airflow_sqlite() -> Path:
+    return airflow_home() / "airflow.db"
 
 
 def mlflow_sqlite() -> Path:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ SERVER_SETTINGS = {
     "max_connections": "200",
     "logging_collector": "off",
 }
+TITLES = {"airflow": "Airflow's history", "mlflow": "MLflow's store"}
 ROWS_AT_ONCE = 5_000
 SQLITE_REMEDY = f"correct what it says, or stay with SQLite: {settings.EMBEDDED}={settings.SQLITE}"
 
@@ -78,7 +79,8 @@ def ensure(create: bool) -> dict[Service, int]:
     """Start the home's PostgreSQL if it does not run.
 
     Args:
-        create: make one where the home has none, and take MLflow's store over from SQLite; unless LONGVIEW_DB=sqlite.
+        create: make one where the home has none, and take over from SQLite what Airflow and MLflow know; unless
+            LONGVIEW_DB=sqlite.
 
     Returns:
         The server and its process; nothing where the home has none.
@@ -330,21 +332,21 @@ def _create(data: Path) -> None:
     pid = _start(making, fsync="off")  # what is cut off here begins anew; all is written to the disk once, below
     try:
         _sql(*(f"CREATE DATABASE {name}" for name in DATABASES))
-        imported = _import_mlflow(making.parent)
+        imported = {
+            settings.mlflow_sqlite(): _import_mlflow(making.parent),
+            settings.airflow_sqlite(): _import_airflow(making.parent),
+        }
     finally:
         _stop(pid)
     _initdb(making, "--sync-only")
     making.rename(data)
     (settings.airflow_home() / ".migrated").unlink(missing_ok=True)
-    if imported:
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{settings.mlflow_sqlite()}{suffix}", f"{settings.mlflow_sqlite()}.imported{suffix}")
-        print(
-            f"MLflow's store moved to PostgreSQL: {imported:,} rows; the SQLite file is kept as"
-            f" {settings.mlflow_sqlite()}.imported",
-            flush=True,
-        )
+    for sqlite, rows in imported.items():
+        if rows:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{sqlite}{suffix}", f"{sqlite}.imported{suffix}")
+            print(f"moved to PostgreSQL: {rows:,} rows; the SQLite file is kept as {sqlite}.imported", flush=True)
 
 
 def _initdb(data: Path, *arguments: str) -> None:
@@ -367,37 +369,61 @@ def _write(path: Path, text: str) -> None:
 
 
 def _import_mlflow(folder: Path) -> int:
-    """Copy MLflow's SQLite store into the new database; return the number of rows, 0 where there is no store.
+    """Copy MLflow's SQLite store into the new database; return the number of rows, 0 where there is no store."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return 0
+    upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade"]
+    return _import(
+        "mlflow", settings.mlflow_sqlite(), folder, lambda address: _upgraded("mlflow db upgrade", [*upgrade, address])
+    )
+
+
+def _import_airflow(folder: Path) -> int:
+    """Copy the history of earlier runs into Airflow's new database, to which models and reports have links; return the
+    number of rows, 0 where there is none."""
+    if os.environ.get(settings.DATABASE):
+        return 0
+
+    def upgrade(address: str) -> None:
+        env = settings.environment() | {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": address}
+        _upgraded("airflow db migrate", [sys.executable, "-m", "airflow", "db", "migrate"], env)
+
+    return _import("airflow", settings.airflow_sqlite(), folder, upgrade)
+
+
+def _upgraded(name: str, command: list[str], env: Mapping[str, str] | None = None) -> None:
+    done = subprocess.run(command, cwd=settings.ROOT, env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InfraError(f"{name} failed:\n{(done.stdout + done.stderr)[-2000:]}", SQLITE_REMEDY)
+
+
+def _import(name: str, sqlite: Path, folder: Path, upgrade: Callable[[str], None]) -> int:
+    """Copy an SQLite database into the new one of this name; return the number of rows, 0 where there is none.
+
+    Args:
+        folder: takes a copy for as long as it lasts.
+        upgrade: brings the database of an address to the tables of the installed version.
 
     Raises:
         InfraError: a table cannot be copied whole. The SQLite file is unchanged.
     """
-    if os.environ.get("MLFLOW_TRACKING_URI") or not settings.mlflow_sqlite().exists():
+    if not sqlite.exists():
         return 0
-    copy = folder / "mlflow.copy.db"
+    copy = folder / f"{name}.copy.db"
     copy.unlink(missing_ok=True)
-    copy_sqlite(settings.mlflow_sqlite(), copy)
-    print(f"taking MLflow's store over from {settings.mlflow_sqlite()} ...", flush=True)
-    for address in (f"sqlite:///{copy}", settings.postgres_address("mlflow")):  # both at the tables of this version
-        done = subprocess.run(
-            [sys.executable, "-m", "mlflow", "db", "upgrade", address],
-            cwd=settings.ROOT,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise InfraError(f"mlflow db upgrade failed:\n{(done.stdout + done.stderr)[-2000:]}", SQLITE_REMEDY)
+    copy_sqlite(sqlite, copy)
+    print(f"taking over {TITLES[name]} from {sqlite} ...", flush=True)
+    for address in (f"sqlite:///{copy}", settings.postgres_address(name)):
+        upgrade(address)
     import sqlalchemy as sa
 
     try:
-        rows = copy_rows(f"sqlite:///{copy}", settings.postgres_address("mlflow"))
+        rows = copy_rows(f"sqlite:///{copy}", settings.postgres_address(name))
     except (
         sa.exc.SQLAlchemyError,
         ValueError,
     ) as error:  # ValueError: a text with a zero character, which PostgreSQL has not
-        raise InfraError(
-            f"MLflow's store could not be copied to PostgreSQL: {str(error)[:1500]}", SQLITE_REMEDY
-        ) from None
+        raise InfraError(f"{sqlite} could not be copied to PostgreSQL: {str(error)[:1500]}", SQLITE_REMEDY) from None
     copy.unlink()
     return sum(rows.values())
 
@@ -424,6 +450,7 @@ def copy_rows(source: str, target: str) -> dict[str, int]:
         raise InfraError(f"the databases differ in the tables {', '.join(different)}", SQLITE_REMEDY)
     counts: dict[str, int] = {}
     with read.connect() as reading, write.begin() as writing:
+        writing.execute(sa.text("SET LOCAL TIME ZONE 'UTC'"))  # that of the times which SQLite has
         for table in reversed(tables):
             writing.execute(table.delete())
         for table in tables:
@@ -525,7 +552,7 @@ def _own_databases() -> list[tuple[str, Path]]:
     """
     own = []
     for name, variable, sqlite in (
-        ("airflow", settings.DATABASE, settings.airflow_home() / "airflow.db"),
+        ("airflow", settings.DATABASE, settings.airflow_sqlite()),
         ("mlflow", "MLFLOW_TRACKING_URI", settings.mlflow_sqlite()),
     ):
         if os.environ.get(variable):

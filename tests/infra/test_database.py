@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dtm
 import os
 import shutil
 import signal
@@ -396,6 +397,28 @@ def test_the_models_of_make_run_move_into_it_once(home, store):
     database.stop()
     database.ensure(create=True)
     assert read_store(new, run_id)["history"] == before["history"]
+
+
+def test_the_runs_of_make_run_move_into_it_with_their_times(home, monkeypatch):
+    monkeypatch.setenv("PGTZ", "Asia/Tokyo")  # SQLite has Airflow's times in UTC, whatever the machine's clock shows
+    services.migrate(settings.environment())
+    began = dtm.datetime(2026, 11, 27, 1, 2, 3, 4)
+    engine = sa.create_engine(settings.airflow_database())
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO dag_run (id, dag_id, run_id, run_type, state, run_after, start_date, conf)"
+                """ VALUES (7, 'd', 'r', 'manual', 'success', :began, :began, '{"dt": "2022-04-21"}')"""
+            ),
+            {"began": str(began)},
+        )
+    engine.dispose()
+    database.ensure(create=True)
+    found = query("SELECT run_id, state, start_date AT TIME ZONE 'UTC', conf FROM dag_run")
+    assert found == [("r", "success", began, {"dt": "2022-04-21"})]
+    assert query("SELECT nextval(pg_get_serial_sequence('dag_run', 'id')) > 7") == [(True,)]
+    assert not settings.airflow_sqlite().exists()
+    assert settings.airflow_sqlite().with_name("airflow.db.imported").exists()
 
 
 def test_a_store_that_cannot_be_copied_whole_stays_where_it_is(home, store):
