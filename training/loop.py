@@ -35,6 +35,8 @@ from training.vocabulary import ItemFeatures, Vocabulary
 T = TypeVar("T")
 # Each worker records its exchanges at steps of its own; NCCL would have all of them agree on buffers whenever one does.
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+# Exchanges follow each other on one stream, recorded or not; letting them overlap would cost 2 % of a step.
+os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 # A pass over the targets begins with dealing out those of many users: it takes as long as some steps.
 BATCHES_AHEAD, TABLES_AHEAD = 2, 24  # that a thread makes before they are asked for; a table is some 100 kB
 LONGEST_STEP_S = 600.0  # of a recorded step whose exchange waits for another worker, which nothing else watches
@@ -422,8 +424,7 @@ class Training:
 
         def made(number: int) -> _Ready:
             shares_W2 = order.shares(number)
-            revives = self.model.coded is not None and self._revives(first + number)
-            items = order.items(number) if revives else None
+            items = self._to_revive(order, number, first + number)
             if self.rows is None:
                 batch = order[number]
                 return _Ready(batch.to(device) if batch is not None else None, shares_W2, items)
@@ -500,6 +501,9 @@ class Training:
         """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
         Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
+
+        Args:
+            items: of a revival behind this step, if they are known.
         """
         coded, worker = self.model.coded, self.worker
         if coded is None:
@@ -512,22 +516,44 @@ class Training:
         seed = _stream(self.config.seed, self.step)
         _seed(seed, worker.device)
         generator = torch.Generator().manual_seed(seed)
-        items = order.items(self.position) if items is None else items
+        if starting:
+            items = order.items(self.position)
+        elif items is None:
+            items = self._to_revive(order, self.position, self.step)
+        assert items is not None
         keys_NHd = coded.keys(self.model.items(self._features(items)))
-        quantizer.start_from_keys(keys_NHd, generator) if starting else quantizer.revive(keys_NHd, generator)
-        if worker.world == 1:
-            return
-        with _answered(worker):  # sums of a GPU differ in their last bits
-            for tensor in [
-                quantizer.codebook_GCw.data,
-                quantizer.usage_GC,
-                *([quantizer.average_GCk] if quantizer.ema_decay is not None else []),
-            ]:
-                dist.broadcast(tensor, src=0)
+        # Sums of a GPU differ in their last bits, from one to another too.
+        if starting:
+            quantizer.start_from_keys(keys_NHd, generator)
+            averages = [] if quantizer.ema_decay is None else [quantizer.average_GCk]
+            self._from_first(quantizer.codebook_GCw.data, quantizer.usage_GC, *averages)
+        else:
+            self._from_first(keys_NHd)
+            quantizer.revive(keys_NHd, generator)
+
+    def _from_first(self, *tensors: Tensor) -> None:
+        """Have what the first worker has in some tensors."""
+        if self.worker.world > 1:
+            with _answered(self.worker):
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def _revives(self, step: int) -> bool:
         """Say whether dead codes are revived behind so many steps."""
-        return step % self.config.revive_every_steps == 0
+        return self.model.coded is not None and step % self.config.revive_every_steps == 0
+
+    def _to_revive(self, order: Epoch, number: int, step: int) -> np.ndarray | None:
+        """Return some of a global batch's items, to whose keys dead codes are moved behind so many steps; None: in no
+        such step.
+
+        As many as a group has codes at most: each is drawn from all, and keys of all would take as long as a step.
+        """
+        if not self._revives(step):
+            return None
+        assert self.model.coded is not None
+        items, most = order.items(number), self.model.coded.quantizer.codes
+        draws = np.random.default_rng([self.config.seed, step])
+        return draws.choice(items, most, replace=False) if len(items) > most else items
 
     def _features(self, items: np.ndarray) -> ItemFeatures:
         """Return the features of some of the partition's items on the device."""
