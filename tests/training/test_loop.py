@@ -166,6 +166,25 @@ def test_a_collapsed_codebook_is_said_in_words():
     assert all(len(words) == count for words, count in said)
 
 
+def test_dead_codes_move_to_keys_of_other_items_every_time_and_no_more_keys_are_made_than_there_are_codes(monkeypatch):
+    data = planted(users=45, length=60, topics=4, seed=2)  # 40 items, most of them in every batch
+    config = small_config(models={"vql": ModelConfig(interest="vql", codes=16)}, warmup_steps=5, revive_every_steps=4)
+    asked: list[np.ndarray] = []
+    features_of = Training._features
+
+    def features(run: Training, items: np.ndarray):
+        asked.append(items)
+        return features_of(run, items)
+
+    monkeypatch.setattr(Training, "_features", features)
+    train_model("vql", data, config, Worker(), lambda result: None)
+    started, *revived = asked
+    assert len(started) > 16
+    assert len(revived) > 2
+    assert all(len(np.unique(items)) == 16 for items in revived)
+    assert len({tuple(sorted(items)) for items in revived}) == len(revived)
+
+
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
