@@ -242,12 +242,7 @@ class _Trainings:
 
 def take_share_of_cores(workers: int) -> None:
     """Let torch use this process's share of the machine's cores, which so many workers share."""
-    take_cores((os.cpu_count() or 1) // max(1, workers))
-
-
-def take_cores(cores: int) -> None:
-    """Let torch use so many of the machine's cores, at least one."""
-    torch.set_num_threads(max(1, cores))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers)))
 
 
 def identity_of(job: Job, digests: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class _Ready(NamedTuple):
     Attributes:
         read: what it is to read, None without a part of the batch.
         shares_W2: targets and events of every worker's part.
-        items: those of the whole global batch, where dead codes are revived behind the step.
+        items: some of the whole global batch, where dead codes are revived behind the step.
     """
 
     read: Batch | Chosen | Prepared | None
@@ -503,44 +503,36 @@ class Training:
         Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
 
         Args:
-            items: of a revival behind this step, if they are known.
+            items: of a revival behind this step, as `_to_revive` has them.
         """
         coded, worker = self.model.coded, self.worker
         if coded is None:
             return
         quantizer = coded.quantizer
-        started = quantizer.is_started()
-        starting = not started and warmed_up
-        if not starting and not (started and self._revives(self.step)):
+        starting = not quantizer.is_started()
+        if starting and warmed_up:
+            items = order.items(self.position)
+        elif starting or items is None:
             return
         seed = _stream(self.config.seed, self.step)
         _seed(seed, worker.device)
         generator = torch.Generator().manual_seed(seed)
-        if starting:
-            items = order.items(self.position)
-        elif items is None:
-            items = self._to_revive(order, self.position, self.step)
-        assert items is not None
         keys_NHd = coded.keys(self.model.items(self._features(items)))
         # Sums of a GPU differ in their last bits, from one to another too.
         if starting:
             quantizer.start_from_keys(keys_NHd, generator)
             averages = [] if quantizer.ema_decay is None else [quantizer.average_GCk]
-            self._from_first(quantizer.codebook_GCw.data, quantizer.usage_GC, *averages)
+            self._take_from_first(quantizer.codebook_GCw.data, quantizer.usage_GC, *averages)
         else:
-            self._from_first(keys_NHd)
+            self._take_from_first(keys_NHd)
             quantizer.revive(keys_NHd, generator)
 
-    def _from_first(self, *tensors: Tensor) -> None:
+    def _take_from_first(self, *tensors: Tensor) -> None:
         """Have what the first worker has in some tensors."""
         if self.worker.world > 1:
             with _answered(self.worker):
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
-
-    def _revives(self, step: int) -> bool:
-        """Say whether dead codes are revived behind so many steps."""
-        return self.model.coded is not None and step % self.config.revive_every_steps == 0
 
     def _to_revive(self, order: Epoch, number: int, step: int) -> np.ndarray | None:
         """Return some of a global batch's items, to whose keys dead codes are moved behind so many steps; None: in no
@@ -548,10 +540,10 @@ class Training:
 
         As many as a group has codes at most: each is drawn from all, and keys of all would take as long as a step.
         """
-        if not self._revives(step):
+        coded = self.model.coded
+        if coded is None or step % self.config.revive_every_steps:
             return None
-        assert self.model.coded is not None
-        items, most = order.items(number), self.model.coded.quantizer.codes
+        items, most = order.items(number), coded.quantizer.codes
         draws = np.random.default_rng([self.config.seed, step])
         return draws.choice(items, most, replace=False) if len(items) > most else items
 

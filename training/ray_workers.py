@@ -11,10 +11,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError, first_line
 from etl.stage.folder import Folder
-from training.job import Job, take_cores, take_share_of_cores, train_all
+from training.job import Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
 from training.progress import PROGRESS_FILE
 from training.ray_cluster import HEAD_CHECK_SECONDS, HeadWatch, start_ray, wait_for_workers
@@ -154,7 +156,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
     if config["on_cluster"] and worker.device == "cpu":
         # How many cores share a sum decides its last bit: a group that has lost a node goes on elsewhere, to the same.
-        take_cores(1)
+        torch.set_num_threads(1)
     else:
         take_share_of_cores(context.get_local_world_size())
     summaries = train_all(job, worker)
