@@ -1,4 +1,4 @@
-"""The command line of training, which a test holds at a step: `python -m tests.training.held_training`.
+"""The command line of training, held at a step by a test: `python -m tests.training.held_training`, by torchrun, too.
 
 Its first worker writes how many steps of all models it has taken to the file `reached` of HELD_FOLDER, and goes no
 further than the file `limit` says. So a kill comes at a step of the test's choice, however fast the machine is, and
@@ -15,6 +15,7 @@ from typing import Any
 import training.job
 import training.ray_cluster
 import training.ray_workers
+import training.torchrun
 import training.train
 from etl.stage.commands import run_stage
 from etl.stage.local_files import replace_text
@@ -52,6 +53,10 @@ def held_worker(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        training.job.train_model = _held_train_model
+        run_stage(training.torchrun.main)
+        return
     training.ray_workers._ray_worker = held_worker
     training.ray_workers.HEAD_CHECK_SECONDS = 1.0  # a head is gone after three
     training.ray_cluster.PLACEMENT_SECONDS = int(os.environ.get("HELD_PLACEMENT_SECONDS", PATIENCE_S))
