@@ -444,8 +444,7 @@ class Training:
             mark = time.perf_counter()
 
     def _take_step(self, ready: _Ready, order: Epoch) -> None:
-        if self.device_time is not None:
-            self.device_time.begin()
+        begins = self.device_time.begin if self.device_time is not None else lambda: None
         # The stream of dropout: each worker's own, the same after a restart.
         _seed(_stream(self.config.seed, self.step, self.worker.rank), self.worker.device)
         self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
@@ -453,10 +452,12 @@ class Training:
         if isinstance(read, Prepared):
             assert self.recorded is not None
             try:
-                self.recorded(read, self.model.coded is not None and self.model.coded.quantizer.is_started())
+                started = self.model.coded is not None and self.model.coded.quantizer.is_started()
+                self.recorded(read, started, begins)
             except StepTakesTooLong as error:  # it exchanges sums: another worker is gone, or hangs
                 raise WorkerLostError(f"worker {self.worker.rank} waits for another one in vain: {error}") from error
         else:
+            begins()
             if isinstance(read, Chosen):
                 assert self.rows is not None
                 read = self.rows.batch_of(read)

@@ -25,7 +25,7 @@ from training.model import fused, fused_codes
 from training.model.fused_codes import CodeWork
 from training.model.interests.interface import Interest
 
-STEPS_AHEAD = 3  # that the host prepares while the device works
+STEPS_AHEAD = 8  # that the host prepares while the device works: reviving codes takes it as long as some steps do
 POLL_S = 1e-4
 
 
@@ -94,11 +94,12 @@ class RecordedSteps:
         """
         return planned(chosen, self.users, self.interest, shares_W2, self.by_rows)
 
-    def __call__(self, prepared: Prepared, phase: Hashable) -> None:
+    def __call__(self, prepared: Prepared, phase: Hashable, begins: Callable[[], None] = lambda: None) -> None:
         """Take a step: as it is where such a batch comes for the first time, recorded where it comes again.
 
         Args:
             phase: what else the step's Python code decides by.
+            begins: called when all that is left to do is to launch the step.
 
         Raises:
             StepTakesTooLong: longer than `patience_s`.
@@ -108,12 +109,14 @@ class RecordedSteps:
         table, name = fused.on_device(sent, self.rows.device), (plan, phase)
         if name not in self.seen:
             self.seen.add(name)
+            begins()
             self._on_its_stream(lambda: self.step(self._batch(table, plan), plan.most_rows))
             return
         if name not in self.recordings:
             self.recordings[name] = self._recorded(table, plan)
         held, graph = self.recordings[name]
         held.copy_(table)
+        begins()
         graph.replay()
 
     def _recorded(self, table: Tensor, plan: StepPlan) -> tuple[Tensor, torch.cuda.CUDAGraph]:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks.train_loop import make_data
 from tests.training import test_fused as fused_tests
+from training import recorded_steps
 from training.config import ModelConfig, TrainConfig
 from training.data import Chosen
 from training.device_batches import DeviceRows, Sizes, read_rows, table_of
@@ -109,6 +111,28 @@ def test_a_recorded_step_has_the_gradients_of_the_step(name, bf16, monkeypatch):
             assert error < (2e-2 if bf16 else 2e-3), (number, error)
     passes = {(bool(plan.shapes[0]), bool(plan.shapes[1])) for plan, _ in run.recorded.recordings}
     assert {"codes": (False, True), "some codes": (True, True)}.get(name, (True, False)) in passes
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("slow", ["planned", "on_device"])
+def test_a_gpu_waits_while_its_host_makes_a_recorded_step(slow, monkeypatch):
+    """Wherever the host loses its time: in the thread that makes batches, or between a step's begin and its launch."""
+    data, config = loaded(MODELS["exact"], epochs=1, min_epoch_steps=60)
+    place = {"planned": recorded_steps, "on_device": recorded_steps.fused}[slow]
+    quick, marks = getattr(place, slow), []
+
+    def slowly(*args, **more):
+        time.sleep(0.02)
+        return quick(*args, **more)
+
+    def look(now: Training) -> None:
+        if now.step in (30, 60):
+            marks.append(now.taken())
+
+    monkeypatch.setattr(place, slow, slowly)
+    train_model("it", data, config, Worker(device="cuda"), lambda _: None, look)
+    working_ms, waiting_ms = (marks[1].working_ms - marks[0].working_ms, marks[1].waiting_ms - marks[0].waiting_ms)
+    assert waiting_ms > 20 * 28 and waiting_ms > 3 * working_ms, (working_ms, waiting_ms)
 
 
 @needs_a_gpu

@@ -16,7 +16,7 @@ from tests.training.test_loop import needs_two_gpus, planted, small_config
 from training.config import ModelConfig, TrainConfig
 from training.loop import Start, Training, TrainingState, Worker, train_model
 
-WORLDS = (1, 2, 3)
+WORLDS = (1, 2, 3, 4)
 MOST_OFF = 1e-5  # of rounding; 1e-7 is seen
 CUT, STEPS = 13, 25
 
@@ -120,16 +120,19 @@ def test_sharded_tables_come_to_the_weights_of_whole_ones(trained, kind):
 
 @pytest.mark.gpu
 @needs_two_gpus
-def test_recorded_steps_of_two_gpus_come_to_the_weights_of_whole_tables(tmp_path):
-    mp.spawn(_as_rank, args=({1: free_port(), 2: free_port()}, tmp_path, True), nprocs=2)
+def test_recorded_steps_of_several_gpus_come_to_the_weights_of_whole_tables(tmp_path):
+    worlds = [world for world in WORLDS if world <= torch.cuda.device_count()]
+    mp.spawn(_as_rank, args=({world: free_port() for world in worlds}, tmp_path, True), nprocs=max(worlds))
     for kind in configs():
-        [whole], ranks = (
+        [whole], *groups = (
             [torch.load(tmp_path / f"{kind}-{world}-{rank}.pt", map_location="cpu") for rank in range(world)]
-            for world in (1, 2)
+            for world in worlds
         )
-        assert len({rank["bits"] for rank in ranks}) == 1, kind
-        for found in (ranks[0]["model"], ranks[0]["resumed from 1"], ranks[0]["resumed from 2"]):
-            assert off_by(whole["model"], found) < 3e-3, kind
+        for ranks in groups:
+            assert len({rank["bits"] for rank in ranks}) == 1, (kind, len(ranks))
+            resumed = [ranks[0][f"resumed from {before}"] for before in range(1, len(ranks) + 1)]
+            for found in (ranks[0]["model"], *resumed):
+                assert off_by(whole["model"], found) < 3e-3, (kind, len(ranks))
 
 
 @pytest.mark.parametrize("kind", configs())
