@@ -9,7 +9,7 @@ clipping and optimizer; on a GPU it is recorded as the loop records it, on a CPU
 JSON line:
 
     step_ms_KIND_TARGETS  exact attention and VQL, the fastest precision at `length` events
-    share_of_floor        of the card's datasheet (benchmarks/floor.py) over the step of exact attention with the fewest
+    share_of_floor        of the card's datasheet (training/floor.py) over the step of exact attention with the fewest
                           targets; _KIND_TARGETS of each; null on a card whose datasheet is not known, and on a CPU
     fat_rows_ratio        samples a second of the first model's step with the fewest targets, over those of its step
                           on one row a target, each with its own copy of the history
@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.floor import CARDS, least_ms
 from benchmarks.peer_steps import peer_figures
 from benchmarks.resumed import apart
 from benchmarks.train_loop import loop_figures, loop_rows
@@ -48,6 +47,7 @@ from etl.warehouse.schemas import WATCH_BUCKETS
 from training.config import ModelConfig
 from training.data import INTERACTIONS, Batch, Chosen, Joined, Sequences
 from training.device_batches import DeviceRows
+from training.floor import Counts, card_of, least_ms
 from training.model import fused
 from training.model.ranker import FieldSizes, Ranker
 from training.recorded_steps import RecordedSteps
@@ -168,9 +168,9 @@ def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
         with plainly:
             figures = measure(MODELS[name], batch, args.runs, args.device, precision, how)
         rate = args.users * targets / figures["step_ms"] * 1_000
-        card = CARDS.get(torch.cuda.get_device_name()) if on_gpu else None
+        card = card_of(args.device)
         count = sum(p.numel() for p in ranker(MODELS[name]).parameters())
-        least = None if card is None else least_ms(card, batch, MODELS[name], precision, count)
+        least = None if card is None else least_ms(card, Counts.of(batch), MODELS[name], precision, count)
         case = {"model": name, "length": length, "targets": targets, "precision": precision, "pass": how}
         found.append(case | {"samples_per_s": rate, "floor_ms": least} | figures)
         print(

@@ -22,6 +22,7 @@ from training.config import TrainConfig
 from training.data import Batch, Chosen, Joined, Sequences, Split, split_targets, trained_rows
 from training.device_batches import DeviceRows, ahead
 from training.device_time import DeviceTime
+from training.floor import Counts, card_of, least_ms
 from training.model.fused import on_device
 from training.model.probe import probe_by_length, probe_warnings, shared_information
 from training.model.ranker import FieldSizes, Ranker
@@ -153,11 +154,13 @@ class _Ready(NamedTuple):
         read: what it is to read, None without a part of the batch.
         shares_W2: targets and events of every worker's part.
         items: some of the whole global batch, where dead codes are revived behind the step.
+        least_ms: the floor of this worker's part, 0 where none is counted.
     """
 
     read: Batch | Chosen | Prepared | None
     shares_W2: np.ndarray
     items: np.ndarray | None
+    least_ms: float
 
 
 class Taken(NamedTuple):
@@ -167,6 +170,7 @@ class Taken(NamedTuple):
         loss: of the task, summed over the targets; codebook_loss: commitment and codebook loss, summed over the events.
         targets, events: that the steps read; an event of the history counts once for each step that reads it.
         working_ms, waiting_ms: of this worker's CUDA device, as `DeviceTime` has them; 0 on a CPU.
+        least_ms: the floor of this worker's steps, as `training.floor` counts it; 0 where it does not.
     """
 
     loss: float
@@ -175,6 +179,7 @@ class Taken(NamedTuple):
     events: float
     working_ms: float = 0.0
     waiting_ms: float = 0.0
+    least_ms: float = 0.0
 
 
 def train_model(
@@ -225,6 +230,8 @@ class Training:
         step: steps of all epochs; epoch, position: the next batch.
         totals: of the epoch so far, of all workers, as `_StepSums.totals`.
         before: the same of the epochs before it that this process took part in, on the CPU.
+        card: what the device can do, None where its datasheet is not known; moved: parameters that AdamW moves.
+        least_ms: the floor of the steps that this process took.
     """
 
     def __init__(self, name: str, data: TrainingData, config: TrainConfig, worker: Worker, start: Start) -> None:
@@ -255,6 +262,8 @@ class Training:
         self.totals = torch.zeros_like(self.sums.totals)
         self.before = torch.zeros_like(self.totals, device="cpu")
         self.device_time = DeviceTime() if worker.device != "cpu" else None
+        self.card, self.least_ms = card_of(worker.device), 0.0
+        self.moved = sum(p.numel() for group in groups for p in group["params"])
         self.best_model: dict | None = None
         self.best_logloss, self.best_epoch = float("inf"), -1
         self.step = self.epoch = self.position = 0
@@ -374,7 +383,7 @@ class Training:
         sums = (self.before + self.totals.cpu()).tolist()
         if self.device_time is not None:
             sums += self.device_time.spent_ms()
-        return Taken(*sums)
+        return Taken(*sums)._replace(least_ms=self.least_ms)
 
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
@@ -427,12 +436,14 @@ class Training:
             items = self._to_revive(order, number, first + number)
             if self.rows is None:
                 batch = order[number]
-                return _Ready(batch.to(device) if batch is not None else None, shares_W2, items)
+                least_ms = self._least_ms(batch)
+                return _Ready(batch.to(device) if batch is not None else None, shares_W2, items, least_ms)
             users, targets = order.visited(number)
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
+            least_ms = self._least_ms(chosen)
             if self.recorded is None or chosen is None:
-                return _Ready(chosen, shares_W2, items)
-            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2, items)
+                return _Ready(chosen, shares_W2, items, least_ms)
+            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2, items, least_ms)
 
         # A CPU's steps need its cores: what they read is read when it is wanted.
         numbers = range(self.position, len(order))
@@ -442,6 +453,16 @@ class Training:
         for batch in batches:
             yield batch, time.perf_counter() - mark
             mark = time.perf_counter()
+
+    def _least_ms(self, part: Batch | Chosen | None) -> float:
+        """Return the floor of a step on this worker's part of a batch; 0 where none is counted."""
+        if self.card is None or part is None:
+            return 0.0
+        rows = self.data.joined.sequences
+        counts = Counts.of(part) if isinstance(part, Batch) else Counts.of_chosen(part, rows)
+        of_products = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = "bf16" if self.config.bf16 else of_products
+        return least_ms(self.card, counts, self.model.interest.config, precision, self.moved) or 0.0
 
     def _take_step(self, ready: _Ready, order: Epoch) -> None:
         begins = self.device_time.begin if self.device_time is not None else lambda: None
@@ -465,6 +486,7 @@ class Training:
             count = on_device(np.concatenate([mine, counts]).astype(np.float32), self.rate.device)
             self._move(read, count, most_rows(ready.shares_W2))
         self.step += 1
+        self.least_ms += ready.least_ms
         warmed_up = self.step >= self.warmup_steps(order)
         self._tend_codebooks(order, warmed_up, ready.items)
         self.position += 1

@@ -74,6 +74,8 @@ def _figures(steps: int, seconds: float, taken: Taken) -> dict[str, float]:
         figures["codebook_loss"] = taken.codebook_loss / max(1.0, taken.events)
     if on_device := taken.working_ms + taken.waiting_ms:
         figures["device_idle_share"] = taken.waiting_ms / on_device
+        if taken.least_ms:
+            figures["share_of_floor"] = taken.least_ms / on_device
     return figures
 
 
@@ -84,4 +86,6 @@ def _words(figures: Mapping[str, float], steps_left: int) -> str:
     )
     if "device_idle_share" in figures:
         line += f"  device idle {figures['device_idle_share']:.1%}"
+    if "share_of_floor" in figures:
+        line += f"  {figures['share_of_floor']:.1%} of the floor"
     return line + (f"  peak {figures['peak_gib']:.1f} GiB" if "peak_gib" in figures else "")

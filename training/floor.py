@@ -9,13 +9,15 @@ and AdamW; the rest (gathers of items, keys and values of items, clipping) is le
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+
+import torch
 
 from training.config import ModelConfig
-from training.data import Batch
+from training.data import Batch, Chosen, Sequences
+from training.device_batches import EVENT_BYTES
 
 PASSES = 3  # over pairs: forward, backward for the targets, backward for the events
-ROW_BYTES = 16  # of an event in the device's memory: item, interaction, time
 ADAMW_BYTES = 28  # of a parameter: weight, gradient and two moments are read, all but the gradient written
 
 
@@ -33,7 +35,12 @@ class Work:
     bytes: float
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Work(
+            self.flops + other.flops,
+            self.exponentials + other.exponentials,
+            self.lanes + other.lanes,
+            self.bytes + other.bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,41 @@ class Card:
     bytes: float
 
 
-# 132 multiprocessors at 1.98 GHz, each with 128 lanes and 16 exponentials a cycle.
-_HOPPER = {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12}, 4.18e12, 33.5e12
+# 132 multiprocessors at 1.98 GHz, each with 128 lanes and 16 exponentials a cycle. A product in fp32 is three in TF32.
+_HOPPER = {"bf16": 989e12, "tf32": 495e12, "fp32": 165e12}, 4.18e12, 33.5e12
 CARDS = {"NVIDIA H100 80GB HBM3": Card(*_HOPPER, 3.35e12), "NVIDIA H200": Card(*_HOPPER, 4.8e12)}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step reads.
+
+    Attributes:
+        pairs: of a target and an event that it sees.
+        segments: targets of a user with equal cut-offs share one.
+    """
+
+    targets: int
+    events: int
+    pairs: int
+    segments: int
+
+    @staticmethod
+    def of(batch: Batch) -> Counts:
+        """Count a batch of the host's."""
+        pairs = int((batch.target_end - batch.target_first).sum())
+        return Counts(len(batch.target_item), len(batch.event_item), pairs, sum(batch.cut_offs))
+
+    @staticmethod
+    def of_chosen(chosen: Chosen, sequences: Sequences) -> Counts:
+        """Count the batch that `training.data.make_batch` makes of it."""
+        pairs = int((sequences.target_end[chosen.target] - sequences.target_first[chosen.target]).sum())
+        return Counts(len(chosen.target), int(chosen.event_start[-1]), pairs, int(chosen.cut_offs.sum()))
+
+
+def card_of(device: str) -> Card | None:
+    """Return what a worker's device can do; None for one whose datasheet is not here."""
+    return CARDS.get(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
 
 
 def floor_ms(card: Card, work: Work, precision: str) -> float:
@@ -62,49 +101,49 @@ def floor_ms(card: Card, work: Work, precision: str) -> float:
     return 1_000 * max(times)
 
 
-def least_ms(card: Card, batch: Batch, config: ModelConfig, precision: str, parameters: int) -> float | None:
+def least_ms(card: Card, counts: Counts, config: ModelConfig, precision: str, parameters: int) -> float | None:
     """Return the floor of a step, of the cheapest way where there are two; None for a kind that is not counted.
 
     Args:
-        batch: numpy; targets of a user with equal cut-offs share a segment.
-        parameters: of the model, all of which AdamW moves.
+        precision: bf16, tf32 or fp32, of products.
+        parameters: that AdamW moves.
     """
     stored = 2 if precision == "bf16" else 4  # bytes of a number of a key or value
-    rest = _rest(batch, config, parameters)
+    rest = _rest(counts, config, parameters)
     if config.interest == "softmax_attention":
-        ways = [_over_pairs(batch, config, products=2 + 2 * 2 + 3) + _events(batch, 2 * config.width, 0, stored)]
+        ways = [_over_pairs(counts, config, products=2 + 2 * 2 + 3) + _events(counts, 2 * config.width, 0, stored)]
     elif config.interest == "vql" and not (config.refine_k or config.recent_window):
-        by_codes = _events(batch, config.width, config.groups, stored) + _logits_of_codes(batch, config)
-        ways = [by_codes + _over_pairs(batch, config, products=1 + 2 + 1), by_codes + _by_segments(batch, config)]
+        by_codes = _events(counts, config.width, config.groups, stored) + _logits_of_codes(counts, config)
+        ways = [by_codes + _over_pairs(counts, config, products=1 + 2 + 1), by_codes + _by_segments(counts, config)]
     else:
         return None
     return min(floor_ms(card, way + rest, precision) for way in ways)
 
 
-def _rest(batch: Batch, config: ModelConfig, parameters: int) -> Work:
+def _rest(counts: Counts, config: ModelConfig, parameters: int) -> Work:
     """Return the work of the head and of AdamW."""
     widths = [3 * config.width, *config.mlp, 1]
     head = sum(wide * narrow for wide, narrow in itertools.pairwise(widths))
-    return Work(6 * len(batch.target_item) * head, 0, 0, ADAMW_BYTES * parameters)
+    return Work(6 * counts.targets * head, 0, 0, ADAMW_BYTES * parameters)
 
 
-def _events(batch: Batch, numbers: int, codes: int, stored: int) -> Work:
+def _events(counts: Counts, numbers: int, codes: int, stored: int) -> Work:
     """Return what is moved of the events: twice read, their gradients written once.
 
     Args:
         numbers: of an event's key and value; codes: bytes of its codes.
     """
-    return Work(0, 0, 0, len(batch.event_item) * (ROW_BYTES + 2 * codes + numbers * (2 * stored + 4)))
+    return Work(0, 0, 0, counts.events * (EVENT_BYTES + 2 * codes + numbers * (2 * stored + 4)))
 
 
-def _over_pairs(batch: Batch, config: ModelConfig, products: int) -> Work:
+def _over_pairs(counts: Counts, config: ModelConfig, products: int) -> Work:
     """Return the work on pairs of a target and an event that it sees.
 
     Args:
         products: multiply-adds of two vectors of a head's width, forward and backward. Exact: logits and sum; logits
             and gradients of weights again in each of two kernels; gradients of query, key and value.
     """
-    pairs = config.heads * float((batch.target_end - batch.target_first).sum())
+    pairs = config.heads * counts.pairs
     return Work(2 * config.head_width * products * pairs, PASSES * pairs, _lanes(config) * pairs, 0)
 
 
@@ -122,17 +161,17 @@ def _codes(config: ModelConfig) -> int:
     return config.codes if isinstance(config.codes, int) else max(config.codes)
 
 
-def _logits_of_codes(batch: Batch, config: ModelConfig) -> Work:
+def _logits_of_codes(counts: Counts, config: ModelConfig) -> Work:
     """Return the work of every target's products with every codeword, and of their two gradients."""
-    return Work(3 * 2 * config.width * _codes(config) * float(len(batch.target_item)), 0, 0, 0)
+    return Work(3 * 2 * config.width * _codes(config) * counts.targets, 0, 0, 0)
 
 
-def _by_segments(batch: Batch, config: ModelConfig) -> Work:
+def _by_segments(counts: Counts, config: ModelConfig) -> Work:
     """Return the work of sums of values by segment and code, which every target of the segment shares."""
     components = max(1, config.kernel_components)
-    cells = config.heads * _codes(config) * float(len(batch.target_item))
+    cells = config.heads * _codes(config) * counts.targets
     products = 2 * config.head_width * components * 4 * cells  # the sum; twice its gradient; that of the tables
-    added = 2 * components * len(batch.event_item)  # values into the tables, and their gradients out of them
-    tables = sum(batch.cut_offs) * _codes(config) * config.width * components * 4 * 4  # fp32; written and read twice
+    added = 2 * components * counts.events  # values into the tables, and their gradients out of them
+    tables = counts.segments * _codes(config) * config.width * components * 4 * 4  # fp32; written and read twice
     exponentials = PASSES * cells + added * config.heads
     return Work(products, exponentials, _lanes(config) * cells + added * config.width, tables)
