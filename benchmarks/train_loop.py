@@ -29,7 +29,7 @@ from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import SEQUENCES, TRAIN, VALIDATION, WATCH_BUCKETS
 from training.config import ModelConfig, TrainConfig, load_config
 from training.data import Sequences
-from training.loop import EpochResult, Training, TrainingData, Worker, train_model
+from training.loop import EpochResult, Taken, Training, TrainingData, Worker, train_model
 
 
 def main() -> None:
@@ -85,23 +85,24 @@ def measured(name: str, workers: int, args: argparse.Namespace) -> dict[str, flo
 
 
 def loop_rows(users: int, length: int, targets: int) -> pa.Table:
-    """Return the partition that `loop_figures` trains on, from a Parquet file.
+    """Return the partition that `loop_figures` trains on, from a Parquet file: nearly 512 steps an epoch.
 
     Args:
         users: of a batch. length: events of a user. targets: of a visit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_partition(Path(folder) / "sequences.parquet", 8 * users, length, 16 * targets)
+        write_partition(Path(folder) / "sequences.parquet", 8 * users, length, 64 * targets)
         return pq.read_table(Path(folder) / "sequences.parquet")
 
 
 def loop_figures(
     name: str, targets: int, precision: str, users: int, length: int, device: str
-) -> dict[str, float | str]:
-    """Train from a Parquet file, and return samples a second and the share of time that the device waits.
+) -> dict[str, float | str | None]:
+    """Train from a Parquet file, and return samples a second, the share of time that the device waits for its host, and
+    on a GPU the share in which no kernel runs: between those of a recorded step, too.
 
-    The best of the epochs after the first; on a GPU the time of the kernels is that of later steps of the same
-    training, on a CPU the share is that in which steps wait for their batches.
+    Of the best of the epochs after the first, its begin included, but for validation; the kernels are those of some
+    steps of the last epoch. On a CPU steps wait for their batches.
 
     Args:
         users, length, targets: as in `loop_rows`.
@@ -118,23 +119,35 @@ def loop_figures(
     data = TrainingData.of(Sequences.from_arrow(rows), items_table(20_000), config)
     last = len(data.split.train) // (users * targets) * (epochs - 1)  # steps before the last epoch
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    begun: dict[int, Taken] = {}  # what all steps came to behind the first one of an epoch
 
     def look(now: Training) -> None:
+        if now.position == 1:
+            begun[now.epoch] = now.taken()
         if on_gpu and now.step in (last + 5, last + 5 + profiled):
             torch.cuda.synchronize()
             (profile.start if now.step == last + 5 else profile.stop)()
 
-    results: list[dict[str, float]] = []
-    train_model(name, data, config, Worker(device=device), lambda result: results.append(result.metrics), look)
-    best = max(results[1:-1], key=lambda metrics: metrics["samples_per_s"])
-    rate, idle = best["samples_per_s"], best["data_wait_share"]
-    case: dict[str, float | str] = {"model": name, "length": length, "targets": targets, "precision": precision}
+    results: list[EpochResult] = []
+    train_model(name, data, config, Worker(device=device), results.append, look)
+    best = max(results[1:-1], key=lambda result: result.metrics["samples_per_s"])
+    rate = best.metrics["samples_per_s"]
+    case: dict[str, float | str | None] = {"model": name, "length": length, "targets": targets, "precision": precision}
+    case |= {"loop_samples_per_s": rate, "device_idle_share": best.metrics["data_wait_share"], "no_kernel_share": None}
+    said = ""
     if on_gpu:
+        before, after = begun[best.epoch], begun[best.epoch + 1]
+        waited, worked = after.waiting_ms - before.waiting_ms, after.working_ms - before.working_ms
         busy_ms = sum(event.self_device_time_total for event in profile.key_averages()) / 1_000 / profiled
         idle = 1 - busy_ms * rate / (1_000 * users * targets)
-        case["gpu_ms"] = busy_ms
-    print(f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s, idle {idle:.1%}", flush=True)
-    return case | {"loop_samples_per_s": rate, "device_idle_share": idle}
+        case |= {"gpu_ms": busy_ms, "device_idle_share": waited / (waited + worked), "no_kernel_share": idle}
+        said = f", no kernel {idle:.1%}"
+    print(
+        f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s"
+        f", waits {case['device_idle_share']:.1%}{said}",
+        flush=True,
+    )
+    return case
 
 
 def _work(rank: int, name: str, workers: int, port: int, args: argparse.Namespace, folder: str) -> None:

@@ -13,9 +13,15 @@ JSON line:
                           targets; _KIND_TARGETS of each; null on a card whose datasheet is not known, and on a CPU
     fat_rows_ratio        samples a second of the first model's step with the fewest targets, over those of its step
                           on one row a target, each with its own copy of the history
-    r2_step_vs_length     of a line through the times of steps, the lowest over models and precisions
+    r2_step_vs_length     of a line through the times of steps, the lowest over models and precisions; _KIND the lowest
+                          of a kind
+    length_exponent_KIND  the largest power of the length that the time grows by from one length to the next: up to 1 it
+                          grows no faster than a line, though it may lie off one
     loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit
-    device_idle_share     of that loop: the share of time that the GPU, or on a CPU the step, waits
+    device_idle_share     of that loop: the share of the GPU's time between the end of a step and the begin of the next,
+                          when it waits for its host, as a training's lines have it; on a CPU steps wait for batches
+    no_kernel_share       of that loop: the share of time in which no kernel runs, gaps between those of a step and
+                          begins of epochs included; null on a CPU
     peer_ratio            that loop over the bare step of the fastest of FuxiCTR's models on the same rows; _TARGETS the
                           fastest loop of so many; null without --package
     resume_bit_equal      deterministic trainings of all models that go on from a checkpoint come to the bits of
@@ -30,6 +36,7 @@ import itertools
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "users": args.users, "cut_offs": args.cut_offs, "length": stated_length(found),
         **{f"step_ms_{case}": run["step_ms"] for case, run in best.items()},
         **loop_summary(loops), **floor_shares(best), **peer_ratios(loops, peers),
-        "fat_rows_ratio": fat_rows_ratio(args, found), "r2_step_vs_length": linear_fit(found),
+        "fat_rows_ratio": fat_rows_ratio(args, found), **growth_with_length(found),
         "resume_bit_equal": apart([MODELS[name] for name in args.models.split(",")], args.device),
     }  # fmt: skip
     device = torch.cuda.get_device_name() if on_gpu else "one CPU thread"
@@ -238,9 +245,11 @@ def _fastest_loops(loops: list[dict]) -> dict[int, dict]:
 
 
 def loop_summary(loops: list[dict]) -> dict[str, float | None]:
-    """Return samples a second of the fastest loop with the fewest targets, and the share of time its device waits."""
+    """Return samples a second of the fastest loop with the fewest targets, and the shares of time in which its device
+    waits, and has no kernel.
+    """
     best = next(iter(_fastest_loops(loops).values()), {})
-    return {name: best.get(name) for name in ("loop_samples_per_s", "device_idle_share")}
+    return {name: best.get(name) for name in ("loop_samples_per_s", "device_idle_share", "no_kernel_share")}
 
 
 def peer_ratios(loops: list[dict], peers: list[dict]) -> dict[str, Any]:
@@ -260,16 +269,26 @@ def _peers(args: argparse.Namespace) -> list[dict]:
     return peer_figures(args.package, rows, args.device, args.sizes.peer_batches)
 
 
-def linear_fit(found: list[dict]) -> float | None:
-    """Return the lowest R2, over models and precisions, of a line through step time against length; None for less than
-    three lengths.
+def growth_with_length(found: list[dict]) -> dict[str, float | None]:
+    """Return R2 of a line through step time against length, the lowest of all and of each kind, and the largest power
+    of the length that a kind's time grows by from one length to the next.
+
+    Of models and precisions with three lengths or more; R2 of all is None where there is none.
     """
     groups: dict[tuple, list[tuple[int, float]]] = {}
     for run in found:
         key = run["model"], run["targets"], run["precision"], run["pass"]
         groups.setdefault(key, []).append((run["length"], run["step_ms"]))
-    squares = [np.corrcoef(np.array(points).T)[0, 1] ** 2 for points in groups.values() if len(points) > 2]
-    return float(min(squares)) if squares else None
+    squares, powers = defaultdict(list), defaultdict(list)
+    for (model, *_), points in groups.items():
+        if len(points) > 2:
+            length_N, ms_N = np.array(sorted(points)).T
+            kind = KINDS.get(model, model)
+            squares[kind].append(float(np.corrcoef(length_N, ms_N)[0, 1] ** 2))
+            powers[kind].append(float((np.diff(np.log(ms_N)) / np.diff(np.log(length_N))).max()))
+    lowest = {f"r2_step_vs_length_{kind}": min(of_kind) for kind, of_kind in squares.items()}
+    largest = {f"length_exponent_{kind}": max(of_kind) for kind, of_kind in powers.items()}
+    return {"r2_step_vs_length": min(lowest.values(), default=None)} | lowest | largest
 
 
 def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int = 20_000) -> Batch:

@@ -35,7 +35,9 @@ def test_the_last_line_has_every_figure(capsys):
     for name in [*measured, "loop_samples_per_s", "fat_rows_ratio"]:
         assert line[name] > 0
     assert 0 <= line["device_idle_share"] < 1
-    assert 0 <= line["r2_step_vs_length"] <= 1
+    assert line["no_kernel_share"] is None  # a CPU has no kernels
+    assert 0 <= line["r2_step_vs_length"] == min(line[f"r2_step_vs_length_{kind}"] for kind in ("exact", "vql")) <= 1
+    assert {"length_exponent_exact", "length_exponent_vql"} <= line.keys()
     assert line["resume_bit_equal"] is True
     assert line["device"] == "one CPU thread"
     assert line["share_of_floor"] is None  # a CPU has no datasheet here
@@ -89,12 +91,33 @@ def test_a_peer_gets_a_row_a_target_with_its_own_history():
 
 def test_ratios_are_those_of_the_fastest_loop_and_the_fastest_peer():
     loops = [
-        {"targets": 256, "loop_samples_per_s": 900.0, "device_idle_share": 0.3},
-        {"targets": 64, "loop_samples_per_s": 100.0, "device_idle_share": 0.1},
-        {"targets": 64, "loop_samples_per_s": 300.0, "device_idle_share": 0.2},
+        {"targets": 256, "loop_samples_per_s": 900.0, "device_idle_share": 0.03, "no_kernel_share": 0.3},
+        {"targets": 64, "loop_samples_per_s": 100.0, "device_idle_share": 0.01, "no_kernel_share": 0.1},
+        {"targets": 64, "loop_samples_per_s": 300.0, "device_idle_share": 0.02, "no_kernel_share": 0.2},
     ]
     peers = [{"model": "DIN", "samples_per_s": 10.0}, {"model": "SDIM", "samples_per_s": 30.0}]
-    assert loop_summary(loops) == {"loop_samples_per_s": 300.0, "device_idle_share": 0.2}
+    summary = {"loop_samples_per_s": 300.0, "device_idle_share": 0.02, "no_kernel_share": 0.2}
+    assert loop_summary(loops) == summary
     ratios = {"peer_ratio": 10.0, "peer_ratio_64": 10.0, "peer_ratio_256": 30.0, "fastest_peer": "SDIM"}
     assert peer_ratios(loops, peers) == ratios
     assert peer_ratios(loops, []) == {"peer_ratio": None}
+
+
+def runs_of(model: str, precision: str, *ms: float) -> list[dict]:
+    """Return steps at 1,024 events, and at each four times as many."""
+    case = {"model": model, "precision": precision, "targets": 64, "pass": "recorded"}
+    return [case | {"length": 1_024 * 4**number, "step_ms": each} for number, each in enumerate(ms)]
+
+
+def test_a_kind_that_takes_less_than_a_line_is_told_from_one_that_takes_more():
+    on_a_line = runs_of("softmax_attention", "bf16", 2.0, 5.0, 17.0)  # 1 + length / 1,024
+    less, more = runs_of("vql", "tf32", 1.0, 4.0, 8.0), runs_of("vql", "bf16", 1.0, 1.0, 8.0)
+    figures = train_step.growth_with_length([*on_a_line, *less])
+    assert figures["r2_step_vs_length_exact"] == pytest.approx(1)
+    assert figures["length_exponent_exact"] < 1
+    assert figures["r2_step_vs_length"] == figures["r2_step_vs_length_vql"] < 0.95
+    assert figures["length_exponent_vql"] == pytest.approx(1)
+    figures = train_step.growth_with_length([*less, *more])
+    assert figures["length_exponent_vql"] == pytest.approx(1.5)
+    few = [run for run in on_a_line if run["length"] > 1_024]
+    assert train_step.growth_with_length(few) == {"r2_step_vs_length": None}
