@@ -1,4 +1,4 @@
-"""Every kind of interest on six data sets, five seeds each: the tables and plots of docs/comparison.md.
+"""Every kind of interest on seven data sets, five seeds each: the tables and plots of docs/comparison.md.
 
     python -m benchmarks.comparison prepare --to var/comparison  # Spark; an hour on two busy cores
     python -m benchmarks.comparison train --to var/comparison    # torch alone; minutes on a GPU with --jobs 14
@@ -118,6 +118,9 @@ def _own(name: str) -> str:
 SETS = (
     DataSet("kuairand_simulated", simulated(), "2022-04-21", 14, 14, 1, None, (20, 100, 500)),
     DataSet(_own("kuairand_drifting"), simulated(taste_days=4.0), "2022-04-21", 14, 14, 1, None, (20, 100, 500)),
+    DataSet(
+        _own("kuairand_random_simulated"), simulated(random_share=0.2), "2022-04-21", 14, 14, 1, None, (20, 100, 500)
+    ),
     DataSet("kuairand", "kuairand", "2022-04-21", 14, 14, 1, None, (10, 50)),
     DataSet("movielens", "movielens_latest_small", "2018-09-24", 8216, 1800, 365, None, (20, 200)),
     DataSet(_own("buildroot_authors"), "gitlog_buildroot", "2026-08-22", 1460, 730, 180, None, (50, 500)),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluation.compare import slices_table, summaries, table
+from evaluation.compare import exposures_table, slices_table, summaries, table
 from evaluation.trials import RESULTS_FILE, read
 
 FIRST = "vql"  # what the others are compared with
@@ -24,23 +24,25 @@ def write_page(results: Path, sets: Sequence[str], to: Path) -> Path:
         results: folder of the results; sets: those that are shown, in this order, one without results is left out.
     """
     lines = read(results / RESULTS_FILE)
-    found = {name: entries for name in sets if (entries := summarised(lines, name))}
+    trained = {name: mine for name in sets if (mine := lines_of(lines, name))}
+    found = {name: summaries(mine) for name, mine in trained.items()}
     parts = []
     for name, entries in found.items():
         longest = at_longest(entries)
-        parts += [f"## {name}", table(longest), slices_table(longest)]
+        exposed = [line for line in trained[name] if line["length"] == longest[0]["length"]]
+        parts += [f"## {name}", table(longest), slices_table(longest), exposures_table(exposed)]
     to.mkdir(parents=True, exist_ok=True)
-    (to / "tables.md").write_text("\n\n".join(parts) + "\n")
+    (to / "tables.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     (to / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     _plot_differences({name: at_longest(entries) for name, entries in found.items()}, to / "difference.png")
     _plot_lengths(found, to / "length.png")
     return to / "tables.md"
 
 
-def summarised(lines: Sequence[dict[str, Any]], data_set: str) -> list[dict[str, Any]]:
-    """Return the entries of a data set, best AUC first."""
+def lines_of(lines: Sequence[dict[str, Any]], data_set: str) -> list[dict[str, Any]]:
+    """Return the lines of a data set, those of the model that the others are compared with first."""
     mine = [line for line in lines if line["dataset"] == data_set]
-    return summaries(sorted(mine, key=lambda line: line["model"] != FIRST))
+    return sorted(mine, key=lambda line: line["model"] != FIRST)
 
 
 def at_longest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -263,7 +263,7 @@ def line_of(one: Wanted, partition: Partition, length: int, steps: int | None, d
     config = configuration(one, partition.config, steps)
     data = TrainingData.of(Sequences.from_arrow(rows.sequences, length), rows.items, config)
     with patch.object(loop, "Ranker", PeerRanker):
-        figures = measured(config, data, rows.items, device)
+        figures = measured(config, data, rows, device)
     names = ("targets", "users", "auc", "gauc", "logloss", "epochs", "train_seconds")
     return one._asdict() | {name: figures[name] for name in names}
 

@@ -29,6 +29,7 @@ from infra import settings
 
 TABLE_FILE, PLOTS_FILE = "table.md", "plots.png"
 PLAN, TRAIN, SHOW = "plan", "train", "show"
+EXPOSURES = ("standard", "random")  # what showed a target
 DRAWS = 2_000  # of seeds and users together
 COST_NAMES = dict(zip(COSTS, ("parameters", "training, s", "scoring, ms a target"), strict=True))
 NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
@@ -88,7 +89,7 @@ def _result(only: str | None, plan: Plan, run: ComparisonRun) -> dict[str, Any]:
 def _show(title: str, plan: Plan, wanted: Wanted, run: ComparisonRun) -> None:
     """Write, print and log the table and the plots of what stands."""
     entries = summaries(plan.lines)
-    report = "\n\n".join([title, table(entries), slices_table(entries)])
+    report = "\n\n".join(filter(None, [title, table(entries), slices_table(entries), exposures_table(plan.lines)]))
     files = wanted.out / TABLE_FILE, wanted.out / PLOTS_FILE
     replace_text(files[0], report + "\n")
     plots(entries, title, files[1])
@@ -205,6 +206,33 @@ def slices_table(entries: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {entry['model']} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def exposures_table(found: Sequence[dict[str, Any]]) -> str:
+    """Return a table in Markdown: each model's figures on what the recommender showed beside those on what chance did,
+    a table a length; nothing where chance showed none.
+    """
+    tables = []
+    for length in sorted({line["length"] for line in found if "exposures" in line}, reverse=True):
+        mine = [line for line in found if line["length"] == length and "exposures" in line]
+        parts = {kind: summaries([line | line["exposures"][kind] for line in mine]) for kind in EXPOSURES}
+        random = {entry["model"]: entry for entry in parts["random"]}
+        counts = [f"{kind} ({mine[0]['exposures'][kind]['targets']:,} targets)" for kind in EXPOSURES]
+        first = f"minus {mine[0]['model']}"
+        heads = [cell for count in counts for cell in (f"AUC, {count}", "95 %", first, "95 %", "GAUC", "95 %")]
+        lines = [f"| model, at most {length:,} events | seeds | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+        for entry in parts["standard"]:
+            cells = [entry["model"], str(entry["seeds"]), *_exposed(entry), *_exposed(random[entry["model"]])]
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _exposed(entry: dict[str, Any]) -> list[str]:
+    cells = []
+    for name, form in (("auc", ".4f"), ("difference", "+.4f"), ("gauc", ".4f")):
+        cells += [cell(entry[name], form), _between(entry[f"{name}_low"], entry[f"{name}_high"], form)]
+    return cells
 
 
 def _between(low: float | None, high: float | None, form: str) -> str:

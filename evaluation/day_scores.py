@@ -26,7 +26,7 @@ from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import TableStore
 from evaluation.metrics import CHUNK
 from evaluation.spread import IN_THIS_PROCESS, Bucket, Spread, each_bucket
-from training.data import Sequences
+from training.data import Sequences, target_is_random
 from training.package import Cutoff
 from training.scoring import Scorer, load_scorer
 from training.vocabulary import ItemFeatures
@@ -147,17 +147,13 @@ def targets_of(rows: pa.Table, items: pa.Table, manifest: Manifest) -> dict[str,
     flat = Sequences.from_arrow(rows, Cutoff.of_settings(manifest.settings).max_events)
     judged = np.flatnonzero(flat.target_split == EVALUATION)
     owner, item = np.searchsorted(flat.target_start, judged, side="right") - 1, flat.target_item[judged]
-    is_random = np.zeros(len(judged), bool)
-    if "target_is_random" in rows.column_names:  # a partition that was published before does not say
-        exposed = rows["target_is_random"].combine_chunks().flatten()
-        is_random = exposed.to_numpy(zero_copy_only=False)[judged]
     return {
         "user_id": flat.user_id[owner],
         "item_id": items["item_id"].to_numpy()[item],
         "time_ms": flat.target_time_ms[judged],
         "label": flat.target_label[judged],
         "history_length": flat.target_end[judged] - flat.target_first[judged],
-        "is_random": is_random,
+        "is_random": target_is_random(rows)[judged],
         "context": flat.target_context[judged],
         "train_occurrences": items["train_occurrences"].to_numpy()[item],
     }

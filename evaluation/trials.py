@@ -27,10 +27,11 @@ import torch
 from etl.stage.commands import log, run_stage
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import parse_dt
+from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import TableStore
 from evaluation.metrics import Bootstrap, figures, numbered, thirds
 from training.config import ModelConfig, TrainConfig, load_config
-from training.data import Sequences
+from training.data import Sequences, target_is_random
 from training.loop import TrainingData, Worker, train_model
 from training.model.interests import INTERESTS
 from training.package import Cutoff
@@ -77,6 +78,12 @@ class Rows:
     def of(partition: Partition) -> Rows:
         store = TableStore(partition.warehouse, partition.dataset)
         return Rows(*(store.read(store.require(table, partition.dt)) for table in ("items", "sequences")))
+
+    @property
+    def judged_is_random(self) -> np.ndarray:
+        """Return which evaluation targets random traffic exposed, bool [T]."""
+        split = self.sequences["target_split"].combine_chunks().flatten().to_numpy()
+        return target_is_random(self.sequences)[split == EVALUATION]
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,7 @@ def _measured(trial: Trial, partition: Partition, device: str, jobs: int) -> dic
     config = replace(config, models={trial.model: model_config(trial.model, base)}, seed=trial.seed)
     about = {"model": trial.model, "length": trial.length, "seed": trial.seed}
     try:
-        found = measured(config, _data(partition, trial.length, trial.seed), Rows.of(partition).items, device)
+        found = measured(config, _data(partition, trial.length, trial.seed), Rows.of(partition), device)
         return about | {"device": _name_of(device), "jobs": jobs} | found
     except FloatingPointError as error:
         return about | {"failed": str(error)}
@@ -308,14 +315,14 @@ def _name_of(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else device
 
 
-def measured(config: TrainConfig, data: TrainingData, items: pa.Table, device: str) -> dict[str, Any]:
+def measured(config: TrainConfig, data: TrainingData, rows: Rows, device: str) -> dict[str, Any]:
     """Train the one model of a configuration; return its figures on the evaluation targets.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     [name] = config.models
-    item_id = items["item_id"].to_numpy()
+    item_id = rows.items["item_id"].to_numpy()
     began = time.perf_counter()
     model, result = train_model(name, data, config, Worker(device=device), lambda _: None)
     seconds = time.perf_counter() - began
@@ -327,28 +334,45 @@ def measured(config: TrainConfig, data: TrainingData, items: pa.Table, device: s
         "train_seconds": round(seconds, 2),
         "score_ms_per_target": round(1e3 * (time.perf_counter() - began) / max(1, len(scored.score)), 5),
         "epochs": result.epoch + 1,
-        **quality(scored),
+        **quality(scored, rows.judged_is_random),
     }
 
 
-def quality(scored: ScoredTargets) -> dict[str, Any]:
-    """Return metrics with the intervals of resampled users (None: too few), those of the thirds of history length, and
-    what each resample of the users gives: resample n is of the same users for every model of a partition.
+def quality(scored: ScoredTargets, is_random: np.ndarray) -> dict[str, Any]:
+    """Return the `_resampled` figures of all targets, metrics of the thirds of history length, and `exposures`: the
+    figures of what random traffic exposed, and of the other targets, where there are both.
+
+    Args:
+        is_random: bool [T].
     """
     user = numbered(scored.user_id)[1]
-    bootstrap = Bootstrap(user, scored.label, {"it": scored.score}, RESAMPLES)
-    found: dict[str, Any] = {"targets": len(scored.label), "users": bootstrap.users}
-    for metric in Bootstrap.METRICS:
-        found[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
-        interval = bootstrap.interval("it", metric)
-        bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        found |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
+    found = _resampled(user, scored.label, scored.score)
     slices = []
     for rows in thirds(scored.history_length):
         length = scored.history_length[rows]
         bounds = {"low": int(length.min()), "high": int(length.max()), "targets": len(length)}
         slices.append({**bounds, **figures(user[rows], scored.label[rows], scored.score[rows])})
-    return found | {"slices": slices}
+    found["slices"] = slices
+    if 0 < is_random.sum() < len(is_random):
+        found["exposures"] = {
+            exposure: _resampled(user[rows], scored.label[rows], scored.score[rows])
+            for exposure, rows in (("standard", ~is_random), ("random", is_random))
+        }
+    return found
+
+
+def _resampled(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> dict[str, Any]:
+    """Return metrics with the intervals of resampled users (None: too few), and what each resample of the users gives:
+    resample n is of the same users for every model of a partition.
+    """
+    bootstrap = Bootstrap(user, label, {"it": score}, RESAMPLES)
+    found: dict[str, Any] = {"targets": len(label), "users": bootstrap.users}
+    for metric in Bootstrap.METRICS:
+        found[f"resampled_{metric}"] = [round(value, 5) for value in bootstrap.values["it"][metric][1:].tolist()]
+        interval = bootstrap.interval("it", metric)
+        bounds = {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        found |= {metric: interval.value, **{name: None if np.isnan(end) else end for name, end in bounds.items()}}
+    return found
 
 
 if __name__ == "__main__":

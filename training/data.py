@@ -91,6 +91,15 @@ class Sequences:
         return slice(int(self.target_start[user]), int(self.target_start[user + 1]))
 
 
+def target_is_random(rows: pa.Table) -> np.ndarray:
+    """Return which targets of rows of `sequences` random traffic exposed, bool [T]: none, in a partition that was
+    published before it could say so.
+    """
+    if "target_is_random" not in rows.column_names:
+        return np.zeros(len(rows["target_label"].combine_chunks().flatten()), bool)
+    return rows["target_is_random"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
 @dataclass(frozen=True)
 class Padding:
     """Which part of a batch of a fixed size is real, as tensors: a recorded step reads them anew, and no list.

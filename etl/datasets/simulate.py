@@ -4,6 +4,9 @@ Every user has a lasting taste for each of the topics; whether they click depend
 Tastes are drawn independently, so only their own past feedback on that topic reveals them, and topics recur rarely: a
 model that sees the recent past knows little, one that attends to all of it knows much. Because the click probability is
 known, so is the best AUC that any model can reach; it is printed and stored in SIMULATED.json beside the logs.
+
+With a random share there is a randomly exposed log too, as KuaiRand has one: some pages show one more item, any of all
+with the same chance, while the standard log shows popular ones.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class Simulation:
         length_scale: factor on the real history lengths (log-normal, ln mean 8.97, sd 0.96).
         taste_sd: spread of a user's taste over topics, in logits.
         taste_days: mean days after which a user's taste for a topic is drawn anew; 0 = it lasts.
+        random_share: rows of the randomly exposed log over those of the standard one, at most 1, on average; 0 = there
+            is no such log. The standard log has the same bytes for every share.
     """
 
     users: int = 1_000
@@ -51,6 +56,7 @@ class Simulation:
     topics: int = 40
     taste_sd: float = 1.6
     taste_days: float = 0.0
+    random_share: float = 0.0
     seed: int = 7
     version: int = SIMULATOR_VERSION
 
@@ -66,6 +72,9 @@ def main() -> None:
         "--length-scale", type=float, default=defaults.length_scale, help="factor on the real history lengths"
     )
     parser.add_argument("--items", type=int, default=defaults.items)
+    parser.add_argument(
+        "--random-share", type=float, default=defaults.random_share, help="rows of a log_random_* file over the others"
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args()
     simulation = Simulation(
@@ -74,8 +83,11 @@ def main() -> None:
         days=args.days,
         length_scale=args.length_scale,
         items=args.items,
+        random_share=args.random_share,
         seed=args.seed,
     )
+    if not 0 <= simulation.random_share <= 1:
+        raise StageError(f"the random share is {simulation.random_share}", "give one from 0 to 1")
     if min(simulation.users, simulation.days, simulation.items) < 1 or simulation.length_scale <= 0:
         raise StageError("users, days, items and length scale must be positive", "give larger numbers")
     marker = write_simulation(simulation, Path(args.out))
@@ -107,7 +119,8 @@ def write_simulation(simulation: Simulation, out: Path) -> dict:
     marker_file = out / SIMULATED_MARKER
     if marker_file.exists():
         marker = json.loads(marker_file.read_text())
-        if marker["parameters"] == asdict(simulation):
+        # Logs from before a parameter came have its default.
+        if asdict(Simulation()) | marker["parameters"] == asdict(simulation):
             return marker
     elif out.exists() and any(out.iterdir()):
         raise StageError(
@@ -133,33 +146,60 @@ def _definition() -> DatasetDefinition:
 def _write_all(simulation: Simulation, folder: Path) -> dict:
     rng = np.random.default_rng(simulation.seed)
     items = _items(simulation, rng)
-    log_columns, probability = _log(simulation, items, rng)
-    time_ms = log_columns["time_ms"]
-    best_auc, best_gauc = _best_by_day(time_ms, log_columns["user_id"], log_columns["is_click"], probability)
-    table = pa.table({name: log_columns[name] for name in _definition().logs.columns})
-    duplicated = rng.random(len(time_ms)) < SHARE_DUPLICATES
-    order = np.concatenate([np.arange(len(time_ms)), np.flatnonzero(duplicated)])
-    order = order[np.lexsort((order, time_ms[order], log_columns["user_id"][order]))]
-    table = table.take(pa.array(order))
-    local_day = (table["time_ms"].to_numpy() + SHANGHAI_OFFSET_MS) // MS_PER_DAY
+    standard, taste_DUK = _standard(simulation, items, rng)
+    log_columns = _log_columns(standard, items, rng)
+    duplicated = rng.random(len(standard.user)) < SHARE_DUPLICATES
+    order = np.concatenate([np.arange(len(duplicated)), np.flatnonzero(duplicated)])
+    order = order[np.lexsort((order, standard.time_ms[order], standard.user[order]))]
+    local_day = (standard.time_ms[order] + SHANGHAI_OFFSET_MS) // MS_PER_DAY
     # Two files, as published: the names say which local days they span.
     middle = (int(local_day.min()) + int(local_day.max())) // 2
     for chosen in (local_day <= middle, local_day > middle):
-        if chosen.any():
-            first, last = (dt_of_day_number(int(n)) for n in (local_day[chosen].min(), local_day[chosen].max()))
-            name = f"log_standard_{_short(first)}_to_{_short(last)}_sim.csv"
-            _write_csv(table.filter(pa.array(chosen)), folder / name)
+        _write_log({name: values[order][chosen] for name, values in log_columns.items()}, "standard", folder)
     _write_items(items, simulation, folder, rng)
     _write_users(simulation, folder, rng)
+    by_chance, rng = _by_chance(simulation, standard, items, taste_DUK)
+    chance_columns = _log_columns(by_chance, items, rng) | {"is_rand": np.ones(len(by_chance.user), np.int64)}
+    _write_log(chance_columns, "random", folder)
+    shown = standard.and_also(by_chance)
+    click = np.concatenate([log_columns["is_click"], chance_columns["is_click"]])
+    best_auc, best_gauc = _best_by_day(shown, click)
     return {
         "simulated": True,
         "parameters": asdict(simulation),
-        "rows": table.num_rows,
+        "rows": len(order) + len(by_chance.user),
         "duplicates": int(duplicated.sum()),
-        "click_rate": float(log_columns["is_click"].mean()),
+        "click_rate": float(click.mean()),
         "best_auc_by_dt": best_auc,
         "best_gauc_by_dt": best_gauc,
     }
+
+
+def _write_log(columns: dict[str, np.ndarray], kind: str, folder: Path) -> None:
+    """Write a log file; none without rows."""
+    if len(columns["time_ms"]):
+        local_day = (columns["time_ms"] + SHANGHAI_OFFSET_MS) // MS_PER_DAY
+        first, last = (_short(dt_of_day_number(int(n))) for n in (local_day.min(), local_day.max()))
+        table = pa.table({name: columns[name] for name in _definition().logs.columns})
+        _write_csv(table, folder / f"log_{kind}_{first}_to_{last}_sim.csv")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Exposures.
+
+    Attributes:
+        user, item, time_ms: int64 [E]; probability: float64 [E], of a click.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time_ms: np.ndarray
+    probability: np.ndarray
+
+    def and_also(self, other: _Shown) -> _Shown:
+        """Return these and behind them others."""
+        return _Shown(*map(np.concatenate, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -176,37 +216,56 @@ def _items(simulation: Simulation, rng: np.random.Generator) -> dict[str, np.nda
     }
 
 
-def _log(
+def _standard(
     simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return the columns of all log rows, and the probability of a click on each.
+) -> tuple[_Shown, np.ndarray]:
+    """Return the exposures of the standard log, and the users' tastes, float64 [days or 1, users, topics].
 
     The order of the draws, in here and in what it calls, is part of the simulation: another gives other logs.
     """
-    user, item, time_ms, probability = _shown_with_probability(simulation, items, rng)
-    click = rng.random(len(user)) < probability
-    return _log_columns(user, item, time_ms, click, items["duration_ms"][item], rng), probability
-
-
-def _shown_with_probability(
-    simulation: Simulation, items: dict[str, np.ndarray], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return user, item, time_ms and the probability of a click of every exposure."""
     user, time_ms = _exposures(simulation, rng)
     item = _shown(simulation, items["popularity"], user, rng)
-    taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
+    taste_DUK = _tastes(simulation, rng)
+    return _with_probability(simulation, items, taste_DUK, user, item, time_ms), taste_DUK
+
+
+def _by_chance(
+    simulation: Simulation, standard: _Shown, items: dict[str, np.ndarray], taste_DUK: np.ndarray
+) -> tuple[_Shown, np.random.Generator]:
+    """Return the exposures of the random log: one more item on pages of the standard one, any with the same chance.
+
+    They have a generator of their own, returned for what else is drawn of them: the standard log does not change.
+    """
+    rng = np.random.default_rng((simulation.seed, 1))
+    chosen = rng.random(len(standard.user)) < simulation.random_share
+    user, time_ms = standard.user[chosen], standard.time_ms[chosen]
+    item = rng.integers(0, simulation.items, len(user))
+    return _with_probability(simulation, items, taste_DUK, user, item, time_ms), rng
+
+
+def _with_probability(
+    simulation: Simulation,
+    items: dict[str, np.ndarray],
+    taste_DUK: np.ndarray,
+    user: np.ndarray,
+    item: np.ndarray,
+    time_ms: np.ndarray,
+) -> _Shown:
     day = time_ms // MS_PER_DAY - day_number(simulation.first_dt)
-    logit = -0.6 + _taste_then(taste, user, items["topic"][item], day, simulation, rng) + items["quality"][item]
-    return user, item, time_ms, 1 / (1 + np.exp(-logit))
+    taste = taste_DUK[np.minimum(day, len(taste_DUK) - 1), user, items["topic"][item]]
+    logit = -0.6 + taste + items["quality"][item]
+    return _Shown(user, item, time_ms, 1 / (1 + np.exp(-logit)))
 
 
 def exposures(simulation: Simulation) -> dict[str, np.ndarray]:
     """Return `user_id`, `item_id`, `time_ms` and `probability` (of a click) of every exposure that the logs of a
-    simulation show: what no log says.
+    simulation show, those of the random log last: what no log says.
     """
     rng = np.random.default_rng(simulation.seed)
-    shown = _shown_with_probability(simulation, _items(simulation, rng), rng)
-    return dict(zip(("user_id", "item_id", "time_ms", "probability"), shown, strict=True))
+    items = _items(simulation, rng)
+    standard, taste_DUK = _standard(simulation, items, rng)
+    shown = standard.and_also(_by_chance(simulation, standard, items, taste_DUK)[0])
+    return dict(zip(("user_id", "item_id", "time_ms", "probability"), vars(shown).values(), strict=True))
 
 
 def true_probabilities(logs: Path, user: np.ndarray, item: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
@@ -276,16 +335,10 @@ def _shown(simulation: Simulation, popularity: np.ndarray, user: np.ndarray, rng
     return item
 
 
-def _log_columns(
-    user: np.ndarray,
-    item: np.ndarray,
-    time_ms: np.ndarray,
-    click: np.ndarray,
-    duration: np.ndarray,
-    rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
-    """Return the published columns: what follows from a click, and what a server writes down."""
-    total = len(user)
+def _log_columns(shown: _Shown, items: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return the published columns: clicks, what follows from a click, and what a server writes down."""
+    total, time_ms, duration = len(shown.user), shown.time_ms, items["duration_ms"][shown.item]
+    click = rng.random(total) < shown.probability
     ratio = np.where(click, rng.gamma(4, 0.3, total), rng.gamma(1.2, 0.12, total))
     play = (ratio * np.where(duration > 0, duration, 5_000)).astype(np.int64)
     long_view = click & (play >= np.minimum(18_000, np.where(duration > 0, duration, 18_000)))
@@ -297,8 +350,8 @@ def _log_columns(
     logged_day = logged_ms // MS_PER_DAY
     days, inverse = np.unique(logged_day, return_inverse=True)
     return {
-        "user_id": user,
-        "video_id": item,
+        "user_id": shown.user,
+        "video_id": shown.item,
         "date": np.array([int(dt_of_day_number(int(d)).replace("-", "")) for d in days])[inverse],
         "hourmin": logged_ms % MS_PER_DAY // 3_600_000 * 100,
         "time_ms": time_ms,
@@ -319,22 +372,16 @@ def _log_columns(
     }
 
 
-def _taste_then(
-    taste: np.ndarray,
-    user: np.ndarray,
-    topic: np.ndarray,
-    day: np.ndarray,
-    simulation: Simulation,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Return each event's taste on its day."""
+def _tastes(simulation: Simulation, rng: np.random.Generator) -> np.ndarray:
+    """Return the users' tastes on each day, float64 [days, users, topics]; of one day where they last."""
+    taste = rng.normal(0, simulation.taste_sd, (simulation.users, simulation.topics))
     if not simulation.taste_days:
-        return taste[user, topic]
+        return taste[None]
     by_day = [taste]
     for _ in range(1, simulation.days):
         anew = rng.random(taste.shape) < -np.expm1(-1 / simulation.taste_days)
         by_day.append(np.where(anew, rng.normal(0, simulation.taste_sd, taste.shape), by_day[-1]))
-    return np.stack(by_day)[day, user, topic]
+    return np.stack(by_day)
 
 
 def _hour_profile() -> np.ndarray:
@@ -342,11 +389,11 @@ def _hour_profile() -> np.ndarray:
     return shape / shape.sum()
 
 
-def _best_by_day(
-    time_ms: np.ndarray, user: np.ndarray, click: np.ndarray, probability: np.ndarray
-) -> tuple[dict[str, float], dict[str, float]]:
+def _best_by_day(shown: _Shown, click: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
     best_auc, best_gauc = {}, {}
-    day = time_ms // MS_PER_DAY
+    order = np.argsort(shown.user, kind="stable")
+    user, probability, click = shown.user[order], shown.probability[order], click[order]
+    day = shown.time_ms[order] // MS_PER_DAY
     for number in np.unique(day):
         of_day = day == number
         dt = dt_of_day_number(int(number))

@@ -11,7 +11,7 @@ from benchmarks.comparison import SETS, SWEPT
 from benchmarks.comparison_page import write_page
 from etl.datasets.definition import dataset
 from evaluation.trials import RESAMPLES, RESULTS_FILE
-from tests.evaluation.test_compare import line
+from tests.evaluation.test_compare import exposed, line
 from training.model.interests import INTERESTS
 
 
@@ -29,9 +29,12 @@ def test_the_page_has_a_table_a_set_and_plots_of_what_was_trained(tmp_path):
     lines = [line(model, seed, auc + seed / 1_000, noise) for model, auc in aucs.items() for seed in (1, 2)]
     lines += [line("vql", 1, 0.65, noise) | {"length": 3}]
     both = [one | {"dataset": name} for name in ("two", "one") for one in lines]
+    both.append(exposed("vql", 3, 0.72, 0.61, noise) | {"dataset": "two"})
     (tmp_path / RESULTS_FILE).write_text("\n".join(map(json.dumps, both)) + "\n")
     text = write_page(tmp_path, ["one", "two", "not trained"], tmp_path / "out").read_text()
     assert [row for row in text.splitlines() if row.startswith("#")] == ["## one", "## two"]
+    of_two = text.split("## two")[1]
+    assert "AUC, random" in of_two and "| vql | 1 | 0.7200 |" in of_two and "AUC, random" not in text.split("## two")[0]
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " | 9 | " in row]
     assert [row[0] for row in rows] == ["| vql", "| eta", "| din"] * 2  # the best first, at the longest length alone
     assert [row[6] for row in rows[:3]] == ["-", "-0.0100", "-0.0200"]  # minus vql, whatever was trained first

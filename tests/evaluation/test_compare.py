@@ -15,17 +15,19 @@ from mlflow import MlflowClient
 
 from etl.stage.errors import StageError, TryAgainError
 from etl.stage.identity import RUN_URL_VARIABLE
+from etl.warehouse.schemas import EVALUATION
 from etl.warehouse.store import TableStore
 from evaluation import compare, trials
-from evaluation.compare import slices_table, summaries, table
+from evaluation.compare import exposures_table, slices_table, summaries, table
 from evaluation.log_comparison import training_name
-from evaluation.metrics import LEAST_USERS
+from evaluation.metrics import LEAST_USERS, auc
 from evaluation.trials import RESAMPLES, Trial, model_config, read, trials_of
 from tests.evaluation.conftest import DATASET, DT
 from tests.processes import free_port
 from tests.test_arrows import ROOT
 from training.config import ModelConfig
 from training.model.interests import INTERESTS
+from training.scoring import ScoredTargets
 from training.tracking import NAME_TAG, NOTE_TAG, runs_below
 
 
@@ -132,6 +134,61 @@ def test_intervals_are_over_seeds_and_users_and_differences_are_paired():
     assert reach(second, "difference") == pytest.approx(2 * seeds_alone, rel=0.15)
     few = [one | {"users": LEAST_USERS - 1} for one in ours]
     assert summaries(few)[0]["auc_low"] is None and "| 0.7500 | - | 0.0079 |" in table(summaries(few))
+
+
+def test_a_result_has_the_figures_of_what_chance_exposed_and_of_the_others(stages, tmp_path, monkeypatch, capsys):
+    run(stages, tmp_path / "out", monkeypatch, capsys, "mean_pooling", "--lengths", "8")
+    [found] = read(tmp_path / "out" / "results.jsonl")
+    rows = trials.Rows.of(trials.Partition(str(stages.warehouse), DATASET, DT, "tiny"))
+    expected = [
+        is_random
+        for user in rows.sequences.to_pylist()
+        for is_random, split in zip(user["target_is_random"], user["target_split"], strict=True)
+        if split == EVALUATION
+    ]
+    assert rows.judged_is_random.tolist() == expected
+    parts = found["exposures"]
+    assert parts["random"]["targets"] == sum(expected) > 0
+    assert parts["standard"]["targets"] == len(expected) - sum(expected) > 0
+    assert all(len(part[f"resampled_{name}"]) == RESAMPLES for part in parts.values() for name in ("auc", "gauc"))
+    assert "| mean_pooling | 1 |" in (tmp_path / "out" / "table.md").read_text().split("AUC, random")[1]
+
+
+def test_figures_of_an_exposure_are_those_of_its_targets_alone():
+    rng = np.random.default_rng(0)
+    user, label, is_random = np.repeat(np.arange(50), 8), rng.integers(0, 2, 400).astype(np.int8), rng.random(400) < 0.3
+    score = np.where(is_random, rng.random(400), 0.8 * label + 0.1).astype(np.float32)
+    scored = ScoredTargets(user, user, user, label, score, np.arange(400))
+    whole = trials.quality(scored, is_random)
+    assert whole["exposures"]["standard"]["auc"] == whole["exposures"]["standard"]["gauc"] == 1
+    assert whole["exposures"]["random"]["auc"] == auc(label[is_random], score[is_random]) < 0.7
+    assert "exposures" not in trials.quality(scored, np.zeros(400, bool))
+    assert "exposures" not in trials.quality(scored, np.ones(400, bool))
+
+
+def exposed(model: str, seed: int, standard: float, random: float, noise: np.ndarray) -> dict:
+    """A line of results whose AUC and GAUC are these on what the recommender and on what chance showed."""
+    whole, parts = line(model, seed, standard, noise), {}
+    for kind, value in (("standard", standard), ("random", random)):
+        part = line(model, seed, value, noise) | {"gauc": value - 0.1, "targets": 7, "users": 100}
+        part["resampled_gauc"] = (value - 0.1 + noise).tolist()
+        parts[kind] = {name: value for name, value in part.items() if name not in ("model", "length", "seed", "slices")}
+    return whole | {"exposures": parts}
+
+
+def test_what_chance_showed_stands_beside_what_the_recommender_did_with_intervals_and_paired_differences():
+    noise = np.random.default_rng(0).normal(0, 0.01, RESAMPLES)
+    lines = [exposed("vql", seed, 0.70, 0.60, noise) for seed in (1, 2)]
+    lines += [exposed("din", seed, 0.72, 0.55, noise) for seed in (1, 2)]
+    old = [line("eta", 1, 0.9, noise)]  # from before results said it
+    head, _, best, second = (row.split(" | ") for row in exposures_table(lines + old).splitlines())
+    assert head[2] == "AUC, standard (7 targets)" and head[8] == "AUC, random (7 targets)"
+    assert best[:3] == ["| din", "2", "0.7200"] and second[:3] == ["| vql", "2", "0.7000"]
+    assert (best[4], best[5], best[6]) == ("+0.0200", "+0.0200 to +0.0200", "0.6200")
+    assert (best[8], best[10], best[12], second[8], second[10]) == ("0.5500", "-0.0500", "0.4500", "0.6000", "-")
+    low, high = (float(end) for end in second[9].split(" to "))
+    assert low < 0.59 < 0.61 < high
+    assert exposures_table(old) == ""
 
 
 def test_a_kind_that_the_rows_cannot_have_is_said_and_the_others_are_trained(stages, tmp_path, monkeypatch, capsys):

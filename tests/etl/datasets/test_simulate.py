@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -11,7 +12,7 @@ import pyarrow.csv as pacsv
 import pytest
 
 from etl.datasets.definition import SIMULATED_MARKER, dataset
-from etl.datasets.simulate import Simulation, write_simulation
+from etl.datasets.simulate import Simulation, exposures, true_probabilities, write_simulation
 from etl.stage.errors import StageError
 from etl.warehouse.partitions import MS_PER_DAY
 
@@ -55,6 +56,45 @@ def test_the_same_parameters_give_the_same_bytes_and_another_seed_gives_others(t
     write_simulation(Simulation(users=80, days=4, items=300, seed=8), tmp_path / "c")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert digests(tmp_path / "a") != digests(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("taste_days", "rows"), [(0.0, "c7ad8477cc723ea6"), (2.0, "c787f0ce90dcd074")])
+def test_the_rows_of_a_simulation_are_those_of_before_random_logs_came_whatever_their_share(tmp_path, taste_days, rows):
+    for share in (0.0, 0.3):
+        small = Simulation(users=40, days=3, items=200, length_scale=0.01, taste_days=taste_days, random_share=share)
+        write_simulation(small, tmp_path / str(share))
+        files = [path for path in sorted((tmp_path / str(share)).glob("*.csv")) if "log_random" not in path.name]
+        assert hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] == rows
+        assert len(files) == 4 and any((tmp_path / str(share)).glob("log_random_*")) == (share > 0)
+
+
+def test_logs_that_were_written_before_a_parameter_came_are_not_written_anew(tmp_path):
+    marker = write_simulation(SMALL, tmp_path / "raw")
+    del marker["parameters"]["random_share"]
+    (tmp_path / "raw" / SIMULATED_MARKER).write_text(json.dumps(marker))
+    assert write_simulation(SMALL, tmp_path / "raw") == marker
+    assert write_simulation(dataclasses.replace(SMALL, random_share=0.1), tmp_path / "raw") != marker
+
+
+def test_chance_shows_any_item_as_often_on_the_days_of_the_standard_log_and_users_click_as_they_would(tmp_path):
+    simulation = dataclasses.replace(SMALL, length_scale=0.1, random_share=0.5)
+    marker = write_simulation(simulation, tmp_path / "raw")
+    [path] = (tmp_path / "raw").glob("log_random_*.csv")
+    by_chance, standard = pacsv.read_csv(path), pa.concat_tables(logs_of(tmp_path / "raw"))
+    assert tuple(by_chance.column_names) == KUAIRAND_LOG_COLUMNS
+    assert set(by_chance["is_rand"].to_pylist()) == {1} and set(standard["is_rand"].to_pylist()) == {0}
+    assert by_chance.num_rows + standard.num_rows == marker["rows"]
+    assert by_chance.num_rows / standard.num_rows == pytest.approx(0.5, rel=0.05)
+    days = [set((table["time_ms"].to_numpy() // MS_PER_DAY).tolist()) for table in (by_chance, standard)]
+    assert days[0] == days[1] and len(days[0]) == 4
+    # The standard log shows the most popular tenth of 300 items 40 % of the time, chance shows every tenth alike.
+    tenth = [(table["video_id"].to_numpy() < 30).mean() for table in (by_chance, standard)]
+    assert tenth[0] == pytest.approx(0.1, abs=0.02) and tenth[1] > 0.35
+    of = (by_chance[name].to_numpy() for name in ("user_id", "video_id", "time_ms"))
+    probability, click = true_probabilities(tmp_path / "raw", *of), by_chance["is_click"].to_numpy()
+    spread = float(np.sqrt((probability * (1 - probability)).sum()))
+    assert abs(click.sum() - probability.sum()) < 4 * spread and np.corrcoef(click, probability)[0, 1] > 0.4
+    assert len(exposures(simulation)["user_id"]) == marker["rows"] - marker["duplicates"]
 
 
 def test_layout_and_quirks_are_the_published_ones(tmp_path):
