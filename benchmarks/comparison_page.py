@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def write_page(results: Path, sets: Sequence[str], to: Path) -> Path:
     for name, entries in found.items():
         longest = at_longest(entries)
         exposed = [line for line in trained[name] if line["length"] == longest[0]["length"]]
+        swept = at_several(entries)
         parts += [f"## {name}", table(longest), slices_table(longest), exposures_table(exposed)]
+        parts += [f"### {name} by length", table(swept)] if swept else []
     to.mkdir(parents=True, exist_ok=True)
     (to / "tables.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     (to / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -50,6 +53,12 @@ def at_longest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lengths = [entry["length"] for entry in entries]
     best = max(set(lengths), key=lambda length: (lengths.count(length), length))
     return [entry for entry in entries if entry["length"] == best]
+
+
+def at_several(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of the models that were trained at several lengths, the shortest length first."""
+    lengths = Counter(entry["model"] for entry in entries)
+    return sorted((entry for entry in entries if lengths[entry["model"]] > 1), key=lambda entry: entry["length"])
 
 
 def _panels(number: int, height: float) -> tuple[Figure, list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -32,11 +33,14 @@ def test_the_page_has_a_table_a_set_and_plots_of_what_was_trained(tmp_path):
     both.append(exposed("vql", 3, 0.72, 0.61, noise) | {"dataset": "two"})
     (tmp_path / RESULTS_FILE).write_text("\n".join(map(json.dumps, both)) + "\n")
     text = write_page(tmp_path, ["one", "two", "not trained"], tmp_path / "out").read_text()
-    assert [row for row in text.splitlines() if row.startswith("#")] == ["## one", "## two"]
+    heads = ["## one", "### one by length", "## two", "### two by length"]
+    assert [row for row in text.splitlines() if row.startswith("#")] == heads
     of_two = text.split("## two")[1]
     assert "AUC, random" in of_two and "| vql | 1 | 0.7200 |" in of_two and "AUC, random" not in text.split("## two")[0]
-    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " | 9 | " in row]
-    assert [row[0] for row in rows] == ["| vql", "| eta", "| din"] * 2  # the best first, at the longest length alone
+    rows = [row.split(" | ") for row in text.split("## two")[0].splitlines() if re.match(r"\| \w+ \| [39] \|", row)]
+    # The best first, at the longest length alone; then those of several lengths, the shortest first.
+    models = [(row[0], row[1]) for row in rows]
+    assert models == [("| vql", "9"), ("| eta", "9"), ("| din", "9"), ("| vql", "3"), ("| vql", "9")]
     assert [row[6] for row in rows[:3]] == ["-", "-0.0100", "-0.0200"]  # minus vql, whatever was trained first
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {entry["length"] for entry in summary["one"]} == {3, 9}
