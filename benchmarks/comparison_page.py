@@ -27,18 +27,18 @@ def write_page(results: Path, sets: Sequence[str], to: Path) -> Path:
     lines = read(results / RESULTS_FILE)
     trained = {name: mine for name in sets if (mine := lines_of(lines, name))}
     found = {name: summaries(mine) for name, mine in trained.items()}
+    swept = {name: several for name, entries in found.items() if (several := at_several(entries))}
     parts = []
     for name, entries in found.items():
         longest = at_longest(entries)
         exposed = [line for line in trained[name] if line["length"] == longest[0]["length"]]
-        swept = at_several(entries)
         parts += [f"## {name}", table(longest), slices_table(longest), exposures_table(exposed)]
-        parts += [f"### {name} by length", table(swept)] if swept else []
+        parts += [f"### {name} by length", table(swept[name])] if name in swept else []
     to.mkdir(parents=True, exist_ok=True)
     (to / "tables.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     (to / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     _plot_differences({name: at_longest(entries) for name, entries in found.items()}, to / "difference.png")
-    _plot_lengths(found, to / "length.png")
+    _plot_lengths(swept, to / "length.png")
     return to / "tables.md"
 
 
@@ -62,7 +62,7 @@ def at_several(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _panels(number: int, height: float) -> tuple[Figure, list[Any]]:
-    rows = -(-number // COLUMNS)
+    rows = max(1, -(-number // COLUMNS))
     figure = Figure(figsize=(12, height * rows), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
     for unused in axes[number:]:
@@ -89,15 +89,14 @@ def _plot_differences(found: Mapping[str, list[dict[str, Any]]], path: Path) -> 
 
 
 def _plot_lengths(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw AUC against the events that a target sees, for the models that were trained at several lengths."""
+    """Draw AUC against the events that a target sees, of models that were trained at several lengths."""
     figure, panels = _panels(len(found), 3.4)
     for axes, (name, entries) in zip(panels, found.items(), strict=False):
         for model in sorted({entry["model"] for entry in entries}):
             mine = sorted((e for e in entries if e["model"] == model and e["auc"]), key=lambda e: e["length"])
-            if len(mine) > 1:
-                sd = [entry["auc_sd"] or 0.0 for entry in mine]
-                lengths, auc = [entry["length"] for entry in mine], [entry["auc"] for entry in mine]
-                axes.errorbar(lengths, auc, sd, marker="o", ms=3, capsize=2, lw=1, label=model)
+            sd = [entry["auc_sd"] or 0.0 for entry in mine]
+            lengths, auc = [entry["length"] for entry in mine], [entry["auc"] for entry in mine]
+            axes.errorbar(lengths, auc, sd, marker="o", ms=3, capsize=2, lw=1, label=model)
         axes.set_xscale("log")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("events that a target sees at most", fontsize=8)

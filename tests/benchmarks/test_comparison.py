@@ -45,3 +45,5 @@ def test_the_page_has_a_table_a_set_and_plots_of_what_was_trained(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {entry["length"] for entry in summary["one"]} == {3, 9}
     assert all((tmp_path / "out" / name).stat().st_size > 1_000 for name in ("difference.png", "length.png"))
+    (tmp_path / RESULTS_FILE).write_text("\n".join(json.dumps(one) for one in both if one["length"] == 9) + "\n")
+    assert "by length" not in write_page(tmp_path, ["one"], tmp_path / "out").read_text()
