@@ -7,7 +7,8 @@ what comes back here is what describes them.
 from __future__ import annotations
 
 import argparse
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from training.scoring import AUTO, CPU, CUDA, DEVICES, device_of
 
 Made = TypeVar("Made", covariant=True)
 Bucket = Sequence[DataFile]
-LOSSES = 4  # a worker that is lost is replaced so often before the stage gives up
+LOSSES = 4  # workers that one bucket may cost before the stage gives up
+REPLACEMENT_SECONDS = 120  # in which nobody is at work, since those that replace lost workers wait for room
 
 
 class Work(Protocol[Made]):
@@ -98,6 +100,9 @@ class _Worker(Generic[Made]):
         self.work, self.device = work, device
         self.do: Callable[[Bucket], Made] | None = None
 
+    def starts(self) -> None:
+        """Return once it has room and runs."""
+
     def made_of(self, bucket: Bucket) -> Made:
         if self.do is None:
             self.do = self.work.begin(self.device)
@@ -133,47 +138,84 @@ def _over_ray(work: Work[Made], buckets: Sequence[Bucket], spread: Spread, attem
         if spread.device == CUDA and not gpus:
             raise StageError("--device cuda: no node of Ray has a GPU", "give --device auto, or add nodes")
         count = wait_for_workers(least, most, gpus)
-        actor = ray.remote(_Worker).options(
-            num_cpus=1, num_gpus=int(gpus), max_restarts=LOSSES, max_task_retries=LOSSES
-        )
-        return _dealt([actor.remote(work, CUDA if gpus else CPU) for _ in range(count)], buckets)
+        actor = ray.remote(_Worker).options(num_cpus=1, num_gpus=int(gpus))
+        return _Dealing(lambda: actor.remote(work, CUDA if gpus else CPU), count, buckets).run()
     finally:
         ray.shutdown()
 
 
-def _dealt(workers: list[Any], buckets: Sequence[Bucket]) -> list[Any]:
-    """Let each worker have the next bucket as soon as it is done with one.
+class _Dealing:
+    """Buckets and the workers that they are dealt to, each the next one as soon as it is done with one.
 
-    Ray replaces a worker that is lost and gives it the same bucket again, which it writes the same bytes of.
+    A worker that is lost is replaced where there is room. Whoever is free next has its bucket again, and writes the
+    same bytes of it.
+
+    Args:
+        start: starts a worker, which may wait for room.
     """
-    import ray
 
-    watch, waiting, free = HeadWatch(), deque(enumerate(buckets)), list(workers)
-    at_work: dict[Any, tuple[int, Any]] = {}
-    made: list[Any] = [None] * len(buckets)
-    while waiting or at_work:
-        while waiting and free:
-            (place, bucket), worker = waiting.popleft(), free.pop()
-            at_work[worker.made_of.remote(bucket)] = place, worker
-        done, _ = ray.wait(list(at_work), timeout=HEAD_CHECK_SECONDS)
-        watch.look("run the same command again", heard=bool(done))
-        for reference in done:
-            place, worker = at_work.pop(reference)
-            made[place] = _fetched(reference, buckets[place])
-            free.append(worker)
-    return made
+    def __init__(self, start: Callable[[], Any], count: int, buckets: Sequence[Bucket]) -> None:
+        self.start, self.buckets = start, buckets
+        self.waiting = deque(range(len(buckets)))
+        self.made: list[Any] = [None] * len(buckets)
+        self.losses: Counter[int | None] = Counter()
+        self.awaited: dict[Any, tuple[Any, int | None]] = {}  # worker and its bucket, none while it starts
+        for _ in range(count):
+            self._add_worker()
 
+    def run(self) -> list[Any]:
+        """Return what comes of every bucket."""
+        import ray
 
-def _fetched(reference: Any, bucket: Bucket) -> Any:
-    import ray
+        watch, worked_at = HeadWatch(), time.monotonic()
+        while self.waiting or self._is_worked():
+            done, _ = ray.wait(list(self.awaited), timeout=HEAD_CHECK_SECONDS)
+            watch.look("run the same command again", heard=bool(done))
+            for reference in done:
+                self._take(reference)
+            if done or self._is_worked():
+                worked_at = time.monotonic()
+            elif time.monotonic() > worked_at + REPLACEMENT_SECONDS:
+                raise TryAgainError(
+                    f"no worker had room for {REPLACEMENT_SECONDS} s: nodes were lost, or others use the cluster",
+                    "run the same command again once nodes are back or others have ended, or with fewer --workers",
+                )
+        return self.made
 
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        reason = first_line(error)[:300]
-        what = f"{bucket[0].path}: the worker that had it was lost, {LOSSES + 1} times: {reason}"
-        raise TryAgainError(
-            what, "run the same command again, or with fewer --workers where memory is short"
-        ) from error
+    def _is_worked(self) -> bool:
+        return any(place is not None for _, place in self.awaited.values())
+
+    def _add_worker(self) -> None:
+        worker = self.start()
+        self.awaited[worker.starts.remote()] = worker, None
+
+    def _take(self, reference: Any) -> None:
+        """Take what a worker is done with, and give it the next bucket."""
+        import ray
+
+        worker, place = self.awaited.pop(reference)
+        try:
+            made = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            self._lose(place, error)
+            return
+        if place is not None:
+            self.made[place] = made
+        if self.waiting:
+            place = self.waiting.popleft()
+            self.awaited[worker.made_of.remote(self.buckets[place])] = worker, place
+
+    def _lose(self, place: int | None, error: Exception) -> None:
+        """Put the bucket of a lost worker back, and start another worker."""
+        self.losses[place] += 1
+        if self.losses[place] > LOSSES:
+            whose = "a worker" if place is None else f"{self.buckets[place][0].path}: the worker that had it"
+            raise TryAgainError(
+                f"{whose} was lost, {self.losses[place]} times: {first_line(error)[:300]}",
+                "run the same command again, or with fewer --workers where memory is short",
+            ) from error
+        if place is not None:
+            self.waiting.appendleft(place)
+        self._add_worker()

@@ -62,12 +62,12 @@ class Cluster:
         while len(self.nodes) <= nodes:
             self._start(f"--address={self.address}", "--num-cpus=1", f"--node-ip-address=127.0.0.{self.started + 1}")
 
-    def lose(self, which: int) -> None:
-        """Kill all of one of the nodes on which a worker trains."""
-        training = [node for node in self.nodes if any(runs(process, "RayTrainWorker") for process in node.family())]
-        assert len(training) == 2
-        training[which].stop()
-        self.nodes.remove(training[which])
+    def lose(self, which: int, of: str = "RayTrainWorker") -> None:
+        """Kill all of one of the two nodes on which a worker is."""
+        at_work = [node for node in self.nodes if any(runs(process, of) for process in node.family())]
+        assert len(at_work) == 2
+        at_work[which].stop()
+        self.nodes.remove(at_work[which])
 
     def train(self, words: list[str], limit: int, **more: str) -> Started:
         """Start a training that goes to a step and no further."""
