@@ -1,4 +1,4 @@
-"""Every kind of interest on seven data sets, five seeds each: the tables and plots of docs/comparison.md.
+"""Every kind of interest on seven data sets, five seeds each: tables and plots of docs/comparison.md.
 
     python -m benchmarks.comparison prepare --to var/comparison  # Spark; an hour on two busy cores
     python -m benchmarks.comparison train --to var/comparison    # torch alone; minutes on a GPU with --jobs 14

@@ -101,8 +101,8 @@ def loop_figures(
     """Train from a Parquet file, and return samples a second, the share of time that the device waits for its host, and
     on a GPU the share in which no kernel runs: between those of a recorded step, too.
 
-    Of the best of the epochs after the first, its begin included, but for validation; the kernels are those of some
-    steps of the last epoch. On a CPU steps wait for their batches.
+    Of the best of the epochs after the first, its begin included but for the waits, without validation; the kernels are
+    those of some steps of the last epoch. On a CPU steps wait for their batches.
 
     Args:
         users, length, targets: as in `loop_rows`.

@@ -25,7 +25,7 @@ from training.scoring import AUTO, CPU, CUDA, DEVICES, device_of
 
 Made = TypeVar("Made", covariant=True)
 Bucket = Sequence[DataFile]
-LOSSES = 4  # workers that one bucket may cost before the stage gives up
+LOSSES = 4  # workers that one bucket, and all starts together, may cost before the stage gives up
 REPLACEMENT_SECONDS = 120  # in which nobody is at work, since those that replace lost workers wait for room
 
 
@@ -168,12 +168,12 @@ class _Dealing:
         import ray
 
         watch, worked_at = HeadWatch(), time.monotonic()
-        while self.waiting or self._is_worked():
+        while self.waiting or self._anyone_at_work():
             done, _ = ray.wait(list(self.awaited), timeout=HEAD_CHECK_SECONDS)
             watch.look("run the same command again", heard=bool(done))
             for reference in done:
                 self._take(reference)
-            if done or self._is_worked():
+            if done or self._anyone_at_work() or not self.losses:
                 worked_at = time.monotonic()
             elif time.monotonic() > worked_at + REPLACEMENT_SECONDS:
                 raise TryAgainError(
@@ -182,7 +182,7 @@ class _Dealing:
                 )
         return self.made
 
-    def _is_worked(self) -> bool:
+    def _anyone_at_work(self) -> bool:
         return any(place is not None for _, place in self.awaited.values())
 
     def _add_worker(self) -> None:
@@ -211,9 +211,10 @@ class _Dealing:
         """Put the bucket of a lost worker back, and start another worker."""
         self.losses[place] += 1
         if self.losses[place] > LOSSES:
-            whose = "a worker" if place is None else f"{self.buckets[place][0].path}: the worker that had it"
+            named = None if place is None else self.buckets[place][0].path
+            what = "workers were lost as they started" if named is None else f"{named}: the worker that had it was lost"
             raise TryAgainError(
-                f"{whose} was lost, {self.losses[place]} times: {first_line(error)[:300]}",
+                f"{what}, {self.losses[place]} times: {first_line(error)[:300]}",
                 "run the same command again, or with fewer --workers where memory is short",
             ) from error
         if place is not None:

@@ -157,8 +157,11 @@ def _lanes(config: ModelConfig) -> int:
     return 17 + 5 * config.kernel_components
 
 
-def _codes(config: ModelConfig) -> int:
-    return config.codes if isinstance(config.codes, int) else max(config.codes)
+def _codes(config: ModelConfig) -> float:
+    """Return the codewords of a group; of groups with numbers of their own the mean: each has an equal part of the
+    width.
+    """
+    return config.codes if isinstance(config.codes, int) else sum(config.codes) / len(config.codes)
 
 
 def _logits_of_codes(counts: Counts, config: ModelConfig) -> Work:

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m training.torchrun --dataset D --warehouse W --dt YYYY-MM-DD --attempt A --runs RUNS
 
-Several machines share the folder of runs. With `--max-restarts N` a lost process costs the steps since the last
-checkpoint; so does the same command, run again.
+Several machines (`--nnodes N --rdzv-backend c10d --rdzv-endpoint HOST:PORT` on each) share the folder of runs. With
+`--max-restarts N` a lost process costs the steps since the last checkpoint; so does the same command, run again.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from etl.stage.commands import run_stage
+from etl.stage.errors import TryAgainError
 from training.job import take_share_of_cores, train_all
-from training.loop import Worker, from_first
+from training.loop import LONGEST_STEP_S, Worker, from_first
 from training.train import train, training_parser
 
-LONGEST_MEETING_S = 300.0
+LONGEST_MEETING_S = 1.5 * LONGEST_STEP_S  # a worker whose step waits for lost ones ends first, and comes anew
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
 
 def _join() -> Worker:
     store, rank, world = next(rendezvous("env://"))
-    store = dist.PrefixStore(_name_of_start(store, rank, world), store)
+    store = dist.PrefixStore(name_of_start(store, rank, world), store)
     take_share_of_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -47,31 +49,48 @@ def _join() -> Worker:
     return Worker(rank, world)
 
 
-def _name_of_start(store: dist.Store, rank: int, world: int) -> str:
+def name_of_start(store: dist.Store, rank: int, world: int, patience_s: float = LONGEST_MEETING_S) -> str:
     """Agree with the other workers upon a name that no start before had.
 
     torchrun keeps its store over restarts, with the addresses of workers that are gone, and counts restarts on each
-    machine for itself (https://github.com/pytorch/pytorch/issues/135712).
+    machine for itself (https://github.com/pytorch/pytorch/issues/135712). The first worker answers whoever says hello
+    with a name of its own: what a dead one wrote is answered and never heard. Nobody of an earlier start may be alive,
+    as is so on one machine, and with the rendezvous c10d.
 
     Raises:
-        TimeoutError, dist.DistStoreError: the others did not come.
+        TryAgainError: the others did not come.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", mine)
+        try:
+            store.wait([f"answer/{mine}"], timedelta(seconds=patience_s))
+        except dist.DistStoreError as error:
+            raise _alone(f"worker 0 did not answer worker {rank}", patience_s) from error
         name = store.get(f"answer/{mine}").decode()
-        store.set(f"heard/{name}/{rank}", "")
+        store.set(f"heard/{name}/{rank}", mine)
         return name
-    waiting, end = set(range(1, world)), time.monotonic() + LONGEST_MEETING_S
+    waiting, end = set(range(1, world)), time.monotonic() + patience_s
     while waiting:
         if time.monotonic() > end:
-            raise TimeoutError(f"workers {sorted(waiting)} of {world} did not come within {LONGEST_MEETING_S:.0f} s")
-        for other in waiting:  # whose hello may be of the start before: another follows
-            if store.check([f"hello/{other}"]):
-                store.set(f"answer/{store.get(f'hello/{other}').decode()}", mine)
-        waiting = {other for other in waiting if not store.check([f"heard/{mine}/{other}"])}
+            raise _alone(f"workers {sorted(waiting)} of {world} did not come", patience_s)
+        waiting = {other for other in range(1, world) if not _has_heard(store, other, mine)}
         time.sleep(0.01)
     return mine
+
+
+def _has_heard(store: dist.Store, rank: int, name: str) -> bool:
+    """Answer a worker's hello with the name, and say whether the one that said it has heard."""
+    hello, heard = f"hello/{rank}", f"heard/{name}/{rank}"
+    if not store.check([hello]):
+        return False
+    other = store.get(hello)
+    store.set(f"answer/{other.decode()}", name)
+    return store.check([heard]) and store.get(heard) == other
+
+
+def _alone(what: str, patience_s: float) -> TryAgainError:
+    return TryAgainError(f"{what} within {patience_s:.0f} s", "run the same command again")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--items", type=int, default=defaults.items)
     parser.add_argument(
-        "--random-share", type=float, default=defaults.random_share, help="rows of a log_random_* file over the others"
+        "--random-share", type=float, default=defaults.random_share, help="rows of the random log over others, 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args()
@@ -252,7 +252,7 @@ def _with_probability(
     time_ms: np.ndarray,
 ) -> _Shown:
     day = time_ms // MS_PER_DAY - day_number(simulation.first_dt)
-    taste = taste_DUK[np.minimum(day, len(taste_DUK) - 1), user, items["topic"][item]]
+    taste = taste_DUK[0 if len(taste_DUK) == 1 else day, user, items["topic"][item]]
     logit = -0.6 + taste + items["quality"][item]
     return _Shown(user, item, time_ms, 1 / (1 + np.exp(-logit)))
 

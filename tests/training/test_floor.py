@@ -70,6 +70,12 @@ def test_products_in_fp32_are_three_in_tf32_and_no_slower():
     assert floor_in["fp32"] <= 3 * floor_in["tf32"]
 
 
+def test_groups_with_numbers_of_codes_of_their_own_count_each_its_part_of_the_width():
+    counts = Counts(targets=32_768, events=131_072, pairs=32_768 * 4_096, segments=256)
+    of_codes = [least_ms(H100, counts, ModelConfig(codes=codes), "bf16", 1) for codes in (64, (32, 32, 96, 96), 96)]
+    assert of_codes[0] == of_codes[1] < of_codes[2]
+
+
 def test_no_floor_is_given_for_a_kind_that_is_not_counted():
     windowed = ModelConfig(interest="recent_attention", recent_window=200)
     assert least_ms(H100, of_long_histories(2), windowed, "bf16", 1) is None

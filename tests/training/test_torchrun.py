@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
+from etl.stage.errors import TryAgainError
 from etl.stage.local_files import replace_text
 from tests.processes import Started, free_port, runs, start
 from tests.training import test_train
@@ -20,9 +24,48 @@ from tests.training.test_train import ROOT, check_run, check_same_models, comman
 from tests.waiting import wait_for
 from training.configs import tiny
 from training.job import load_training_data
+from training.torchrun import name_of_start
 
 warehouse = test_train.warehouse
 STEPS_TO_MISS = 3  # that a training may take behind the point of a kill
+
+
+def names_of(store: dist.Store, ranks: list[int], world: int) -> list[str]:
+    """Let workers of one start meet; return the names that they agreed upon."""
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: found.__setitem__(rank, name_of_start(store, rank, world, 20.0)))
+        for rank in ranks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in ranks]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]], ids=str)
+def test_each_start_meets_by_a_name_of_its_own_whatever_earlier_ones_left(order):
+    store = dist.HashStore()
+    store.set("hello/1", "died before it was answered")
+    first, second = (names_of(store, order, 3) for _ in range(2))
+    assert len(set(first)) == len(set(second)) == 1 and set(first) != set(second)
+
+
+def test_a_worker_that_heard_and_is_started_again_while_others_are_waited_for_hears_the_same():
+    store, late = dist.HashStore(), []
+    first = threading.Thread(target=lambda: late.append(names_of(store, [0, 1], 3)))
+    first.start()
+    time.sleep(0.3)
+    assert name_of_start(store, 1, 3, 5.0) == name_of_start(store, 2, 3, 5.0)
+    first.join()
+    assert len(set(late[0])) == 1
+
+
+@pytest.mark.parametrize(("rank", "who"), [(0, r"workers \[1, 2\] of 3 did not come"), (1, "worker 0 did not answer")])
+def test_a_worker_that_comes_alone_says_so_and_is_worth_another_try(rank, who):
+    with pytest.raises(TryAgainError, match=f"{who}.* within 0 s"):
+        name_of_start(dist.HashStore(), rank, 3, 0.2)
 
 
 def workers(agent: Started) -> list[psutil.Process]:
@@ -55,7 +98,7 @@ def check_ended(agents: list[Started], folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_workers_of_torchrun_cost_a_restart_each_and_no_bit(tmp_path, warehouse):
+def test_killed_workers_of_torchrun_are_started_again_and_come_to_the_same_bits(tmp_path, warehouse):
     steps = steps_of_a_model(load_training_data(warehouse, "kuairand", DT, tiny.config())[0], tiny.config())
     whole = tmp_path / "whole"
     whole.mkdir()
