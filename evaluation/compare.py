@@ -24,12 +24,11 @@ from etl.warehouse.store import TableStore
 from evaluation.figures import cell
 from evaluation.log_comparison import COSTS, ComparisonRun, comparison_run, training_name
 from evaluation.metrics import LEAST_USERS, Bootstrap
-from evaluation.trials import Plan, Wanted, add_arguments, planned, trained, wanted_of
+from evaluation.trials import EXPOSURES, Plan, Wanted, add_arguments, planned, trained, wanted_of
 from infra import settings
 
 TABLE_FILE, PLOTS_FILE = "table.md", "plots.png"
 PLAN, TRAIN, SHOW = "plan", "train", "show"
-EXPOSURES = ("standard", "random")  # what showed a target
 DRAWS = 2_000  # of seeds and users together
 COST_NAMES = dict(zip(COSTS, ("parameters", "training, s", "scoring, ms a target"), strict=True))
 NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}

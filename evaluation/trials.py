@@ -39,6 +39,7 @@ from training.scoring import ScoredTargets, score_joined
 
 RESAMPLES = 200
 RESULTS_FILE = "results.jsonl"
+EXPOSURES = ("standard", "random")  # what showed a target
 TABLES = ("sequences", "items")  # that a training reads
 FORMAT = 2  # of a line; those of another one are trained again
 # What a kind cannot do without, where the configuration's model has none: the size that its source uses, or 100.
@@ -356,7 +357,7 @@ def quality(scored: ScoredTargets, is_random: np.ndarray) -> dict[str, Any]:
     if 0 < is_random.sum() < len(is_random):
         found["exposures"] = {
             exposure: _resampled(user[rows], scored.label[rows], scored.score[rows])
-            for exposure, rows in (("standard", ~is_random), ("random", is_random))
+            for exposure, rows in zip(EXPOSURES, (~is_random, is_random), strict=True)
         }
     return found
 

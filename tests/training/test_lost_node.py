@@ -19,7 +19,7 @@ from tests.processes import Started, free_port, runs, start
 from tests.training import test_train
 from tests.training.conftest import DT
 from tests.training.held_training import steps_of_a_model
-from tests.training.test_train import ROOT, check_run, check_same_models, command, has_reached
+from tests.training.test_train import ROOT, STEPS_TO_MISS, check_run, check_same_models, command, has_reached
 from tests.waiting import wait_for
 from training.configs import tiny
 from training.job import load_training_data
@@ -27,7 +27,6 @@ from training.ray_cluster import answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 warehouse = test_train.warehouse
-STEPS_TO_MISS = 3  # that a training may take behind the point of a kill
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -20,28 +20,19 @@ from tests.processes import Started, free_port, runs, start
 from tests.training import test_train
 from tests.training.conftest import DT
 from tests.training.held_training import steps_of_a_model
-from tests.training.test_train import ROOT, check_run, check_same_models, command, has_reached
+from tests.training.test_train import ROOT, STEPS_TO_MISS, check_run, check_same_models, command, has_reached
 from tests.waiting import wait_for
 from training.configs import tiny
 from training.job import load_training_data
 from training.torchrun import name_of_start
 
 warehouse = test_train.warehouse
-STEPS_TO_MISS = 3  # that a training may take behind the point of a kill
 
 
 def names_of(store: dist.Store, ranks: list[int], world: int) -> list[str]:
     """Let workers of one start meet; return the names that they agreed upon."""
-    found: dict[int, str] = {}
-    threads = [
-        threading.Thread(target=lambda rank=rank: found.__setitem__(rank, name_of_start(store, rank, world, 20.0)))
-        for rank in ranks
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[rank] for rank in ranks]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: name_of_start(store, rank, world, 20.0), ranks))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]], ids=str)
@@ -53,13 +44,12 @@ def test_each_start_meets_by_a_name_of_its_own_whatever_earlier_ones_left(order)
 
 
 def test_a_worker_that_heard_and_is_started_again_while_others_are_waited_for_hears_the_same():
-    store, late = dist.HashStore(), []
-    first = threading.Thread(target=lambda: late.append(names_of(store, [0, 1], 3)))
-    first.start()
-    time.sleep(0.3)
-    assert name_of_start(store, 1, 3, 5.0) == name_of_start(store, 2, 3, 5.0)
-    first.join()
-    assert len(set(late[0])) == 1
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(names_of, store, [0, 1], 3)
+        time.sleep(0.3)
+        assert name_of_start(store, 1, 3, 5.0) == name_of_start(store, 2, 3, 5.0)
+        assert len(set(first.result())) == 1
 
 
 @pytest.mark.parametrize(("rank", "who"), [(0, r"workers \[1, 2\] of 3 did not come"), (1, "worker 0 did not answer")])
