@@ -108,7 +108,7 @@ def loop_figures(
         users, length, targets: as in `loop_rows`.
     """
     on_gpu = device == "cuda"
-    epochs, profiled, steps = (4, 20, None) if on_gpu else (3, 0, 15)
+    epochs, profiled, steps = (6, 20, None) if on_gpu else (3, 0, 15)
     config = dataclasses.replace(
         load_config("default"), models={name: ModelConfig(interest=name, codes=128)}, users_per_step=users,
         targets_per_visit=targets, epochs=epochs, patience=epochs, warmup_steps=10, bf16=precision == "bf16",
@@ -117,16 +117,15 @@ def loop_figures(
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     rows = loop_rows(users, length, targets)
     data = TrainingData.of(Sequences.from_arrow(rows), items_table(20_000), config)
-    last = len(data.split.train) // (users * targets) * (epochs - 1)  # steps before the last epoch
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     begun: dict[int, Taken] = {}  # what all steps came to behind the first one of an epoch
 
     def look(now: Training) -> None:
         if now.position == 1:
             begun[now.epoch] = now.taken()
-        if on_gpu and now.step in (last + 5, last + 5 + profiled):
+        if on_gpu and now.epoch == epochs - 1 and now.position in (5, 5 + profiled):
             torch.cuda.synchronize()
-            (profile.start if now.step == last + 5 else profile.stop)()
+            (profile.start if now.position == 5 else profile.stop)()
 
     results: list[EpochResult] = []
     train_model(name, data, config, Worker(device=device), results.append, look)

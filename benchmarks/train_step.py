@@ -20,6 +20,8 @@ JSON line:
     loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit
     loop_over_step        samples a second of a loop over those of bare steps of the same model, length, targets and
                           precision, the lowest of all that have both
+    travelling_rows_rate  samples a second of loops whose rows are not in the memory of the GPU but travel with a batch,
+                          over those of the same loops with resident rows, the lowest; null on a CPU
     device_idle_share     of that loop: the share of the GPU's time between the end of a step and the begin of the next,
                           when it waits for its host, as a training's lines have it; on a CPU steps wait for batches
     no_kernel_share       of that loop: the share of time in which no kernel runs, gaps between those of a step and
@@ -53,6 +55,7 @@ from benchmarks.peer_steps import peer_figures
 from benchmarks.resumed import apart
 from benchmarks.train_loop import loop_figures, loop_rows
 from etl.warehouse.schemas import WATCH_BUCKETS
+from training import device_batches
 from training.config import ModelConfig
 from training.data import INTERACTIONS, Batch, Chosen, Joined, Sequences
 from training.device_batches import DeviceRows
@@ -119,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "users": args.users, "cut_offs": args.cut_offs, "length": stated_length(found),
         **{f"step_ms_{case}": run["step_ms"] for case, run in best.items()},
         **loop_summary(loops), "loop_over_step": loop_over_step(loops, found),
+        "travelling_rows_rate": travelling_rows_rate(args, loops),
         **floor_shares(best), **peer_ratios(loops, peers),
         "fat_rows_ratio": fat_rows_ratio(args, found), **growth_with_length(found),
         "resume_bit_equal": apart([MODELS[name] for name in args.models.split(",")], args.device),
@@ -261,6 +265,20 @@ def loop_over_step(loops: list[dict], found: list[dict]) -> float | None:
     steps = {tuple(run[name] for name in same): run for run in found if run["pass"] == found[0]["pass"]}
     rates = [(loop["loop_samples_per_s"], steps.get(tuple(loop[name] for name in same))) for loop in loops]
     return min((rate / step["samples_per_s"] for rate, step in rates if step is not None), default=None)
+
+
+def travelling_rows_rate(args: argparse.Namespace, loops: list[dict]) -> float | None:
+    """Return samples a second of loops whose rows travel with their batches over those of the fastest loops of so many
+    targets, the lowest; None on a CPU, which holds the rows.
+    """
+    if args.device != "cuda":
+        return None
+    rates = []
+    with patch.object(device_batches, "LARGEST_SHARE", 0.0):
+        for loop in _fastest_loops(loops).values():
+            case = loop["model"], loop["targets"], loop["precision"], args.users, loop["length"], args.device
+            rates.append(loop_figures(*case)["loop_samples_per_s"] / loop["loop_samples_per_s"])
+    return min(rates, default=None)
 
 
 def peer_ratios(loops: list[dict], peers: list[dict]) -> dict[str, Any]:

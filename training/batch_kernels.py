@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.device_batches import DeviceRows, Read, Sizes
+from training.device_batches import Read, Sizes
 
 ROWS = 256  # of a program
 
@@ -72,7 +72,7 @@ def targets_kernel(
     tl.store(out_end + place_B, end_B, inside_B)
 
 
-def read_rows(rows: DeviceRows, parts: list[Tensor], sizes: Sizes, padded: bool) -> Read:
+def read_rows(columns: dict[str, Tensor], parts: list[Tensor], sizes: Sizes, padded: bool) -> Read:
     """Return what `device_batches.read_rows` does, by two launches."""
     count, event_start, target_start, source, first, user, target = parts
     events, targets, users = sizes.events, sizes.targets, sizes.users
@@ -86,14 +86,14 @@ def read_rows(rows: DeviceRows, parts: list[Tensor], sizes: Sizes, padded: bool)
     constants = {"STEPS": users.bit_length(), "B": ROWS, "PADDED": padded}
     interaction_E, time_E = event_2E.unbind()
     if events:
-        held = [rows.history_item, rows.history_interaction, rows.history_time_ms]
+        held = [columns["history_item"], columns["history_interaction"], columns["history_time_ms"]]
         out = [item_R, interaction_E, time_E, event_weight]
-        numbers = events, len(rows.history_item), users
+        numbers = events, len(columns["history_item"]), users
         events_kernel[(-(-events // ROWS),)](count, event_start, source, *held, *out, *numbers, **constants)
     time_T, context_T, first_T, end_T, user_T, begin_T = target_6T.unbind()
     if targets:
-        held = [rows.target_item, rows.target_time_ms, rows.target_context, rows.target_label]
-        held += [rows.target_first, rows.target_end]
+        held = [columns["target_item"], columns["target_time_ms"], columns["target_context"], columns["target_label"]]
+        held += [columns["target_first"], columns["target_end"]]
         given = [count, target_start, event_start, first, user, target, *held]
         out = [item_R[events:], time_T, context_T, label_T, first_T, end_T, user_T, target_weight, begin_T]
         targets_kernel[(-(-targets // ROWS),)](*given, *out, targets, users, **constants)

@@ -193,11 +193,14 @@ class Spans:
 
     Attributes:
         target: int64 [T]; count: int64 [U], targets of each user.
+        target_first, target_end: int64 [T]: events that each target sees, counted in its user's history.
         first, end: int64 [U]: events of the user's history; last_first: the largest of the targets' first ones.
     """
 
     target: np.ndarray
     count: np.ndarray
+    target_first: np.ndarray
+    target_end: np.ndarray
     first: np.ndarray
     last_first: np.ndarray
     end: np.ndarray
@@ -212,7 +215,7 @@ class Spans:
             first_U[some_U] = np.minimum.reduceat(first_T, begins)
             last_first_U[some_U] = np.maximum.reduceat(first_T, begins)
             end_U[some_U] = np.maximum.reduceat(end_T, begins)
-        return Spans(target_T, count_U, first_U, last_first_U, end_U)
+        return Spans(target_T, count_U, first_T, end_T, first_U, last_first_U, end_U)
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,7 @@ class Chosen:
         first: int64 [U], the first event of each user that the batch holds, counted in the user's history.
         source: int64 [U], the same event's position in the flat history arrays.
         cut_offs, shared_from: int64 [U], as in `Batch`.
+        pairs: of a target and an event that it sees.
     """
 
     users: np.ndarray
@@ -237,6 +241,7 @@ class Chosen:
     source: np.ndarray
     cut_offs: np.ndarray
     shared_from: np.ndarray
+    pairs: int
 
     @staticmethod
     def of(sequences: Sequences, users: np.ndarray, targets: list[np.ndarray]) -> Chosen:
@@ -244,7 +249,7 @@ class Chosen:
         counts = np.array([len(chosen) for chosen in targets], np.int64)
         spans = Spans.of(sequences, np.concatenate(targets) if targets else np.zeros(0, np.int64), counts)
         width = int(spans.end.max(initial=0)) + 1
-        cut_off_T = np.repeat(np.arange(len(users)) * width, spans.count) + sequences.target_end[spans.target]
+        cut_off_T = np.repeat(np.arange(len(users)) * width, spans.count) + spans.target_end
         cut_off_T.sort(kind="stable")  # targets in order of time are sorted already, which this sort makes use of
         another_T = np.ones(len(cut_off_T), bool)
         another_T[1:] = cut_off_T[1:] != cut_off_T[:-1]
@@ -258,6 +263,7 @@ class Chosen:
             source=sequences.history_start[users] + spans.first,
             cut_offs=np.bincount(distinct, minlength=len(users)),
             shared_from=spans.last_first - spans.first,
+            pairs=int(spans.target_end.sum() - spans.target_first.sum()),
         )
 
     def padded(self, users: int, events: int, targets: int) -> Chosen:
@@ -277,6 +283,7 @@ class Chosen:
             source=np.concatenate([self.source, empty]),
             cut_offs=np.concatenate([self.cut_offs, empty]),
             shared_from=np.concatenate([self.shared_from, empty]),
+            pairs=self.pairs,
         )
 
     def events(self) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Batches gathered where the rows lie: a rank's joined rows live in a device's memory, the host sends a small table.
+"""Batches gathered on the device: a rank's joined rows live in its memory, and the host sends a small table of what to
+read. Where they do not fit, the rows of a batch travel with its table.
 
 What a batch holds is known on the host (users, and positions of targets: `Chosen`); its rows are read on the device,
 which is never waited for. Contents and order are those of `training.data.make_batch`.
@@ -23,9 +24,26 @@ from training.model import fused
 from training.model.fused import on_device
 from training.vocabulary import ItemFeatures
 
+P = TypeVar("P")
 T = TypeVar("T")
 LARGEST_SHARE = 0.5  # of a GPU's free memory that rows may take: the rest is the model's and its steps'
-EVENT_BYTES, TARGET_BYTES, FIELD_BYTES = 14, 25, 4
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
+OF_EVENTS: dict[str, np.dtype] = {
+    "history_time_ms": _INT64,
+    "history_item": _INT32,
+    "history_interaction": np.dtype(np.int16),
+}
+OF_TARGETS: dict[str, np.dtype] = {
+    "target_time_ms": _INT64,
+    "target_item": _INT32,
+    "target_context": _INT32,
+    "target_first": _INT32,
+    "target_end": _INT32,
+    "target_label": np.dtype(np.int8),
+}
+COLUMNS = OF_EVENTS | OF_TARGETS
+EVENT_BYTES, TARGET_BYTES = (sum(kind.itemsize for kind in of.values()) for of in (OF_EVENTS, OF_TARGETS))
+FIELD_BYTES, WORD = 4, 8  # of a field of an item or a user; of an int64, which tables are made of
 
 
 @dataclass(frozen=True)
@@ -39,21 +57,6 @@ class Sizes:
     @staticmethod
     def of(chosen: Chosen) -> Sizes:
         return Sizes(len(chosen.users), int(chosen.event_start[-1]), len(chosen.target))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Lengths of the parts of `table_of`."""
-        return [4, self.users + 1, self.users + 1, self.users, self.users, self.users, self.targets]
-
-
-def table_of(chosen: Chosen, counts: np.ndarray) -> list[np.ndarray]:
-    """Return all that the device gets of a batch, int64: counts, offsets, and what to read.
-
-    Args:
-        counts: int64 [4], as `training.data.Padding` has them.
-    """
-    where = [chosen.source, chosen.first, chosen.users, chosen.target]
-    return [counts, chosen.event_start, chosen.target_start, *where]
 
 
 class Read(NamedTuple):
@@ -80,50 +83,71 @@ class Read(NamedTuple):
 
 
 class DeviceRows:
-    """Joined rows in a device's memory: 14 bytes an event, 25 a target, 4 a field of an item or a user.
+    """Joined rows whose batches are gathered on a device: 14 bytes an event, 25 a target, 4 a field of an item or a
+    user.
 
     Attributes:
+        resident: all rows lie in the device's memory; otherwise those of a batch, of its events and targets, travel
+            with its table.
+        columns: of the events and targets, where they are resident.
         nbytes: of the device's memory.
     """
 
-    def __init__(self, joined: Joined, device: torch.device) -> None:
-        self.joined, self.device = joined, device
-        rows, (int16, int32, int64) = joined.sequences, (np.int16, np.int32, np.int64)
+    def __init__(self, joined: Joined, device: torch.device, resident: bool = True) -> None:
+        self.joined, self.device, self.resident = joined, device, resident
 
-        def resident(array: np.ndarray, dtype: type) -> Tensor:
+        def there(array: np.ndarray, dtype: np.dtype) -> Tensor:
             some = array.astype(dtype) if len(array) else np.zeros((1, *array.shape[1:]), dtype)  # padding reads a row
             return torch.from_numpy(np.ascontiguousarray(some)).to(device)
 
-        self.items = ItemFeatures({name: resident(column, int32) for name, column in joined.items.rows.items()})
-        self.user_rows = resident(joined.user_rows, int32)
-        self.history_item, self.history_time_ms = (
-            resident(rows.history_item, int32),
-            resident(rows.history_time_ms, int64),
-        )
-        self.history_interaction = resident(rows.history_interaction, int16)
-        self.target_item, self.target_time_ms = resident(rows.target_item, int32), resident(rows.target_time_ms, int64)
-        self.target_context, self.target_label = (
-            resident(joined.context_row, int32),
-            resident(rows.target_label, np.int8),
-        )
-        self.target_first, self.target_end = resident(rows.target_first, int32), resident(rows.target_end, int32)
-        self._read_rows: Callable[[DeviceRows, list[Tensor], Sizes, bool], Read] = read_rows
+        self.items = ItemFeatures({name: there(column, _INT32) for name, column in joined.items.rows.items()})
+        self.user_rows = there(joined.user_rows, _INT32)
+        kinds = COLUMNS if resident else {}
+        self.columns = {name: there(column_of(joined, name), kind) for name, kind in kinds.items()}
+        self._read_rows: Callable[[dict[str, Tensor], list[Tensor], Sizes, bool], Read] = read_rows
         if fused.available(torch.empty(0, 1, device=device)):
             from training import batch_kernels
 
             self._read_rows = batch_kernels.read_rows
-        held = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        self.nbytes = sum(tensor.nbytes for tensor in [*held, *self.items.rows.values()])
+        held = [self.user_rows, *self.columns.values(), *self.items.rows.values()]
+        self.nbytes = sum(tensor.nbytes for tensor in held)
 
     @staticmethod
-    def where_they_fit(joined: Joined, device: torch.device) -> DeviceRows | None:
-        """Return the rows on a GPU; None on a CPU, and if they would take more than half of a GPU's free memory."""
+    def on_gpu(joined: Joined, device: torch.device) -> DeviceRows | None:
+        """Return the rows on a GPU, resident unless they took more than half of its free memory; None on a CPU."""
         if device.type != "cuda":
             return None
         fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
         events, targets = len(joined.sequences.history_item), len(joined.sequences.target_item)
         wanted = EVENT_BYTES * events + TARGET_BYTES * targets + FIELD_BYTES * fields
-        return DeviceRows(joined, device) if wanted < LARGEST_SHARE * torch.cuda.mem_get_info(device)[0] else None
+        return DeviceRows(joined, device, wanted < LARGEST_SHARE * torch.cuda.mem_get_info(device)[0])
+
+    def lengths(self, sizes: Sizes) -> list[int]:
+        """Return the lengths of the parts of `table_of`."""
+        users, events, targets = sizes.users, sizes.events, sizes.targets
+        of_columns = [_words_of(events if name in OF_EVENTS else targets, kind) for name, kind in COLUMNS.items()]
+        return [4, users + 1, users + 1, users, users, users, targets, *([] if self.resident else of_columns)]
+
+    def table_of(self, chosen: Chosen, counts: np.ndarray) -> list[np.ndarray]:
+        """Return all that the device gets of a batch, int64: counts, offsets, what to read, and the rows themselves
+        where they are not resident.
+
+        Args:
+            chosen: padded or not.
+            counts: int64 [4], as `training.data.Padding` has them.
+        """
+        source, target = chosen.source, chosen.target
+        columns: list[np.ndarray] = []
+        if not self.resident:
+            columns = _words(self.joined, chosen, *counts[:2].tolist())
+            source, target = chosen.event_start[:-1], np.arange(len(target))
+        return [counts, chosen.event_start, chosen.target_start, source, chosen.first, chosen.users, target, *columns]
+
+    def parts(self, table: Tensor, sizes: Sizes) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the columns that a batch reads, and the parts of its table that say what."""
+        parts = list(table.split(self.lengths(sizes)))
+        said = len(parts) if self.resident else len(parts) - len(COLUMNS)
+        return self.columns if self.resident else _columns(parts[said:], sizes), parts[:said]
 
     def make_batch(self, users: np.ndarray, targets: list[np.ndarray]) -> Batch:
         """Return the batch of `training.data.make_batch`, on the device; nothing may read some of its N items."""
@@ -133,7 +157,7 @@ class DeviceRows:
         """Return the batch of what was chosen, as `make_batch` does."""
         sizes = Sizes.of(chosen)
         counts = np.array([sizes.targets, sizes.events] * 2, np.int64)
-        table = on_device(np.concatenate(table_of(chosen, counts)), self.device)
+        table = on_device(np.concatenate(self.table_of(chosen, counts)), self.device)
         return self.gathered(table, sizes, lists_of(chosen))
 
     def gathered(self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False) -> Batch:
@@ -143,8 +167,8 @@ class DeviceRows:
             lists: the fields of `Batch` that are lists.
             padded: a part of the batch does not count.
         """
-        parts = list(table.split(sizes.lengths))
-        read = self._read_rows(self, parts, sizes, padded)
+        columns, parts = self.parts(table, sizes)
+        read = self._read_rows(columns, parts, sizes, padded)
         items, place_R = self._distinct(read.item_R)
         return Batch(
             items=items,
@@ -179,11 +203,54 @@ class DeviceRows:
         return self.items.take(item_N), rank[read_R].long() - 1
 
 
-def read_rows(rows: DeviceRows, parts: list[Tensor], sizes: Sizes, padded: bool) -> Read:
+def column_of(joined: Joined, name: str) -> np.ndarray:
+    """Return a column of the events or targets of joined rows."""
+    return joined.context_row if name == "target_context" else getattr(joined.sequences, name)
+
+
+def _words_of(numbers: int, kind: np.dtype) -> int:
+    return -(-numbers * kind.itemsize // WORD)
+
+
+def _words(joined: Joined, chosen: Chosen, targets: int, events: int) -> list[np.ndarray]:
+    """Return the columns of a batch's rows, padding included, as int64 words.
+
+    Args:
+        targets, events: of the batch; those behind them are padding, zeros.
+    """
+    ends_U = chosen.source + np.diff(np.minimum(chosen.event_start, events))
+    parts = [slice(*ends) for ends in zip(chosen.source.tolist(), ends_U.tolist(), strict=True)]
+    found = []
+    for name, kind in COLUMNS.items():
+        column = column_of(joined, name)
+        words = np.zeros(
+            _words_of(int(chosen.event_start[-1]) if name in OF_EVENTS else len(chosen.target), kind), _INT64
+        )
+        rows = words.view(kind)
+        if name not in OF_EVENTS:
+            rows[:targets] = column[chosen.target[:targets]]
+        elif parts:
+            np.concatenate([column[part] for part in parts], out=rows[:events], casting="same_kind")
+        found.append(words)
+    return found
+
+
+def _columns(words: list[Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Return the columns that `_words` packed; one row at least, which padding reads."""
+    found = {}
+    for part, (name, kind) in zip(words, COLUMNS.items(), strict=True):
+        count = sizes.events if name in OF_EVENTS else sizes.targets
+        column = part.view(torch.from_numpy(np.empty(0, kind)).dtype)
+        found[name] = column[:count] if count else column.new_zeros(1)
+    return found
+
+
+def read_rows(columns: dict[str, Tensor], parts: list[Tensor], sizes: Sizes, padded: bool) -> Read:
     """Read the rows of a batch; `training.batch_kernels` does the same on a GPU.
 
     Args:
-        parts: of a `table_of`.
+        columns: of the rows, `COLUMNS`.
+        parts: of a `DeviceRows.table_of`, without rows.
         padded: a part of the batch does not count.
     """
     count, event_start, target_start, source, first, user, target = parts
@@ -193,20 +260,20 @@ def read_rows(rows: DeviceRows, parts: list[Tensor], sizes: Sizes, padded: bool)
         for start, place in ((event_start, place_E), (target_start, place_T))
     )
     source_E = place_E + (source - event_start[:-1])[user_E]
-    first_T, end_T = (held[target].long() - first[user_T] for held in (rows.target_first, rows.target_end))
+    first_T, end_T = (held[target].long() - first[user_T] for held in (columns["target_first"], columns["target_end"]))
     padding = None
     if padded:
-        source_E = source_E.clamp(max=len(rows.history_item) - 1)
+        source_E = source_E.clamp(max=len(columns["history_item"]) - 1)
         real_E, real_T = place_E < count[1], place_T < count[0]
         first_T, end_T = first_T * real_T, end_T * real_T
         padding = real_E.float(), real_T.float(), event_start[user_T]
     return Read(
-        torch.cat([rows.history_item[source_E], rows.target_item[target]]).long(),
-        rows.history_interaction[source_E].long(),
-        rows.history_time_ms[source_E],
-        rows.target_time_ms[target],
-        rows.target_context[target].long(),
-        rows.target_label[target].float(),
+        torch.cat([columns["history_item"][source_E], columns["target_item"][target]]).long(),
+        columns["history_interaction"][source_E].long(),
+        columns["history_time_ms"][source_E],
+        columns["target_time_ms"][target],
+        columns["target_context"][target].long(),
+        columns["target_label"][target].float(),
         first_T,
         end_T,
         user[user_T],
@@ -219,13 +286,16 @@ def lists_of(chosen: Chosen) -> dict[str, list[int]]:
     return {name: getattr(chosen, name).tolist() for name in ("event_start", "target_start", "cut_offs", "shared_from")}
 
 
-def ahead(make: Callable[[int], T], numbers: Iterable[int], most: int) -> Iterator[T]:
-    """Yield `make` of every number in turn, made by another thread, so many before they are asked for."""
-    with ThreadPoolExecutor(1, "batches") as thread:
+def ahead(make: Callable[[P], T], places: Iterable[P], most: int) -> Iterator[T]:
+    """Yield `make` of every place in turn, made by another thread, so many before they are asked for."""
+    thread = ThreadPoolExecutor(1, "batches")
+    try:
         waiting: deque[Future[T]] = deque()
-        for number in numbers:
-            waiting.append(thread.submit(make, number))
+        for place in places:
+            waiting.append(thread.submit(make, place))
             if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)

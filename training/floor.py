@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from training.config import ModelConfig
-from training.data import Batch, Chosen, Sequences
+from training.data import Batch, Chosen
 from training.device_batches import EVENT_BYTES
 
 PASSES = 3  # over pairs: forward, backward for the targets, backward for the events
@@ -79,10 +79,9 @@ class Counts:
         return Counts(len(batch.target_item), len(batch.event_item), pairs, sum(batch.cut_offs))
 
     @staticmethod
-    def of_chosen(chosen: Chosen, sequences: Sequences) -> Counts:
+    def of_chosen(chosen: Chosen) -> Counts:
         """Count the batch that `training.data.make_batch` makes of it."""
-        pairs = int((sequences.target_end[chosen.target] - sequences.target_first[chosen.target]).sum())
-        return Counts(len(chosen.target), int(chosen.event_start[-1]), pairs, int(chosen.cut_offs.sum()))
+        return Counts(len(chosen.target), int(chosen.event_start[-1]), chosen.pairs, int(chosen.cut_offs.sum()))
 
 
 def card_of(device: str) -> Card | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
@@ -38,8 +38,10 @@ T = TypeVar("T")
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 # Exchanges follow each other on one stream, recorded or not; letting them overlap would cost 2 % of a step.
 os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
-# A pass over the targets begins with dealing out those of many users: it takes as long as some steps.
-BATCHES_AHEAD, TABLES_AHEAD = 2, 24  # that a thread makes before they are asked for; a table is some 100 kB
+# A pass over the targets begins with dealing out those of many users: with 256 targets a visit it takes as long as
+# 100 steps.
+TABLES_AHEAD = 128  # that a thread makes before they are asked for; one is 20 to 300 kB
+BATCHES_AHEAD = 24  # the same of tables with their rows, some MB each
 LONGEST_STEP_S = 600.0  # of a recorded step whose exchange waits for another worker, which nothing else watches
 
 
@@ -151,12 +153,14 @@ class _Ready(NamedTuple):
     """What the host makes of a step.
 
     Attributes:
+        order: of the epoch that it is a step of.
         read: what it is to read, None without a part of the batch.
         shares_W2: targets and events of every worker's part.
         items: some of the whole global batch, where dead codes are revived behind the step.
         least_ms: the floor of this worker's part, 0 where none is counted.
     """
 
+    order: Epoch
     read: Batch | Chosen | Prepared | None
     shares_W2: np.ndarray
     items: np.ndarray | None
@@ -213,7 +217,7 @@ def train_model(
             if result.finished:
                 break
     finally:
-        run.forget_recordings()
+        run.close()
     if run.best_model is None:
         raise FloatingPointError(f"the validation loss of {name} is not finite")
     run.model.load_state_dict(run.best_model)
@@ -255,10 +259,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, fused=worker.device != "cpu")
         self._fit_optimizer()
         self.batches = UserBatches(data.joined, worker.rank, worker.world, config.users_per_step, config.seed)
-        self.rows = DeviceRows.where_they_fit(data.joined, torch.device(worker.device))
+        self.rows = DeviceRows.on_gpu(data.joined, torch.device(worker.device))
         if self.rows is not None:
             self.batches.make = self.rows.make_batch
-        self.recorded = self._recorded(self.rows)
+        self.recorded = self._recorded()
         self.totals = torch.zeros_like(self.sums.totals)
         self.before = torch.zeros_like(self.totals, device="cpu")
         self.device_time = DeviceTime() if worker.device != "cpu" else None
@@ -267,6 +271,8 @@ class Training:
         self.best_model: dict | None = None
         self.best_logloss, self.best_epoch = float("inf"), -1
         self.step = self.epoch = self.position = 0
+        self._order = epoch_of(self.batches, data, config, 0)
+        self._ready: Generator[_Ready, None, None] | None = None  # what the steps to come are to read
         if start.resume is not None:
             self._go_on_from(start.resume)
 
@@ -286,10 +292,10 @@ class Training:
             for table in self.sharded.tables:
                 table.weight = nn.Parameter(self.sharded.whole_of(table.weight, table.num_embeddings))
 
-    def _recorded(self, rows: DeviceRows | None) -> RecordedSteps | None:
-        """Return what records steps, where that is possible: on a GPU that holds the rows, if nothing is compiled and
-        no bit has to be the same in every run."""
-        config, model = self.config, self.model
+    def _recorded(self) -> RecordedSteps | None:
+        """Return what records steps, where that is possible: on a GPU, if nothing is compiled and no bit has to be the
+        same in every run."""
+        config, model, rows = self.config, self.model, self.rows
         if rows is None or config.compiled or config.deterministic or not model.interest.reads_tensors_alone():
             return None
         several = self.worker.world > 1
@@ -325,8 +331,12 @@ class Training:
         self.best_model, self.best_logloss, self.best_epoch = state.best_model, state.best_logloss, state.best_epoch
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
 
-    def forget_recordings(self) -> None:
-        """Free what was recorded: a group of workers is not left before, and waits for it for ever."""
+    def close(self) -> None:
+        """Make no further batches, and free what was recorded: a group of workers is not left before, and waits for it
+        for ever.
+        """
+        if self._ready is not None:
+            self._ready.close()
         if self.recorded is not None:
             self.recorded.recordings.clear()
 
@@ -387,10 +397,15 @@ class Training:
 
     def order(self, epoch: int) -> Epoch:
         """Return the batches of an epoch."""
-        return epoch_of(self.batches, self.data, self.config, epoch)
+        return self._order.of(epoch)
 
-    def warmup_steps(self, order: Epoch) -> int:
-        return min(self.config.warmup_steps, self.config.epochs * len(order) // 2)
+    @property
+    def planned_steps(self) -> int:
+        """Steps of all epochs, if none of them is the last one before its time."""
+        return self.config.epochs * len(self._order)
+
+    def warmup_steps(self) -> int:
+        return min(self.config.warmup_steps, self.planned_steps // 2)
 
     def run_epoch(self, on_step: Callable[[Training], None] | None) -> EpochResult:
         """Take the steps that the epoch still has, and judge it.
@@ -398,14 +413,18 @@ class Training:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        order, began, before = self.order(self.epoch), time.perf_counter(), Taken(*self.totals.tolist())
+        began, before = time.perf_counter(), Taken(*self.totals.tolist())
         waited = 0.0
         self.model.train()
         if self.device_time is not None:
             self.device_time.pause()
-        for ready, seconds in self._upcoming(order):
-            waited += seconds
-            self._take_step(ready, order)
+        if self._ready is None:
+            self._ready = self._upcoming()
+        while self.position < len(self._order):
+            mark = time.perf_counter()
+            ready = next(self._ready)
+            waited += time.perf_counter() - mark
+            self._take_step(ready)
             if on_step is not None:
                 on_step(self)
         sums = Taken(*self.totals.tolist())
@@ -423,52 +442,56 @@ class Training:
             losses["train_codebook_loss"] = sums.codebook_loss / max(1.0, sums.events)
         return self._judged(losses, speed)
 
-    def _upcoming(self, order: Epoch) -> Iterator[tuple[_Ready, float]]:
-        """Yield what the epoch's steps are still to read, and the seconds that each was waited for.
+    def _upcoming(self) -> Generator[_Ready, None, None]:
+        """Yield what the steps to come are to read, of this epoch and of all behind it.
 
-        All that the host does for a step; where the rows lie on the device, nothing of what that does.
+        All that the host does for a step; where the rows lie on the device, nothing of what that does. Another thread
+        makes it ahead of the steps: it has begun the next epoch when this one ends and is judged.
         """
         sequences, device = self.data.joined.sequences, self.worker.device
-        first = self.step - self.position + 1
 
-        def made(number: int) -> _Ready:
+        def places() -> Iterator[tuple[Epoch, int, int]]:
+            step, position = self.step, self.position
+            for epoch in range(self.epoch, self.config.epochs):
+                order = self.order(epoch)
+                for number in range(position, len(order)):
+                    step += 1
+                    yield order, number, step
+                position = 0
+
+        def made(place: tuple[Epoch, int, int]) -> _Ready:
+            order, number, step = place
             shares_W2 = order.shares(number)
-            items = self._to_revive(order, number, first + number)
+            items = self._to_revive(order, number, step)
             if self.rows is None:
                 batch = order[number]
-                least_ms = self._least_ms(batch)
-                return _Ready(batch.to(device) if batch is not None else None, shares_W2, items, least_ms)
+                return _Ready(order, None if batch is None else batch.to(device), shares_W2, items, least_ms=0.0)
             users, targets = order.visited(number)
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
             least_ms = self._least_ms(chosen)
             if self.recorded is None or chosen is None:
-                return _Ready(chosen, shares_W2, items, least_ms)
-            return _Ready(self.recorded.prepared(chosen, shares_W2), shares_W2, items, least_ms)
+                return _Ready(order, chosen, shares_W2, items, least_ms)
+            return _Ready(order, self.recorded.prepared(chosen, shares_W2), shares_W2, items, least_ms)
 
-        # A CPU's steps need its cores: what they read is read when it is wanted.
-        numbers = range(self.position, len(order))
-        most = TABLES_AHEAD if self.rows is not None else BATCHES_AHEAD
-        batches = ahead(made, numbers, most) if device != "cpu" else map(made, numbers)
-        mark = time.perf_counter()
-        for batch in batches:
-            yield batch, time.perf_counter() - mark
-            mark = time.perf_counter()
+        if self.rows is None:  # a CPU's steps need its cores: what they read is read when it is wanted
+            yield from map(made, places())
+        else:
+            yield from ahead(made, places(), TABLES_AHEAD if self.rows.resident else BATCHES_AHEAD)
 
-    def _least_ms(self, part: Batch | Chosen | None) -> float:
+    def _least_ms(self, chosen: Chosen | None) -> float:
         """Return the floor of a step on this worker's part of a batch; 0 where none is counted."""
-        if self.card is None or part is None:
+        if self.card is None or chosen is None:
             return 0.0
-        rows = self.data.joined.sequences
-        counts = Counts.of(part) if isinstance(part, Batch) else Counts.of_chosen(part, rows)
+        counts = Counts.of_chosen(chosen)
         of_products = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         precision = "bf16" if self.config.bf16 else of_products
         return least_ms(self.card, counts, self.model.interest.config, precision, self.moved) or 0.0
 
-    def _take_step(self, ready: _Ready, order: Epoch) -> None:
+    def _take_step(self, ready: _Ready) -> None:
         begins = self.device_time.begin if self.device_time is not None else lambda: None
         # The stream of dropout: each worker's own, the same after a restart.
         _seed(_stream(self.config.seed, self.step, self.worker.rank), self.worker.device)
-        self._set_rate(learning_rate(self.config, self.step, self.config.epochs * len(order)))
+        self._set_rate(learning_rate(self.config, self.step, self.planned_steps))
         read = ready.read
         if isinstance(read, Prepared):
             assert self.recorded is not None
@@ -487,8 +510,7 @@ class Training:
             self._move(read, count, most_rows(ready.shares_W2))
         self.step += 1
         self.least_ms += ready.least_ms
-        warmed_up = self.step >= self.warmup_steps(order)
-        self._tend_codebooks(order, warmed_up, ready.items)
+        self._tend_codebooks(ready.order, ready.items)
         self.position += 1
         if self.device_time is not None:
             self.device_time.end()
@@ -520,7 +542,7 @@ class Training:
             self.model.coded.quantizer.move_averages()
 
     @torch.no_grad()
-    def _tend_codebooks(self, order: Epoch, warmed_up: bool, items: np.ndarray | None) -> None:
+    def _tend_codebooks(self, order: Epoch, items: np.ndarray | None) -> None:
         """Start codebooks after warm-up, revive dead codes; all workers hold bit-identical codebooks.
 
         Starts and revivals draw from the items of the whole global batch, by a generator that all workers share.
@@ -533,7 +555,7 @@ class Training:
             return
         quantizer = coded.quantizer
         starting = not quantizer.is_started()
-        if starting and warmed_up:
+        if starting and self.step >= self.warmup_steps():
             items = order.items(self.position)
         elif starting or items is None:
             return

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from training.data import Batch, Chosen
-from training.device_batches import DeviceRows, Sizes, table_of
+from training.device_batches import DeviceRows, Sizes
 from training.model import fused, fused_codes
 from training.model.fused_codes import CodeWork
 from training.model.interests.interface import Interest
@@ -92,7 +92,7 @@ class RecordedSteps:
         Args:
             shares_W2: targets and events of every worker's part; None: there is no other worker.
         """
-        return planned(chosen, self.users, self.interest, shares_W2, self.by_rows)
+        return planned(chosen, self.users, self.interest, self.rows, shares_W2, self.by_rows)
 
     def __call__(self, prepared: Prepared, phase: Hashable, begins: Callable[[], None] = lambda: None) -> None:
         """Take a step: as it is where such a batch comes for the first time, recorded where it comes again.
@@ -129,7 +129,7 @@ class RecordedSteps:
 
     def _batch(self, table: Tensor, plan: StepPlan) -> Batch:
         shapes = [shape for tables in plan.shapes for shape in tables]
-        rows, *parts = table.split([sum(plan.sizes.lengths), *(int(np.prod(shape)) for shape in shapes)])
+        rows, *parts = table.split([sum(self.rows.lengths(plan.sizes)), *(int(np.prod(shape)) for shape in shapes)])
         tables = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         work = codes = None
         if plan.shapes[0]:
@@ -184,7 +184,12 @@ def _no_collection() -> Iterator[None]:
 
 
 def planned(
-    chosen: Chosen, users: int, interest: Interest, shares_W2: np.ndarray | None = None, by_rows: bool = False
+    chosen: Chosen,
+    users: int,
+    interest: Interest,
+    rows: DeviceRows,
+    shares_W2: np.ndarray | None = None,
+    by_rows: bool = False,
 ) -> Prepared:
     """Return what a step knows of a batch, padded to a budget of at most so many users, and its table.
 
@@ -208,7 +213,7 @@ def planned(
     work = () if some and whole else work_tables(padded, sizes, heads, ~coded_U)
     codes = code_tables(padded, sizes, coded_U) if some else ()
     counts = np.concatenate([mine, shares_W2.sum(0)])
-    sent = np.concatenate([part.ravel() for part in (*table_of(padded, counts), *work, *codes)])
+    sent = np.concatenate([part.ravel() for part in (*rows.table_of(padded, counts), *work, *codes)])
     shapes = tuple(table.shape for table in work), tuple(table.shape for table in codes)
     segments = rounded_up(segments) if some else 0
     most = most_rows(shares_W2) if by_rows else 0

@@ -116,7 +116,7 @@ def score_joined(model: Ranker, joined: Joined, item_id: np.ndarray) -> ScoredTa
     flat, device = joined.sequences, str(next(model.parameters()).device)
     targets = np.flatnonzero(flat.target_split == EVALUATION)
     batches = UserBatches(joined, 0, 1, users_per_step=32, seed=0)
-    if (rows := DeviceRows.where_they_fit(joined, torch.device(device))) is not None:
+    if (rows := DeviceRows.on_gpu(joined, torch.device(device))) is not None:
         batches.make = rows.make_batch
     scores = [torch.sigmoid(model(batch.to(device))[0]).float().cpu().numpy() for batch in batches.all_of(targets)]
     owner = np.searchsorted(flat.target_start, targets, side="right") - 1

@@ -11,6 +11,7 @@ Legend: U users, V visits, T targets, W workers.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,6 +116,12 @@ class Epoch:
         self.steps = steps if max_steps is None else min(steps, max_steps)
         self.most = int(counts.max(initial=0))
         self._pass: _Pass | None = None  # the last one that was asked for
+
+    def of(self, number: int) -> Epoch:
+        """Return the batches of another epoch over the same targets."""
+        other = copy.copy(self)
+        other.key, other._pass = [self.batches.seed, number], None
+        return other
 
     def __len__(self) -> int:
         return self.steps

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.training.conftest import random_partition
 from training.data import Batch, Chosen, Joined, Sequences, make_batch
-from training.device_batches import DeviceRows, Sizes, lists_of, table_of
+from training.device_batches import DeviceRows, Sizes, lists_of
 
 DRAWS = [([3, 1, 0, 5], [3, 8, 2, 1]), ([0, 2], [0, 4]), ([0], [3]), ([], [])]  # users, targets of each; user 0 is new
 
@@ -28,8 +28,9 @@ def joined(request, loaded) -> Joined:
 
 
 @pytest.mark.parametrize(("users", "counts"), DRAWS, ids=str)
-def test_a_batch_gathered_on_the_device_is_the_one_made_on_the_host(users, counts, joined):
-    rows = DeviceRows(joined, torch.device("cpu"))
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "rows that travel"])
+def test_a_batch_gathered_on_the_device_is_the_one_made_on_the_host(users, counts, resident, joined):
+    rows = DeviceRows(joined, torch.device("cpu"), resident)
     for seed in range(3):
         draw = drawn(joined, users, counts, seed)
         host, device = make_batch(joined, *draw).to("cpu"), rows.make_batch(*draw)
@@ -46,6 +47,7 @@ def test_the_bytes_of_an_event_and_of_a_target_are_as_said(joined):
     held = DeviceRows(joined, torch.device("cpu")).nbytes
     fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
     assert held == 14 * len(joined.sequences.history_item) + 25 * len(joined.sequences.target_item) + 4 * fields
+    assert DeviceRows(joined, torch.device("cpu"), resident=False).nbytes == 4 * fields
 
 
 def step(model, batch) -> dict[str, torch.Tensor]:
@@ -64,19 +66,20 @@ def step(model, batch) -> dict[str, torch.Tensor]:
 def padded_batch(rows: DeviceRows, chosen: Chosen, sizes: Sizes) -> Batch:
     """Return a batch of these sizes, as a recorded step gathers it."""
     real, chosen = Sizes.of(chosen), chosen.padded(sizes.users - 2, sizes.events, sizes.targets)
-    table = torch.from_numpy(np.concatenate(table_of(chosen, np.array([real.targets, real.events] * 2))))
+    table = torch.from_numpy(np.concatenate(rows.table_of(chosen, np.array([real.targets, real.events] * 2))))
     return rows.gathered(table, sizes, lists_of(chosen), padded=True)
 
 
 KINDS = [{}, {"ema_decay": 0.9}, {"recent_window": 4}, {"interest": "softmax_attention"}, {"interest": "mean_pooling"}]
 
 
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "rows that travel"])
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_padding_changes_no_loss_no_gradient_and_no_statistic(kind, at_once, joined, make_model):
+def test_padding_changes_no_loss_no_gradient_and_no_statistic(kind, at_once, resident, joined, make_model):
     model = make_model(**kind, dropout=0.0)
     model.interest.always_at_once = at_once
-    rows = DeviceRows(joined, torch.device("cpu"))
+    rows = DeviceRows(joined, torch.device("cpu"), resident)
     for seed, (users, counts) in enumerate(DRAWS[:2]):
         chosen = Chosen.of(joined.sequences, *(draw := drawn(joined, users, counts, seed)))
         exact = step(model, make_batch(joined, *draw).to("cpu"))

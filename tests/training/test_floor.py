@@ -95,16 +95,15 @@ def test_what_is_counted_of_a_choice_is_what_the_batch_of_it_holds():
         cut_offs = set(zip(owner.tolist(), batch.target_end.tolist(), strict=True))
         expected = Counts(len(batch.target_item), len(batch.event_item), sum(seen), len(cut_offs))
         assert Counts.of(batch) == expected
-        assert Counts.of_chosen(Chosen.of(sequences, *of_users), sequences) == expected
+        assert Counts.of_chosen(Chosen.of(sequences, *of_users)) == expected
         assert batch.target_first.any() or len(users) < 2
 
 
-@pytest.fixture(params=["rows on the host", "rows on the device"])
+@pytest.fixture(params=[True, False], ids=["rows on the device", "rows that travel"])
 def known_card(request, monkeypatch):
-    """A CPU that passes for an H100, and holds its rows as the host does or as a GPU does."""
+    """A CPU that passes for an H100, which holds its rows or is sent those of a batch."""
     monkeypatch.setattr(loop, "card_of", lambda device: H100)
-    if request.param == "rows on the device":
-        monkeypatch.setattr(DeviceRows, "where_they_fit", staticmethod(DeviceRows))
+    monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(lambda *given: DeviceRows(*given, request.param)))
 
 
 class Stop(Exception):
@@ -145,6 +144,7 @@ def test_a_training_has_the_floor_of_every_step_it_took_and_one_that_goes_on_of_
 def test_a_cpu_and_a_kind_that_is_not_counted_have_no_floor(monkeypatch):
     data = planted(users=12, length=30, topics=4, seed=2)
     assert card_of("cpu") is None
+    monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(DeviceRows))
     for name, card in (("softmax_attention", None), ("mean_pooling", H100)):
         monkeypatch.setattr(loop, "card_of", lambda device, card=card: card)
         run = Training(name, data, small_config(min_epoch_steps=3), Worker(), COLD)
@@ -177,16 +177,15 @@ def test_a_line_says_what_share_of_the_time_the_floor_is():
 @pytest.mark.skipif(
     not torch.cuda.is_available() or card_of("cuda") is None, reason="needs a GPU whose datasheet is here"
 )
-@pytest.mark.parametrize("resident", [True, False], ids=["rows on the device", "rows on the host"])
+@pytest.mark.parametrize("resident", [True, False], ids=["rows on the device", "rows that travel"])
 @pytest.mark.parametrize("name", ["vql", "softmax_attention"])
 def test_a_gpu_takes_longer_than_the_floor(name, resident, monkeypatch):
-    if not resident:
-        monkeypatch.setattr(DeviceRows, "where_they_fit", staticmethod(lambda *_: None))
+    monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(lambda *given: DeviceRows(*given, resident)))
     data = planted(users=64, length=2_000, topics=4, seed=2)
     config = small_config(epochs=1, min_epoch_steps=60, users_per_step=32)
     run = Training(name, data, replace(config, bf16=True), Worker(device="cuda"), COLD)
     run.run_epoch(None)
     taken = run.taken()
-    assert (run.recorded is not None) == resident
+    assert run.recorded is not None and run.recorded.recordings
     assert 0 < taken.least_ms / (taken.working_ms + taken.waiting_ms) < 1
-    run.forget_recordings()
+    run.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from etl.warehouse.partitions import MS_PER_DAY, day_number
 from etl.warehouse.schemas import EVALUATION, TRAIN, WATCH_BUCKETS
 from tests.processes import free_port
 from tests.training.partitions import DT, ITEMS_OF_KUAIRAND
+from tests.waiting import wait_for
 from training import loop
 from training.config import ModelConfig, TrainConfig
 from training.data import Joined, Sequences, split_targets
-from training.loop import Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
+from training.device_batches import DeviceRows
+from training.loop import EpochResult, Start, Training, TrainingData, TrainingState, Worker, _stream, train_model
 from training.model.ranker import FieldSizes, Ranker
-from training.user_batches import UserBatches
+from training.user_batches import Epoch, UserBatches
 from training.vocabulary import Vocabulary
 
 
@@ -378,6 +381,42 @@ def test_a_worker_whose_users_have_no_history_does_not_stop_the_others(tmp_path)
     config = dataclasses.replace(config, models={"vql": config.models["vql"]})
     ranks = trained_by([3], tmp_path, config, silent=20)("vql", 3)  # every worker has steps without a single event
     assert len({rank["bits"] for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["rows on the device", "rows that travel"])
+def test_steps_made_ahead_are_those_made_when_wanted_and_the_next_epoch_begins_before_one_is_judged(
+    resident, monkeypatch
+):
+    """A GPU would wait until an epoch's targets are dealt out. Here a CPU is fed as one is."""
+    data, config = planted(users=30, length=60, topics=3, seed=5), small_config(epochs=3, min_epoch_steps=20)
+    wanted: list[EpochResult] = []
+    train_model("vql", data, config, Worker(), wanted.append)
+    asked, shares, found = set(), Epoch.shares, []
+
+    def noted(order: Epoch, number: int) -> np.ndarray:
+        asked.add(order.key[1])
+        return shares(order, number)
+
+    def judged(result: EpochResult) -> None:
+        found.append(result)
+        if not result.finished:
+            wait_for("the next epoch", lambda: result.epoch + 1 in asked)
+
+    monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(lambda *given: DeviceRows(*given, resident)))
+    monkeypatch.setattr(Epoch, "shares", noted)
+    train_model("vql", data, config, Worker(), judged)
+    for one, other in zip(wanted, found, strict=True):
+        for loss in ("train_loss", "validation_logloss"):
+            assert one.metrics[loss] == pytest.approx(other.metrics[loss], abs=1e-4)
+
+
+def test_a_training_that_ends_before_its_time_makes_no_further_batches(monkeypatch):
+    data, config = planted(users=30, length=60, topics=3, seed=5), small_config(epochs=40, patience=1)
+    monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(DeviceRows))
+    results: list[EpochResult] = []
+    train_model("mean_pooling", data, config, Worker(), results.append)
+    assert len(results) < 40
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def test_dropout_streams_differ_by_worker_and_step():

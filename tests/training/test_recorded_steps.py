@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.train_loop import make_data
 from tests.training import test_fused as fused_tests
-from training import recorded_steps
+from training import loop, recorded_steps
 from training.config import ModelConfig, TrainConfig
 from training.data import Chosen
-from training.device_batches import DeviceRows, Sizes, read_rows, table_of
+from training.device_batches import DeviceRows, Sizes, read_rows
 from training.loop import COLD, Training, TrainingData, Worker, train_model
 from training.model import fused, fused_codes
 from training.recorded_steps import RecordedSteps, budget, rounded_up, work_tables
@@ -52,7 +52,7 @@ def test_every_batch_fits_the_tables_of_its_budget(heads):
         for length_U, count_U in itertools.product(lengths, counts):
             starts = [np.concatenate([[0], of.cumsum()]) for of in (count_U, length_U)]
             none = np.zeros(users, np.int64)
-            chosen = Chosen(none, np.zeros(starts[0][-1], np.int64), *starts, none, none, none, none)
+            chosen = Chosen(none, np.zeros(starts[0][-1], np.int64), *starts, none, none, none, none, pairs=0)
             sizes = budget(chosen, users)
             padded = chosen.padded(users, sizes.events, sizes.targets)
             tables = work_tables(padded, sizes, heads)
@@ -130,6 +130,7 @@ def test_a_gpu_waits_while_its_host_makes_a_recorded_step(slow, monkeypatch):
             marks.append(now.taken())
 
     monkeypatch.setattr(place, slow, slowly)
+    monkeypatch.setattr(loop, "TABLES_AHEAD", 2)  # so that not all are made while the first step is compiled
     train_model("it", data, config, Worker(device="cuda"), lambda _: None, look)
     working_ms, waiting_ms = (marks[1].working_ms - marks[0].working_ms, marks[1].waiting_ms - marks[0].waiting_ms)
     assert waiting_ms > 20 * 28 and waiting_ms > 3 * working_ms, (working_ms, waiting_ms)
@@ -156,13 +157,14 @@ def test_a_training_of_recorded_steps_comes_to_where_the_plain_one_does(name, mo
 @pytest.mark.skipif(
     not (torch.cuda.is_available() or fused_tests.INTERPRETED), reason="needs a GPU, or Triton's interpreter"
 )
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "rows that travel"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("users", [[0], [3, 0, 17, 5, 5], list(range(40)), []], ids=len)
-def test_rows_read_by_kernels_are_those_read_by_torch(users, padded):
+def test_rows_read_by_kernels_are_those_read_by_torch(users, padded, resident):
     from training import batch_kernels
 
     data, _ = loaded(EXACT)
-    sequences, rows = data.joined.sequences, DeviceRows(data.joined, fused_tests.DEVICE)
+    sequences, rows = data.joined.sequences, DeviceRows(data.joined, fused_tests.DEVICE, resident)
     rng = np.random.default_rng(len(users))
     targets = [np.sort(rng.choice(np.arange(130) + 130 * user, 1 + user % 90, False)) for user in users]
     chosen = Chosen.of(sequences, np.array(users, np.int64), targets)
@@ -172,8 +174,8 @@ def test_rows_read_by_kernels_are_those_read_by_torch(users, padded):
         chosen = chosen.padded(41, sizes.events, sizes.targets)
         sizes = dataclasses.replace(sizes, users=len(chosen.users))
     counts = np.array([real.targets, real.events] * 2)
-    table = torch.from_numpy(np.concatenate(table_of(chosen, counts))).to(rows.device)
-    given = rows, list(table.split(sizes.lengths)), sizes, padded
+    table = torch.from_numpy(np.concatenate(rows.table_of(chosen, counts))).to(rows.device)
+    given = *rows.parts(table, sizes), sizes, padded
     ours, theirs = batch_kernels.read_rows(*given), read_rows(*given)
     for one, other in zip([*ours[:-1], *(ours.padding or ())], [*theirs[:-1], *(theirs.padding or ())], strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype
