@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import socket
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch.multiprocessing as mp
 from etl.warehouse.partitions import MS_PER_DAY
 from etl.warehouse.schemas import SEQUENCES, TRAIN, VALIDATION, WATCH_BUCKETS
 from training.config import ModelConfig, TrainConfig, load_config
-from training.data import Sequences
+from training.data import Chosen, Sequences
 from training.loop import EpochResult, Taken, Training, TrainingData, Worker, train_model
 
 
@@ -99,10 +101,11 @@ def loop_figures(
     name: str, targets: int, precision: str, users: int, length: int, device: str
 ) -> dict[str, float | str | None]:
     """Train from a Parquet file, and return samples a second, the share of time that the device waits for its host, and
-    on a GPU the share in which no kernel runs: between those of a recorded step, too.
+    on a GPU the share in which no kernel runs: between those of a recorded step, too, and the time of a step.
 
     Of the best of the epochs after the first, its begin included but for the waits, without validation; the kernels are
-    those of some steps of the last epoch. On a CPU steps wait for their batches.
+    those of some steps of the last epoch, and the step is one of its batches, taken again and again. On a CPU steps
+    wait for their batches.
 
     Args:
         users, length, targets: as in `loop_rows`.
@@ -119,6 +122,7 @@ def loop_figures(
     data = TrainingData.of(Sequences.from_arrow(rows), items_table(20_000), config)
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     begun: dict[int, Taken] = {}  # what all steps came to behind the first one of an epoch
+    step_ms: list[float] = []
 
     def look(now: Training) -> None:
         if now.position == 1:
@@ -126,13 +130,16 @@ def loop_figures(
         if on_gpu and now.epoch == epochs - 1 and now.position in (5, 5 + profiled):
             torch.cuda.synchronize()
             (profile.start if now.position == 5 else profile.stop)()
+        if on_gpu and now.epoch == epochs - 1 and now.position == 10 + profiled:
+            step_ms.append(_step_ms(now))
 
     results: list[EpochResult] = []
     train_model(name, data, config, Worker(device=device), results.append, look)
     best = max(results[1:-1], key=lambda result: result.metrics["samples_per_s"])
     rate = best.metrics["samples_per_s"]
     case: dict[str, float | str | None] = {"model": name, "length": length, "targets": targets, "precision": precision}
-    case |= {"loop_samples_per_s": rate, "device_idle_share": best.metrics["data_wait_share"], "no_kernel_share": None}
+    case |= {"loop_samples_per_s": rate, "device_idle_share": best.metrics["data_wait_share"]}
+    case |= {"no_kernel_share": None, "loop_over_step": None}
     said = ""
     if on_gpu:
         before, after = begun[best.epoch], begun[best.epoch + 1]
@@ -140,13 +147,29 @@ def loop_figures(
         busy_ms = sum(event.self_device_time_total for event in profile.key_averages()) / 1_000 / profiled
         idle = 1 - busy_ms * rate / (1_000 * users * targets)
         case |= {"gpu_ms": busy_ms, "device_idle_share": waited / (waited + worked), "no_kernel_share": idle}
-        said = f", no kernel {idle:.1%}"
+        case["loop_over_step"] = rate * step_ms[0] / (1_000 * users * targets)
+        said = f", no kernel {idle:.1%}, {case['loop_over_step']:.1%} of its step"
     print(
         f"loop {name:<22}{length:>8}{targets:>8}{precision:>6}{rate:>12,.0f} samples/s"
         f", waits {case['device_idle_share']:.1%}{said}",
         flush=True,
     )
     return case
+
+
+def _step_ms(now: Training, runs: int = 20) -> float:
+    """Return the median time of a training's recorded step on its next batch, one after another, in ms."""
+    assert now.recorded is not None
+    chosen = Chosen.of(now.data.joined.sequences, *now.order(now.epoch).visited(now.position))
+    prepared, started = now.recorded.prepared(chosen), now.model.coded is not None
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    for _ in range(3):  # the first ones of a size are run, and recorded
+        now.recorded(prepared, started)
+    for mark in marks:
+        mark.record()
+        now.recorded(prepared, started)
+    torch.cuda.synchronize()
+    return statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(marks))
 
 
 def _work(rank: int, name: str, workers: int, port: int, args: argparse.Namespace, folder: str) -> None:

@@ -18,8 +18,8 @@ JSON line:
     length_exponent_KIND  the largest power of the length that the time grows by from one length to the next: up to 1 it
                           grows no faster than a line, though it may lie off one
     loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit
-    loop_over_step        samples a second of a loop over those of bare steps of the same model, length, targets and
-                          precision, the lowest of all that have both
+    loop_over_step        samples a second of a loop over those of its own step on one batch again and again, the lowest
+                          of all; null on a CPU
     travelling_rows_rate  samples a second of loops whose rows are not in the memory of the GPU but travel with a batch,
                           over those of the same loops with resident rows, the lowest; null on a CPU
     device_idle_share     of that loop: the share of the GPU's time between the end of a step and the begin of the next,
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = {
         "users": args.users, "cut_offs": args.cut_offs, "length": stated_length(found),
         **{f"step_ms_{case}": run["step_ms"] for case, run in best.items()},
-        **loop_summary(loops), "loop_over_step": loop_over_step(loops, found),
+        **loop_summary(loops), "loop_over_step": loop_over_step(loops),
         "travelling_rows_rate": travelling_rows_rate(args, loops),
         **floor_shares(best), **peer_ratios(loops, peers),
         "fat_rows_ratio": fat_rows_ratio(args, found), **growth_with_length(found),
@@ -259,12 +259,10 @@ def loop_summary(loops: list[dict]) -> dict[str, float | None]:
     return {name: best.get(name) for name in ("loop_samples_per_s", "device_idle_share", "no_kernel_share")}
 
 
-def loop_over_step(loops: list[dict], found: list[dict]) -> float | None:
-    """Return the lowest share of a step's samples a second that its loop comes to; None where no loop has its step."""
-    same = ("model", "length", "targets", "precision")
-    steps = {tuple(run[name] for name in same): run for run in found if run["pass"] == found[0]["pass"]}
-    rates = [(loop["loop_samples_per_s"], steps.get(tuple(loop[name] for name in same))) for loop in loops]
-    return min((rate / step["samples_per_s"] for rate, step in rates if step is not None), default=None)
+def loop_over_step(loops: list[dict]) -> float | None:
+    """Return the lowest share of its step's samples a second that a loop comes to; None where no step was measured."""
+    shares = (loop["loop_over_step"] for loop in loops)
+    return min((share for share in shares if share is not None), default=None)
 
 
 def travelling_rows_rate(args: argparse.Namespace, loops: list[dict]) -> float | None:
