@@ -59,6 +59,14 @@ class Sizes:
         return Sizes(len(chosen.users), int(chosen.event_start[-1]), len(chosen.target))
 
 
+class Asked(NamedTuple):
+    """What the host makes of a batch as it is: its size, its table, and the fields of `Batch` that are lists."""
+
+    sizes: Sizes
+    table: np.ndarray
+    lists: dict[str, Any]
+
+
 class Read(NamedTuple):
     """The rows of a batch's E events and T targets, int64 but for labels and weights, float32.
 
@@ -117,10 +125,7 @@ class DeviceRows:
         """Return the rows on a GPU, resident unless they took more than half of its free memory; None on a CPU."""
         if device.type != "cuda":
             return None
-        fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
-        events, targets = len(joined.sequences.history_item), len(joined.sequences.target_item)
-        wanted = EVENT_BYTES * events + TARGET_BYTES * targets + FIELD_BYTES * fields
-        return DeviceRows(joined, device, wanted < LARGEST_SHARE * torch.cuda.mem_get_info(device)[0])
+        return DeviceRows(joined, device, fit(joined, torch.cuda.mem_get_info(device)[0]))
 
     def lengths(self, sizes: Sizes) -> list[int]:
         """Return the lengths of the parts of `table_of`."""
@@ -155,10 +160,14 @@ class DeviceRows:
 
     def batch_of(self, chosen: Chosen) -> Batch:
         """Return the batch of what was chosen, as `make_batch` does."""
+        asked = self.asked(chosen)
+        return self.gathered(on_device(asked.table, self.device), asked.sizes, asked.lists)
+
+    def asked(self, chosen: Chosen) -> Asked:
+        """Return the host's part of `batch_of`."""
         sizes = Sizes.of(chosen)
         counts = np.array([sizes.targets, sizes.events] * 2, np.int64)
-        table = on_device(np.concatenate(self.table_of(chosen, counts)), self.device)
-        return self.gathered(table, sizes, lists_of(chosen))
+        return Asked(sizes, np.concatenate(self.table_of(chosen, counts)), lists_of(chosen))
 
     def gathered(self, table: Tensor, sizes: Sizes, lists: dict[str, Any], padded: bool = False) -> Batch:
         """Gather the batch of a `table_of`, which the host does not read.
@@ -201,6 +210,13 @@ class DeviceRows:
         wanted_N = torch.arange(1, len(read_R) + 1, dtype=torch.int32, device=self.device)
         item_N = torch.searchsorted(rank, wanted_N).clamp(max=items - 1)
         return self.items.take(item_N), rank[read_R].long() - 1
+
+
+def fit(joined: Joined, free_bytes: int) -> bool:
+    """Return whether rows are resident on a GPU with so much free memory."""
+    fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
+    events, targets = len(joined.sequences.history_item), len(joined.sequences.target_item)
+    return EVENT_BYTES * events + TARGET_BYTES * targets + FIELD_BYTES * fields < LARGEST_SHARE * free_bytes
 
 
 def column_of(joined: Joined, name: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from etl.warehouse.schemas import TRAIN
 from training.config import TrainConfig
 from training.data import Batch, Chosen, Joined, Sequences, Split, split_targets, trained_rows
-from training.device_batches import DeviceRows, ahead
+from training.device_batches import Asked, DeviceRows, ahead
 from training.device_time import DeviceTime
 from training.floor import Counts, card_of, least_ms
 from training.model.fused import on_device
@@ -40,8 +40,8 @@ os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 # A pass over the targets begins with dealing out those of many users: with 256 targets a visit it takes as long as
 # 100 steps.
-TABLES_AHEAD = 128  # that a thread makes before they are asked for; one is 20 to 300 kB
-BATCHES_AHEAD = 24  # the same of tables with their rows, some MB each
+TABLES_AHEAD = 128  # that a thread makes before they are asked for; one is 20 kB to 1 MB
+BATCHES_AHEAD = 24  # the same of tables with their rows, 2 to 20 MB each with 32 or 64 users
 LONGEST_STEP_S = 600.0  # of a recorded step whose exchange waits for another worker, which nothing else watches
 
 
@@ -161,7 +161,7 @@ class _Ready(NamedTuple):
     """
 
     order: Epoch
-    read: Batch | Chosen | Prepared | None
+    read: Batch | Asked | Prepared | None
     shares_W2: np.ndarray
     items: np.ndarray | None
     least_ms: float
@@ -337,6 +337,7 @@ class Training:
         """
         if self._ready is not None:
             self._ready.close()
+            self._ready = None
         if self.recorded is not None:
             self.recorded.recordings.clear()
 
@@ -469,9 +470,12 @@ class Training:
             users, targets = order.visited(number)
             chosen = Chosen.of(sequences, users, targets) if len(users) else None
             least_ms = self._least_ms(chosen)
-            if self.recorded is None or chosen is None:
-                return _Ready(order, chosen, shares_W2, items, least_ms)
-            return _Ready(order, self.recorded.prepared(chosen, shares_W2), shares_W2, items, least_ms)
+            read: Asked | Prepared | None = None
+            if chosen is not None and self.recorded is not None:
+                read = self.recorded.prepared(chosen, shares_W2)
+            elif chosen is not None:
+                read = self.rows.asked(chosen)
+            return _Ready(order, read, shares_W2, items, least_ms)
 
         if self.rows is None:  # a CPU's steps need its cores: what they read is read when it is wanted
             yield from map(made, places())
@@ -501,10 +505,13 @@ class Training:
             except StepTakesTooLong as error:  # it exchanges sums: another worker is gone, or hangs
                 raise WorkerLostError(f"worker {self.worker.rank} waits for another one in vain: {error}") from error
         else:
-            begins()
-            if isinstance(read, Chosen):
+            if isinstance(read, Asked):
                 assert self.rows is not None
-                read = self.rows.batch_of(read)
+                table = on_device(read.table, self.rows.device)
+                begins()
+                read = self.rows.gathered(table, read.sizes, read.lists)
+            else:
+                begins()
             mine, counts = ready.shares_W2[self.worker.rank], ready.shares_W2.sum(0)
             count = on_device(np.concatenate([mine, counts]).astype(np.float32), self.rate.device)
             self._move(read, count, most_rows(ready.shares_W2))

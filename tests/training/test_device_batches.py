@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.training.conftest import random_partition
 from training.data import Batch, Chosen, Joined, Sequences, make_batch
-from training.device_batches import DeviceRows, Sizes, lists_of
+from training.device_batches import DeviceRows, Sizes, ahead, fit, lists_of
 
 DRAWS = [([3, 1, 0, 5], [3, 8, 2, 1]), ([0, 2], [0, 4]), ([0], [3]), ([], [])]  # users, targets of each; user 0 is new
 
@@ -48,6 +50,14 @@ def test_the_bytes_of_an_event_and_of_a_target_are_as_said(joined):
     fields = sum(rows.size for rows in joined.items.rows.values()) + joined.user_rows.size
     assert held == 14 * len(joined.sequences.history_item) + 25 * len(joined.sequences.target_item) + 4 * fields
     assert DeviceRows(joined, torch.device("cpu"), resident=False).nbytes == 4 * fields
+    assert fit(joined, 2 * held + 2) and not fit(joined, 2 * held)  # half of what is free
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_lie_in_the_memory_of_a_gpu_that_has_room(joined):
+    rows = DeviceRows.on_gpu(joined, torch.device("cuda"))
+    assert rows is not None and rows.resident and rows.columns["history_item"].is_cuda
 
 
 def step(model, batch) -> dict[str, torch.Tensor]:
@@ -90,3 +100,20 @@ def test_padding_changes_no_loss_no_gradient_and_no_statistic(kind, at_once, res
             assert exact.keys() == padded.keys()
             for name, value in exact.items():
                 assert (value - padded[name]).abs().max() <= 2e-6 * max(1.0, float(value.abs().max())), name
+
+
+def test_batches_that_nobody_waits_for_any_more_are_not_made():
+    """A training that ends before its time would end when 128 more tables are made."""
+    made: list[int] = []
+
+    def slow(number: int) -> int:
+        made.append(number)
+        time.sleep(0.02)
+        return number
+
+    batches = ahead(slow, range(1_000), most=100)
+    assert next(batches) == 0
+    batches.close()
+    at_close = len(made)
+    time.sleep(0.1)
+    assert len(made) == at_close < 20

@@ -131,12 +131,14 @@ def test_a_training_has_the_floor_of_every_step_it_took_and_one_that_goes_on_of_
     for _ in range(2):
         whole.run_epoch(look)
     assert len(floors) > 20 and min(floors) > 0 and len(set(floors)) > 5
+    whole.close()
     assert taken == pytest.approx(np.cumsum(floors))
     left, again = floors[9:].copy(), Training(name, data, config, Worker(), Start(states[0]))
     floors.clear()
     taken.clear()
     for _ in range(again.epoch, 2):
         again.run_epoch(look)
+    again.close()
     assert floors == left
     assert taken == pytest.approx(np.cumsum(left))
 
@@ -149,6 +151,7 @@ def test_a_cpu_and_a_kind_that_is_not_counted_have_no_floor(monkeypatch):
         monkeypatch.setattr(loop, "card_of", lambda device, card=card: card)
         run = Training(name, data, small_config(min_epoch_steps=3), Worker(), COLD)
         run.run_epoch(None)
+        run.close()
         assert run.step > 0 and run.taken().least_ms == 0
 
 

