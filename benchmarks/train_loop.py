@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +103,7 @@ def loop_figures(
     name: str, targets: int, precision: str, users: int, length: int, device: str
 ) -> dict[str, float | str | None]:
     """Train from a Parquet file, and return samples a second, the share of time that the device waits for its host, and
-    on a GPU the share in which no kernel runs: between those of a recorded step, too, and the time of a step.
+    on a GPU the share in which no kernel runs: between those of a recorded step, too, and the rate over that of a step.
 
     Of the best of the epochs after the first, its begin included but for the waits, without validation; the kernels are
     those of some steps of the last epoch, and the step is one of its batches, taken again and again. On a CPU steps
@@ -127,10 +129,12 @@ def loop_figures(
     def look(now: Training) -> None:
         if now.position == 1:
             begun[now.epoch] = now.taken()
-        if on_gpu and now.epoch == epochs - 1 and now.position in (5, 5 + profiled):
+        if not on_gpu or now.epoch < epochs - 1:
+            return
+        if now.position in (5, 5 + profiled):
             torch.cuda.synchronize()
             (profile.start if now.position == 5 else profile.stop)()
-        if on_gpu and now.epoch == epochs - 1 and now.position == 10 + profiled:
+        elif now.position == 10 + profiled:
             step_ms.append(_step_ms(now))
 
     results: list[EpochResult] = []
@@ -161,13 +165,18 @@ def _step_ms(now: Training, runs: int = 20) -> float:
     """Return the median time of a training's recorded step on its next batch, one after another, in ms."""
     assert now.recorded is not None
     chosen = Chosen.of(now.data.joined.sequences, *now.order(now.epoch).visited(now.position))
-    prepared, started = now.recorded.prepared(chosen), now.model.coded is not None
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    step = functools.partial(now.recorded, now.recorded.prepared(chosen), now.model.coded is not None)
     for _ in range(3):  # the first ones of a size are run, and recorded
-        now.recorded(prepared, started)
+        step()
+    return in_a_row_ms(step, runs)
+
+
+def in_a_row_ms(step: Callable[[], None], runs: int) -> float:
+    """Return the median time of a step on a GPU, one after another, in ms."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     for mark in marks:
         mark.record()
-        now.recorded(prepared, started)
+        step()
     torch.cuda.synchronize()
     return statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(marks))
 

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 from benchmarks.peer_steps import peer_figures
 from benchmarks.resumed import apart
-from benchmarks.train_loop import loop_figures, loop_rows
+from benchmarks.train_loop import in_a_row_ms, loop_figures, loop_rows
 from etl.warehouse.schemas import WATCH_BUCKETS
 from training import device_batches
 from training.config import ModelConfig
@@ -391,12 +391,7 @@ def measure(config: ModelConfig, batch: Batch, runs: int, device: str, precision
     if not on_gpu:
         return {"step_ms": single, "waited_ms": single, "gpu_ms": 0.0, "peak_mb": 0.0}
     peak = torch.cuda.max_memory_allocated() / 2**20
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    for mark in marks:
-        mark.record()
-        step()
-    wait()
-    row = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    row = in_a_row_ms(step, runs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):
             step()

@@ -58,6 +58,10 @@ class Sizes:
     def of(chosen: Chosen) -> Sizes:
         return Sizes(len(chosen.users), int(chosen.event_start[-1]), len(chosen.target))
 
+    def rows_of(self, column: str) -> int:
+        """Return how many rows a column of `COLUMNS` has."""
+        return self.events if column in OF_EVENTS else self.targets
+
 
 class Asked(NamedTuple):
     """What the host makes of a batch as it is: its size, its table, and the fields of `Batch` that are lists."""
@@ -129,8 +133,8 @@ class DeviceRows:
 
     def lengths(self, sizes: Sizes) -> list[int]:
         """Return the lengths of the parts of `table_of`."""
-        users, events, targets = sizes.users, sizes.events, sizes.targets
-        of_columns = [_words_of(events if name in OF_EVENTS else targets, kind) for name, kind in COLUMNS.items()]
+        users, targets = sizes.users, sizes.targets
+        of_columns = [_words_of(sizes.rows_of(name), kind) for name, kind in COLUMNS.items()]
         return [4, users + 1, users + 1, users, users, users, targets, *([] if self.resident else of_columns)]
 
     def table_of(self, chosen: Chosen, counts: np.ndarray) -> list[np.ndarray]:
@@ -236,12 +240,9 @@ def _words(joined: Joined, chosen: Chosen, targets: int, events: int) -> list[np
     """
     ends_U = chosen.source + np.diff(np.minimum(chosen.event_start, events))
     parts = [slice(*ends) for ends in zip(chosen.source.tolist(), ends_U.tolist(), strict=True)]
-    found = []
+    found, sizes = [], Sizes.of(chosen)
     for name, kind in COLUMNS.items():
-        column = column_of(joined, name)
-        words = np.zeros(
-            _words_of(int(chosen.event_start[-1]) if name in OF_EVENTS else len(chosen.target), kind), _INT64
-        )
+        column, words = column_of(joined, name), np.zeros(_words_of(sizes.rows_of(name), kind), _INT64)
         rows = words.view(kind)
         if name not in OF_EVENTS:
             rows[:targets] = column[chosen.target[:targets]]
@@ -255,7 +256,7 @@ def _columns(words: list[Tensor], sizes: Sizes) -> dict[str, Tensor]:
     """Return the columns that `_words` packed; one row at least, which padding reads."""
     found = {}
     for part, (name, kind) in zip(words, COLUMNS.items(), strict=True):
-        count = sizes.events if name in OF_EVENTS else sizes.targets
+        count = sizes.rows_of(name)
         column = part.view(torch.from_numpy(np.empty(0, kind)).dtype)
         found[name] = column[:count] if count else column.new_zeros(1)
     return found

@@ -53,6 +53,15 @@ def test_the_bytes_of_an_event_and_of_a_target_are_as_said(joined):
     assert fit(joined, 2 * held + 2) and not fit(joined, 2 * held)  # half of what is free
 
 
+def test_a_gpu_holds_the_rows_where_they_take_less_than_half_of_what_it_has_free(joined, monkeypatch):
+    held, made = DeviceRows(joined, torch.device("cpu")).nbytes, []
+    monkeypatch.setattr(DeviceRows, "__init__", lambda rows, joined, device, resident: made.append(resident))
+    for free in (2 * held + 2, 2 * held):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        DeviceRows.on_gpu(joined, torch.device("cuda"))
+    assert made == [True, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_rows_lie_in_the_memory_of_a_gpu_that_has_room(joined):
