@@ -139,7 +139,8 @@ class TrainingOperator(ComparisonOperator):
 
 
 class TableOperator(ComparisonOperator):
-    """Make table and plots of what stands; fails behind them when a training has failed."""
+    """Make table and plots of what stands; fails behind them when a training has failed, or was skipped as its run was
+    marked as failed."""
 
     @ends_as_a_stage
     def execute(self, context: Any) -> dict[str, Any]:
@@ -148,10 +149,11 @@ class TableOperator(ComparisonOperator):
         said = f"{found['stand']} of {asked} trainings stand; the best is {found['best'] or 'none'}"
         append_note(context, outcome_line(context["params"]["dt"], said))
         states = context["ti"].get_task_states(dag_id=run.dag_id, run_ids=[run.run_id], task_ids=[TRAIN])
-        failed = [state for state in states.get(run.run_id, {}).values() if state in ("failed", "upstream_failed")]
-        if failed:
+        of_run = states.get(run.run_id, {}).values()
+        if missing := [state for state in of_run if state not in ("success", "removed")]:
             raise StageError(
-                f"{len(failed)} of {asked} tasks `{TRAIN}` of this run have failed; the table has what stands",
+                f"{len(missing)} of {asked} tasks `{TRAIN}` of this run have failed or were skipped; the table has what"
+                " stands",
                 "correct what their logs say and clear them with their downstream tasks: nothing is trained twice",
             )
         return {"stand": found["stand"], "best": found["best"]}

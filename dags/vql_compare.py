@@ -13,10 +13,10 @@ One run compares **models side by side** on a published partition: the same rows
 each length and with each seed. **Trigger** it and fill in the form; nothing runs by itself.
 
 `plan` checks the form and names the trainings, `train` has a task for each of them, `table` makes the table and the
-plots, with intervals over seeds and users, of those that stand. Trainings share the pool `training` with those of the
-daily runs, which go first. Each training is a line of a file, and what stands there is not trained again: **clear** any
-task, or trigger another run with more models, lengths or seeds. `make compare` is the same without Airflow
-(docs/evaluation.md). Nothing is registered.
+plots, with intervals over seeds and users, of those that stand; it does so, too, when the run is marked as failed, and
+ends the run in MLflow. Trainings share the pool `training` with those of the daily runs, which go first. Each training
+is a line of a file, and what stands there is not trained again: **clear** any task, or trigger another run with more
+models, lengths or seeds. `make compare` is the same without Airflow (docs/evaluation.md). Nothing is registered.
 """
 
 with DAG(
@@ -43,4 +43,7 @@ with DAG(
         pool="training",
         execution_timeout=dtm.timedelta(hours=6),
     ).expand(training=plan.output)
-    trainings >> TableOperator(task_id=TABLE, trigger_rule="all_done_min_one_success")
+    # What `plan` has begun in MLflow, `table` ends: Airflow runs a teardown of a run that is marked as failed, too, and
+    # clears both with every task between them.
+    table = TableOperator(task_id=TABLE).as_teardown(setups=plan, on_failure_fail_dagrun=True)
+    trainings >> table

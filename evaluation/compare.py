@@ -38,14 +38,14 @@ def main() -> None:
     args = arguments_of()
     wanted = wanted_of(args)
     plan = planned(wanted)
-    if args.only == SHOW and not plan.lines:
-        raise StageError(
-            f"none of these {len(plan.trainings)} trainings stands in {wanted.out}", "train them: leave out --only"
-        )
     origin = TableStore(args.warehouse, args.dataset), args.config
     with comparison_run(
         args.definition, plan.identity, origin, args.only in (PLAN, SHOW), args.only in (None, SHOW)
     ) as run:
+        if args.only == SHOW and not plan.lines:
+            raise StageError(
+                f"none of these {len(plan.trainings)} trainings stands in {wanted.out}", "train them: leave out --only"
+            )
         if args.only != PLAN:
             run.add(plan.lines)
         if args.only in (None, TRAIN):

@@ -1124,6 +1124,50 @@ def test_a_comparison_is_a_task_a_training_and_trains_nothing_twice(stack):
     stack.pause(True, dag)
 
 
+@pytest.mark.usefixtures("partition")
+@pytest.mark.parametrize(("stands", "end"), [(False, "FAILED"), (True, "FINISHED")])
+def test_a_comparison_that_is_marked_as_failed_between_its_tasks_ends_in_mlflow(stack, stands, end):
+    def comparison() -> str:
+        [experiment] = [
+            one["experiment_id"]
+            for one in stack.ask_mlflow("experiments", {"max_results": 100})["experiments"]
+            if one["name"] == "kuairand_simulated comparisons"
+        ]
+        asked = {"experiment_ids": [experiment], "filter": "tags.`pipeline.comparison` LIKE '%'"}
+        [run] = stack.ask_mlflow("runs", asked)["runs"]
+        return run["info"]["status"]
+
+    dag = "/api/v2/dags/vql_compare"
+    given = {"data_set": "kuairand_simulated", "dt": DT, "models": "mean_pooling", "lengths": "10", "config": "tiny"}
+    stack.pause(False, dag)
+    stack.training_slots(int(stands))
+    run = stack.api.call("POST", f"{dag}/dagRuns", {"logical_date": None, "conf": given | {"seeds": "1,2"}})
+    path = f"{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+    if stands:  # one is trained, the other waits for a slot
+        wait_for("a training", lambda: "running" in states_of_trainings(stack, path), every=0.2)
+        stack.training_slots(0)
+        wait_for("its end", lambda: "success" in states_of_trainings(stack, path), every=1)
+    else:
+        wait_for("trainings that wait", lambda: states_of_trainings(stack, path) == ["scheduled"] * 2, every=1)
+    assert comparison() == "RUNNING"
+    stack.api.call("PATCH", f"{path}?update_mask=state", {"state": "failed"})
+    assert stack.ended(path) == "failed"
+    wait_for("end in MLflow", lambda: comparison() != "RUNNING", every=1)
+    assert comparison() == end
+
+    # Cleared, what is missing is trained, by whichever task one begins with.
+    stack.training_slots(1)
+    if stands:
+        stack.clear(path, "train", downstream=False)
+        assert stack.ended(path) == "success" and comparison() == "FINISHED"
+    stack.pause(True, dag)
+
+
+def states_of_trainings(stack, run: str) -> list[str]:
+    found = stack.api.call("GET", f"{run}/taskInstances")["task_instances"]
+    return sorted(task["state"] or "" for task in found if task["task_id"] == "train" and task["map_index"] >= 0)
+
+
 def test_a_schedule_starts_by_a_persons_hand_alone_and_waits_for_the_days_files(stack):
     stack.calls()  # those of the tests before
     project = stack

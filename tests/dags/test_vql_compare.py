@@ -167,9 +167,17 @@ def test_the_table_has_what_stands_and_its_task_fails_with_a_training(tmp_path, 
     found, words, notes = taken("table", tmp_path, monkeypatch, states=("success", "success"))
     assert words[words.index("--only") + 1] == "show" and found == {"stand": 1, "best": RESULT["best"]}
     assert notes == ["dt=2022-04-21: 1 of 2 trainings stand; the best is vql L=1000 seed 7, AUC 0.7"]
-    with capture_logs() as logs, pytest.raises(SystemExit) as end:
-        taken("table", tmp_path, monkeypatch, states=("success", "failed", "removed"))
-    assert end.value.code == 2 and "1 of 2 tasks `train` of this run have failed" in str(logs)
+    for bad in ("failed", "upstream_failed", "skipped"):  # skipped: the run was marked as failed
+        with capture_logs() as logs, pytest.raises(SystemExit) as end:
+            taken("table", tmp_path, monkeypatch, states=("success", bad, "removed"))
+        assert end.value.code == 2 and "1 of 2 tasks `train` of this run have failed or were skipped" in str(logs)
+
+
+def test_what_plan_begins_in_mlflow_table_ends_whatever_becomes_of_the_run():
+    """Airflow runs a teardown whose setup has succeeded, and clears both with every task between them."""
+    plan, table = (dag_now().get_task(name) for name in ("plan", "table"))
+    assert plan.is_setup and table.is_teardown and table.on_failure_fail_dagrun
+    assert table.upstream_task_ids == {"plan", "train"}
 
 
 def test_a_note_names_the_training_that_failed(monkeypatch):
