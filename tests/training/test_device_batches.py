@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.training.conftest import random_partition
+from tests.training.partitions import random_partition, vocabulary_of
 from training.data import Batch, Chosen, Joined, Sequences, make_batch
 from training.device_batches import DeviceRows, Sizes, ahead, fit, lists_of
 
@@ -23,10 +23,12 @@ def drawn(joined: Joined, users: list[int], counts: list[int], seed: int) -> tup
 
 
 @pytest.fixture(params=[40, 4_000], ids=["all items are read", "few of many items are read"])
-def joined(request, loaded) -> Joined:
+def joined(request) -> Joined:
+    """Needs no other fixture: a machine with a GPU may lack what conftest.py imports (pytest --noconftest)."""
+    known_items, known_rows = random_partition()
     items, rows = random_partition(items=request.param)
     sequences = Sequences.from_arrow(rows, max_events=25)
-    return Joined.of(sequences, items, loaded[1])
+    return Joined.of(sequences, items, vocabulary_of(known_items, Sequences.from_arrow(known_rows)))
 
 
 @pytest.mark.parametrize(("users", "counts"), DRAWS, ids=str)
