@@ -99,7 +99,7 @@ class _Tasks:
         self.reports = str(settings.reports())
         self.runs, self.to_reports = ["--runs", settings.runs()], ["--reports", self.reports]
         # Without a cluster a stage scores by itself: a Ray of its own starts longer than most days take to score.
-        self.spread = arguments("workers") if settings.has_ray_cluster() else []
+        self.spread = arguments("workers") if settings.ray_address() else []
         self.stage = functools.partial(StageOperator, dataset=argument)
         self.of_model = functools.partial(ModelOperator, dataset=argument, runs=settings.runs())
         self.judged = functools.partial(GateOperator, dataset=argument, reports=self.reports)

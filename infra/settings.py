@@ -114,9 +114,9 @@ def raw_variable() -> str:
     return "LONGVIEW_RAW" if os.environ.get("LONGVIEW_RAW") else "LONGVIEW_HOME"
 
 
-def has_ray_cluster() -> bool:
-    """Whether RAY_ADDRESS names a cluster, which trains and scores."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+def ray_address() -> str:
+    """Return the address of the cluster that trains and scores (RAY_ADDRESS), "" where there is none."""
+    return os.environ.get("RAY_ADDRESS") or ""
 
 
 def training_configs() -> list[str]:

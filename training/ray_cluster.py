@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from etl.stage.errors import StageError, TryAgainError
+from infra import settings
 
 PLACEMENT_SECONDS = 50
 SETTLING_SECONDS = 10  # until what an ended group held is free again, and a lost node is known to be
@@ -30,8 +31,8 @@ def start_ray(name: str, least: int, most: int) -> int:
     """
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        join_cluster(os.environ["RAY_ADDRESS"])
+    if address := settings.ray_address():
+        join_cluster(address)
         return most
     most = max(least, min(most, os.cpu_count() or 1))
     try:

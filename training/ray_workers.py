@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 from etl.stage.commands import log
 from etl.stage.errors import StageError, TryAgainError, first_line
 from etl.stage.folder import Folder
+from infra import settings
 from training.job import Job, take_share_of_cores, train_all
 from training.loop import Worker, WorkerLostError
 from training.progress import PROGRESS_FILE
@@ -57,7 +57,7 @@ def train_with_ray(job: Job, least: int, most: int) -> dict[str, dict]:
             workers = wait_for_workers(least, most, gpus, had_room)
             trainer = TorchTrainer(
                 _ray_worker,
-                train_loop_config={"job": job, "on_cluster": "RAY_ADDRESS" in os.environ},
+                train_loop_config={"job": job, "on_cluster": bool(settings.ray_address())},
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
                 # Ray's own retries would repeat errors of ours, too.
                 run_config=RunConfig(

@@ -41,6 +41,16 @@ def test_environment_keeps_airflow_to_this_machine(monkeypatch, tmp_path):
     assert "AIRFLOW__CORE__DAG_CONCURRENCY" not in env
 
 
+@pytest.mark.parametrize(("given", "address"), [(None, ""), ("", ""), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_an_empty_ray_address_is_no_cluster(monkeypatch, given, address):
+    """Many templates of containers and CI set a variable that nobody gives to nothing."""
+    if given is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    assert settings.ray_address() == address
+
+
 def test_settings_name_options_that_airflow_has():
     from airflow.configuration import conf
 
