@@ -118,13 +118,13 @@ def _cause_of(error: Exception) -> Exception:
     from ray.exceptions import RayError
     from ray.train.v2._internal.exceptions import RayTrainError
 
-    # What a worker raised comes as it is; what became of a worker that is gone is an error of Ray's.
+    # What a worker raised comes as `_ray_worker` lets it; what became of a worker that is gone is an error of Ray's.
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
         if isinstance(failure, StageError):
             return failure
         if not isinstance(failure, (RayError, RayTrainError, WorkerLostError)):
-            return RuntimeError(f"worker {rank} failed: {type(failure).__name__}: {failure}")
+            return RuntimeError(f"worker {rank} failed: {failure}")
     lost = [rank for rank, failure in failures.items() if not isinstance(failure, WorkerLostError)]
     reason = first_line(failures[lost[0]] if lost else error)[:300]
     return TryAgainError(
@@ -149,12 +149,27 @@ def _follow(run_dir: Folder, finished: threading.Event) -> None:
 
 
 def _ray_worker(config: dict[str, Any]) -> None:
+    """Train as one worker of the group.
+
+    Raises:
+        StageError, WorkerLostError: as they are.
+        RuntimeError: names any other error. One whose class does not come back by pickle, as it takes two arguments or
+            is of a module that only workers have, would be a lost worker to Ray, and be trained again.
+    """
+    try:
+        _train_in_group(config["job"], config["on_cluster"])
+    except (StageError, WorkerLostError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _train_in_group(job: Job, on_cluster: bool) -> None:
     import ray.train
 
-    job: Job = config["job"]
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
-    if config["on_cluster"] and worker.device == "cpu":
+    if on_cluster and worker.device == "cpu":
         # How many cores share a sum decides its last bit: a group that has lost a node goes on elsewhere, to the same.
         torch.set_num_threads(1)
     else:

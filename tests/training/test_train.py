@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from mlflow import MlflowClient
 
 import training.ray_cluster
+import training.ray_workers
 from etl.stage.errors import EXIT_TRY_AGAIN, StageError, TryAgainError
 from etl.stage.folder import Folder
 from etl.stage.local_files import replace_text
@@ -37,11 +39,12 @@ from tests.training.conftest import DT, random_partition
 from tests.training.held_training import steps_of_a_model
 from tests.waiting import PATIENCE_S, wait_for
 from training.configs import tiny
-from training.job import load_training_data
-from training.loop import WorkerLostError
+from training.job import Job, load_training_data
+from training.loop import Worker, WorkerLostError
 from training.model_runs import parameters_of
 from training.package import Cutoff
-from training.ray_workers import _cause_of
+from training.ray_workers import _cause_of, train_with_ray
+from training.ray_workers import _ray_worker as real_worker
 from training.resume import flat
 from training.scoring import load_scorer
 from training.tracking import runs_below
@@ -325,13 +328,48 @@ def test_an_error_of_ours_is_told_as_it_is_and_a_lost_worker_is_worth_another_tr
     def cause(**failures: Exception) -> Exception:
         return _cause_of(WorkerGroupError("", {int(rank[1:]): failure for rank, failure in failures.items()}))
 
-    wrong, bug, waits = StageError("no such column", "name another"), ValueError("shape"), WorkerLostError("in vain")
+    wrong, waits = StageError("no such column", "name another"), WorkerLostError("in vain")
+    bug = RuntimeError("ValueError: shape")  # as a worker names it
     died = WorkerHealthCheckFailedError("worker 1 died", RuntimeError("SIGKILL"))
     assert cause(r0=waits, r1=wrong) is wrong
     assert type(cause(r0=waits, r1=bug)) is RuntimeError and "worker 1 failed: ValueError: shape" in str(cause(r1=bug))
     for lost in (cause(r0=waits, r1=died), cause(r0=waits)):
         assert isinstance(lost, TryAgainError)
     assert "lost worker 1: worker 1 died" in cause(r0=waits, r1=died).what
+
+
+class TwoArgumentsError(Exception):
+    """Does not come back by pickle, which gives it one argument."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+def worker_that_fails(config: dict[str, Any]) -> None:
+    """Train as a worker of Ray does, to an error whose class its driver cannot make."""
+
+    def fails(job: Job, worker: Worker) -> None:
+        (Path(job.run_dir) / "tries").open("a").write("x")
+        if job.attempt == "two arguments":
+            raise TwoArgumentsError("no memory", "step 3")
+        module = sys.modules["only_here"] = types.ModuleType("only_here")
+        module.OnlyHereError = type("OnlyHereError", (Exception,), {"__module__": "only_here"})  # type: ignore[attr-defined]
+        raise module.OnlyHereError("no memory at step 3")
+
+    training.ray_workers.train_all = fails
+    real_worker(config)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("attempt", ["two arguments", "a module of the worker alone"])
+def test_an_error_that_does_not_come_back_by_pickle_is_said_and_trained_once(tmp_path, monkeypatch, attempt):
+    monkeypatch.setenv("RAY_ADDRESS", "")  # no cluster, as if it were not set
+    monkeypatch.setattr(training.ray_workers, "_ray_worker", worker_that_fails)
+    job = Job("w", "kuairand", DT, attempt, str(tmp_path), tiny.config(), "", None, None, False)
+    name = "TwoArgumentsError" if attempt == "two arguments" else "OnlyHereError"
+    with pytest.raises(RuntimeError, match=f"^worker 0 failed: {name}: no memory at step 3$"):
+        train_with_ray(job, 1, 1)
+    assert (tmp_path / "tries").read_text() == "x"
 
 
 def in_its_folder(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
