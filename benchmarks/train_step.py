@@ -15,6 +15,9 @@ JSON line:
                           on one row a target, each with its own copy of the history
     r2_step_vs_length     of a line through the times of steps, the lowest over models and precisions; _KIND the lowest
                           of a kind
+    r2_step_vs_length_vql_PASS  the same of the kernels of VQL's steps by one pass at every length, over events or over
+                          codes: a step takes the cheaper one, so that times of steps bend where that changes; null on a
+                          CPU
     length_exponent_KIND  the largest power of the length that the time grows by from one length to the next: up to 1 it
                           grows no faster than a line, though it may lie off one
     loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit
@@ -61,6 +64,7 @@ from training.data import INTERACTIONS, Batch, Chosen, Joined, Sequences
 from training.device_batches import DeviceRows
 from training.floor import Counts, card_of, least_ms
 from training.model import fused
+from training.model.interests import vql
 from training.model.ranker import FieldSizes, Ranker
 from training.recorded_steps import RecordedSteps
 from training.vocabulary import ItemFeatures
@@ -125,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "travelling_rows_rate": travelling_rows_rate(args, loops),
         **floor_shares(best), **peer_ratios(loops, peers),
         "fat_rows_ratio": fat_rows_ratio(args, found), **growth_with_length(found),
+        **growth_of_each_pass(args),
         "resume_bit_equal": apart([MODELS[name] for name in args.models.split(",")], args.device),
     }  # fmt: skip
     device = torch.cuda.get_device_name() if on_gpu else "one CPU thread"
@@ -311,11 +316,35 @@ def growth_with_length(found: list[dict]) -> dict[str, float | None]:
         if len(points) > 2:
             length_N, ms_N = np.array(sorted(points)).T
             kind = KINDS.get(model, model)
-            squares[kind].append(float(np.corrcoef(length_N, ms_N)[0, 1] ** 2))
+            squares[kind].append(_r2(length_N, ms_N))
             powers[kind].append(float((np.diff(np.log(ms_N)) / np.diff(np.log(length_N))).max()))
     lowest = {f"r2_step_vs_length_{kind}": min(of_kind) for kind, of_kind in squares.items()}
     largest = {f"length_exponent_{kind}": max(of_kind) for kind, of_kind in powers.items()}
     return {"r2_step_vs_length": min(lowest.values(), default=None)} | lowest | largest
+
+
+def growth_of_each_pass(args: argparse.Namespace) -> dict[str, float | None]:
+    """Return R2 of a line through what the kernels of VQL's steps take against length, by each of its two passes at
+    every length; the lowest of the precisions.
+    """
+    lengths, targets = ([int(one) for one in text.split(",")] for text in (args.lengths, args.targets))
+    squares: dict[str, list[float]] = {"events": [], "codes": []}
+    if args.device == "cuda" and "vql" in args.models.split(",") and len(lengths) > 2:
+        batches = [make_batch(args.users, length, min(targets), args.cut_offs) for length in lengths]
+        for name, precision in itertools.product(squares, args.precisions.split(",")):
+            by_codes = np.full(args.users, name == "codes")
+            with patch.object(vql, "preferred", lambda *_, chosen_U=by_codes: chosen_U):
+                kernels_ms = [
+                    measure(MODELS["vql"], batch, args.runs, args.device, precision, "recorded")["gpu_ms"]
+                    for batch in batches
+                ]
+            squares[name].append(_r2(np.array(lengths), np.array(kernels_ms)))
+            print(f"vql over {name:<7}{precision:>6}", *(f"{one:.2f} ms" for one in kernels_ms), flush=True)
+    return {f"r2_step_vs_length_vql_{name}": min(found, default=None) for name, found in squares.items()}
+
+
+def _r2(length_N: np.ndarray, ms_N: np.ndarray) -> float:
+    return float(np.corrcoef(length_N, ms_N)[0, 1] ** 2)
 
 
 def make_batch(users: int, length: int, targets: int, cut_offs: int, items: int = 20_000) -> Batch:

@@ -126,9 +126,8 @@ class _Aggregated(GroupedQuantizer):
 
     def forward(self, keys_NHd: Tensor, weight_N: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
         _, loss, codes_NG = super().forward(keys_NHd, weight_N, commitment)
-        keys_GNw = self._grouped(keys_NHd)
-        words_GNw = self.lookup(codes_NG) + self.through * (keys_GNw - keys_GNw.detach())
-        return self._ungrouped(words_GNw, keys_NHd), loss, codes_NG
+        words_NHd = self.quantized(codes_NG, keys_NHd) + self.through * (keys_NHd - keys_NHd.detach())
+        return words_NHd, loss, codes_NG
 
 
 class _Both(_Aggregated):

@@ -39,6 +39,7 @@ def test_the_last_line_has_every_figure(capsys):
     assert line["loop_over_step"] is None and line["travelling_rows_rate"] is None  # a GPU's
     assert 0 <= line["r2_step_vs_length"] == min(line[f"r2_step_vs_length_{kind}"] for kind in ("exact", "vql")) <= 1
     assert {"length_exponent_exact", "length_exponent_vql"} <= line.keys()
+    assert line["r2_step_vs_length_vql_events"] is None and line["r2_step_vs_length_vql_codes"] is None  # a GPU's
     assert line["resume_bit_equal"] is True
     assert line["device"] == "one CPU thread"
     assert line["share_of_floor"] is None  # a CPU has no datasheet here

@@ -32,6 +32,23 @@ def test_the_quantization_loss_is_the_mean_squared_key_error_over_events():
     assert float(loss) == pytest.approx(1.25 * float((squared * weight).sum() / weight.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_the_gradients_of_the_loss_are_those_of_the_two_squared_distances(shift):
+    quantizer, keys = _quantizer(), (_keys(300) + shift).requires_grad_()
+    with torch.no_grad():
+        quantizer.codebook_GCw += shift
+    weight = torch.arange(300.0)
+    _, loss, codes = quantizer(keys, weight, commitment=0.25)
+    found = torch.autograd.grad(loss, (keys, quantizer.codebook_GCw))
+    keys, words = (rows.detach().double().requires_grad_() for rows in (keys, quantizer.codebook_GCw))
+    group = torch.arange(GROUPS).expand_as(codes)
+    word_NHd = words[group, codes].reshape(keys.shape)
+    plain = 0.25 * (keys - word_NHd.detach()).square() + (keys.detach() - word_NHd).square()
+    plain = (plain.sum((1, 2)) * weight).sum() / weight.sum()
+    for ours, theirs in zip(found, torch.autograd.grad(plain, (keys, words)), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5 * (1 + shift) * theirs.abs().max()
+
+
 def test_search_is_right_for_keys_far_from_the_origin():
     quantizer, keys = _quantizer(), _keys(500)
     with torch.no_grad():
@@ -193,5 +210,5 @@ def test_groups_may_have_codebooks_of_different_sizes():
         assert codes.amax(0).tolist() == [1, 4, 15]
     assert (quantizer.perplexity_share() > 0.5).all() and (quantizer.perplexity_share() <= 1).all()
     assert quantizer.dead_share().tolist() == [0, 0, 0]
-    error = [(quantizer.lookup(codes)[g] - keys[:, g]).square().sum(-1).mean() for g in range(3)]
+    error = [(quantizer.lookup(codes) - keys)[:, g].square().sum(-1).mean() for g in range(3)]
     assert error[0] > error[1] > error[2]

@@ -14,6 +14,7 @@ import triton.language as tl
 from training.model.fused_kernels import DAYS_PER_MS, FAR, LOG2E, _operand, _put, _top
 
 LEAST = tl.constexpr(16)  # rows or columns of a product: components are padded to so many
+BORDER = tl.constexpr(6)  # numbers of a border
 
 
 @triton.jit
@@ -30,9 +31,31 @@ def _user(users, v):
 
 
 @triton.jit
+def nearest_kernel(
+    keys, centre, codes, square, found, count,
+    G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Write the nearest code of one group for `P` keys; a key that is not a number gets some code."""
+    g = tl.program_id(1)
+    row_P = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    code, column = tl.arange(0, CP), tl.arange(0, WP)
+    wide, real_P = column < W, row_P < count
+    inside = real_P[:, None] & wide[None, :]
+    key_Pw = tl.load(keys + (row_P[:, None] * G + g) * W + column[None, :], inside, other=0.0)
+    key_Pw = tl.where(inside, key_Pw - tl.load(centre + g * W + column, wide, other=0.0)[None, :], 0.0)
+    there = (code < C)[:, None] & wide[None, :]
+    code_Cw = tl.load(codes + (g * C + code)[:, None] * W + column[None, :], there, other=0.0)
+    # The distance without |k|^2, which is the same for all codes of a key.
+    square_C = tl.load(square + g * C + code, code < C, other=float("inf"))
+    score_PC = square_C[None, :] - 2 * tl.dot(key_Pw, tl.trans(code_Cw), input_precision="ieee")
+    nearest_P = tl.minimum(tl.argmin(score_PC, 1), C - 1)
+    tl.store(found + row_P * G + g, nearest_P.to(tl.int64), real_P)
+
+
+@triton.jit
 def border_kernel(users, end, event_ms, borders, P: tl.constexpr):
     """Write a user's distinct cut-offs in order: (border, first target and end of targets that have it, time of the
-    newest event before it).
+    newest event before it, first and end of its segment's events).
 
     With fewer cut-offs than segments the last one is repeated, without targets.
     """
@@ -40,6 +63,7 @@ def border_kernel(users, end, event_ms, borders, P: tl.constexpr):
     event0, target0, target1, y, segments = _user(users, v)
     border = target0 * 0 - 1
     repeated = target0 * 0
+    older = event0
     for s in range(-1, segments):
         above = border * 0 + FAR
         low = target1
@@ -51,71 +75,76 @@ def border_kernel(users, end, event_ms, borders, P: tl.constexpr):
             low = tl.minimum(low, tl.min(tl.where(end_P == border, row_P, target1), 0))
             high = tl.maximum(high, tl.max(tl.where(end_P == border, row_P + 1, 0), 0))
         if s >= 0:
-            tl.store(borders + (y + s) * 4, border)
-            tl.store(borders + (y + s) * 4 + 1, low)
+            row = borders + (y + s) * BORDER
+            tl.store(row, border)
+            tl.store(row + 1, low)
             # Targets belong to the first of equal borders: backward adds up what each border's targets give.
-            tl.store(borders + (y + s) * 4 + 2, tl.where(repeated == 1, 0, high))
+            tl.store(row + 2, tl.where(repeated == 1, 0, high))
             newest = tl.load(event_ms + event0 + border - 1, border > 0, other=0)
-            tl.store(borders + (y + s) * 4 + 3, newest)
+            tl.store(row + 3, newest)
+            tl.store(row + 4, older)
+            older = event0 + tl.maximum(border, 0)
+            tl.store(row + 5, older)
             repeated = tl.where(above == FAR, 1, repeated)
             above = tl.where(above == FAR, border, above)
         border = above
 
 
 @triton.jit
+def _place_of(sorted_keys, order, key_C, event, count, STEPS: tl.constexpr):
+    """The first of `count` places, in order of key and event, that is not before (key, event); for every key."""
+    low_C = tl.zeros_like(key_C)
+    high_C = low_C + count
+    for _ in tl.static_range(STEPS):
+        open_C = low_C < high_C
+        middle_C = (low_C + high_C) // 2
+        there_C = tl.load(sorted_keys + middle_C, open_C, other=0).to(tl.int32)
+        before_C = tl.load(order + middle_C, open_C, other=0) < event
+        before_C = (there_C < key_C) | ((there_C == key_C) & before_C)
+        low_C = tl.where(open_C & before_C, middle_C + 1, low_C)
+        high_C = tl.where(open_C & (before_C == 0), middle_C, high_C)
+    return low_C
+
+
+@triton.jit
 def run_kernel(
-    users,
-    blocks,
-    borders,
-    item,
-    codes,
-    runs,
-    events,
-    segments_in_all,
-    C: tl.constexpr,
-    G: tl.constexpr,
-    B: tl.constexpr,
-):
-    """Write the run (group, segment, code) of every event and group; the number of runs behind the last border."""
-    n = tl.program_id(0).to(tl.int64)
-    v = tl.load(blocks + n * 3)
-    event0, _, _, y, segments = _user(users, v)
-    place_B = tl.load(blocks + n * 3 + 1) + tl.arange(0, B)
-    live_B = place_B < tl.load(blocks + n * 3 + 2)
-    y_B = tl.zeros([B], tl.int64) + y
-    for s in range(0, segments):
-        y_B += (place_B >= tl.load(borders + (y + s) * 4)).to(tl.int64)
-    item_B = tl.load(item + event0 + place_B, live_B, other=0)
-    for g in tl.static_range(G):
-        run_B = (g * segments_in_all + y_B) * C + tl.load(codes + item_B * G + g, live_B, other=0)
-        run_B = tl.where(y_B < y + segments, run_B, G * segments_in_all * C)
-        tl.store(runs + g * events + event0 + place_B, run_B.to(tl.int32), live_B)
+    borders, sorted_keys, order, bounds, events, segments,
+    C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Write where in `order` the events of each code of a segment and group begin and end."""
+    y = tl.program_id(0).to(tl.int64) % segments
+    g = tl.program_id(0) // segments
+    code = tl.arange(0, CP)
+    given = borders + y * BORDER
+    for edge in tl.static_range(2):
+        event = g * events + tl.load(given + 4 + edge)
+        place_C = _place_of(sorted_keys, order, g * C + code, event, G * events, STEPS)
+        tl.store(bounds + ((g * segments + y) * C + code) * 2 + edge, place_C, code < C)
 
 
 @triton.jit
 def unseen_kernel(
-    order,
-    starts,
+    users,
+    blocks,
+    borders,
     grad_key,
     grad_value,
-    events,
-    runs,
     HEADS: tl.constexpr,
-    G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Write zeros as the gradients of the events that no target sees: those behind the last run."""
-    place_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    seen = tl.load(starts + runs)
-    if (tl.program_id(0) + 1) * B > seen:
-        at_B = tl.load(order + place_B, place_B < G * events, other=0)
+    """Write zeros as the gradients of a user's events that none of the targets sees: those behind the last border."""
+    n = tl.program_id(0).to(tl.int64)
+    event0, _, _, y, segments = _user(users, tl.load(blocks + n * 3))
+    stop = tl.load(blocks + n * 3 + 2)
+    last = tl.maximum(tl.load(borders + (y + segments - 1) * BORDER, segments > 0, other=0), 0)
+    if stop > last:
+        place_B = tl.load(blocks + n * 3 + 1) + tl.arange(0, B)
         column = tl.arange(0, DP)
-        inside = ((place_B >= seen) & (place_B < G * events))[:, None] & (column < D)[None, :]
-        for h in tl.static_range(HEADS // G):
-            row_B = at_B % events * HEADS + at_B // events * (HEADS // G) + h
-            to = row_B[:, None] * D + column[None, :]
+        inside = ((place_B >= last) & (place_B < stop))[:, None] & (column < D)[None, :]
+        for h in tl.static_range(HEADS):
+            to = ((event0 + place_B) * HEADS + h)[:, None] * D + column[None, :]
             tl.store(grad_key + to, 0.0, inside)
             tl.store(grad_value + to, 0.0, inside)
 
@@ -141,7 +170,7 @@ def prefix_kernel(
     users,
     borders,
     order,
-    starts,
+    bounds,
     event_ms,
     value,
     rate,
@@ -178,7 +207,7 @@ def prefix_kernel(
     column = tl.arange(0, DP)
     for s in range(0, segments):
         y = y0 + s
-        newest = tl.load(borders + y * 4 + 3)
+        newest = tl.load(borders + y * BORDER + 3)
         since = tl.where(s == 0, 0.0, (newest - older).to(tl.float32) * DAYS_PER_MS)
         older = newest
         fade_M = tl.exp2(-rate_M * since)
@@ -187,8 +216,8 @@ def prefix_kernel(
         sum_Md *= fade_M[:, None]
         count_M *= fade_M
         run = (g * segments_in_all + y) * C + c
-        stop = tl.load(starts + run + 1)
-        for at in range(tl.load(starts + run), stop, B):
+        stop = tl.load(bounds + run * 2 + 1)
+        for at in range(tl.load(bounds + run * 2), stop, B):
             event_B, live_B, age_B = _events(order, event_ms, newest, at, stop, g * events, B)
             weight_BM = _weights(rate_M, age_B, live_B)
             aged_BM = weight_BM * age_B[:, None]
@@ -271,10 +300,10 @@ def code_forward_kernel(
     tl.store(out + place_P[:, None] * D + column[None, :], 0.0, (end_P == 0)[:, None] & wide)
     for s in range(0, segments):
         y = y0 + s
-        border = tl.load(borders + y * 4)
-        if (border > 0) & (tl.load(borders + y * 4 + 1) < stop) & (tl.load(borders + y * 4 + 2) > first):
+        border = tl.load(borders + y * BORDER)
+        if (border > 0) & (tl.load(borders + y * BORDER + 1) < stop) & (tl.load(borders + y * BORDER + 2) > first):
             mine_P = end_P == border
-            since_P = (time_P - tl.load(borders + y * 4 + 3)).to(tl.float32) * DAYS_PER_MS
+            since_P = (time_P - tl.load(borders + y * BORDER + 3)).to(tl.float32) * DAYS_PER_MS
             top_P = _top(since_P, rate, weight, M)
             factor = tl.zeros([P, CP], tl.float32)
             for m in tl.static_range(M):
@@ -353,10 +382,10 @@ def code_query_kernel(
     pulls = tl.zeros([P, W], tl.float32)
     for s in range(0, segments):
         y = y0 + s
-        border = tl.load(borders + y * 4)
-        if (border > 0) & (tl.load(borders + y * 4 + 1) < stop) & (tl.load(borders + y * 4 + 2) > first):
+        border = tl.load(borders + y * BORDER)
+        if (border > 0) & (tl.load(borders + y * BORDER + 1) < stop) & (tl.load(borders + y * BORDER + 2) > first):
             mine_P = end_P == border
-            since_P = (time_P - tl.load(borders + y * 4 + 3)).to(tl.float32) * DAYS_PER_MS
+            since_P = (time_P - tl.load(borders + y * BORDER + 3)).to(tl.float32) * DAYS_PER_MS
             for m in tl.static_range(M):
                 row = ((y * HEADS + h) * M + m) * (2 * C)
                 near_P = (tl.load(weight + m) - tl.load(rate + m) * since_P) * LOG2E
@@ -417,9 +446,9 @@ def code_gradient_kernel(
     m = tl.program_id(0).to(tl.int64) // (parts * blocks) % M
     h = tl.program_id(0).to(tl.int64) // (parts * blocks * M) % HEADS
     y = tl.program_id(0).to(tl.int64) // (parts * blocks * M * HEADS)
-    border = tl.load(borders + y * 4)
-    stop = tl.load(borders + y * 4 + 2)
-    newest = tl.load(borders + y * 4 + 3)
+    border = tl.load(borders + y * BORDER)
+    stop = tl.load(borders + y * BORDER + 2)
+    newest = tl.load(borders + y * BORDER + 3)
     a = tl.load(weight + h * M + m) * LOG2E
     b = tl.load(rate + h * M + m) * LOG2E
     code = block * CB + tl.arange(0, CB)
@@ -429,7 +458,7 @@ def code_gradient_kernel(
     outer = tl.zeros([CB, Q * DP], tl.float32)
     pull = tl.zeros([CB, DP], tl.float32)
     lift = tl.zeros([CB, DP], tl.float32)
-    for at in range(tl.load(borders + y * 4 + 1), stop, P):
+    for at in range(tl.load(borders + y * BORDER + 1), stop, P):
         near_P = tl.arange(0, P)
         mine_P = (tl.load(end + at + near_P, near_P < stop - at, other=-1) == border) & (border > 0)
         place_P = near_P * HEADS
@@ -464,7 +493,7 @@ def code_event_kernel(
     users,
     borders,
     order,
-    starts,
+    bounds,
     event_ms,
     value,
     rate,
@@ -504,7 +533,7 @@ def code_event_kernel(
     column = tl.arange(0, DP)
     for i in range(0, segments):
         y = y0 + segments - 1 - i
-        newest = tl.load(borders + y * 4 + 3)
+        newest = tl.load(borders + y * BORDER + 3)
         since = tl.where(i == 0, 0.0, (newer - newest).to(tl.float32) * DAYS_PER_MS)
         newer = newest
         fade_M = tl.exp2(-rate_M * since)
@@ -518,8 +547,8 @@ def code_event_kernel(
         base_Md *= fade_M[:, None]
         base_Md += tl.load(table + at_M[:, None] + DP + column[None, :], (m_M < M)[:, None], other=0.0)
         run = (g * segments_in_all + y) * C + c
-        stop = tl.load(starts + run + 1)
-        for at in range(tl.load(starts + run), stop, B):
+        stop = tl.load(bounds + run * 2 + 1)
+        for at in range(tl.load(bounds + run * 2), stop, B):
             event_B, live_B, age_B = _events(order, event_ms, newest, at, stop, g * events, B)
             weight_BM = _operand(_weights(rate_M, age_B, live_B), PRECISION)
             inside = live_B[:, None] & (k_K < D)[None, :]

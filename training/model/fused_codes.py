@@ -4,10 +4,10 @@ What `training.model.factored` does for one user on a CPU (its equations are the
 prefix and targets meet codes, and nothing costs events x targets. Outputs and gradients are, to rounding, those of
 `training.model.fused` on keys at their codewords.
 
-Every user's events are split at their targets' distinct cut-offs. Events are sorted by (group, segment, code) once; a
-program a code sums its runs over the prefixes, a tile of targets reads the prefix that each target sees, and backward
-the other way round. No atomics: equal inputs give equal bits. Sizes come from lists that the host has; the device is
-not waited for.
+Every user's events are split at their targets' distinct cut-offs. Events are sorted by (group, code) once, where those
+of a segment are neighbours; a program a code sums its runs over the prefixes, a tile of targets reads the prefix that
+each target sees, and backward the other way round. No atomics: equal inputs give equal bits. Sizes come from lists that
+the host has; the device is not waited for.
 
 Legend: V users of this pass, Y their segments, N distinct items, E events (flat), T targets (flat), H heads, d head
 width, G groups, C codes, M kernel components, X tiles.
@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from training.model.fused import TILE, Seen, as_table, expanded, precision_of, tables_on
-from training.model.fused_rows import Places, summed
+from training.model.fused_rows import Places, narrowest, summed
 from training.model.kernel import MixtureKernel
 
-BLOCK = 256  # events of a program that looks up their runs
+SEARCHED = 32  # keys of a program that looks for their codes
+BLOCK = 256  # events of a program that looks for those that nobody sees
 # Fastest on an H100 of those tried (benchmarks/LOG.md).
 BY_CODE = {"B": 32, "num_warps": 1}
 BY_EVENT = BY_CODE | {"num_stages": 1, "maxnreg": 128}
@@ -36,8 +37,9 @@ BY_TARGET = {"P": 32, "num_warps": 2}
 BY_BORDER = {"P": 16, "CB": 64, "num_warps": 4}
 MOST_CODES, WIDEST = 256, 128  # codes; columns of a code's events, a head's width for each component
 MOST_BYTES = 2**31  # of tables
-# Costs of an event, a number of a segment's table and a target, in pairs of an event and a target in the other pass.
-EVENT_PAIRS, TABLE_PAIRS, TARGET_PAIRS = 27, 1.5, 1_000
+# Costs of an event, a number of a segment's table and a target, and of a batch, whose kernels some targets do not fill;
+# in pairs of an event and a target in the other pass.
+EVENT_PAIRS, TABLE_PAIRS, TARGET_PAIRS, BATCH_PAIRS = 14, 1.0, 1_000, 6_400_000
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,29 @@ def preferred(
     pairs_U = length_U * (-(-targets_U // TILE) * TILE)
     cost_U = EVENT_PAIRS * length_U + TABLE_PAIRS * table * segments_U + TARGET_PAIRS * targets_U
     fits = codes <= MOST_CODES and _power(components) * _power(width) <= WIDEST
-    chosen_U = (pairs_U > cost_U) & fits
-    return chosen_U & ((4 * heads * table * segments_U * chosen_U).cumsum() <= MOST_BYTES)
+    gain_U = np.maximum(pairs_U - cost_U, 0) * fits
+    if gain_U.sum() <= BATCH_PAIRS:
+        return np.zeros(len(gain_U), bool)
+    return (gain_U > 0) & ((4 * heads * table * segments_U * (gain_U > 0)).cumsum() <= MOST_BYTES)
+
+
+def nearest(keys_NGw: Tensor, centre_Gw: Tensor, codes_GCw: Tensor, square_GC: Tensor) -> Tensor:
+    """Return the nearest code of every key and group, int64 [N, G]; ties go to the lower code.
+
+    Args:
+        keys_NGw: float32.
+        codes_GCw: the codewords less their centres, float32. square_GC: their squared lengths; inf: no code.
+    """
+    from training.model import fused_code_kernels as kernels
+
+    count, groups, width = keys_NGw.shape
+    codes = codes_GCw.shape[1]
+    found_NG = torch.empty(count, groups, dtype=torch.int64, device=keys_NGw.device)
+    if count:
+        given = keys_NGw.contiguous(), centre_Gw, codes_GCw, square_GC, found_NG, count
+        sizes = {"G": groups, "C": codes, "CP": max(16, _power(codes)), "W": width, "WP": max(16, _power(width))}
+        kernels.nearest_kernel[(-(-count // SEARCHED), groups)](*given, **sizes, P=SEARCHED)
+    return found_NG
 
 
 class Coded(NamedTuple):
@@ -176,17 +199,18 @@ class _Pass(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Events in the order of their (group, segment, code).
+    """Events in the order of their (group, code), those of a code in their own.
 
     Attributes:
-        borders_Y4: cut-off, first target and end of targets that have it, time of the newest event before it.
-        order: events of all groups.
-        starts: where each run begins in `order`, and behind the last one where the events that nobody sees begin.
+        borders_Y6: cut-off, first target and end of targets that have it, time of the newest event before it, first
+            and end of its segment's events.
+        order: events of all groups, int64 [G * E].
+        bounds_R2: int32, where in `order` each run (group, segment, code) begins and ends.
     """
 
-    borders_Y4: Tensor
+    borders_Y6: Tensor
     order: Tensor
-    starts: Tensor
+    bounds_R2: Tensor
 
 
 def _runs(given: _Pass) -> _Runs:
@@ -195,30 +219,20 @@ def _runs(given: _Pass) -> _Runs:
     work, codes = given.work, given.codes
     groups, count = codes.codes_NG.shape[1], codes.codebook_HCd.shape[1]
     events, segments = len(codes.places.row_E), work.segments
-    borders_Y4 = work.users_V5.new_zeros(segments, 4)
+    borders_Y6 = work.users_V5.new_zeros(segments, 6)
     kernels.border_kernel[(len(work.users_V5),)](
-        work.users_V5, given.seen.end_T, given.seen.event_ms_E, borders_Y4, P=1024
+        work.users_V5, given.seen.end_T, given.seen.event_ms_E, borders_Y6, P=1024
     )
-    last = groups * segments * count
-    device = borders_Y4.device
-    run_R = torch.full((groups * events,), last, dtype=torch.int32, device=device)
-    if len(work.blocks_N3):
-        kernels.run_kernel[(len(work.blocks_N3),)](
-            work.users_V5,
-            work.blocks_N3,
-            borders_Y4,
-            codes.places.row_E,
-            codes.codes_NG,
-            run_R,
-            events,
-            segments,
-            C=count,
-            G=groups,
-            B=BLOCK,
-        )
-    sorted_R, order = run_R.sort()
-    each = torch.arange(last + 1, dtype=torch.int32, device=device)
-    return _Runs(borders_Y4, order, torch.searchsorted(sorted_R, each, out_int32=True))
+    # A user's events lie together and in order of time, so that a code's are in order of segments already: a sort looks
+    # at codes alone.
+    shift_G = torch.arange(0, groups * count, count, device=borders_Y6.device)
+    key_GN = (codes.codes_NG + shift_G).to(narrowest(groups * count)).t().contiguous()
+    keys, order = key_GN.index_select(1, codes.places.row_E).flatten().sort(stable=True)
+    bounds_R2 = torch.empty(groups * segments * count, 2, dtype=torch.int32, device=borders_Y6.device)
+    if segments:
+        sizes = {"C": count, "CP": _power(count), "G": groups, "STEPS": (groups * events).bit_length()}
+        kernels.run_kernel[(groups * segments,)](borders_Y6, keys, order, bounds_R2, events, segments, **sizes)
+    return _Runs(borders_Y6, order, bounds_R2)
 
 
 class _CodeAttention(torch.autograd.Function):
@@ -237,9 +251,9 @@ class _CodeAttention(torch.autograd.Function):
         if segments:
             kernels.prefix_kernel[(len(work.users_V5) * heads * codes,)](
                 work.users_V5,
-                runs.borders_Y4,
+                runs.borders_Y6,
                 runs.order,
-                runs.starts,
+                runs.bounds_R2,
                 seen.event_ms_E,
                 value,
                 rate_HM,
@@ -252,7 +266,7 @@ class _CodeAttention(torch.autograd.Function):
             kernels.code_forward_kernel[(len(work.tiles_X3) * heads,)](
                 work.users_V5,
                 work.tiles_X3,
-                runs.borders_Y4,
+                runs.borders_Y6,
                 query,
                 given.codes.codebook_HCd,
                 sums,
@@ -272,9 +286,9 @@ class _CodeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THd: Tensor):
-        *rest, borders_Y4, order, starts = ctx.saved_tensors
+        *rest, borders_Y6, order, bounds_R2 = ctx.saved_tensors
         given: _Pass = ctx.given
-        forward = _Forward._make((*rest, _Runs(borders_Y4, order, starts)))
+        forward = _Forward._make((*rest, _Runs(borders_Y6, order, bounds_R2)))
         sizes, components = _Sizes(forward.query, forward.rate_HM, given), forward.rate_HM.shape[1]
         grad_query_THd, part_sums, tables = _by_target(given, forward, sizes, grad_THd)
         grad_key_EHd, grad_value_EHd = _by_event(given, forward, sizes, tables)
@@ -317,7 +331,7 @@ def _by_target(given: _Pass, forward: _Forward, sizes: _Sizes, grad_THd: Tensor)
     base_kernel[(-(-rows // TILE),)](grad_THd.contiguous(), forward.out_THd, rounded_THd, base_TH, rows, **constants)
     weights = forward.rate_HM, forward.log_weight_HM
     pairs = given.seen.target_ms_T, given.seen.end_T, *weights, rounded_THd, forward.lse_TH, base_TH
-    what = runs.borders_Y4, query, given.codes.codebook_HCd
+    what = runs.borders_Y6, query, given.codes.codebook_HCd
     kernels.code_query_kernel[(len(work.tiles_X3) * heads,)](
         work.users_V5,
         work.tiles_X3,
@@ -343,13 +357,13 @@ def _by_event(given: _Pass, forward: _Forward, sizes: _Sizes, tables: Tensor) ->
 
     work, runs, value = given.work, forward.runs, forward.value
     events, heads, width = value.shape
-    codes, groups = sizes.by_code["C"], sizes.by_code["G"]
-    grads = torch.empty_like(value), torch.empty_like(value)
-    if events:
-        constants = {"HEADS": heads, "G": groups, "D": width, "DP": sizes.padded, "B": BLOCK}
-        last = groups * work.segments * codes
-        kernels.unseen_kernel[(-(-groups * events // BLOCK),)](
-            runs.order, runs.starts, *grads, events, last, **constants
+    codes = sizes.by_code["C"]
+    make = torch.empty_like if work.whole else torch.zeros_like
+    grads = make(value), make(value)
+    if len(work.blocks_N3):
+        constants = {"HEADS": heads, "D": width, "DP": sizes.padded, "B": BLOCK}
+        kernels.unseen_kernel[(len(work.blocks_N3),)](
+            work.users_V5, work.blocks_N3, runs.borders_Y6, *grads, **constants
         )
     if work.segments:
         kernels.code_event_kernel[(len(work.users_V5) * heads * codes,)](

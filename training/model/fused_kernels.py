@@ -867,28 +867,30 @@ def gather_kernel(
 
 
 @triton.jit
-def scatter_kernel(grad, order, ids, table, rows, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr):
+def scatter_kernel(grad, order, ids, table, rows, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
     """Add the rows of a gather's gradient, taken in the order of their ids, to the table's: one addition a run of equal
     ids.
 
-    Runs are summed as a product with a matrix of zeros and ones.
+    `R` runs at once are summed as a product with a matrix of zeros and ones.
     """
     start = tl.program_id(0).to(tl.int64) * B
     place_B = start + tl.arange(0, B)
     real_B = place_B < rows
     id_B = tl.load(ids + place_B, real_B, other=-1)
     before_B = tl.load(ids + place_B - 1, real_B & (place_B > start), other=-1)
-    run_B = tl.cumsum(((id_B != before_B) & (place_B > start)).to(tl.int32), 0)
+    run_B = tl.cumsum((real_B & (id_B != before_B) & (place_B > start)).to(tl.int32), 0)
+    last = tl.max(run_B, 0)
     from_B = tl.load(order + place_B, real_B, other=0)
     column = tl.arange(0, DP)
     wide = (column < D)[None, :]
     rows_Bd = tl.load(grad + from_B[:, None] * D + column[None, :], real_B[:, None] & wide, other=0.0)
-    member_RB = run_B[None, :] == tl.arange(0, B)[:, None]
-    sums_Rd = tl.dot(member_RB.to(rows_Bd.dtype), rows_Bd, input_precision="tf32x3")
-    id_R = tl.max(tl.where(member_RB, id_B[None, :], -1), 1)
-    tl.atomic_add(
-        table + id_R[:, None].to(tl.int64) * D + column[None, :], sums_Rd, (id_R >= 0)[:, None] & wide, sem="relaxed"
-    )
+    for first in tl.static_range(0, B, R):
+        if first <= last:
+            member_RB = run_B[None, :] == first + tl.arange(0, R)[:, None]
+            sums_Rd = tl.dot(member_RB.to(rows_Bd.dtype), rows_Bd, input_precision="tf32x3")
+            id_R = tl.max(tl.where(member_RB, id_B[None, :], -1), 1)
+            to = id_R[:, None].to(tl.int64) * D + column[None, :]
+            tl.atomic_add(table + to, sums_Rd, (id_R >= 0)[:, None] & wide, sem="relaxed")
 
 
 @triton.jit

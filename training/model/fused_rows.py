@@ -16,6 +16,10 @@ from torch.autograd.function import once_differentiable
 from training.model import fused
 
 ROWS = 64  # events of a program
+ADDED, RUNS = (
+    32,
+    16,
+)  # rows that a program adds up, and runs of them at once; fastest of those tried (benchmarks/LOG.md)
 UNSORTED = 8_192  # events at most
 NARROW = (2**8, torch.uint8), (2**15, torch.int16)
 
@@ -43,10 +47,14 @@ class Places:
         if self._ordered is None and len(self.row_E) <= UNSORTED:
             self._ordered = torch.arange(len(self.row_E), device=self.row_E.device), self.row_E.int()
         if self._ordered is None:
-            narrow = next((kind for most, kind in NARROW if rows <= most), torch.int32)
-            ids, order = self.row_E.to(narrow).sort()
+            ids, order = self.row_E.to(narrowest(rows)).sort()
             self._ordered = order, ids.int()
         return self._ordered
+
+
+def narrowest(count: int) -> torch.dtype:
+    """Return the type of the fewest bytes for numbers below a count: the fewer, the faster they are sorted."""
+    return next((kind for most, kind in NARROW if count <= most), torch.int32)
 
 
 def gathered(table: Tensor, places: Places, other: Tensor | None = None, other_places: Places | None = None) -> Tensor:
@@ -202,7 +210,8 @@ def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
         return table.index_add_(0, places.row_E, grad.float())
     if events:
         order, ids = places.ordered(len(table))
-        scatter_kernel[(-(-events // ROWS),)](grad, order, ids, table, events, D=width, DP=padded(width), B=ROWS)
+        sizes = {"D": width, "DP": padded(width), "B": ADDED, "R": RUNS, "num_warps": max(1, padded(width) // 64)}
+        scatter_kernel[(-(-events // ADDED),)](grad, order, ids, table, events, **sizes)
     return table
 
 

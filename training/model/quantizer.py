@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from training.model.fused import on_device
+from training.model import fused_codes
+from training.model.fused import available, on_device
+from training.model.fused_rows import Places, gathered_exactly
 
 
 def straight_through(key: Tensor, word: Tensor) -> Tensor:
@@ -70,18 +72,21 @@ class GroupedQuantizer(nn.Module):
     def search(self, keys_NHd: Tensor) -> Tensor:
         """Return the nearest code of every key and group, int64 [N, G]; ties go to the lower code."""
         with torch.autocast(keys_NHd.device.type, enabled=False):
-            keys_GNw = self._grouped(keys_NHd.float())
-            centre_G1w = self.codebook_GCw.mean(1, keepdim=True)  # a common offset costs precision, not distance
-            codes_GCw = self.codebook_GCw - centre_G1w
-            square_G1C = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf).unsqueeze(1)
+            keys_NGw = self._grouped(keys_NHd.float())
+            centre_Gw = self.codebook_GCw.mean(1)  # a common offset costs precision, not distance
+            codes_GCw = self.codebook_GCw - centre_Gw[:, None]
+            square_GC = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf)
+            if available(keys_NGw) and self.codes <= fused_codes.MOST_CODES:
+                return fused_codes.nearest(keys_NGw, centre_Gw, codes_GCw, square_GC)
             # The distance without |k|^2, which is the same for all codes of a key.
-            scores_GNC = torch.baddbmm(square_G1C, keys_GNw - centre_G1w, codes_GCw.transpose(1, 2), alpha=-2.0)
+            apart_GNw = keys_NGw.transpose(0, 1) - centre_Gw[:, None]
+            scores_GNC = torch.baddbmm(square_GC[:, None], apart_GNw, codes_GCw.transpose(1, 2), alpha=-2.0)
             return scores_GNC.argmin(-1).T.contiguous()
 
     def lookup(self, codes_NG: Tensor) -> Tensor:
-        """Return the codewords of assignments, fp32 [G, N, w]."""
-        row_GN = codes_NG.T + self.codes * torch.arange(self.groups, device=codes_NG.device)[:, None]
-        return self.codebook_GCw.flatten(0, 1).index_select(0, row_GN.flatten()).unflatten(0, row_GN.shape)
+        """Return the codewords of assignments, fp32 [N, G, w]."""
+        words_Xw = gathered_exactly(self.codebook_GCw.flatten(0, 1), Places(self._rows(codes_NG)))
+        return words_Xw.unflatten(0, codes_NG.shape)
 
     def is_started(self) -> bool:
         """Say whether codes have begun; a device is asked once, and not in every step."""
@@ -107,27 +112,27 @@ class GroupedQuantizer(nn.Module):
         """
         codes_NG = self.search(keys_NHd)
         with torch.autocast(keys_NHd.device.type, enabled=False):
-            keys_GNw = self._grouped(keys_NHd.float())
-            words_GNw = self.lookup(codes_NG)
-            weight = weight_N.float() / weight_N.sum().clamp(min=1)
-            loss = commitment * ((keys_GNw - words_GNw.detach()).square().sum((0, 2)) * weight).sum()
+            keys_NGw, weight_N = self._grouped(keys_NHd.float()), weight_N.float()
+            words_NGw, events = self.lookup(codes_NG).detach(), weight_N.sum().clamp(min=1)
+            sums_GCk = self._sums(codes_NG, keys_NGw.detach(), weight_N)
+            distance = ((keys_NGw - words_NGw).square().sum((1, 2)) * weight_N).sum() / events
+            loss = commitment * distance
             if self.ema_decay is None:
-                loss = loss + ((keys_GNw.detach() - words_GNw).square().sum((0, 2)) * weight).sum()
-            hard_GNw = straight_through(keys_GNw, words_GNw)
+                loss = loss + distance.detach() + self._pull(sums_GCk) / events
             if self.training:
                 # Copied, not added: a recomputed forward pass must not count twice.
-                self.step_GCk.copy_(self._sums(codes_NG, keys_GNw.detach(), weight_N.float()))
-        return self._ungrouped(hard_GNw, keys_NHd), loss, codes_NG
+                self.step_GCk.copy_(sums_GCk)
+        return straight_through(keys_NGw, words_NGw).view(keys_NHd.shape), loss, codes_NG
 
     def quantized(self, codes_NG: Tensor, like_NHd: Tensor) -> Tensor:
         """Return codewords laid out as keys, [N, H, d]."""
-        return self._ungrouped(self.lookup(codes_NG), like_NHd)
+        return self.lookup(codes_NG).view(like_NHd.shape)
 
     @torch.no_grad()
     def start_from_keys(self, keys_NHd: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
         """Start the codebooks by k-means over real keys (after warm-up; random codebooks collapse)."""
-        keys_GNw = self._grouped(keys_NHd.float())
-        n = keys_GNw.shape[1]
+        keys_NGw = self._grouped(keys_NHd.float())
+        n = len(keys_NGw)
         for g in range(self.groups):
             picked = torch.randperm(n, generator=generator)[: self.codes]
             if len(picked) < self.codes:
@@ -135,9 +140,9 @@ class GroupedQuantizer(nn.Module):
             # With fewer distinct keys than codes some are drawn twice; of two equal codewords the second would never be
             # found.
             noise = torch.randn(self.codes, self.group_width, generator=generator).to(keys_NHd.device) * 1e-4
-            self.codebook_GCw[g] = keys_GNw[g][picked.to(keys_NHd.device)] + noise
+            self.codebook_GCw[g] = keys_NGw[picked.to(keys_NHd.device), g] + noise
         for _ in range(iterations):
-            sums_GCk = self._sums(self.search(keys_NHd), keys_GNw, keys_GNw.new_ones(n))
+            sums_GCk = self._sums(self.search(keys_NHd), keys_NGw, keys_NGw.new_ones(n))
             count_GC1 = sums_GCk[..., -1:]
             self.codebook_GCw.copy_(torch.where(count_GC1 > 0, sums_GCk[..., :-1] / count_GC1, self.codebook_GCw))
         self.usage_GC.copy_(self._even_usage())
@@ -170,7 +175,7 @@ class GroupedQuantizer(nn.Module):
 
         The host waits for no device to say which codes these are.
         """
-        keys_GNw, dead_GC = self._grouped(keys_NHd.float()), self._dead(threshold)
+        keys_GNw, dead_GC = self._grouped(keys_NHd.float()).transpose(0, 1), self._dead(threshold)
         drawn_GC = torch.randint(keys_GNw.shape[1], dead_GC.shape, generator=generator)
         picked_GC1 = on_device(drawn_GC.numpy(), keys_NHd.device)[..., None]
         drawn_GCw = keys_GNw.gather(1, picked_GC1.expand(-1, -1, self.group_width))
@@ -193,12 +198,22 @@ class GroupedQuantizer(nn.Module):
     def _even_usage(self) -> Tensor:
         return torch.where(self.spare_GC, 0.0, 1.0 / self.sizes_G1)
 
-    def _sums(self, codes_NG: Tensor, keys_GNw: Tensor, weight_N: Tensor) -> Tensor:
+    def _rows(self, codes_NG: Tensor) -> Tensor:
+        """Return the rows of assignments in all groups' codewords, one group behind another, int64 [N * G]."""
+        return (codes_NG + self.codes * torch.arange(self.groups, device=codes_NG.device)).flatten()
+
+    def _sums(self, codes_NG: Tensor, keys_NGw: Tensor, weight_N: Tensor) -> Tensor:
         """Sum weighted keys and, last, weights per code, fp32 [G, C, w + 1]."""
-        rows_GNk = torch.cat([keys_GNw, torch.ones_like(keys_GNw[..., :1])], -1) * weight_N[:, None]
-        sums_Xk = rows_GNk.new_zeros(self.groups * self.codes, self.group_width + 1)
-        row_GN = codes_NG.T + self.codes * torch.arange(self.groups, device=codes_NG.device)[:, None]
-        return sums_Xk.index_add_(0, row_GN.flatten(), rows_GNk.flatten(0, 1)).view(self.groups, self.codes, -1)
+        rows_NGk = torch.cat([keys_NGw, torch.ones_like(keys_NGw[..., :1])], -1) * weight_N[:, None, None]
+        sums_Xk = rows_NGk.new_zeros(self.groups * self.codes, self.group_width + 1)
+        return sums_Xk.index_add_(0, self._rows(codes_NG), rows_NGk.flatten(0, 1)).view(self.groups, self.codes, -1)
+
+    def _pull(self, sums_GCk: Tensor) -> Tensor:
+        """Return 0 with the codebook loss's gradient: the sum over events of |codeword - key|^2, whose terms with a
+        codeword are known by the sums of its keys; no key is read again.
+        """
+        pull = (self.codebook_GCw * (self.codebook_GCw * sums_GCk[..., -1:] - 2 * sums_GCk[..., :-1])).sum()
+        return pull - pull.detach()
 
     def _restart_averages(self, which_GC: Tensor) -> None:
         """Set averages to the present codewords at the weight of an average code; else they would undo a revival."""
@@ -207,7 +222,4 @@ class GroupedQuantizer(nn.Module):
             self.average_GCk.copy_(torch.where(which_GC[..., None], restarted_GCk, self.average_GCk))
 
     def _grouped(self, keys_NHd: Tensor) -> Tensor:
-        return keys_NHd.reshape(keys_NHd.shape[0], self.groups, self.group_width).transpose(0, 1)
-
-    def _ungrouped(self, keys_GNw: Tensor, like_NHd: Tensor) -> Tensor:
-        return keys_GNw.transpose(0, 1).reshape(like_NHd.shape)
+        return keys_NHd.reshape(len(keys_NHd), self.groups, self.group_width)

@@ -33,9 +33,9 @@ class RandomQuantizer(FrozenQuantizer):
     def start_from_keys(self, keys_NHd: Tensor, generator: torch.Generator, iterations: int = 0) -> None:
         """Draw the codewords with the mean and the spread of the keys in each dimension."""
         super().start_from_keys(keys_NHd, generator, iterations)
-        spread_G1w, mean_G1w = torch.std_mean(self._grouped(keys_NHd.float()), dim=1, keepdim=True, correction=0)
-        drawn_GCw = torch.randn(self.codebook_GCw.shape, generator=generator).to(mean_G1w.device)
-        self.codebook_GCw.copy_(mean_G1w + spread_G1w * drawn_GCw)
+        spread_Gw, mean_Gw = torch.std_mean(self._grouped(keys_NHd.float()), dim=0, correction=0)
+        drawn_GCw = torch.randn(self.codebook_GCw.shape, generator=generator).to(mean_Gw.device)
+        self.codebook_GCw.copy_(mean_Gw[:, None] + spread_Gw[:, None] * drawn_GCw)
         self._restart_averages(torch.ones_like(self.usage_GC, dtype=torch.bool))
 
 
