@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -372,9 +372,11 @@ def _import_mlflow(folder: Path) -> int:
     """Copy MLflow's SQLite store into the new database; return the number of rows, 0 where there is no store."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return 0
-    upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade"]
     return _import(
-        "mlflow", settings.mlflow_sqlite(), folder, lambda address: _upgraded("mlflow db upgrade", [*upgrade, address])
+        "mlflow",
+        settings.mlflow_sqlite(),
+        folder,
+        lambda address: services.upgrade(("mlflow", "db", "upgrade", address), None, SQLITE_REMEDY),
     )
 
 
@@ -386,15 +388,9 @@ def _import_airflow(folder: Path) -> int:
 
     def upgrade(address: str) -> None:
         env = settings.environment() | {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": address}
-        _upgraded("airflow db migrate", [sys.executable, "-m", "airflow", "db", "migrate"], env)
+        services.upgrade(services.MIGRATE, env, SQLITE_REMEDY)
 
     return _import("airflow", settings.airflow_sqlite(), folder, upgrade)
-
-
-def _upgraded(name: str, command: list[str], env: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(command, cwd=settings.ROOT, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise InfraError(f"{name} failed:\n{(done.stdout + done.stderr)[-2000:]}", SQLITE_REMEDY)
 
 
 def _import(name: str, sqlite: Path, folder: Path, upgrade: Callable[[str], None]) -> int:

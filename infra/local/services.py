@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ from infra.airflow_api import HEALTHY_WITHIN_SECONDS, AirflowApi, InfraError
 STOP_SECONDS = 12
 MARK = "LONGVIEW_SERVICE"  # in the environment of everything below a service: whose it is
 POSTGRES = "postgres"  # the service that infra.local.database alone starts and ends
+MIGRATE = ("airflow", "db", "migrate")  # creates or upgrades Airflow's database
 MEMORY_NEEDED_GB = 6
 DISK_NEEDED_GB = 3
 
@@ -283,15 +284,25 @@ def migrate(env: dict[str, str]) -> None:
     database = address.removeprefix("sqlite:///")
     if stamp.exists() and stamp.read_text() == wanted and ("://" in database or Path(database).exists()):
         return
-    done = subprocess.run(
-        [sys.executable, "-m", "airflow", "db", "migrate"], env=env, cwd=settings.ROOT, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise InfraError(
-            "airflow db migrate failed:\n" + (done.stdout + done.stderr)[-3000:],
-            f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again",
-        )
+    upgrade(MIGRATE, env, f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again")
     stamp.write_text(wanted)
+
+
+def upgrade(command: Sequence[str], env: Mapping[str, str] | None, remedy: str) -> None:
+    """Bring a database to what the program over it asks for.
+
+    Args:
+        command: the program's module with its arguments, the first two of which say what it does (MIGRATE).
+        env: None: that of this process.
+        remedy: what to do when it fails.
+
+    Raises:
+        InfraError: it failed, with the end of what it said.
+    """
+    words = [sys.executable, "-m", *command]
+    done = subprocess.run(words, env=env, cwd=settings.ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InfraError(f"{' '.join(command[:3])} failed:\n" + (done.stdout + done.stderr)[-3000:], remedy)
 
 
 def wait_healthy(api: AirflowApi, processes: dict[Service, int], *components: str, since: float) -> None:
