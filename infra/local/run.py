@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from etl.stage.folder import Folder
 
 WAITING = "awaiting_input"
+# Of a run: its day and its attempt, which its first task has handed on.
+STARTED_AS = f"taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true"
 FINISHED = ("success", "failed", "skipped", "upstream_failed", "removed")
 LOG_LINES = 30
 MEMORY_EVERY_SECONDS = 6
@@ -256,9 +258,7 @@ class Run:
             if not self.attempt and any(
                 task["task_id"] == settings.START and task["state"] == "success" for task in self.tasks
             ):
-                self.attempt = self._asked(
-                    f"{self.path}/taskInstances/{settings.START}/xcomEntries/return_value?deserialize=true", keep
-                )["value"]["attempt"]
+                self.attempt = self._asked(f"{self.path}/{STARTED_AS}", keep)["value"]["attempt"]
             if state in ("success", "failed"):
                 return state
             time.sleep(1)
@@ -385,17 +385,32 @@ def sleeping_schedule(api: AirflowApi, definition: DatasetDefinition) -> bool:
     return bool(dag["is_paused"]) and dag["next_dagrun_run_after"] is not None
 
 
-def end_stale_runs(api: AirflowApi, dag_id: str) -> None:
-    """End runs of earlier `make run` calls that were killed: only one run is active at a time."""
-    query = f"/api/v2/dags/{dag_id}/dagRuns?state=running&state=queued&limit=100"
-    for run in api.call("GET", query)["dag_runs"]:
-        if run["dag_run_id"].startswith("run__"):
+def make_way(api: AirflowApi, dataset: str, shared: bool) -> None:
+    """End runs of earlier `make run` calls that were killed, and say which runs go first: only one is active at a time.
+
+    Args:
+        dataset: the name of a built-in definition, or the path of another.
+        shared: with the Airflow of `make up`, where what a killed call has left goes on, as does that of another one.
+    """
+    runs = f"/api/v2/dags/{settings.dag_id(definition_name(dataset))}/dagRuns"
+    for run in api.call("GET", f"{runs}?state=running&state=queued&limit=100")["dag_runs"]:
+        if run["dag_run_id"].startswith("run__") and not shared:
             say(f"ending the abandoned run {run['dag_run_id']}")
-            api.call(
-                "PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run['dag_run_id']}?update_mask=state", {"state": "failed"}
-            )
+            path = f"{runs}/{run['dag_run_id']}"
+            api.call("PATCH", f"{path}?update_mask=state", {"state": "failed"})
+            _end_in_mlflow(api, path, dataset)
         else:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
+
+
+def _end_in_mlflow(api: AirflowApi, path: str, dataset: str) -> None:
+    """Begin to end the MLflow run of an abandoned run: Airflow calls nothing of one that is marked as failed."""
+    with contextlib.suppress(InfraError):  # it was killed before its first task had named an attempt
+        about = api.call("GET", f"{path}/{STARTED_AS}")["value"]
+        words = ["--dataset", dataset, "--warehouse", settings.warehouse(), "--dt", about["dt"]]
+        words += ["--attempt", about["attempt"], "--status", "KILLED"]
+        env = settings.stage_environment(settings.environment())
+        subprocess.Popen([sys.executable, "-m", "training.ended", *words], cwd=settings.ROOT, env=env)
 
 
 def keep_at_work(watched: Iterable[Watched], children: dict[Service, int]) -> None:
@@ -488,14 +503,13 @@ def _prepare_dag(
     api.set_pools()
     file = "vql_daily_own.py" if choice.own else "vql_daily.py"
     api.wait_for_dag(dag_id, file, parsed_since, lambda: services.check_alive(airflow))
-    if not shared:
-        end_stale_runs(api, dag_id)
-    elif sleeping_schedule(api, choice.definition):
+    if shared and sleeping_schedule(api, choice.definition):
         raise InfraError(
             f"the DAG {dag_id} is paused and has a schedule, which would start with this run",
             "un-pause it in the browser when the schedule shall start; "
             "or `make down`, and `make run` alone, which starts no schedule",
         )
+    make_way(api, str(_copy_of(choice.own)) if choice.own else choice.definition.name, shared)
 
 
 def main() -> int:

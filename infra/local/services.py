@@ -201,7 +201,7 @@ def end_left_behind(names: Iterable[str] = ()) -> list[int]:
     names, ended = set(names), []
     for process, mark in _marked():
         of, named = mark["of"], mark["service"] in names
-        if named if of is None else (named or not names) if of[0] == os.getpid() else started(of[0]) != of[1]:
+        if named if of is None else (named or not names) if of[0] == os.getpid() else not still_runs(*of):
             with contextlib.suppress(psutil.Error):
                 process.kill()  # the very process whose environment was read: psutil compares its start
                 ended.append(process.pid)
@@ -253,6 +253,12 @@ def started(pid: int) -> float | None:
         return psutil.Process(pid).create_time()
     except Exception:
         return None
+
+
+def still_runs(pid: int, began: float) -> bool:
+    """True while the process that began then runs; one that took over its number is not it, nor is one that has ended
+    and that nobody has asked for its end."""
+    return alive(pid) and started(pid) == began
 
 
 def _family(pid: int) -> dict[int, float]:
@@ -354,13 +360,7 @@ def write_pid(service: Service, pid: int) -> None:
 
 def running_pid(service: Service) -> int | None:
     """Return the pid of a service of `make up` that still runs; a number that another process took over is not it."""
-    pid, began = _recorded(service)
-    return pid if pid and alive(pid) and str(started(pid)) == began else None
-
-
-def _recorded(service: Service) -> tuple[int, str]:
-    """Return pid and start time of the pid file; 0 where there is none."""
     with contextlib.suppress(OSError, ValueError):
         pid, began = pid_file(service).read_text().split()
-        return int(pid), began
-    return 0, ""
+        return int(pid) if still_runs(int(pid), float(began)) else None
+    return None

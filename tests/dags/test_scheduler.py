@@ -463,6 +463,23 @@ def test_make_run_from_nothing(project):
     assert not (home / "postgres").exists()  # SQLite is the choice of a single run
 
 
+def test_a_make_run_ends_what_a_killed_one_has_left_in_airflow_and_in_mlflow(project):
+    env = {"LONGVIEW_AIRFLOW_DB": f"sqlite:///{project.root}/var/airflow/{SECRET}.db"}  # `make up` shall find no run
+    project.hold_at("evaluation.evaluate")
+    killed = start([sys.executable, "-m", "infra.local.run"], project.root / "log", project.root, project.env | env)
+    attempt = project.held("evaluation.evaluate")
+    killed.process.kill()
+    project.let_go()
+    done = project.python("-m", "infra.local.run", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ending the abandoned run run__kuairand_simulated__" in done.stdout
+    ended, words = project.root / "ended", f"--dt {settings.SIMULATED_DT} --attempt {attempt} --status KILLED\n"
+    wait_for("its end in MLflow", lambda: ended.exists() and ended.read_text().endswith(words))
+    ended.unlink()
+    killed.finish()
+    project.calls()
+
+
 def only_the_password_opens(project, said: str) -> None:
     """`make run` knows it."""
     [(user, password)] = json.loads(project.passwords.read_text()).items()
@@ -678,6 +695,20 @@ def test_a_warning_waits_for_a_person_before_training(stack):
     what_stops_a_run_has_the_button_and_names_the_page_in_its_log(project, "etl.jobs.events", "ingest.build_events")
     (project.root / "fault.json").unlink()
     project.calls()
+
+
+def test_make_run_says_which_run_of_make_up_it_waits_for(stack):
+    """Such as that of a `make run` which was killed before the first `make up`: it goes on there."""
+    stack.hold_at("etl.jobs.events")
+    first = stack.trigger(settings.SIMULATED_DT)
+    stack.held("etl.jobs.events")
+    log = stack.root / "run.log"
+    waits = start([sys.executable, "-m", "infra.local.run"], log, stack.root, stack.env)
+    name = urllib.parse.unquote(first.rpartition("/")[2])
+    wait_for("what it says", lambda: f"note: the run {name} is still running; it goes first" in log.read_text())
+    stack.let_go()
+    code, said = waits.finish()
+    assert code == 0 and "ending the abandoned run" not in said and stack.ended(first) == "success"
 
 
 def attempts_of(calls: list[list[str]]) -> set[str]:

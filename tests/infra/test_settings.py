@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from etl.datasets.definition import built_in_names, dataset
@@ -522,8 +523,10 @@ def test_the_next_run_ends_what_a_killed_run_left(monkeypatch, tmp_path):
     ]
     killed, working = (int(process.stdout.readline()) for process in runs)
     runs[0].kill()
-    runs[0].wait()
+    # Whoever started it has not asked for its end: for a while after a kill, or for ever in a container.
+    wait_for("its end", lambda: psutil.Process(runs[0].pid).status() == psutil.STATUS_ZOMBIE)
     assert services.end_left_behind() == [killed]
+    runs[0].wait()
     assert services.alive(working)
     runs[1].kill()
     runs[1].wait()
