@@ -17,7 +17,7 @@ JSON line:
                           of a kind
     r2_step_vs_length_vql_PASS  the same of the kernels of VQL's steps by one pass at every length, over events or over
                           codes: a step takes the cheaper one, so that times of steps bend where that changes; null on a
-                          CPU
+                          CPU, with fewer than three lengths and without VQL
     length_exponent_KIND  the largest power of the length that the time grows by from one length to the next: up to 1 it
                           grows no faster than a line, though it may lie off one
     loop_samples_per_s    of the whole loop from Parquet, the fastest with the fewest targets a visit

@@ -14,6 +14,7 @@ from benchmarks.train_loop import loop_rows
 from benchmarks.train_step import MODELS, loop_over_step, loop_summary, peer_ratios
 from etl.warehouse.schemas import TRAIN
 from training.data import Sequences
+from training.model.interests import vql
 from training.resume import Checkpoints
 
 EXACT, VQL = MODELS["softmax_attention"], MODELS["vql"]
@@ -114,6 +115,18 @@ def runs_of(model: str, precision: str, *ms: float) -> list[dict]:
     """Return steps at 1,024 events, and at each four times as many."""
     case = {"model": model, "precision": precision, "targets": 64, "pass": "recorded"}
     return [case | {"length": 1_024 * 4**number, "step_ms": each} for number, each in enumerate(ms)]
+
+
+def test_each_pass_of_vql_is_measured_at_every_length(monkeypatch):
+    def measured(config, batch, *_):
+        length, [by_codes] = batch.event_start[1], set(vql.preferred(batch.event_start, batch.target_start, (), (), 2))
+        return {"gpu_ms": 1.0 + length if by_codes else length**2.0}
+
+    monkeypatch.setattr(train_step, "measure", measured)
+    args = train_step._arguments(["--device", "cuda", "--users", "2", "--lengths", "64,128,1024", "--runs", "1"])
+    figures = train_step.growth_of_each_pass(args)
+    assert figures["r2_step_vs_length_vql_codes"] == pytest.approx(1)
+    assert figures["r2_step_vs_length_vql_events"] < 0.999
 
 
 def test_a_kind_that_takes_less_than_a_line_is_told_from_one_that_takes_more():

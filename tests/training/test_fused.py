@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from training.model import fused as fused_module
 from training.model.blocks import Exact, Layout, block_attention
 from training.model.fused import Seen, Work, fused_attention
-from training.model.fused_rows import Places, gathered, normalised
+from training.model.fused_rows import Places, gathered, normalised, summed
 from training.model.kernel import MixtureKernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -227,6 +227,19 @@ def test_normalised_rows_and_their_gradients(width, monkeypatch):
     (theirs * weight).sum().backward()
     (ours * weight.float()).sum().backward()
     assert apart(near.grad, rows.grad) < 1e-5
+
+
+@pytest.mark.parametrize("width", [16, 24, 64, 200])
+@pytest.mark.parametrize(("events", "rows"), [(70, 5), (70, 60), (9_000, 300), (1, 1), (0, 3)])
+def test_gradients_of_rows_are_summed_wherever_runs_of_equal_rows_begin(events, rows, width):
+    """Many rows in 32 places in a row, and one row over many; in their order, and, of some thousands, sorted."""
+    print("seed", SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    row = torch.randint(rows, (events,), generator=generator).to(DEVICE)
+    grad = torch.randn(events, width, generator=generator).to(DEVICE)
+    found = summed(grad, Places(row), torch.Size((rows, width)))
+    truth = torch.zeros(rows, width, dtype=torch.float64, device=DEVICE).index_add_(0, row, grad.double())
+    assert apart(found, truth) < 1e-6
 
 
 @on_gpu

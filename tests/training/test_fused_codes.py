@@ -135,8 +135,10 @@ def check(made: Case, precision="exact", chosen=None, least=0.0, times=1):
     distances = {name: apart(ours[name], theirs[name], least) for name in theirs}
     print(precision, {name: f"{distance:.1e}" for name, distance in distances.items()})
     for name, distance in distances.items():
-        # Gradients of a kernel, and in some draws those of keys, are small differences of large sums.
-        assert distance < times * TOLERANCE[precision] * {"kernel": 10, "key": 2}.get(name, 1), name
+        # Gradients of a kernel, and in some draws those of keys (seed 880790789 in TF32: 1.3e-3), are small differences
+        # of large sums.
+        wider = {"kernel": 10, "key": 2 if precision == "tf32" else 1}.get(name, 1)
+        assert distance < times * TOLERANCE[precision] * wider, name
 
 
 @pytest.mark.parametrize("precision", TOLERANCE if ON_GPU else ["exact"])

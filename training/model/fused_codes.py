@@ -29,6 +29,7 @@ from training.model.fused_rows import Places, narrowest, summed
 from training.model.kernel import MixtureKernel
 
 SEARCHED = 32  # keys of a program that looks for their codes
+MOST_SEARCHED = 4_096  # numbers of a group's codewords: with twice as many its products leave the registers
 BLOCK = 256  # events of a program that looks for those that nobody sees
 # Fastest on an H100 of those tried (benchmarks/LOG.md).
 BY_CODE = {"B": 32, "num_warps": 1}
@@ -128,6 +129,11 @@ def preferred(
     return (gain_U > 0) & ((4 * heads * table * segments_U * (gain_U > 0)).cumsum() <= MOST_BYTES)
 
 
+def searches(codes: int, width: int) -> bool:
+    """Say whether `nearest` takes groups of so many codes of a width."""
+    return _padded(codes) * _padded(width) <= MOST_SEARCHED
+
+
 def nearest(keys_NGw: Tensor, centre_Gw: Tensor, codes_GCw: Tensor, square_GC: Tensor) -> Tensor:
     """Return the nearest code of every key and group, int64 [N, G]; ties go to the lower code.
 
@@ -142,7 +148,7 @@ def nearest(keys_NGw: Tensor, centre_Gw: Tensor, codes_GCw: Tensor, square_GC: T
     found_NG = torch.empty(count, groups, dtype=torch.int64, device=keys_NGw.device)
     if count:
         given = keys_NGw.contiguous(), centre_Gw, codes_GCw, square_GC, found_NG, count
-        sizes = {"G": groups, "C": codes, "CP": max(16, _power(codes)), "W": width, "WP": max(16, _power(width))}
+        sizes = {"G": groups, "C": codes, "CP": _padded(codes), "W": width, "WP": _padded(width)}
         kernels.nearest_kernel[(-(-count // SEARCHED), groups)](*given, **sizes, P=SEARCHED)
     return found_NG
 
@@ -387,14 +393,19 @@ class _Sizes:
     def __init__(self, query: Tensor, rate_HM: Tensor, given: _Pass) -> None:
         (_, heads, width), components = query.shape, rate_HM.shape[1]
         codes, groups = given.codes.codebook_HCd.shape[1], given.codes.codes_NG.shape[1]
-        self.padded = max(16, _power(width))
+        self.padded = _padded(width)
         alike: dict[str, Any] = {"HEADS": heads, "C": codes, "D": width, "DP": self.padded, "M": components}
         self.by_code = alike | {"G": groups, "MP": _power(components)} | BY_CODE
         alike["PRECISION"] = given.precision
         self.by_event = self.by_code | alike | BY_EVENT
-        self.by_target = alike | {"CP": max(16, _power(codes))} | BY_TARGET
+        self.by_target = alike | {"CP": _padded(codes)} | BY_TARGET
         self.by_border = alike | BY_BORDER | {"Q": min(self.padded, 256 // self.padded)}
-        self.by_border["CB"] = min(BY_BORDER["CB"], max(16, _power(codes)))
+        self.by_border["CB"] = min(BY_BORDER["CB"], _padded(codes))
+
+
+def _padded(count: int) -> int:
+    """Return the rows or columns of a product that so many are padded to."""
+    return max(16, _power(count))
 
 
 def _power(count: int) -> int:

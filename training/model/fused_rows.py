@@ -16,10 +16,8 @@ from torch.autograd.function import once_differentiable
 from training.model import fused
 
 ROWS = 64  # events of a program
-ADDED, RUNS = (
-    32,
-    16,
-)  # rows that a program adds up, and runs of them at once; fastest of those tried (benchmarks/LOG.md)
+# Rows that a program adds up, and runs of them at once: the fastest of those tried (benchmarks/LOG.md).
+ADDED, RUNS = 32, 16
 UNSORTED = 8_192  # events at most
 NARROW = (2**8, torch.uint8), (2**15, torch.int16)
 

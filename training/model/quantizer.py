@@ -40,8 +40,8 @@ class GroupedQuantizer(nn.Module):
         average_GCk: with an `ema_decay` only: moving averages of every code's summed keys and, last, of its event
             count, fp32 [G, C, w + 1].
         spare_GC: rows of a group's codebook that are not codes, because another group has more.
-        step_GCk: the same sums of the last training batch of this worker. Sum them over workers, then call
-            `move_averages`.
+        step_GCk: the same sums of the last training batch of this worker; without a decay, of keys less their
+            codewords in place of keys. Sum them over workers, then call `move_averages`.
     """
 
     usage_GC: Tensor
@@ -76,7 +76,7 @@ class GroupedQuantizer(nn.Module):
             centre_Gw = self.codebook_GCw.mean(1)  # a common offset costs precision, not distance
             codes_GCw = self.codebook_GCw - centre_Gw[:, None]
             square_GC = codes_GCw.square().sum(-1).masked_fill(self.spare_GC, torch.inf)
-            if available(keys_NGw) and self.codes <= fused_codes.MOST_CODES:
+            if available(keys_NGw) and fused_codes.searches(self.codes, self.group_width):
                 return fused_codes.nearest(keys_NGw, centre_Gw, codes_GCw, square_GC)
             # The distance without |k|^2, which is the same for all codes of a key.
             apart_GNw = keys_NGw.transpose(0, 1) - centre_Gw[:, None]
@@ -114,9 +114,11 @@ class GroupedQuantizer(nn.Module):
         with torch.autocast(keys_NHd.device.type, enabled=False):
             keys_NGw, weight_N = self._grouped(keys_NHd.float()), weight_N.float()
             words_NGw, events = self.lookup(codes_NG).detach(), weight_N.sum().clamp(min=1)
-            sums_GCk = self._sums(codes_NG, keys_NGw.detach(), weight_N)
-            distance = ((keys_NGw - words_NGw).square().sum((1, 2)) * weight_N).sum() / events
+            apart_NGw = keys_NGw - words_NGw
+            distance = (apart_NGw.square().sum((1, 2)) * weight_N).sum() / events
             loss = commitment * distance
+            followed = keys_NGw if self.ema_decay is not None else apart_NGw
+            sums_GCk = self._sums(codes_NG, followed.detach(), weight_N)
             if self.ema_decay is None:
                 loss = loss + distance.detach() + self._pull(sums_GCk) / events
             if self.training:
@@ -203,16 +205,18 @@ class GroupedQuantizer(nn.Module):
         return (codes_NG + self.codes * torch.arange(self.groups, device=codes_NG.device)).flatten()
 
     def _sums(self, codes_NG: Tensor, keys_NGw: Tensor, weight_N: Tensor) -> Tensor:
-        """Sum weighted keys and, last, weights per code, fp32 [G, C, w + 1]."""
+        """Sum weighted keys (or what else there is of each) and, last, weights per code, fp32 [G, C, w + 1]."""
         rows_NGk = torch.cat([keys_NGw, torch.ones_like(keys_NGw[..., :1])], -1) * weight_N[:, None, None]
         sums_Xk = rows_NGk.new_zeros(self.groups * self.codes, self.group_width + 1)
         return sums_Xk.index_add_(0, self._rows(codes_NG), rows_NGk.flatten(0, 1)).view(self.groups, self.codes, -1)
 
     def _pull(self, sums_GCk: Tensor) -> Tensor:
-        """Return 0 with the codebook loss's gradient: the sum over events of |codeword - key|^2, whose terms with a
-        codeword are known by the sums of its keys; no key is read again.
+        """Return 0 with the gradient of the codebook loss, the sum over events of |codeword - key|^2 with keys fixed.
+
+        Args:
+            sums_GCk: each code's sums of key - codeword and, last, of events.
         """
-        pull = (self.codebook_GCw * (self.codebook_GCw * sums_GCk[..., -1:] - 2 * sums_GCk[..., :-1])).sum()
+        pull = -2 * (self.codebook_GCw * sums_GCk[..., :-1]).sum()
         return pull - pull.detach()
 
     def _restart_averages(self, which_GC: Tensor) -> None:
