@@ -709,6 +709,7 @@ def test_make_run_says_which_run_of_make_up_it_waits_for(stack):
     stack.let_go()
     code, said = waits.finish()
     assert code == 0 and "ending the abandoned run" not in said and stack.ended(first) == "success"
+    stack.calls()
 
 
 def attempts_of(calls: list[list[str]]) -> set[str]:
