@@ -176,7 +176,7 @@ def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
         f"{'model':<22}{'L':>8}{'targets':>8}{'':>6}{'pass':>9}{'step ms':>9}{'waited':>8}{'GPU ms':>8}"
         f"{'samples/s':>12}{'peak MB':>9}{'floor ms':>10}"
     )
-    lengths, counts = ([int(one) for one in text.split(",")] for text in (args.lengths, args.targets))
+    lengths, counts = _numbers(args.lengths), _numbers(args.targets)
     sizes = [
         (length, count) for length in lengths for count in counts if count == min(counts) or length == stated(lengths)
     ]
@@ -199,6 +199,10 @@ def steps(args: argparse.Namespace, on_gpu: bool) -> list[dict]:
             flush=True,
         )
     return found
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
 
 
 def stated(lengths: list[int]) -> int:
@@ -327,10 +331,10 @@ def growth_of_each_pass(args: argparse.Namespace) -> dict[str, float | None]:
     """Return R2 of a line through what the kernels of VQL's steps take against length, by each of its two passes at
     every length; the lowest of the precisions.
     """
-    lengths, targets = ([int(one) for one in text.split(",")] for text in (args.lengths, args.targets))
+    lengths, targets = _numbers(args.lengths), min(_numbers(args.targets))
     squares: dict[str, list[float]] = {"events": [], "codes": []}
     if args.device == "cuda" and "vql" in args.models.split(",") and len(lengths) > 2:
-        batches = [make_batch(args.users, length, min(targets), args.cut_offs) for length in lengths]
+        batches = [make_batch(args.users, length, targets, args.cut_offs) for length in lengths]
         for name, precision in itertools.product(squares, args.precisions.split(",")):
             by_codes = np.full(args.users, name == "codes")
             with patch.object(vql, "preferred", lambda *_, chosen_U=by_codes: chosen_U):

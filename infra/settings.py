@@ -116,7 +116,7 @@ def raw_variable() -> str:
 
 def ray_address() -> str:
     """Return the address of the cluster that trains and scores (RAY_ADDRESS), "" where there is none."""
-    return os.environ.get("RAY_ADDRESS") or ""
+    return os.environ.get("RAY_ADDRESS", "")
 
 
 def training_configs() -> list[str]:

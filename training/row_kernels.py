@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.model.fused_rows import padded
+from training.model.fused import padded
 
 PLACES = 64  # of a program
 

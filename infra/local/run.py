@@ -385,20 +385,19 @@ def sleeping_schedule(api: AirflowApi, definition: DatasetDefinition) -> bool:
     return bool(dag["is_paused"]) and dag["next_dagrun_run_after"] is not None
 
 
-def make_way(api: AirflowApi, dataset: str, shared: bool) -> None:
+def make_way(api: AirflowApi, choice: Choice, shared: bool) -> None:
     """End runs of earlier `make run` calls that were killed, and say which runs go first: only one is active at a time.
 
     Args:
-        dataset: the name of a built-in definition, or the path of another.
         shared: with the Airflow of `make up`, where what a killed call has left goes on, as does that of another one.
     """
-    runs = f"/api/v2/dags/{settings.dag_id(definition_name(dataset))}/dagRuns"
+    runs = f"/api/v2/dags/{settings.dag_id(choice.definition.name)}/dagRuns"
     for run in api.call("GET", f"{runs}?state=running&state=queued&limit=100")["dag_runs"]:
         if run["dag_run_id"].startswith("run__") and not shared:
             say(f"ending the abandoned run {run['dag_run_id']}")
             path = f"{runs}/{run['dag_run_id']}"
             api.call("PATCH", f"{path}?update_mask=state", {"state": "failed"})
-            _end_in_mlflow(api, path, dataset)
+            _end_in_mlflow(api, path, str(_copy_of(choice.own)) if choice.own else choice.definition.name)
         else:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
 
@@ -509,7 +508,7 @@ def _prepare_dag(
             "un-pause it in the browser when the schedule shall start; "
             "or `make down`, and `make run` alone, which starts no schedule",
         )
-    make_way(api, str(_copy_of(choice.own)) if choice.own else choice.definition.name, shared)
+    make_way(api, choice, shared)
 
 
 def main() -> int:

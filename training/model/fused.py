@@ -143,6 +143,11 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def padded(count: int) -> int:
+    """Return the power of two that a kernel works on for so many columns or codes: a product has 16 at least."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
 def expanded(count_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return, for `count` rows of every x in turn, x and the row's number within it."""
     of = np.arange(len(count_X)).repeat(count_X)
@@ -307,7 +312,7 @@ class _Launch:
         exact, seen = given.exact, given.seen
         self.heads, width = query.shape[1:]
         self.by_tile = BY_TILE[query.element_size()]
-        self.padded = max(16, 1 << (width - 1).bit_length())
+        self.padded = padded(width)
         far = key if exact is None else exact
         ends = [seen.end_T if places is None else places for places in (seen.first_T, seen.exact_from_T)]
         self.inputs = [

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.model.fused import TILE, Seen, as_table, expanded, precision_of, tables_on
+from training.model.fused import TILE, Seen, as_table, expanded, padded, precision_of, tables_on
 from training.model.fused_rows import Places, narrowest, summed
 from training.model.kernel import MixtureKernel
 
@@ -131,7 +131,7 @@ def preferred(
 
 def searches(codes: int, width: int) -> bool:
     """Say whether `nearest` takes groups of so many codes of a width."""
-    return _padded(codes) * _padded(width) <= MOST_SEARCHED
+    return padded(codes) * padded(width) <= MOST_SEARCHED
 
 
 def nearest(keys_NGw: Tensor, centre_Gw: Tensor, codes_GCw: Tensor, square_GC: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def nearest(keys_NGw: Tensor, centre_Gw: Tensor, codes_GCw: Tensor, square_GC: T
     found_NG = torch.empty(count, groups, dtype=torch.int64, device=keys_NGw.device)
     if count:
         given = keys_NGw.contiguous(), centre_Gw, codes_GCw, square_GC, found_NG, count
-        sizes = {"G": groups, "C": codes, "CP": _padded(codes), "W": width, "WP": _padded(width)}
+        sizes = {"G": groups, "C": codes, "CP": padded(codes), "W": width, "WP": padded(width)}
         kernels.nearest_kernel[(-(-count // SEARCHED), groups)](*given, **sizes, P=SEARCHED)
     return found_NG
 
@@ -225,7 +225,7 @@ def _runs(given: _Pass) -> _Runs:
     work, codes = given.work, given.codes
     groups, count = codes.codes_NG.shape[1], codes.codebook_HCd.shape[1]
     events, segments = len(codes.places.row_E), work.segments
-    borders_Y6 = work.users_V5.new_zeros(segments, 6)
+    borders_Y6 = work.users_V5.new_zeros(segments, kernels.BORDER.value)
     kernels.border_kernel[(len(work.users_V5),)](
         work.users_V5, given.seen.end_T, given.seen.event_ms_E, borders_Y6, P=1024
     )
@@ -393,19 +393,14 @@ class _Sizes:
     def __init__(self, query: Tensor, rate_HM: Tensor, given: _Pass) -> None:
         (_, heads, width), components = query.shape, rate_HM.shape[1]
         codes, groups = given.codes.codebook_HCd.shape[1], given.codes.codes_NG.shape[1]
-        self.padded = _padded(width)
+        self.padded = padded(width)
         alike: dict[str, Any] = {"HEADS": heads, "C": codes, "D": width, "DP": self.padded, "M": components}
         self.by_code = alike | {"G": groups, "MP": _power(components)} | BY_CODE
         alike["PRECISION"] = given.precision
         self.by_event = self.by_code | alike | BY_EVENT
-        self.by_target = alike | {"CP": _padded(codes)} | BY_TARGET
+        self.by_target = alike | {"CP": padded(codes)} | BY_TARGET
         self.by_border = alike | BY_BORDER | {"Q": min(self.padded, 256 // self.padded)}
-        self.by_border["CB"] = min(BY_BORDER["CB"], _padded(codes))
-
-
-def _padded(count: int) -> int:
-    """Return the rows or columns of a product that so many are padded to."""
-    return max(16, _power(count))
+        self.by_border["CB"] = min(BY_BORDER["CB"], padded(codes))
 
 
 def _power(count: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from training.model import fused
+from training.model.fused import padded
 
 ROWS = 64  # events of a program
 # Rows that a program adds up, and runs of them at once: the fastest of those tried (benchmarks/LOG.md).
@@ -211,8 +212,3 @@ def summed(grad: Tensor, places: Places, shape: torch.Size) -> Tensor:
         sizes = {"D": width, "DP": padded(width), "B": ADDED, "R": RUNS, "num_warps": max(1, padded(width) // 64)}
         scatter_kernel[(-(-events // ADDED),)](grad, order, ids, table, events, **sizes)
     return table
-
-
-def padded(width: int) -> int:
-    """Return the power of two that a kernel works on for rows of a width."""
-    return max(16, 1 << (width - 1).bit_length())
