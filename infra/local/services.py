@@ -205,9 +205,7 @@ def end_left_behind(names: Iterable[str] = ()) -> list[int]:
             with contextlib.suppress(psutil.Error):
                 process.kill()  # the very process whose environment was read: psutil compares its start
                 ended.append(process.pid)
-    deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline and any(alive(pid) for pid in ended):
-        time.sleep(0.05)
+    _wait_for_end(ended, STOP_SECONDS)
     return ended
 
 
@@ -217,21 +215,30 @@ def stop(pids: Iterable[int], ask: signal.Signals = signal.SIGTERM, seconds: flo
     family = {pid: began for root in roots for pid, began in _family(root).items()}
     for pid in roots:
         _signal(pid, ask)
-    deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
-    while time.monotonic() < deadline and any(alive(pid) for pid in roots):
-        time.sleep(0.1)
-    for pid, began in family.items():
-        if started(pid) == began:
-            _signal(pid, signal.SIGKILL)
+    _wait_for_end(roots, STOP_SECONDS if seconds is None else seconds)
+    forced = [pid for pid, began in family.items() if started(pid) == began]
+    for pid in forced:
+        _signal(pid, signal.SIGKILL)
+    _wait_for_end(forced, STOP_SECONDS)
+
+
+def _wait_for_end(pids: Sequence[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(alive(pid) for pid in pids):
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """True while a process runs; a finished child of ours is reaped on the way."""
+    """True while a process runs or holds anything; a finished child of ours is reaped on the way.
+
+    A killed process of several threads counts as ended (Z) as soon as its first thread has; its ports and files stay
+    taken until its last one has.
+    """
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        return state != "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return fields[0] != "Z" or int(fields[17]) > 1  # state, num_threads: proc_pid_stat(5)
     except OSError:
         pass
     if Path("/proc/self").exists():

@@ -190,6 +190,27 @@ def test_a_port_in_use_is_named_with_its_owner_and_the_remedy():
     services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
 
 
+@pytest.mark.parametrize("stop", [False, True], ids=["killed", "stopped"])
+def test_what_counts_as_ended_holds_no_port(stop):
+    """A process of several threads is a zombie before the last of them gives back its memory and then its ports."""
+    holder = (
+        "import signal, socket, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "memory = b'x' * 200_000_000; listener = socket.create_server(('127.0.0.1', 0));"
+        "[threading.Thread(target=signal.pause, daemon=True).start() for _ in range(16)];"
+        "print(listener.getsockname()[1], flush=True); signal.pause()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    port = int(process.stdout.readline())
+    if stop:
+        services.stop([process.pid], seconds=0)
+    else:
+        process.kill()
+        while services.alive(process.pid):
+            pass
+    services.check_port(port, "LONGVIEW_AIRFLOW_PORT")
+    process.wait()
+
+
 def test_a_full_disk_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
     monkeypatch.setattr(services.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
