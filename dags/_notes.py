@@ -30,7 +30,7 @@ def append_note(context: Mapping[str, Any], line: str) -> None:
         api = AirflowApi()
         lines = (api.call("GET", path, timeout=ANSWER_WITHIN_SECONDS)["note"] or "").splitlines()
         if line not in lines:
-            api.call(
+            api.change(
                 "PATCH", f"{path}?update_mask=note", {"note": with_line(lines, line)}, timeout=ANSWER_WITHIN_SECONDS
             )
     except (OSError, ValueError, KeyError, InfraError) as error:

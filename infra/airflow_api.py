@@ -14,6 +14,7 @@ from infra import settings
 
 HEALTHY_WITHIN_SECONDS = 300  # a service that ends is reported at once; one that only takes long is on a busy machine
 ANSWER_WITHIN_SECONDS = 120
+CHANGES_ASKED = 5  # times, as Airflow's own tasks ask
 
 
 class InfraError(Exception):
@@ -62,6 +63,30 @@ class AirflowApi:
             refusal.status = error.code  # type: ignore[attr-defined]
             raise refusal from None
 
+    def change(self, method: str, path: str, body: Any, timeout: float = ANSWER_WITHIN_SECONDS) -> None:
+        """Make a call that changes something, and again while the server answers that it could not (500 and above).
+
+        Over SQLite that is no rare answer: before each change Airflow's server writes who asked for it, from the thread
+        that also has to end its other requests. Where one of those has the database at that moment, the server waits
+        for itself until SQLite gives up (5 s; a longer timeout makes it wait longer).
+
+        Raises:
+            InfraError: the server refused: at once, or (409) since what is asked for is there already, from a call
+                before this one.
+            OSError: no answer.
+        """
+        for left in reversed(range(CHANGES_ASKED)):
+            try:
+                self.call(method, path, body, timeout)
+                return
+            except InfraError as error:
+                status = getattr(error, "status", 500)
+                if status == 409 and left < CHANGES_ASKED - 1:
+                    return  # it was done by the try before
+                if status < 500 or not left:
+                    raise
+            time.sleep(1)
+
     def healthy(self, *components: str, since: float = 0.0) -> bool:
         """True when the server answers and every component has a fresh heartbeat, none older than `since` (Unix
         seconds).
@@ -76,11 +101,11 @@ class AirflowApi:
         ) and all(beat >= since for beat in beats)
 
     def set_pools(self) -> None:
-        """Create the pools that the tasks name, or set them to their sizes."""
+        """Create the pools that the tasks name; one that is there keeps its size."""
         for name, (slots, description) in settings.POOLS.items():
             body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
             try:
-                self.call("POST", "/api/v2/pools", body)
+                self.change("POST", "/api/v2/pools", body)
             except InfraError as error:
                 if getattr(error, "status", 0) != 409:
                     raise

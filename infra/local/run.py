@@ -213,13 +213,13 @@ class Run:
     def trigger(self) -> None:
         conf = {"dt": self.dt, "raw": self.raw, **self.options}
         self.was_paused = bool(self.api.call("GET", f"/api/v2/dags/{self.dag_id}")["is_paused"])
-        self.api.call(
+        self.api.change(
             "POST",
             f"/api/v2/dags/{self.dag_id}/dagRuns",
             {"dag_run_id": self.run_id, "logical_date": None, "conf": conf},
         )
         self.triggered = True
-        self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
+        self.api.change("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": False})
 
     def follow(self, keep: Callable[[], None], measure: bool) -> str:
         """Print what happens until the run ends; return its final state.
@@ -290,10 +290,10 @@ class Run:
         if self.triggered:
             with contextlib.suppress(Exception):
                 if self.was_paused and not self._others():
-                    self.api.call("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
+                    self.api.change("PATCH", f"/api/v2/dags/{self.dag_id}?update_mask=is_paused", {"is_paused": True})
             with contextlib.suppress(Exception):
                 if self.api.call("GET", self.path)["state"] not in ("success", "failed"):
-                    self.api.call("PATCH", f"{self.path}?update_mask=state", {"state": "failed"})
+                    self.api.change("PATCH", f"{self.path}?update_mask=state", {"state": "failed"})
 
     def _others(self) -> bool:
         """Whether the DAG has runs of other people, which would stand still in a DAG that sleeps."""
@@ -396,7 +396,7 @@ def make_way(api: AirflowApi, choice: Choice, shared: bool) -> None:
         if run["dag_run_id"].startswith("run__") and not shared:
             say(f"ending the abandoned run {run['dag_run_id']}")
             path = f"{runs}/{run['dag_run_id']}"
-            api.call("PATCH", f"{path}?update_mask=state", {"state": "failed"})
+            api.change("PATCH", f"{path}?update_mask=state", {"state": "failed"})
             _end_in_mlflow(api, path, str(_copy_of(choice.own)) if choice.own else choice.definition.name)
         else:
             say(f"note: the run {run['dag_run_id']} is still {run['state']}; it goes first")
