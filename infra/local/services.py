@@ -297,7 +297,8 @@ def migrate(env: dict[str, str]) -> None:
     database = address.removeprefix("sqlite:///")
     if stamp.exists() and stamp.read_text() == wanted and ("://" in database or Path(database).exists()):
         return
-    upgrade(MIGRATE, env, f"correct what it says; or delete {settings.airflow_home()} (run history only) and try again")
+    anew = "" if "://" in database else f"; or delete {database} (the history of runs, nothing else) and try again"
+    upgrade(MIGRATE, env, f"correct what it says{anew}")
     stamp.write_text(wanted)
 
 

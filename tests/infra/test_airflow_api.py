@@ -1,4 +1,4 @@
-"""Airflow's real server over SQLite, whose database another process holds."""
+"""Airflow's database: one that cannot be used, and one that another process holds."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def api(monkeypatch, tmp_path):
     services.stop([server.pid])
 
 
+@pytest.mark.parametrize("given", [None, "postgresql+psycopg2://airflow:hunter2@127.0.0.1:1/airflow"])
+def test_a_database_that_cannot_be_upgraded_is_named_without_its_password(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("LONGVIEW_HOME", str(tmp_path))
+    monkeypatch.setenv(settings.DATABASE, given or "")
+    monkeypatch.delenv(settings.EMBEDDED, raising=False)
+    env = settings.environment()
+    settings.airflow_sqlite().write_text("no database " * 1_000)
+    with pytest.raises(InfraError, match="airflow db migrate failed:") as failed:
+        services.migrate(env)
+    assert (f"; or delete {settings.airflow_sqlite()} " in str(failed.value)) == (given is None)
+    assert "hunter2" not in str(failed.value)
+
+
 @pytest.mark.slow
 def test_a_change_that_the_server_had_no_database_for_is_asked_for_again(api):
     """Airflow 3.3's server holds it itself while it writes its log of calls: make run failed with answer 500."""
@@ -50,7 +63,8 @@ def test_a_change_that_the_server_had_no_database_for_is_asked_for_again(api):
         release.join()
     slots = {pool["name"]: pool["slots"] for pool in api.call("GET", "/api/v2/pools")["pools"]}
     assert slots.items() >= {name: slots for name, (slots, _) in settings.POOLS.items()}.items()
+    before = refused()
     for wrong, answer in (({"name": first, **asked}, 409), ({}, 422)):
         with pytest.raises(InfraError, match=f"answered {answer}"):
             api.change("POST", "/api/v2/pools", wrong)
-    assert refused() == 3  # the last is the log's line of the 409
+    assert refused() == before + 1  # a line for the 409: what the server does not want is asked for once
