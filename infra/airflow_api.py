@@ -18,7 +18,13 @@ CHANGES_ASKED = 5  # times, as Airflow's own tasks ask
 
 
 class InfraError(Exception):
-    """Something that the user can correct; printed as `error:` and `remedy:`."""
+    """Something that the user can correct; printed as `error:` and `remedy:`.
+
+    Attributes:
+        status: with which Airflow's server refused; 0 where none did.
+    """
+
+    status = 0
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}\n  remedy: {remedy}")
@@ -60,7 +66,7 @@ class AirflowApi:
                 f"Airflow answered {error.code} to {method} {path}: {text[:1500]}",
                 f"see {settings.airflow_home() / 'logs' / 'api-server.out'}",
             )
-            refusal.status = error.code  # type: ignore[attr-defined]
+            refusal.status = error.code
             raise refusal from None
 
     def change(self, method: str, path: str, body: Any, timeout: float = ANSWER_WITHIN_SECONDS) -> None:
@@ -75,15 +81,14 @@ class AirflowApi:
                 before this one.
             OSError: no answer.
         """
-        for left in reversed(range(CHANGES_ASKED)):
+        for asked in range(1, CHANGES_ASKED + 1):
             try:
                 self.call(method, path, body, timeout)
                 return
             except InfraError as error:
-                status = getattr(error, "status", 500)
-                if status == 409 and left < CHANGES_ASKED - 1:
-                    return  # it was done by the try before
-                if status < 500 or not left:
+                if error.status == 409 and asked > 1:
+                    return  # it was done when it was asked for before
+                if error.status < 500 or asked == CHANGES_ASKED:
                     raise
             time.sleep(1)
 
@@ -107,7 +112,7 @@ class AirflowApi:
             try:
                 self.change("POST", "/api/v2/pools", body)
             except InfraError as error:
-                if getattr(error, "status", 0) != 409:
+                if error.status != 409:
                     raise
 
     def wait_for_dag(self, dag_id: str, file: str, since: float, alive_check: Any = None) -> dict[str, Any]:
@@ -124,7 +129,7 @@ class AirflowApi:
                 if not dag.get("is_stale") and _unix(dag.get("last_parsed_time")) >= since:
                     return dag
             except InfraError as error:
-                if getattr(error, "status", 0) != 404:
+                if error.status != 404:
                     raise
             broken = self.call("GET", "/api/v2/importErrors").get("import_errors") or []
             if recent := [
